@@ -1,0 +1,91 @@
+"""CValues jsonl -> MindRecord prompt data set.
+
+    python rlhf_data.py --vocab_path vocab.json --merges_file_path merges.txt \\
+        --file_path train.jsonl --output_path cvalues.mindrecord --max_prompt_length 4096 --seq_length 8193
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
+from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.utils.cli import run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--file_path", required=True, help="jsonl with the strings prompt, pos_resp and neg_resp on each line")
+    add("--output_path", required=True, help="MindRecord file to write; its index goes to <output_path>.db")
+    add("--vocab_path", help="vocab.json of the tokenizer")
+    add("--merges_file_path", help="merges.txt of the tokenizer")
+    add("--tokenizer_path", help="instead of these two: tokenizer directory, .model, or .tiktoken ranks file")
+    add("--tokenizer_config", help="tokenizer_config.json with the added tokens (default: the Qwen2 instruct ones)")
+    add("--max_prompt_length", type=int, default=4096, help="columns of prompt_ids (default: 4096)")
+    add("--seq_length", type=int, default=8193, help="columns of pretrain_ids and loss_mask (default: 8193)")
+    add("--no_chat_template", action="store_true", help="take prompts as they are, without ChatML around them")
+    add("--system_prompt", help="text of the system turn (default: the model's own; '' leaves the turn out)")
+    add(
+        "--overlong",
+        choices=("drop", "truncate"),
+        default="drop",
+        help="prompts longer than max_prompt_length: leave out, or cut the front of their text (default: drop)",
+    )
+    add("--skip_bad_lines", action="store_true", help="count bad lines and go on, instead of stopping")
+    add("--prompt_only", action="store_true", help="the lines have a prompt and no responses")
+    add("--overwrite", action="store_true", help="replace an existing output file")
+    add("--batch", type=int, default=256, help="lines encoded and rows written at a time (default: 256)")
+    return parser.parse_args()
+
+
+def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
+    """Prints what was made."""
+    counts = summary.counts
+    system_prompt = summary.prompt_format.system_prompt
+    chat = f"ChatML, system prompt {system_prompt!r}" if options.chat_template else "none (raw prompts)"
+    lines = {
+        "rows written": f"{counts.rows:,}",
+        "prompts dropped": f"{counts.dropped_prompts:,} (longer than {options.max_prompt_length} tokens)",
+        "prompts truncated": f"{counts.truncated_prompts:,}",
+        "responses truncated": f"{counts.truncated_responses:,} (at {options.seq_length} tokens in all)",
+        "bad lines skipped": f"{summary.bad_lines:,}",
+        "tokens": f"{counts.prompt_tokens:,} in prompts, {counts.response_tokens:,} in responses",
+        "chat template": chat,
+        "speed": f"{summary.rows_per_second:,.0f} rows/s ({summary.seconds:.1f} s)",
+        "file": f"{options.output_path} (index: {options.output_path}.db)",
+    }
+    for name, value in lines.items():
+        print(f"{name:<20} {value}")
+
+
+def main() -> int:
+    """Parse, preprocess, report."""
+    arguments = parse_arguments()
+    options = PreprocessOptions(
+        file_path=Path(arguments.file_path),
+        output_path=Path(arguments.output_path),
+        max_prompt_length=arguments.max_prompt_length,
+        seq_length=arguments.seq_length,
+        chat_template=not arguments.no_chat_template,
+        system_prompt=arguments.system_prompt,
+        overlong=arguments.overlong,
+        skip_bad_lines=arguments.skip_bad_lines,
+        prompt_only=arguments.prompt_only,
+        overwrite=arguments.overwrite,
+        batch=arguments.batch,
+    )
+    tokenizer = load_tokenizer(
+        arguments.tokenizer_path,
+        vocab_path=arguments.vocab_path,
+        merges_path=arguments.merges_file_path,
+        config_path=arguments.tokenizer_config,
+    )
+    report(options, preprocess(tokenizer, options))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Pure numerics of PPO-RLHF: no configuration, no rank, no input or output."""

@@ -1,0 +1,119 @@
+"""Masks and positions, built from lengths.
+
+Never from ``token != pad``: Qwen2's pad token is also its end-of-text token (correctness.md, item 3).
+A mask is True where a position counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+
+def _checked_lengths(lengths: np.ndarray, limit: int, what: str) -> np.ndarray:
+    lengths = np.asarray(lengths)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be a (B,) integer array, got {lengths.dtype} of shape {lengths.shape}")
+    if lengths.size and (lengths.min() < 0 or lengths.max() > limit):
+        raise ValueError(f"{what} must lie in 0..{limit}, got {lengths.min()}..{lengths.max()}")
+    return lengths[:, None]
+
+
+def attention_mask(
+    prompt_lengths: np.ndarray, response_lengths: np.ndarray, prompt_columns: int, response_columns: int
+) -> np.ndarray:
+    """Which columns of ``[left-padded prompt | right-padded response]`` hold real tokens.
+
+    Args:
+        prompt_lengths: (B,) real prompt tokens, at the right end of the P prompt columns.
+        response_lengths: (B,) real response tokens, the stop token included.
+        prompt_columns: P.
+        response_columns: R; 0 gives the mask of the prompts alone (with response lengths 0).
+
+    Returns:
+        (B, T) bool, T = P + R.
+
+    Raises:
+        ValueError: a length does not fit its columns.
+    """
+    prompts = _checked_lengths(prompt_lengths, prompt_columns, "prompt_lengths")
+    responses = _checked_lengths(response_lengths, response_columns, "response_lengths")
+    column = np.arange(prompt_columns + response_columns)[None, :]
+    return (column >= prompt_columns - prompts) & (column < prompt_columns + responses)
+
+
+def position_ids(mask: np.ndarray) -> np.ndarray:
+    """Position of every token in its own text: ``cumsum(mask) - mask``.
+
+    Left pads get 0 and right pads the length of the text: valid indices, never attended to.
+
+    Args:
+        mask: (B, T) attention mask.
+
+    Returns:
+        (B, T) int32.
+    """
+    counts = np.asarray(mask).astype(np.int32)
+    return (np.cumsum(counts, axis=1, dtype=np.int32) - counts).astype(np.int32)
+
+
+def policy_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarray:
+    """Response tokens whose log-probs count: ``index <= L``, L the index of the last real token.
+
+    Args:
+        response_lengths: (B,) real response tokens, the stop token included; ``L = length - 1``.
+        response_columns: R.
+
+    Returns:
+        (B, R) bool.
+
+    Raises:
+        ValueError: a length does not fit the columns.
+    """
+    lengths = _checked_lengths(response_lengths, response_columns, "response_lengths")
+    return np.arange(response_columns)[None, :] < lengths
+
+
+def value_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarray:
+    """States whose values count: ``index <= L``.
+
+    The convention: column t holds the value of the state *before* response token t is chosen (model
+    columns ``[:, P-1:-1]``), the score is paid at L, and the episode ends with token L, so the value
+    after it is 0 and is not learnt. Hence equal to :func:`policy_mask`; it has its own name because
+    other conventions differ here ([N+] counts L + 1 as well).
+
+    Args:
+        response_lengths: (B,) real response tokens, the stop token included.
+        response_columns: R.
+
+    Returns:
+        (B, R) bool.
+
+    Raises:
+        ValueError: a length does not fit the columns.
+    """
+    return policy_mask(response_lengths, response_columns)
+
+
+def cut_after_stop(
+    response_ids: np.ndarray, stop_token_ids: Collection[int], pad_token_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keeps each response up to and with its first stop token and pads the rest.
+
+    Args:
+        response_ids: (B, R) sampled tokens.
+        stop_token_ids: every id that ends a response.
+        pad_token_id: what to write after the stop token; may itself be a stop token.
+
+    Returns:
+        ids (B, R) of the same dtype, lengths (B,) int32 with the stop token counted (R where there is
+        none), stopped (B,) bool.
+    """
+    response_ids = np.asarray(response_ids)
+    columns = response_ids.shape[1]
+    is_stop = np.isin(response_ids, list(stop_token_ids))
+    stopped = is_stop.any(axis=1)
+    lengths = np.where(stopped, is_stop.argmax(axis=1) + 1, columns).astype(np.int32)
+    kept = policy_mask(lengths, columns)
+    return np.where(kept, response_ids, pad_token_id).astype(response_ids.dtype), lengths, stopped

@@ -1,0 +1,103 @@
+"""Do the stored tensors fit the model? All faults in one error, before anything is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from itertools import zip_longest
+
+import numpy as np
+
+from mindrlhf.checkpoint.dtypes import FLOAT32
+from mindrlhf.checkpoint.source import WeightSource
+from mindrlhf.checkpoint.views import CastSource, bullet_list
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.parallel.layout import Layout, Mesh
+from mindrlhf.parallel.parameters import EMBEDDING, LM_HEAD, SCORE_HEAD, parameter_layouts
+from mindrlhf.utils.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def expected_layouts(model: ModelConfig, mesh: Mesh, present: Collection[str]) -> dict[str, Layout]:
+    """Layouts of the weights that a file holding the tensors ``present`` should have.
+
+    A file with a scalar head may lack the language-model head (a reward model), every other may not.
+
+    Raises:
+        CheckpointError: the sizes cannot be split over ``mesh``.
+    """
+    score_head = any(name in present for name in SCORE_HEAD)
+    try:
+        return parameter_layouts(
+            model, mesh, lm_head=LM_HEAD in present or not score_head, score_head=score_head
+        )
+    except ValueError as error:
+        raise CheckpointError(f"the model cannot be split over {mesh}: {error}") from error
+
+
+def full_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the whole tensor."""
+    return {name: layout.shape for name, layout in layouts.items()}
+
+
+def local_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of one rank's part."""
+    return {name: layout.local_shape for name, layout in layouts.items()}
+
+
+def find_faults(
+    source: WeightSource, shapes: Shapes, *, new: Collection[str] = (), ignore: Collection[str] = ()
+) -> list[str]:
+    """One line per missing, extra, misshapen or non-float tensor of ``source``.
+
+    A tied model's ``lm_head.weight`` that repeats the embedding is no fault; it is just not used.
+
+    Args:
+        source: what is stored.
+        shapes: what should be: canonical name -> shape.
+        new: names that may be missing.
+        ignore: names that may be there without being asked for.
+    """
+    if LM_HEAD not in ignore and redundant_lm_head(source, shapes):
+        ignore = {*ignore, LM_HEAD}
+    faults = [
+        f"missing: {source.display(name)} {shapes[name]}"
+        for name in shapes
+        if name not in source.tensors and name not in new
+    ]
+    faults += [
+        f"not in the model: {source.display(name)} {info.shape}"
+        for name, info in source.tensors.items()
+        if name not in shapes and name not in ignore
+    ]
+    for name, shape in shapes.items():
+        info = source.tensors.get(name)
+        if info is not None and info.shape != shape:
+            faults.append(f"wrong shape: {source.display(name)} is {info.shape}, the model has {shape}")
+        if info is not None and not info.dtype.is_weight:
+            faults.append(f"wrong type: {source.display(name)} is {info.dtype}, a weight must be a float")
+    return faults
+
+
+def raise_faults(where: str, faults: Iterable[str], remedy: str) -> None:
+    """Raises one :class:`CheckpointError` when there are faults."""
+    lines = list(faults)
+    if lines:
+        raise CheckpointError(
+            f"{where} does not fit the model, {len(lines)} fault(s); {remedy}:" + bullet_list(lines)
+        )
+
+
+def redundant_lm_head(source: WeightSource, shapes: Shapes) -> bool:
+    """Whether ``source`` repeats the embedding as ``lm_head.weight`` that the model does not have (tied).
+
+    Both are read block by block; a head that differs is a fault of the file.
+    """
+    if LM_HEAD in shapes or LM_HEAD not in source.tensors or EMBEDDING not in source.tensors:
+        return False
+    head, embedding = source.tensors[LM_HEAD], source.tensors[EMBEDDING]
+    if head.shape != embedding.shape or not (head.dtype.is_weight and embedding.dtype.is_weight):
+        return False
+    same_type = CastSource(source, None if head.dtype == embedding.dtype else FLOAT32)
+    pairs = zip_longest(same_type.blocks(LM_HEAD), same_type.blocks(EMBEDDING))
+    return all(np.array_equal(*pair) for pair in pairs)

@@ -1,0 +1,229 @@
+"""Hugging Face Qwen2 directory <-> one MindSpore weights file, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindrlhf.checkpoint.dtypes import ElementType
+from mindrlhf.checkpoint.hf_config import (
+    CONFIG_NAME,
+    SIZE_KEYS,
+    finish_hf_config,
+    hf_config_from_model,
+    model_config_from_hf,
+    read_hf_config,
+)
+from mindrlhf.checkpoint.hf_export import (
+    DEFAULT_MAX_SHARD_BYTES,
+    TOKENIZER_FILES,
+    check_hf_output,
+    is_weights_name,
+    write_hf_directory,
+)
+from mindrlhf.checkpoint.names import canonical_to_hf, count_layers
+from mindrlhf.checkpoint.opening import open_weights
+from mindrlhf.checkpoint.shards import open_full, rank_directories
+from mindrlhf.checkpoint.source import WeightSource
+from mindrlhf.checkpoint.views import CastSource, RenamedSource, bullet_list
+from mindrlhf.checkpoint.writing import check_output_file, write_weights
+from mindrlhf.configs.load import load_run_config
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.parameters import EMBEDDING
+from mindrlhf.utils.errors import CheckpointError
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion wrote."""
+
+    files: tuple[Path, ...]
+    tensors: int
+    parameters: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        files = ", ".join(str(file) for file in self.files)
+        return (
+            f"{self.tensors} tensors, {self.parameters:,} parameters, {self.nbytes / 1e9:.2f} GB -> {files}"
+        )
+
+
+def hf_to_mindspore(
+    input_dir: Path, output_file: Path, *, dtype: ElementType | None = None, overwrite: bool = False
+) -> ConversionReport:
+    """Converts a Hugging Face directory to a file with canonical names.
+
+    Args:
+        input_dir: ``config.json`` beside ``model.safetensors``, safetensors or torch shards with an index,
+            or ``pytorch_model.bin``.
+        output_file: ``.ckpt`` or ``.safetensors``.
+        dtype: type of all weights; ``None`` keeps each as it is.
+        overwrite: whether ``output_file`` may be replaced.
+
+    Raises:
+        CheckpointError: weights that are missing, extra or misshapen, all of them; values that do not fit
+            ``dtype``; an output that exists.
+    """
+    check_output_file(output_file, overwrite=overwrite)
+    if not input_dir.is_dir():
+        raise CheckpointError(f"{input_dir} is no directory: expected a Hugging Face model directory")
+    if is_weights_name(output_file.name) and output_file.parent.resolve() == input_dir.resolve():
+        raise CheckpointError(f"{output_file} would take the place of the input's weights: write elsewhere")
+    model = model_config_from_hf(read_hf_config(input_dir), str(input_dir / CONFIG_NAME))
+    full, _ = open_full(input_dir, model)
+    with CastSource(full, dtype) as source:
+        write_weights(output_file, source, description=f"writing {output_file.name}")
+        return _report(source, (output_file,))
+
+
+def mindspore_to_hf(
+    input_path: Path,
+    output_dir: Path,
+    *,
+    config: Path | None = None,
+    tokenizer_dir: Path | None = None,
+    dtype: ElementType | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Converts MindSpore weights to a directory that transformers loads.
+
+    Args:
+        input_path: a file with canonical names, or rank directories together with the YAML that split them.
+        output_dir: the directory to make.
+        config: a Hugging Face ``config.json`` or the directory with it, or one of our model YAMLs; defaults
+            to the ``config.json`` in ``tokenizer_dir``.
+        tokenizer_dir: where tokenizer files are copied from; defaults to ``config`` when that is a directory.
+        dtype: type of all weights; ``None`` keeps each as it is.
+        max_shard_bytes: larger models are written as several files with an index.
+        overwrite: whether a former export may be replaced.
+
+    Raises:
+        CheckpointError: as :func:`hf_to_mindspore`; no config.
+    """
+    if tokenizer_dir is None and config is not None:
+        tokenizer_dir = config if config.is_dir() else None
+    if config is not None and config.suffix in _YAML_SUFFIXES:
+        run = load_run_config(config)
+        model, mesh = run.model, Mesh(run.parallel.data_parallel, run.parallel.model_parallel)
+    else:
+        if config is None:
+            config = _config_beside(tokenizer_dir, input_path)
+        model, mesh = model_config_from_hf(read_hf_config(config), str(config)), None
+    return model_to_hf(
+        input_path,
+        output_dir,
+        model,
+        dtype=dtype,
+        hf_config=None if mesh else config,
+        tokenizer_dir=tokenizer_dir,
+        mesh=mesh,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def model_to_hf(
+    input_path: Path,
+    output_dir: Path,
+    model: ModelConfig,
+    *,
+    dtype: ElementType | None,
+    tokenizer_dir: Path | None,
+    hf_config: Path | None = None,
+    mesh: Mesh | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """:func:`mindspore_to_hf` once the sizes are known.
+
+    Args:
+        input_path: a file with canonical names, or rank directories split over ``mesh``.
+        output_dir: the directory to make.
+        model: sizes.
+        dtype: type of all weights; ``None`` keeps each as it is.
+        tokenizer_dir: where tokenizer files are copied from.
+        hf_config: base of the written ``config.json``; defaults to the one in ``tokenizer_dir``, else one is
+            made from ``model``.
+        mesh: layout of the rank directories.
+        max_shard_bytes: larger models are written as several files with an index.
+        overwrite: whether a former export may be replaced.
+
+    Raises:
+        CheckpointError: as :func:`mindspore_to_hf`.
+    """
+    check_hf_output(output_dir, overwrite=overwrite)
+    if output_dir.resolve() in input_path.resolve().parents:
+        raise CheckpointError(f"{output_dir} holds the input {input_path}: write elsewhere")
+    _check_tokenizer_dir(tokenizer_dir)
+    base = _base_config(model, hf_config, tokenizer_dir)
+    full, _ = open_full(input_path, model, mesh)
+    with full:
+        hf_names = canonical_to_hf(model.num_layers)
+        renamed = RenamedSource(full, {hf_names[name]: name for name in full.tensors})
+        source = CastSource(renamed, dtype)
+        written = finish_hf_config(base, full.tensors, dtype or full.tensors[EMBEDDING].dtype)
+        files = write_hf_directory(
+            output_dir, source, written, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir
+        )
+        return _report(source, tuple(files))
+
+
+def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path | None) -> Mapping[str, Any]:
+    """A full Hugging Face config where one is at hand, whose sizes must be those of ``model``."""
+    if hf_config is None and tokenizer_dir is not None and (tokenizer_dir / CONFIG_NAME).is_file():
+        hf_config = tokenizer_dir
+    if hf_config is None:
+        return hf_config_from_model(model)
+    config = read_hf_config(hf_config)
+    stated = model_config_from_hf(config, str(hf_config))
+    fields = (*SIZE_KEYS.values(), "tie_word_embeddings", "rms_norm_eps", "theta")
+    faults = [
+        f"{field}: {getattr(stated, field)} there, {getattr(model, field)} here"
+        for field in fields
+        if getattr(stated, field) != getattr(model, field)
+    ]
+    if faults:
+        raise CheckpointError(f"{hf_config} describes another model:" + bullet_list(faults))
+    return config
+
+
+def _config_beside(tokenizer_dir: Path | None, input_path: Path) -> Path:
+    if tokenizer_dir is not None and (tokenizer_dir / CONFIG_NAME).is_file():
+        return tokenizer_dir / CONFIG_NAME
+    if rank_directories(input_path):
+        raise CheckpointError(f"{input_path} holds rank directories: give --config with their YAML")
+    with open_weights(input_path) as source:
+        raise CheckpointError(
+            f"{input_path} does not tell the number of attention heads ({_inferred(source)}): "
+            "give --config with the original config.json (or its directory) or a model YAML"
+        )
+
+
+def _inferred(source: WeightSource) -> str:
+    """What the shapes do tell, for the message."""
+    known = [f"layers {count_layers(source.tensors)}"]
+    if EMBEDDING in source.tensors:
+        vocab, hidden = source.tensors[EMBEDDING].shape
+        known += [f"vocabulary {vocab}", f"hidden size {hidden}"]
+    return ", ".join(known)
+
+
+def _check_tokenizer_dir(tokenizer_dir: Path | None) -> None:
+    if tokenizer_dir is None:
+        return
+    if not tokenizer_dir.is_dir():
+        raise CheckpointError(f"{tokenizer_dir} is no directory: expected one with tokenizer files")
+    if not any((tokenizer_dir / file).is_file() for file in (*TOKENIZER_FILES, CONFIG_NAME)):
+        raise CheckpointError(f"{tokenizer_dir} has none of the tokenizer files {', '.join(TOKENIZER_FILES)}")
+
+
+def _report(source: WeightSource, files: tuple[Path, ...]) -> ConversionReport:
+    infos = source.tensors.values()
+    return ConversionReport(files, len(infos), sum(info.size for info in infos), source.nbytes)

@@ -1,0 +1,94 @@
+"""safetensors files, read and written block by block (https://huggingface.co/docs/safetensors).
+
+The library's numpy side knows no bfloat16 and writes only from memory, so it checks the file here and
+we move the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
+
+from mindrlhf.checkpoint.dtypes import BY_SAFETENSORS
+from mindrlhf.checkpoint.file_source import Extent, FileSource
+from mindrlhf.checkpoint.source import TensorInfo, WeightSource
+from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.progress import track
+
+_LENGTH = struct.Struct("<Q")
+_METADATA = "__metadata__"
+
+
+def open_safetensors(path: Path) -> FileSource:
+    """A source on one ``.safetensors`` file; only its header is read now.
+
+    Raises:
+        CheckpointError: not there, damaged, or with an element type we do not know.
+    """
+    header, data_start = _read_header(path)
+    tensors: dict[str, TensorInfo] = {}
+    extents: dict[str, list[Extent]] = {}
+    unknown = []
+    for name, entry in header.items():
+        dtype = BY_SAFETENSORS.get(entry["dtype"])
+        if dtype is None:
+            unknown.append(f"{name} ({entry['dtype']})")
+            continue
+        start, stop = entry["data_offsets"]
+        tensors[name] = TensorInfo(tuple(entry["shape"]), dtype)
+        extents[name] = [Extent(data_start + start, stop - start)]
+    if unknown:
+        raise CheckpointError(f"{path}: unsupported element types: {', '.join(unknown)}")
+    return FileSource(path, tensors, extents)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header without metadata, and where the tensor bytes begin."""
+    try:
+        with safe_open(path, framework="np"):  # checks lengths, offsets and overlaps
+            pass
+        with path.open("rb") as file:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): copy it again") from error
+    header.pop(_METADATA, None)
+    return header, _LENGTH.size + length
+
+
+def write_safetensors(
+    file: IO[bytes], source: WeightSource, metadata: Mapping[str, str], description: str | None = None
+) -> None:
+    """Writes every tensor of ``source``, holding one block at a time.
+
+    Args:
+        file: where to write.
+        source: what to write.
+        metadata: texts for the header.
+        description: what a progress bar should say; none is shown without.
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    # Wide elements first, as the library does, so that every tensor starts at a multiple of its width.
+    names = sorted(source.tensors, key=lambda name: -source.tensors[name].dtype.itemsize)
+    position = 0
+    for name in names:
+        info = source.tensors[name]
+        header[name] = {
+            "dtype": info.dtype.safetensors,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(_LENGTH.pack(len(text)) + text)
+    for name in names if description is None else track(names, description=description):
+        for block in source.blocks(name):
+            file.write(block.tobytes())

@@ -1,0 +1,92 @@
+"""From one layout of weights to another: full file, rank directories, or between two splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mindrlhf.checkpoint.hf_config import SIZE_KEYS
+from mindrlhf.checkpoint.opening import CKPT
+from mindrlhf.checkpoint.shards import open_full, rank_directories, split_to_ranks
+from mindrlhf.checkpoint.views import bullet_list
+from mindrlhf.checkpoint.writing import check_output_file, write_weights
+from mindrlhf.configs.load import load_run_config
+from mindrlhf.configs.schema import ModelConfig, RunConfig
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.utils.errors import CheckpointError
+
+
+def transform_checkpoint(
+    input_path: Path,
+    output_path: Path,
+    *,
+    input_config: Path | None = None,
+    output_config: Path | None = None,
+    suffix: str = CKPT,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Rewrites a checkpoint for another layout, bit by bit equal.
+
+    Args:
+        input_path: a full file or Hugging Face directory, or the directory of rank directories.
+        output_path: a full file, or the directory to make rank directories in.
+        input_config: the YAML that split the input; ``None``: the input is full.
+        output_config: the YAML to split the output for; ``None``: one full file.
+        suffix: of rank files, ``.ckpt`` or ``.safetensors``.
+        overwrite: whether the output may be replaced.
+
+    Returns:
+        the files written.
+
+    Raises:
+        CheckpointError: no YAML at all, YAMLs of different models, weights that do not fit, or an output
+            that exists.
+        ConfigError: a YAML has faults.
+    """
+    source_run = None if input_config is None else load_run_config(input_config)
+    target_run = None if output_config is None else load_run_config(output_config)
+    model = _common_model(source_run, target_run)
+    if source_run is not None and not rank_directories(input_path):
+        raise CheckpointError(
+            f"{input_path} holds no rank_0, rank_1, ...: a full input needs no --input_config"
+        )
+    if output_path.resolve() == input_path.resolve():
+        raise CheckpointError(f"{output_path} is the input: write elsewhere")
+    if target_run is None:
+        check_output_file(output_path, overwrite=overwrite)
+    source, layouts = open_full(input_path, model, None if source_run is None else mesh_of(source_run))
+    with source:
+        if target_run is None:
+            write_weights(output_path, source, description=f"writing {output_path.name}")
+            return [output_path]
+        target = mesh_of(target_run)
+        return split_to_ranks(
+            source,
+            {name: layout.on(target) for name, layout in layouts.items()},
+            output_path,
+            suffix=suffix,
+            overwrite=overwrite,
+            description="writing",
+        )
+
+
+def mesh_of(run: RunConfig) -> Mesh:
+    """The grid of ranks that a YAML's ``parallel_config`` asks for."""
+    return Mesh(run.parallel.data_parallel, run.parallel.model_parallel)
+
+
+def _common_model(source: RunConfig | None, target: RunConfig | None) -> ModelConfig:
+    runs = [run for run in (source, target) if run is not None]
+    if not runs:
+        raise CheckpointError("full to full is no change: give --input_config, --output_config or both")
+    first, last = runs[0].model, runs[-1].model
+    sizes = (*SIZE_KEYS.values(), "qkv_has_bias", "tie_word_embeddings")
+    faults = [
+        f"{size}: {getattr(first, size)} and {getattr(last, size)}"
+        for size in sizes
+        if getattr(first, size) != getattr(last, size)
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{runs[0].path} and {runs[-1].path} describe different models:" + bullet_list(faults)
+        )
+    return first

@@ -1,0 +1,151 @@
+"""From a prompt and a response to ids: ChatML or raw, prompt and response kept apart.
+
+Prompt and response are always encoded separately and their ids joined, so the prompt is a true prefix of
+the whole by construction: what generation sees is what training sees. The texts of a sample are encoded
+without control tokens: a literal ``<|im_end|>`` in a prompt becomes ordinary tokens and cannot close the turn.
+
+A whole response ends with its stop token: ``<|im_end|>`` in ChatML, the end of text in raw mode. A response
+that had to be cut has none, since it did not end there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mindrlhf.data.tokenizers import IM_END, IM_START, Tokenizer
+from mindrlhf.utils.errors import DataError
+
+QWEN2_SYSTEM_PROMPT = "You are a helpful assistant."
+
+# The literal default system turn in a ChatML template; a template writes the line end as \n or as a
+# backslash and an n inside a quoted string.
+_SYSTEM_TURN = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What stands around the text of a prompt, as ids.
+
+    The prompt of a text is ``prefix + encode(lead + text) + suffix``; the response of a text is
+    ``encode(text) + [stop]``.
+
+    Attributes:
+        prefix: control and template tokens in front of the text.
+        lead: template text joined to the text before encoding (``"user\\n"``: the tokenizer may merge it
+            with what follows).
+        lead_ids: the lead alone, which stays when the text is cut.
+        suffix: control and template tokens behind the text.
+        stop: the token that ends a whole response.
+        system_prompt: text of the system turn, ``None`` when there is none.
+    """
+
+    prefix: tuple[int, ...]
+    lead: str
+    lead_ids: tuple[int, ...]
+    suffix: tuple[int, ...]
+    stop: int
+    system_prompt: str | None = None
+
+    @property
+    def overhead(self) -> int:
+        """Tokens of a prompt that are not its text."""
+        return len(self.prefix) + len(self.lead_ids) + len(self.suffix)
+
+
+class _HasTexts(Protocol):
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def response(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """Ids of one sample.
+
+    Attributes:
+        text: ids of lead and prompt text, without prefix and suffix.
+        response: ids of the response without its stop token, ``None`` for a prompt alone.
+    """
+
+    text: list[int]
+    response: list[int] | None
+
+
+def default_system_prompt(chat_template: str | None) -> str:
+    """The system prompt a model's own template falls back to; Qwen2's when there is no template.
+
+    Raises:
+        DataError: the template is not ChatML.
+    """
+    if chat_template is None:
+        return QWEN2_SYSTEM_PROMPT
+    if IM_START not in chat_template or IM_END not in chat_template:
+        raise DataError(
+            f"chat template: the tokenizer's own template is not ChatML (no {IM_START}); "
+            "use --no_chat_template and put the markup into the prompts"
+        )
+    found = _SYSTEM_TURN.search(chat_template)
+    return found.group(1) if found else ""
+
+
+def chatml_format(tokenizer: Tokenizer, system_prompt: str | None = None) -> PromptFormat:
+    """ChatML with one user turn, ready for the assistant's.
+
+    Args:
+        tokenizer: has ``<|im_start|>`` and ``<|im_end|>``.
+        system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
+
+    Raises:
+        DataError: the tokenizer has no ChatML tokens.
+    """
+    special = tokenizer.special
+    if special.turn_start is None or special.turn_end is None:
+        raise DataError(
+            f"chat template: the tokenizer has no control tokens {IM_START} and {IM_END}; "
+            "use --no_chat_template, or a tokenizer (config) that has them"
+        )
+    if system_prompt is None:
+        system_prompt = default_system_prompt(tokenizer.chat_template)
+    newline, system, user, assistant = tokenizer.encode_batch(
+        ["\n", f"system\n{system_prompt}", "user\n", "assistant\n"]
+    )
+    start, end = special.turn_start, special.turn_end
+    system_turn = (start, *system, end, *newline) if system_prompt else ()
+    return PromptFormat(
+        prefix=(*system_turn, start),
+        lead="user\n",
+        lead_ids=tuple(user),
+        suffix=(end, *newline, start, *assistant),
+        stop=end,
+        system_prompt=system_prompt or None,
+    )
+
+
+def raw_format(tokenizer: Tokenizer) -> PromptFormat:
+    """The prompt as it is, behind the tokenizer's begin-of-text token if it has one."""
+    begin = tokenizer.special.begin_of_text
+    return PromptFormat(
+        prefix=() if begin is None else (begin,),
+        lead="",
+        lead_ids=(),
+        suffix=(),
+        stop=tokenizer.special.end_of_text,
+    )
+
+
+def encode_samples(
+    tokenizer: Tokenizer, prompt_format: PromptFormat, samples: Sequence[_HasTexts]
+) -> list[EncodedSample]:
+    """Ids of every sample, in one call of the tokenizer."""
+    answered = [sample.response for sample in samples if sample.response is not None]
+    encoded = tokenizer.encode_batch([prompt_format.lead + sample.prompt for sample in samples] + answered)
+    responses = iter(encoded[len(samples) :])
+    return [
+        EncodedSample(text, None if sample.response is None else next(responses))
+        for sample, text in zip(samples, encoded, strict=False)
+    ]

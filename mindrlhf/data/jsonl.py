@@ -1,0 +1,132 @@
+"""Reads CValues comparison data, one JSON object a line, without holding the file in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mindrlhf.utils.errors import DataError
+
+PROMPT_KEY = "prompt"
+PAIR_KEYS = (PROMPT_KEY, "pos_resp", "neg_resp")
+_SHOWN_FAULTS = 10
+_READ_SIZE = 1 << 20
+
+
+class Sample(NamedTuple):
+    """One line of the file.
+
+    Attributes:
+        prompt: the user's text.
+        response: the preferred answer, ``None`` when only prompts are read.
+        line: its line number, counted from 1.
+    """
+
+    prompt: str
+    response: str | None
+    line: int
+
+
+class CValuesReader:
+    """Iterates over the samples of a CValues jsonl file.
+
+    A line has the strings ``prompt``, ``pos_resp`` and ``neg_resp``; other keys are left alone, blank
+    lines are passed over, a byte order mark at the start is tolerated.
+
+    Args:
+        path: the file.
+        prompt_only: ask for ``prompt`` alone.
+        skip_bad_lines: count bad lines and go on, instead of raising.
+
+    Raises:
+        DataError: while iterating: the file cannot be read; or a line is bad and ``skip_bad_lines`` is
+            off, in which case the rest of the file is checked too and all bad lines are named at once.
+    """
+
+    def __init__(self, path: str | Path, *, prompt_only: bool = False, skip_bad_lines: bool = False) -> None:
+        self.path = Path(path)
+        self.bad_lines = 0
+        self._keys = PAIR_KEYS[:1] if prompt_only else PAIR_KEYS
+        self._skip_bad_lines = skip_bad_lines
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yields the good lines in order."""
+        self.bad_lines = 0
+        shown: list[str] = []
+        try:
+            # Bytes, so that only \n ends a line and bad UTF-8 is a fault of its own line.
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+                        continue
+                    try:
+                        sample = self._parse(line, number)
+                    except ValueError as fault:
+                        self.bad_lines += 1
+                        if len(shown) < _SHOWN_FAULTS:
+                            shown.append(f"{self.path}:{number}: {fault}")
+                        continue
+                    if self._skip_bad_lines or not self.bad_lines:
+                        yield sample
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if self.bad_lines and not self._skip_bad_lines:
+            raise DataError(self._message(shown))
+
+    def _message(self, shown: list[str]) -> str:
+        more = f"\n  ... and {self.bad_lines - len(shown)} more" if self.bad_lines > len(shown) else ""
+        listed = "".join(f"\n  {fault}" for fault in shown)
+        noun = "line" if self.bad_lines == 1 else "lines"
+        return (
+            f"{self.bad_lines} bad {noun}:{listed}{more}\nmend the file, or pass over with --skip_bad_lines"
+        )
+
+    def _parse(self, line: bytes, number: int) -> Sample:
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 (byte {error.start} of the line)") from error
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            hint = "; one object a line is wanted" if text.lstrip().startswith("[") else ""
+            raise ValueError(f"not JSON ({error}){hint}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"a JSON {type(row).__name__}, an object is wanted")
+        values = [_string(row, key) for key in self._keys]
+        return Sample(values[0], values[1] if len(values) > 1 else None, number)
+
+
+def _string(row: dict[str, object], key: str) -> str:
+    if key not in row:
+        raise ValueError(f"key {key!r} is missing (there are {', '.join(map(repr, row)) or 'none'})"[:300])
+    value = row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} is {type(value).__name__}, a string is wanted")
+    # The rejected answer is not used, so it may be empty.
+    if key != PAIR_KEYS[2] and not value.strip():
+        raise ValueError(f"{key!r} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key!r} holds half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def count_lines(path: str | Path) -> int:
+    """Number of lines of a file, a last one without its line end included.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    lines, last = 0, b"\n"
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(_READ_SIZE):
+                lines += block.count(b"\n")
+                last = block[-1:]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return lines + (last != b"\n")

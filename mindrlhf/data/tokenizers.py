@@ -1,0 +1,166 @@
+"""What the library asks of a tokenizer, and the one place that picks a maker by path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mindrlhf.utils.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+QWEN2_SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
+
+# Where Qwen and Qwen2 cut a text before merging: contractions, words, single digits, punctuation, blanks.
+QWEN_SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The control tokens by role; ``None`` where the tokenizer has no such token.
+
+    Attributes:
+        end_of_text: ends a text that has no chat markup; the stop token of raw mode.
+        pad: fills rows.
+        begin_of_text: put in front of a raw prompt (sentencepiece models such as Llama's have one).
+        turn_start, turn_end: ChatML's ``<|im_start|>`` and ``<|im_end|>``.
+    """
+
+    end_of_text: int
+    pad: int
+    begin_of_text: int | None = None
+    turn_start: int | None = None
+    turn_end: int | None = None
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back, whatever file the vocabulary came from.
+
+    Attributes:
+        size: ids are 0 .. size - 1; a model may have more embedding rows, which are never sampled.
+        special: the control tokens by role.
+        special_tokens: text of every control token, with its id.
+        chat_template: the template text of ``tokenizer_config.json``, if there is one.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def special(self) -> SpecialIds: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+        """Ids of each text, nothing added in front or behind.
+
+        By default text that looks like a control token is encoded as ordinary text, so that no user
+        text can open or close a turn; ``parse_special=True`` turns it into the control token.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a response: the turn's end (when there is one), then the end of text."""
+    special = tokenizer.special
+    turn_end = () if special.turn_end is None else (special.turn_end,)
+    return (*turn_end, special.end_of_text)
+
+
+def load_tokenizer(
+    path: str | Path | None = None,
+    *,
+    vocab_path: str | Path | None = None,
+    merges_path: str | Path | None = None,
+    config_path: str | Path | None = None,
+) -> Tokenizer:
+    """Makes a tokenizer from files, by what they are.
+
+    Args:
+        path: a directory with ``vocab.json`` + ``merges.txt`` (or only ``tokenizer.json``), with
+            ``tokenizer_config.json`` when it is there; or a sentencepiece ``.model`` file; or a
+            ``.tiktoken`` ranks file; or a directory with one of these two.
+        vocab_path, merges_path: the two files of a byte-level BPE, in place of ``path``.
+        config_path: a ``tokenizer_config.json`` for the added tokens; without one the tokens
+            ``<|endoftext|>``, ``<|im_start|>``, ``<|im_end|>`` follow directly after the vocabulary.
+
+    Raises:
+        DataError: a file is missing, corrupt, or does not fit the others.
+    """
+    config = None if config_path is None else _existing(config_path, "tokenizer config")
+    if path is not None:
+        if vocab_path is not None or merges_path is not None:
+            raise DataError(
+                f"tokenizer: both {path} and {vocab_path or merges_path} are given; give a tokenizer path, "
+                "or a vocabulary with its merges file"
+            )
+        return _load_from_path(_existing(path, "tokenizer"), config)
+    if vocab_path is None or merges_path is None:
+        missing = "vocabulary (vocab.json)" if vocab_path is None else "merges file (merges.txt)"
+        raise DataError(f"tokenizer: no {missing} given; give both, or a tokenizer path")
+    from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
+
+    return Qwen2Tokenizer.from_vocab(
+        _existing(vocab_path, "vocabulary"), _existing(merges_path, "merges file"), config
+    )
+
+
+def _existing(path: str | Path, what: str) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such {what}")
+    return path
+
+
+def _load_from_path(path: Path, config: Path | None) -> Tokenizer:
+    if path.is_dir():
+        return _load_from_directory(path, config)
+    if path.suffix == ".model":
+        from mindrlhf.data.tokenizer_sentencepiece import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(path)
+    if path.suffix == ".tiktoken":
+        from mindrlhf.data.tokenizer_tiktoken import TiktokenTokenizer
+
+        return TiktokenTokenizer(path)
+    if path.name == "tokenizer.json":
+        from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
+
+        return Qwen2Tokenizer.from_json(path, config)
+    raise DataError(
+        f"{path}: not a tokenizer; give a directory with vocab.json and merges.txt, a sentencepiece .model, "
+        "or a .tiktoken ranks file"
+    )
+
+
+def _load_from_directory(directory: Path, config: Path | None) -> Tokenizer:
+    beside = directory / "tokenizer_config.json"
+    config = config or (beside if beside.is_file() else None)
+    vocab, merges = directory / "vocab.json", directory / "merges.txt"
+    if vocab.is_file() and merges.is_file():
+        from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
+
+        return Qwen2Tokenizer.from_vocab(vocab, merges, config)
+    singles = [directory / "tokenizer.json", *sorted(directory.glob("*.model"))]
+    singles = [file for file in [*singles, *sorted(directory.glob("*.tiktoken"))] if file.is_file()]
+    if len(singles) == 1:
+        return _load_from_path(singles[0], config)
+    found = ", ".join(file.name for file in singles) or "nothing of the kind"
+    raise DataError(
+        f"{directory}: holds no vocab.json with merges.txt, and not exactly one of tokenizer.json, *.model, "
+        f"*.tiktoken (found {found})"
+    )

@@ -1,0 +1,67 @@
+"""What stands on top of the decoder: the language-model head and the scalar head."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.dtypes import ms_dtype
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layers import empty_parameter, rows_matmul
+from mindrlhf.parallel.parameters import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
+from mindrlhf.utils.seeds import random_stream
+from mindrlhf.utils.sizes import exact_div
+
+
+class LMHead(nn.Cell):
+    """This rank's rows of the output embedding of an untied model: hidden states -> local logits."""
+
+    def __init__(self, config: ModelConfig, groups: Groups) -> None:
+        super().__init__()
+        rows = exact_div(config.vocab_size, groups.mesh.mp, "vocabulary by mp")
+        self.compute_dtype = ms_dtype(config.compute_dtype)
+        self.weight = empty_parameter((rows, config.hidden_size), ms_dtype(config.param_init_type), "weight")
+
+    def construct(self, hidden: Tensor) -> Tensor:
+        """``hidden`` (B, R, H) -> logits (B, R, V / mp)."""
+        return rows_matmul(hidden, self.weight, self.compute_dtype)
+
+
+class ScoreHead(nn.Cell):
+    """One number per position, ``w . h + b``, without an activation (checklist 15).
+
+    Every rank of a model-parallel group holds the whole head, and its hidden states are whole too, so
+    there is nothing to communicate. Kept and computed in float32: it is small and its output is a target.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = empty_parameter((1, config.hidden_size), ms.float32, "weight")
+        self.bias = empty_parameter((1,), ms.float32, "bias")
+
+    def construct(self, hidden: Tensor) -> Tensor:
+        """``hidden`` (..., H) -> (...) float32."""
+        return (rows_matmul(hidden, self.weight, ms.float32) + self.bias).squeeze(-1)
+
+
+def new_score_head(hidden_size: int, seed: int, purpose: str) -> dict[str, np.ndarray]:
+    """A fresh scalar head: weight ``N(0, 1 / sqrt(H + 1))``, bias 0 (Ziegler et al., arXiv 1909.08593).
+
+    Args:
+        hidden_size: H.
+        seed: seed of the job.
+        purpose: which head it is ("reward", "critic"), so that they differ.
+
+    Returns:
+        canonical name -> float32 array; equal on every rank.
+    """
+    weight = random_stream(seed, "score_head", purpose).normal(0.0, (hidden_size + 1) ** -0.5, (1, hidden_size))
+    return {SCORE_HEAD_WEIGHT: weight.astype(np.float32), SCORE_HEAD_BIAS: np.zeros(1, np.float32)}
+
+
+def last_token(hidden: Tensor, index: Tensor) -> Tensor:
+    """The column ``index`` (B,) of ``hidden`` (B, R, H) -> (B, H)."""
+    chosen = ops.one_hot(index, hidden.shape[1], Tensor(1.0, hidden.dtype), Tensor(0.0, hidden.dtype))
+    return (hidden * ops.expand_dims(chosen, -1)).sum(axis=1)

@@ -1,0 +1,205 @@
+"""Pieces of the generation network: sizes of one rank, products, norm, embedding, rotary positions.
+
+Weights lie ``(in, out)``: with the few rows of a decode step, that product runs at memory speed on CPU,
+``(out, in)`` several times slower. See :mod:`mindrlhf.models.infer_network` for the letters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.dtypes import ms_dtype
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.utils.sizes import exact_div
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSizes:
+    """What one rank holds of the model, and the types it computes in."""
+
+    rows: int
+    prompt_columns: int
+    columns: int
+    hidden: int
+    kv_heads: int
+    queries: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    eps: float
+    param_dtype: ms.dtype
+    compute_dtype: ms.dtype
+    norm_dtype: ms.dtype
+    softmax_dtype: ms.dtype
+    flash_attention: bool
+
+    @property
+    def slots(self) -> int:
+        """Vectors per key/value head in a fused projection: its queries, the key, the value."""
+        return self.queries + 2
+
+    @property
+    def qkv(self) -> int:
+        """Columns of the fused projection."""
+        return self.kv_heads * self.slots * self.head_dim
+
+    @property
+    def attention(self) -> int:
+        """Features of all query heads of this rank."""
+        return self.kv_heads * self.queries * self.head_dim
+
+
+def local_sizes(
+    config: ModelConfig, groups: Groups, rows: int, prompt_columns: int, columns: int
+) -> LocalSizes:
+    """Sizes of one rank of ``groups.mesh``.
+
+    Raises:
+        ValueError: heads, key/value heads, intermediate size or vocabulary do not divide by mp.
+    """
+    mp = groups.mesh.mp
+    return LocalSizes(
+        rows=rows,
+        prompt_columns=prompt_columns,
+        columns=columns,
+        hidden=config.hidden_size,
+        kv_heads=exact_div(config.n_kv_heads, mp, "key/value heads by mp"),
+        queries=config.queries_per_kv_head,
+        head_dim=config.head_dim,
+        intermediate=exact_div(config.intermediate_size, mp, "intermediate size by mp"),
+        vocab=exact_div(config.vocab_size, mp, "vocabulary by mp"),
+        eps=config.rms_norm_eps,
+        param_dtype=ms_dtype(config.param_init_type),
+        compute_dtype=ms_dtype(config.compute_dtype),
+        norm_dtype=ms_dtype(config.layernorm_compute_type),
+        softmax_dtype=ms_dtype(config.softmax_compute_type),
+        flash_attention=config.use_flash_attention and ms.get_context("device_target") == "Ascend",
+    )
+
+
+class Linear(nn.Cell):
+    """``y = x W + b`` on rows ``x`` (n, in), with ``W`` stored (in, out)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, sizes: LocalSizes, name: str, *, has_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.dtype = sizes.compute_dtype
+        self.has_bias = has_bias
+        self.weight = frozen_parameter((inputs, outputs), sizes.param_dtype, f"{name}.weight")
+        if has_bias:
+            self.bias = frozen_parameter((outputs,), sizes.param_dtype, f"{name}.bias")
+        self.matmul = ops.MatMul()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (n, in) -> (n, out)."""
+        y = self.matmul(x, ops.cast(self.weight, self.dtype))
+        if self.has_bias:
+            y = y + ops.cast(self.bias, self.dtype)
+        return y
+
+
+class RMSNorm(nn.Cell):
+    """``x / sqrt(mean(x^2) + eps) * g`` over the last axis (arXiv 1910.07467)."""
+
+    def __init__(self, sizes: LocalSizes, name: str) -> None:
+        super().__init__()
+        self.dtype = sizes.norm_dtype
+        self.out_dtype = sizes.compute_dtype
+        self.eps = sizes.eps
+        self.weight = frozen_parameter((sizes.hidden,), sizes.param_dtype, f"{name}.weight")
+        self.mean = ops.ReduceMean(keep_dims=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (n, H) -> (n, H)."""
+        x = ops.cast(x, self.dtype)
+        normed = x * ops.rsqrt(self.mean(ops.square(x), -1) + self.eps)
+        return ops.cast(normed * ops.cast(self.weight, self.dtype), self.out_dtype)
+
+
+class Embedding(nn.Cell):
+    """Looks ids up in this rank's rows of the vocabulary and adds up over the group.
+
+    With tied weights the only copy is the (H, V / mp) matrix that the output projection multiplies by;
+    looking up its columns costs a small part of a prefill, a second copy would cost V * H / mp numbers.
+    """
+
+    def __init__(self, sizes: LocalSizes, groups: Groups, *, tied: bool) -> None:
+        super().__init__()
+        self.tied = tied
+        self.dtype = sizes.compute_dtype
+        shape = (sizes.hidden, sizes.vocab) if tied else (sizes.vocab, sizes.hidden)
+        self.weight = frozen_parameter(shape, sizes.param_dtype, "infer.embedding.weight")
+        self.rows = sizes.vocab
+        self.first = groups.mp_index * sizes.vocab
+        self.split = groups.mp_group is not None
+        self.all_reduce = ops.AllReduce(group=groups.mp_group) if self.split else None
+
+    def construct(self, ids: Tensor) -> Tensor:
+        """``ids`` (n,) int32 -> (n, H)."""
+        if not self.split:
+            return self._rows(ids)
+        local = ids - self.first
+        held = ops.logical_and(local >= 0, local < self.rows)
+        x = self._rows(ops.clip_by_value(local, 0, self.rows - 1))
+        return self.all_reduce(x * ops.expand_dims(ops.cast(held, self.dtype), 1))
+
+    def _rows(self, local: Tensor) -> Tensor:
+        if self.tied:
+            x = ops.transpose(ops.gather(self.weight, local, 1), (1, 0))
+        else:
+            x = ops.gather(self.weight, local, 0)
+        return ops.cast(x, self.dtype)
+
+
+class Rotary(nn.Cell):
+    """Rotary position embedding of whole fused rows, half-split pairing as in GPT-NeoX and Qwen2.
+
+    ``x cos + (x R) sin`` with R the matrix that maps (a, b) to (-b, a) (arXiv 2104.09864). The tables
+    hold, per position, cos and sin for every slot of a fused row: scaled by 1/sqrt(D) for queries (the
+    scale of the scores), plain for keys, and 1 and 0 for values, which stay as they are.
+    """
+
+    def __init__(self, sizes: LocalSizes, theta: float) -> None:
+        super().__init__()
+        cos, sin = rotary_tables(sizes, theta)
+        self.cos = Tensor(cos, sizes.compute_dtype)
+        self.sin = Tensor(sin, sizes.compute_dtype)
+        half = np.eye(sizes.head_dim // 2, dtype=np.float32)
+        zero = np.zeros_like(half)
+        self.turn = Tensor(np.block([[zero, half], [-half, zero]]), sizes.compute_dtype)
+        self.head_dim = sizes.head_dim
+        self.matmul = ops.MatMul()
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """``positions`` (n,) int32 -> cos and sin of fused rows, (n, qkv) each."""
+        return ops.gather(self.cos, positions, 0), ops.gather(self.sin, positions, 0)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x``, ``cos``, ``sin`` (n, qkv) -> (n, qkv)."""
+        turned = self.matmul(ops.reshape(x, (-1, self.head_dim)), self.turn)
+        return x * cos + ops.reshape(turned, x.shape) * sin
+
+
+def rotary_tables(sizes: LocalSizes, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position and every slot of a fused row, (S, qkv) float32 each."""
+    size = sizes.head_dim
+    frequencies = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+    angles = np.outer(np.arange(sizes.columns), np.concatenate([frequencies, frequencies]))[:, None]
+    scale = np.r_[np.full(sizes.queries, size**-0.5), 1.0][:, None]
+    value = np.zeros((sizes.columns, 1, size))
+    cos = np.concatenate([np.cos(angles) * scale, value + 1.0], axis=1).reshape(sizes.columns, -1)
+    sin = np.concatenate([np.sin(angles) * scale, value], axis=1).reshape(sizes.columns, -1)
+    repeat = (1, sizes.kv_heads)
+    return np.tile(cos, repeat).astype(np.float32), np.tile(sin, repeat).astype(np.float32)
+
+
+def frozen_parameter(shape: tuple[int, ...], dtype: ms.dtype, name: str) -> Parameter:
+    """A frozen parameter of zeros, to be loaded."""
+    return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)

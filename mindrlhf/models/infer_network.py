@@ -1,0 +1,237 @@
+"""The Qwen2 decoder in the form generation wants: fused weights, KV cache, a few large operations.
+
+It computes what the training network computes, with another storage. Weights lie ``(in, out)``: with the
+few rows of a decode step, that product runs at memory speed on CPU, ``(out, in)`` several times slower.
+Query, key and value of one key/value head lie together, ``[q .. q | k | v]`` (called slots: G + 2 of them
+for G queries a key/value head), so that one product, one rotation and one split serve a layer.
+:mod:`mindrlhf.models.infer_weights` maps the canonical parameters to this storage and back.
+
+Letters: B rows, P prompt columns, S cache columns, H hidden, D head size, N key/value heads of this
+rank, G queries per key/value head, I intermediate size of this rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.infer_layers import (
+    Embedding,
+    Linear,
+    LocalSizes,
+    RMSNorm,
+    Rotary,
+    frozen_parameter,
+)
+from mindrlhf.models.kv_cache import KVCache
+from mindrlhf.parallel.groups import Groups
+
+# Finite, so that a row whose keys are all masked (a pad position as query) gets a mean, not a NaN.
+_MASKED_SCORE = -1.0e30
+
+# Queries of a prefill go through attention in blocks: bounds the scores and skips keys that lie ahead.
+_QUERY_BLOCK = 512
+
+
+class FusedLayer(nn.Cell):
+    """One decoder layer with its cache, for a whole prompt (``prefill``) or one column (``decode``)."""
+
+    def __init__(
+        self, config: ModelConfig, sizes: LocalSizes, groups: Groups, rotary: Rotary, name: str
+    ) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.attention_norm = RMSNorm(sizes, f"{name}.attention_norm")
+        self.qkv = Linear(sizes.hidden, sizes.qkv, sizes, f"{name}.qkv", has_bias=config.qkv_has_bias)
+        self.out = Linear(sizes.attention, sizes.hidden, sizes, f"{name}.out")
+        self.ffn_norm = RMSNorm(sizes, f"{name}.ffn_norm")
+        self.gate_up = Linear(sizes.hidden, 2 * sizes.intermediate, sizes, f"{name}.gate_up")
+        self.down = Linear(sizes.intermediate, sizes.hidden, sizes, f"{name}.down")
+        self.rotary = rotary
+        self.cache = KVCache(
+            sizes.rows, sizes.kv_heads, sizes.columns, sizes.head_dim, sizes.compute_dtype, f"{name}.cache"
+        )
+        self.attend = PrefillAttention(sizes)
+        self.split_gate = ops.Split(axis=1, output_num=2)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+        self.all_reduce = ops.AllReduce(group=groups.mp_group) if groups.mp_group is not None else None
+        self.split = groups.mp_group is not None
+
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+        """One column.
+
+        Args:
+            x: (B, H).
+            cos, sin: (B, qkv).
+            rows: cache rows of the column, (B * N,).
+            mask: 0 where a key may be seen, else a large negative number, (B * N, G, S).
+        """
+        sizes = self.sizes
+        fused = self.rotary(self.qkv(self.attention_norm(x)), cos, sin)
+        fused = ops.reshape(fused, (-1, sizes.slots, sizes.head_dim))
+        heads = sizes.rows * sizes.kv_heads
+        queries = ops.slice(fused, (0, 0, 0), (heads, sizes.queries, sizes.head_dim))
+        new_key = ops.slice(fused, (0, sizes.queries, 0), (heads, 1, sizes.head_dim))
+        new_value = ops.slice(fused, (0, sizes.queries + 1, 0), (heads, 1, sizes.head_dim))
+        keys, values = self.cache.write(
+            rows, ops.reshape(new_key, (heads, -1)), ops.reshape(new_value, (heads, -1))
+        )
+        scores = ops.cast(self.scores(queries, keys), sizes.softmax_dtype) + mask
+        weights = ops.cast(self.softmax(scores), sizes.compute_dtype)
+        mixed = ops.reshape(self.mix(weights, values), (-1, sizes.attention))
+        return self._feed_forward(x + self._sum(self.out(mixed)))
+
+    def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """All prompt columns, which also become the cache.
+
+        Args:
+            x: (B * P, H).
+            cos, sin: (B * P, qkv).
+            mask: True where the key column belongs to the prompt, (B, P) bool.
+        """
+        sizes = self.sizes
+        fused = self.rotary(self.qkv(self.attention_norm(x)), cos, sin)
+        grid = (sizes.rows, sizes.prompt_columns, sizes.kv_heads, sizes.slots, sizes.head_dim)
+        fused = ops.transpose(ops.reshape(fused, grid), (0, 2, 3, 1, 4))
+        queries, keys, values = ops.split(fused, [sizes.queries, 1, 1], 2)
+        shape = (sizes.rows * sizes.kv_heads, sizes.prompt_columns, sizes.head_dim)
+        keys, values = ops.reshape(keys, shape), ops.reshape(values, shape)
+        self.cache.fill(keys, values)
+        mixed = self.attend(queries, keys, values, mask)
+        return self._feed_forward(x + self._sum(self.out(mixed)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """``x + down(silu(gate) * up)`` (SwiGLU, arXiv 2002.05202)."""
+        gate, up = self.split_gate(self.gate_up(self.ffn_norm(x)))
+        return x + self._sum(self.down(gate * ops.sigmoid(gate) * up))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Adds the partial products of the ranks."""
+        if self.split:
+            return self.all_reduce(x)
+        return x
+
+
+class PrefillAttention(nn.Cell):
+    """Causal attention over left-padded prompts."""
+
+    def __init__(self, sizes: LocalSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.blocks = tuple(
+            (first, min(first + _QUERY_BLOCK, sizes.prompt_columns))
+            for first in range(0, sizes.prompt_columns, _QUERY_BLOCK)
+        )
+        columns = np.arange(sizes.prompt_columns)
+        self.causal = Tensor((columns[None, :] <= columns[:, None])[None, None])
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+
+    def construct(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Scaled ``queries`` (B, N, G, P, D), ``keys`` and ``values`` (B * N, P, D), ``mask`` (B, P) bool.
+
+        Returns:
+            (B * P, N * G * D).
+        """
+        sizes = self.sizes
+        visible = ops.logical_and(self.causal, ops.reshape(mask, (sizes.rows, 1, 1, -1)))
+        if sizes.flash_attention:
+            mixed = self._flash(queries, keys, values, visible)
+        else:
+            parts = []
+            for first, last in self.blocks:
+                parts.append(self._block(queries, keys, values, visible, first, last))
+            mixed = parts[0] if len(parts) == 1 else ops.concat(parts, 3)
+        return ops.reshape(ops.transpose(mixed, (0, 3, 1, 2, 4)), (-1, sizes.attention))
+
+    def _block(
+        self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, first: int, last: int
+    ) -> Tensor:
+        """Queries of columns ``first`` .. ``last - 1`` against keys up to them -> (B, N, G, last - first, D)."""
+        sizes = self.sizes
+        size = last - first
+        heads = sizes.rows * sizes.kv_heads
+        bias = (
+            ops.cast(ops.logical_not(visible[:, :, first:last, :last]), sizes.softmax_dtype) * _MASKED_SCORE
+        )
+        rows = ops.reshape(queries[:, :, :, first:last], (heads, sizes.queries * size, sizes.head_dim))
+        scores = ops.cast(self.scores(rows, keys[:, :last]), sizes.softmax_dtype)
+        scores = ops.reshape(scores, (sizes.rows, -1, size, last)) + bias
+        weights = ops.cast(self.softmax(scores), sizes.compute_dtype)
+        mixed = self.mix(ops.reshape(weights, (heads, -1, last)), values[:, :last])
+        return ops.reshape(mixed, (sizes.rows, sizes.kv_heads, sizes.queries, size, sizes.head_dim))
+
+    def _flash(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """The same by Ascend's fused kernel, whose mask is True where a key must NOT be seen."""
+        sizes = self.sizes
+        heads = sizes.kv_heads * sizes.queries
+        by_head = (sizes.rows, sizes.kv_heads, sizes.prompt_columns, sizes.head_dim)
+        mixed = ops.flash_attention_score(
+            ops.reshape(queries, (sizes.rows, heads, sizes.prompt_columns, sizes.head_dim)),
+            ops.reshape(keys, by_head),
+            ops.reshape(values, by_head),
+            head_num=heads,
+            attn_mask=ops.logical_not(visible),
+            scalar_value=1.0,
+            input_layout="BNSD",
+        )
+        return ops.reshape(mixed, queries.shape)
+
+
+class FusedDecoder(nn.Cell):
+    """All parameters and caches, and the two passes over them; both give the last column's logits."""
+
+    def __init__(self, config: ModelConfig, sizes: LocalSizes, groups: Groups) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.tied = config.tie_word_embeddings
+        self.embedding = Embedding(sizes, groups, tied=self.tied)
+        self.rotary = Rotary(sizes, config.theta)
+        self.layers = nn.CellList(
+            [
+                FusedLayer(config, sizes, groups, self.rotary, f"infer.layers.{index}")
+                for index in range(config.num_layers)
+            ]
+        )
+        self.norm = RMSNorm(sizes, "infer.norm")
+        if not self.tied:
+            self.head = frozen_parameter((sizes.hidden, sizes.vocab), sizes.param_dtype, "infer.head.weight")
+        self.matmul = ops.MatMul()
+        self.cache_columns = Tensor(np.arange(sizes.columns, dtype=np.int32)[None])
+        self.prompt_columns = Tensor(np.arange(sizes.prompt_columns, dtype=np.int32)[None])
+
+    def prefill(self, prompt_ids: Tensor, starts: Tensor) -> Tensor:
+        """``prompt_ids`` (B, P), ``starts`` (B,) first real column of each row -> logits (B, V / mp)."""
+        sizes = self.sizes
+        offsets = self.prompt_columns - ops.expand_dims(starts, 1)
+        positions = ops.reshape(ops.relu(offsets), (-1,))
+        cos, sin = self.rotary.angles(positions)
+        x = self.embedding(ops.reshape(prompt_ids, (-1,)))
+        for layer in self.layers:
+            x = layer.prefill(x, cos, sin, offsets >= 0)
+        x = ops.reshape(x, (sizes.rows, sizes.prompt_columns, sizes.hidden))[:, -1]
+        return self._logits(x)
+
+    def decode(self, tokens: Tensor, column: Tensor, starts: Tensor) -> Tensor:
+        """``tokens`` (B,) stand at ``column`` (scalar int32) -> logits of the next token (B, V / mp)."""
+        sizes = self.sizes
+        cos, sin = self.rotary.angles(column - starts)
+        hidden = ops.logical_or(self.cache_columns < ops.expand_dims(starts, 1), self.cache_columns > column)
+        bias = ops.cast(hidden, sizes.softmax_dtype) * _MASKED_SCORE
+        # Spelled out in full once a step: adding equal shapes is far cheaper than broadcasting, and there
+        # is one addition a layer.
+        mask = ops.tile(bias, (1, sizes.kv_heads * sizes.queries))
+        mask = ops.reshape(mask, (-1, sizes.queries, sizes.columns))
+        rows = self.layers[0].cache.rows(column)
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer.decode(x, cos, sin, rows, mask)
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        head = self.embedding.weight if self.tied else self.head
+        return self.matmul(self.norm(x), ops.cast(head, self.sizes.compute_dtype))

@@ -1,0 +1,164 @@
+"""Networks over whole sequences: the policy that is trained, the critic, and the reward model.
+
+They all take a batch of prompt + response rows, T = P + R, prompts left-padded, and look at response
+columns only: the logits that predict response token ``t`` stand in column ``P - 1 + t`` (checklist 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.decoder import Qwen2Decoder
+from mindrlhf.models.heads import LMHead, ScoreHead, last_token
+from mindrlhf.parallel.collectives import CopyToGroup
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layers import VocabParallelLogProbs, rows_matmul
+from mindrlhf.parallel.layout import Layout
+from mindrlhf.parallel.parameters import parameter_layouts
+
+
+class SequenceModel(nn.Cell):
+    """What the three networks share: sizes, layouts, loading and giving back this rank's shards."""
+
+    def __init__(self, config: ModelConfig, groups: Groups, *, lm_head: bool, score_head: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.groups = groups
+        self.layouts: dict[str, Layout] = parameter_layouts(
+            config, groups.mesh, lm_head=lm_head, score_head=score_head
+        )
+        self.model = Qwen2Decoder(config, groups)
+        if lm_head and not config.tie_word_embeddings:
+            self.lm_head = LMHead(config, groups)
+        if score_head:
+            self.score_head = ScoreHead(config)
+
+    def load(self, shards: Mapping[str, np.ndarray]) -> None:
+        """Puts this rank's shards in place.
+
+        Args:
+            shards: canonical name -> array of the layout's local shape, exactly the model's names.
+
+        Raises:
+            ValueError: names or shapes differ; the message lists every one.
+        """
+        parameters = self.parameters_dict()
+        faults = [f"{name}: not given" for name in parameters.keys() - shards.keys()]
+        faults += [f"{name}: not in the model" for name in shards.keys() - parameters.keys()]
+        faults += [
+            f"{name}: shape {tuple(shards[name].shape)}, expected {tuple(parameters[name].shape)}"
+            for name in parameters.keys() & shards.keys()
+            if tuple(shards[name].shape) != tuple(parameters[name].shape)
+        ]
+        if faults:
+            raise ValueError("these shards do not fit the model:\n  " + "\n  ".join(sorted(faults)))
+        for name, parameter in parameters.items():
+            parameter.set_data(Tensor(np.ascontiguousarray(shards[name])).astype(parameter.dtype))
+
+    def shards(self, names: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """This rank's shards by canonical name, in model order; all of them or those in ``names``."""
+        parameters = self.parameters_dict()
+        for name in self.layouts:
+            if names is None or name in names:
+                yield name, parameters[name].asnumpy()
+
+
+class PPOModelTrain(SequenceModel):
+    """The policy under training: log-probs and entropy of response tokens, and values when it is the critic too.
+
+    Args:
+        config: model sizes; the layout comes from ``groups.mesh``.
+        groups: this rank's groups in the train mesh.
+        prompt_length: P.
+        temperature: the rollout's; it divides the logits of old, new and reference log-probs alike.
+        valid_vocab_size: ids from here on have probability 0.
+        value_head: whether the backbone is shared with a value head.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: Groups,
+        *,
+        prompt_length: int,
+        temperature: float,
+        valid_vocab_size: int,
+        value_head: bool = False,
+    ) -> None:
+        super().__init__(config, groups, lm_head=True, score_head=value_head)
+        self.prompt_length = prompt_length
+        self.inverse_temperature = 1.0 / temperature
+        self.tied = config.tie_word_embeddings
+        self.value_head = value_head
+        self.compute_dtype = self.model.compute_dtype
+        self.copy_to_group = CopyToGroup(groups.mp_group)
+        self.log_probs = VocabParallelLogProbs(config.vocab_size, groups, valid_vocab_size=valid_vocab_size)
+
+    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, entropy and values of the response columns.
+
+        Args:
+            tokens: (B, T) int32.
+            valid: (B, T) int32, 1 on real tokens.
+            position_ids: (B, T) int32.
+
+        Returns:
+            three (B, R) float32: log-prob of each response token, entropy of the distribution it was
+            drawn from, value before it (zeros without a value head).
+        """
+        hidden = self.model(tokens, valid, position_ids)
+        before_response = hidden[:, self.prompt_length - 1 : -1]
+        logits = self.logits(before_response)
+        logprobs, entropy = self.log_probs(logits, tokens[:, self.prompt_length :])
+        values = self.score_head(before_response) if self.value_head else logprobs * 0.0
+        return logprobs, entropy, values
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's logits over the temperature: (B, R, H) -> (B, R, V / mp)."""
+        hidden = self.copy_to_group(hidden)
+        if self.tied:
+            logits = rows_matmul(hidden, self.model.tok_embeddings.embedding_weight, self.compute_dtype)
+        else:
+            logits = self.lm_head(hidden)
+        return logits.astype(ms.float32) * self.inverse_temperature
+
+
+class CriticModel(SequenceModel):
+    """A separate critic: the value before each response token."""
+
+    def __init__(self, config: ModelConfig, groups: Groups, *, prompt_length: int) -> None:
+        super().__init__(config, groups, lm_head=False, score_head=True)
+        self.prompt_length = prompt_length
+
+    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
+        """(B, T) int32 each -> values (B, R) float32; see :class:`PPOModelTrain`."""
+        hidden = self.model(tokens, valid, position_ids)
+        return self.score_head(hidden[:, self.prompt_length - 1 : -1])
+
+
+class RewardModel(SequenceModel):
+    """One score per sequence, read at its last real token (InstructGPT, arXiv 2203.02155)."""
+
+    def __init__(self, config: ModelConfig, groups: Groups, *, prompt_length: int) -> None:
+        super().__init__(config, groups, lm_head=False, score_head=True)
+        self.prompt_length = prompt_length
+
+    def construct(
+        self, tokens: Tensor, valid: Tensor, position_ids: Tensor, response_lengths: Tensor
+    ) -> Tensor:
+        """Scores of sequences cut after their first stop token.
+
+        Args:
+            tokens, valid, position_ids: (B, T) int32; ``valid`` is 0 after the cut.
+            response_lengths: (B,) int32, real response tokens, at least 1.
+
+        Returns:
+            (B,) float32.
+        """
+        hidden = self.model(tokens, valid, position_ids)[:, self.prompt_length :]
+        return self.score_head(last_token(hidden, response_lengths - 1))

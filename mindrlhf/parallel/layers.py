@@ -1,0 +1,192 @@
+"""Tensor-parallel layers: each holds its own shard and talks to its model-parallel group.
+
+Split as in Megatron-LM (arXiv 1909.08053, section 3). Weights are stored ``(out, in)`` under
+MindFormers' names. A cell is built from full sizes; what it holds follows from ``groups.mesh``.
+Parameters start at zero and are meant to be loaded; nothing allocates a full tensor.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+from mindrlhf.parallel.collectives import CopyToGroup, GroupMax, ReduceFromGroup
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.utils.sizes import exact_div
+
+
+def empty_parameter(shape: tuple[int, ...], dtype: ms.dtype, name: str) -> Parameter:
+    """A parameter of zeros, to be overwritten by a checkpoint."""
+    return Parameter(initializer("zeros", shape, dtype), name=name)
+
+
+class ColumnParallelLinear(nn.Cell):
+    """``y = x W^T + b`` with the rows of ``W`` (output features) split over the group.
+
+    Args:
+        in_features, out_features: full sizes; ``out_features`` must divide by mp.
+        groups: the rank's groups.
+        has_bias: whether there is a bias (split like the rows).
+        compute_dtype: type of the product.
+        param_dtype: type of the stored parameters.
+
+    Inputs: ``(..., in_features)``, equal on all ranks of the group, already passed through
+    :class:`CopyToGroup` (one copy serves several projections of one input).
+    Outputs: ``(..., out_features / mp)``, this rank's features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        groups: Groups,
+        *,
+        has_bias: bool,
+        compute_dtype: ms.dtype,
+        param_dtype: ms.dtype,
+    ) -> None:
+        super().__init__()
+        local_out = exact_div(out_features, groups.mesh.mp, "output features by mp")
+        self.has_bias = has_bias
+        self.compute_dtype = compute_dtype
+        self.weight = empty_parameter((local_out, in_features), param_dtype, "weight")
+        if has_bias:
+            self.bias = empty_parameter((local_out,), param_dtype, "bias")
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (..., in_features) -> (..., out_features / mp)."""
+        y = rows_matmul(x, self.weight, self.compute_dtype)
+        if self.has_bias:
+            y = y + ops.cast(self.bias, self.compute_dtype)
+        return y
+
+
+class RowParallelLinear(nn.Cell):
+    """``y = x W^T`` with the columns of ``W`` (input features) split over the group.
+
+    Inputs: ``(..., in_features / mp)``, this rank's features.
+    Outputs: ``(..., out_features)``, equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        groups: Groups,
+        *,
+        compute_dtype: ms.dtype,
+        param_dtype: ms.dtype,
+    ) -> None:
+        super().__init__()
+        local_in = exact_div(in_features, groups.mesh.mp, "input features by mp")
+        self.compute_dtype = compute_dtype
+        self.weight = empty_parameter((out_features, local_in), param_dtype, "weight")
+        self.reduce = ReduceFromGroup(groups.mp_group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (..., in_features / mp) -> (..., out_features)."""
+        return self.reduce(rows_matmul(x, self.weight, self.compute_dtype))
+
+
+class VocabParallelEmbedding(nn.Cell):
+    """Embedding table with its rows (the vocabulary) split over the group.
+
+    Each rank looks up the ids it holds and gives zeros for the others; the sum over the group is the
+    embedding.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, groups: Groups, *, param_dtype: ms.dtype) -> None:
+        super().__init__()
+        self.rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
+        self.first = groups.mp_index * self.rows
+        self.split = groups.mesh.mp > 1
+        self.embedding_weight = empty_parameter((self.rows, hidden_size), param_dtype, "embedding_weight")
+        self.reduce = ReduceFromGroup(groups.mp_group)
+
+    def construct(self, ids: Tensor) -> Tensor:
+        """Token ``ids`` (B, T) int32 in [0, vocab) -> (B, T, H)."""
+        if not self.split:
+            return ops.gather(self.embedding_weight, ids, 0)
+        local, held = local_ids(ids, self.first, self.rows)
+        rows = ops.gather(self.embedding_weight, local, 0)
+        return self.reduce(rows * ops.expand_dims(ops.cast(held, rows.dtype), -1))
+
+
+class VocabParallelLogProbs(nn.Cell):
+    """Log-probability of given tokens, and entropy, from logits whose vocabulary is split over the group.
+
+    No rank sees another's logits: the maximum, the sum of exponentials and the chosen logit are the
+    only things exchanged. Computed in float32 whatever the type of the logits (checklist 1).
+
+    Args:
+        vocab_size: full number of logits, padded rows included.
+        groups: the rank's groups.
+        valid_vocab_size: ids from here on are padding of the vocabulary: they have probability 0
+            (checklist 5).
+        with_entropy: whether to compute the entropy; zeros otherwise.
+    """
+
+    def __init__(
+        self, vocab_size: int, groups: Groups, *, valid_vocab_size: int, with_entropy: bool = True
+    ) -> None:
+        super().__init__()
+        self.rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
+        self.first = groups.mp_index * self.rows
+        self.with_entropy = with_entropy
+        self.has_padding = self.first + self.rows > valid_vocab_size
+        ids = ms.numpy.arange(self.first, self.first + self.rows)
+        self.padding_bias = ops.cast(ids >= valid_vocab_size, ms.float32) * PADDED_LOGIT
+        self.group_max = GroupMax(groups.mp_group)
+        self.reduce = ReduceFromGroup(groups.mp_group)
+
+    def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Local ``logits`` (B, R, V / mp), ``tokens`` (B, R) -> log-probs (B, R), entropy (B, R), float32."""
+        logits = ops.cast(logits, ms.float32)
+        if self.has_padding:
+            logits = logits + self.padding_bias
+        shifted = logits - ops.expand_dims(self.group_max(logits.max(axis=-1)), -1)
+        exp = ops.exp(shifted)
+        total = self.reduce(exp.sum(axis=-1))
+        log_total = ops.log(total)
+        local, held = local_ids(tokens, self.first, self.rows)
+        chosen = ops.gather_elements(shifted, 2, ops.expand_dims(local, -1)).squeeze(-1)
+        logprobs = self.reduce(chosen * ops.cast(held, ms.float32)) - log_total
+        if self.with_entropy:
+            entropy = log_total - self.reduce((exp * shifted).sum(axis=-1)) / total
+        else:
+            entropy = ops.zeros_like(logprobs)
+        return logprobs, entropy
+
+
+PADDED_LOGIT = -1.0e9
+"""Added to the logits of ids that no tokenizer makes: their exponential is exactly 0 in float32, and 0 times
+it stays 0 in the entropy, which minus infinity would not."""
+
+
+def rows_matmul(x: Tensor, weight: Tensor, dtype: ms.dtype) -> Tensor:
+    """``x`` (..., in) times ``weight`` (out, in) transposed, as one two-dimensional product in ``dtype``."""
+    shape = x.shape
+    flat = ops.cast(x.reshape((-1, shape[-1])), dtype)
+    product = ops.MatMul(transpose_b=True)(flat, ops.cast(weight, dtype))
+    return product.reshape((*shape[:-1], weight.shape[0]))
+
+
+def local_ids(ids: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Ids as row numbers of the shard ``first .. first + rows - 1`` (clipped), and which of them it holds."""
+    local = ids - first
+    held = ops.logical_and(local >= 0, local < rows)
+    return ops.clip_by_value(local, 0, rows - 1), held
+
+
+__all__ = [
+    "PADDED_LOGIT",
+    "ColumnParallelLinear",
+    "CopyToGroup",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "VocabParallelLogProbs",
+    "empty_parameter",
+    "local_ids",
+    "rows_matmul",
+]

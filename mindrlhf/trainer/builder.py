@@ -1,0 +1,187 @@
+"""Builds the models of a job, each on its own mesh, and fills them from the checkpoints given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
+from mindrlhf.models.heads import new_score_head
+from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
+from mindrlhf.models.train import CriticModel, PPOModelTrain, RewardModel, SequenceModel
+from mindrlhf.parallel.groups import Groups, create_groups
+from mindrlhf.parallel.layout import Layout, Mesh
+from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD, parameter_layouts
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightPaths:
+    """Where the weights of each model come from, as given on the command line.
+
+    Each is a full ``.ckpt`` / ``.safetensors`` file, a Hugging Face directory or a directory with
+    ``rank_0/ rank_1/ ...``.
+    """
+
+    infer: Path | None = None
+    train: Path | None = None
+    ref: Path | None = None
+    reward: Path | None = None
+    critic: Path | None = None
+
+    def checked(self) -> WeightPaths:
+        """The paths with what is not given filled in; refuses paths that are not there.
+
+        The policy's two models stand in for each other, and the policy for the reference. A critic
+        starts from the reward model (checklist 15). Reward model and critic stay ``None`` when neither
+        is given: they then start from the policy with a fresh head.
+
+        Raises:
+            MindRLHFError: no policy weights at all, or a path does not exist.
+        """
+        missing = [
+            f"{field.name}: {path}" for field in fields(self) if (path := getattr(self, field.name)) and not path.exists()
+        ]
+        if missing:
+            raise MindRLHFError("these checkpoints do not exist:\n  " + "\n  ".join(missing))
+        policy = self.train or self.infer
+        if policy is None:
+            raise MindRLHFError(
+                "no policy weights: pass --load_sft_checkpoint_train and/or --load_sft_checkpoint_infer"
+            )
+        infer = self.infer or policy
+        return WeightPaths(infer, policy, self.ref or infer, self.reward, self.critic or self.reward)
+
+
+def mesh_of(config: RunConfig) -> Mesh:
+    """The mesh that a YAML asks for."""
+    return Mesh(config.parallel.data_parallel, config.parallel.model_parallel)
+
+
+def job_layouts(job: JobConfig) -> dict[str, dict[str, Layout]]:
+    """Layouts of every model of a job by the model's name in strategy files; needs neither device nor weights."""
+    shared = job.ppo.critic == "shared"
+    layouts = {
+        "infer_policy": parameter_layouts(job.infer.model, mesh_of(job.infer)),
+        "train_policy": parameter_layouts(job.train.model, mesh_of(job.train), score_head=shared),
+        "ref": parameter_layouts(job.infer.model, mesh_of(job.infer)),
+    }
+    for name, config in (("reward", job.reward), ("critic", job.critic)):
+        layouts[name] = parameter_layouts(config.model, mesh_of(config), lm_head=False, score_head=True)
+    return layouts
+
+
+@dataclass(frozen=True)
+class PPOModels:
+    """All models of a job on this rank."""
+
+    infer: PPOModelInfer
+    train: PPOModelTrain
+    ref: PPOModelTrain
+    reward: RewardModel
+    critic: CriticModel | None  # None: the train policy's backbone is shared
+
+
+def build_models(job: JobConfig, weights: WeightPaths, rank: int) -> PPOModels:
+    """Builds and fills every model; every rank must call it, in step.
+
+    Args:
+        job: the checked configuration.
+        weights: where weights come from.
+        rank: this worker.
+
+    Raises:
+        CheckpointError: a checkpoint's names or shapes do not fit its model.
+    """
+    weights = weights.checked()
+    ppo = job.ppo
+    shared = ppo.critic == "shared"
+    groups = {name: create_groups(mesh_of(config), rank) for name, config in job_runs(job).items()}
+    infer = build_infer(job, groups["infer"])
+    train = _policy(job.train, groups["train"], ppo, value_head=shared)
+    ref = _policy(job.infer, groups["infer"], ppo)
+    reward = RewardModel(job.reward.model, groups["reward"], prompt_length=ppo.max_prompt_length)
+    critic = None
+    if not shared:
+        critic = CriticModel(job.critic.model, groups["critic"], prompt_length=ppo.max_prompt_length)
+
+    infer.load(_shards(weights.infer, infer.layouts, rank, "infer policy"))
+    _fill(train, weights.train, ppo.seed, rank, "train policy", "critic")
+    _fill(ref, weights.ref, ppo.seed, rank, "reference")
+    _fill(reward, weights.reward or weights.infer, ppo.seed, rank, "reward model", "reward")
+    if critic is not None:
+        _fill(critic, weights.critic or weights.train, ppo.seed, rank, "critic", "critic")
+    return PPOModels(infer, train, ref, reward, critic)
+
+
+def job_runs(job: JobConfig) -> dict[str, RunConfig]:
+    """The YAMLs of a job by role."""
+    return {"infer": job.infer, "train": job.train, "reward": job.reward, "critic": job.critic}
+
+
+def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:
+    """The generating policy, without weights."""
+    ppo = job.ppo
+    generation = GenerationConfig(
+        max_prompt_length=ppo.max_prompt_length,
+        max_response_length=ppo.max_response_length,
+        temperature=ppo.temperature,
+        top_k=ppo.top_k,
+        top_p=ppo.top_p,
+        do_sample=ppo.do_sample,
+        stop_token_ids=ppo.stop_token_ids,
+        pad_token_id=ppo.pad_token_id,
+        valid_vocab_size=valid_vocab_size(job),
+    )
+    rows = ppo.rollout_batch_size // groups.mesh.dp
+    return PPOModelInfer(
+        job.infer.model,
+        groups,
+        generation,
+        batch_size=ppo.generation_batch_size or rows,
+        decode_steps_per_call=ppo.decode_steps_per_call,
+    )
+
+
+def valid_vocab_size(job: JobConfig) -> int:
+    """Ids that can be sampled; the rest of the vocabulary is padding."""
+    return job.ppo.valid_vocab_size or job.infer.model.vocab_size
+
+
+def _policy(config: RunConfig, groups: Groups, ppo: PPOConfig, *, value_head: bool = False) -> PPOModelTrain:
+    return PPOModelTrain(
+        config.model,
+        groups,
+        prompt_length=ppo.max_prompt_length,
+        temperature=ppo.temperature,
+        valid_vocab_size=ppo.valid_vocab_size or config.model.vocab_size,
+        value_head=value_head,
+    )
+
+
+def _fill(model: SequenceModel, path: Path | None, seed: int, rank: int, what: str, head: str = "") -> None:
+    """Loads a model; a scalar head that the checkpoint lacks starts fresh, and that is said."""
+    assert path is not None
+    shards = _shards(path, model.layouts, rank, what)
+    if SCORE_HEAD[0] in model.layouts and not set(SCORE_HEAD) <= shards.keys():
+        logger.warning(
+            "%s: %s has no scalar head; a new one is initialised with N(0, 1/sqrt(H+1)) (head %r, seed %d)",
+            what, path, head, seed,
+        )  # fmt: skip
+        shards |= new_score_head(model.config.hidden_size, seed, head)
+    model.load(shards)
+
+
+def _shards(path: Path | None, layouts: dict[str, Layout], rank: int, what: str) -> dict[str, np.ndarray]:
+    assert path is not None
+    ignore = {LM_HEAD} if LM_HEAD not in layouts and SCORE_HEAD[0] in layouts else set()
+    ignore |= set() if SCORE_HEAD[0] in layouts else set(SCORE_HEAD)
+    shards = load_shard(path, layouts, rank, new=SCORE_HEAD, ignore=ignore)
+    logger.info("%s: %d of %d tensors loaded from %s", what, len(shards), len(layouts), path)
+    return shards

@@ -1,0 +1,119 @@
+"""Loss cells: a network and what PPO asks of it, scaled by global token counts.
+
+Each returns ``(loss, statistics)`` for :class:`mindrlhf.trainer.train_step.TrainStep`. Losses are divided
+by the token count of the whole minibatch over all ranks and micro-batches, so that gradients add up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindrlhf.algorithms.losses import policy_loss_terms, value_loss_terms
+from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.models.train import CriticModel, PPOModelTrain
+from mindrlhf.trainer.experience import Experience
+
+POLICY_STATISTICS = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared", "entropy")
+"""What a policy loss sums over its tokens, in the order of its statistics."""
+
+VALUE_STATISTICS = ("value_loss", "clipfrac", "error", "value")
+"""What a value loss sums over its tokens."""
+
+
+class PolicyLoss(nn.Cell):
+    """Clipped policy loss of a policy; adds the value loss when the backbone is shared with the critic."""
+
+    def __init__(self, policy: PPOModelTrain, config: PPOConfig) -> None:
+        super().__init__(auto_prefix=False)
+        self.policy = policy
+        self.cliprange = config.cliprange
+        self.cliprange_value = config.cliprange_value
+        self.log_ratio_clamp = config.log_ratio_clamp
+        self.vf_coef = config.vf_coef
+        self.shared = policy.value_head
+
+    def construct(
+        self,
+        tokens: Tensor,
+        valid: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        inverse_count: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One micro-batch, fields as in :class:`Experience`; ``inverse_count`` (1,) is 1 / global tokens.
+
+        Returns:
+            the loss, and the sums named in POLICY_STATISTICS, then VALUE_STATISTICS when shared.
+        """
+        logprobs, entropy, values = self.policy(tokens, valid, position_ids)
+        policy_sum, *sums = policy_loss_terms(
+            logprobs, old_logprobs, advantages, mask, self.cliprange, self.log_ratio_clamp
+        )
+        total = policy_sum
+        statistics = (policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum())
+        if self.shared:
+            value_sum, *value_sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
+            total = total + self.vf_coef * value_sum
+            statistics += (value_sum, *value_sums, (ops.stop_gradient(values) * mask).sum())
+        return (total * inverse_count).sum(), ops.stop_gradient(ops.stack(statistics))
+
+
+class ValueLoss(nn.Cell):
+    """Clipped value loss of a separate critic, times ``vf_coef``."""
+
+    def __init__(self, critic: CriticModel, config: PPOConfig) -> None:
+        super().__init__(auto_prefix=False)
+        self.critic = critic
+        self.cliprange_value = config.cliprange_value
+        self.vf_coef = config.vf_coef
+
+    def construct(
+        self,
+        tokens: Tensor,
+        valid: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        inverse_count: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One micro-batch; returns the loss and the sums named in VALUE_STATISTICS."""
+        values = self.critic(tokens, valid, position_ids)
+        value_sum, *sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
+        statistics = (value_sum, *sums, (ops.stop_gradient(values) * mask).sum())
+        return (self.vf_coef * value_sum * inverse_count).sum(), ops.stop_gradient(ops.stack(statistics))
+
+
+def policy_inputs(experience: Experience, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arguments of :meth:`PolicyLoss.construct` for some global rows."""
+    return (
+        *experience.inputs.rows(rows),
+        experience.mask[rows],
+        experience.old_logprobs[rows],
+        experience.advantages[rows],
+        experience.old_values[rows],
+        experience.returns[rows],
+        inverse_count,
+    )
+
+
+def value_inputs(experience: Experience, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arguments of :meth:`ValueLoss.construct` for some global rows."""
+    return (
+        *experience.inputs.rows(rows),
+        experience.mask[rows],
+        experience.old_values[rows],
+        experience.returns[rows],
+        inverse_count,
+    )
+
+
+def inverse_token_count(mask: np.ndarray) -> np.ndarray:
+    """``1 / number of real response tokens`` of a global minibatch, (1,) float32."""
+    return np.array([1.0 / mask.sum(dtype=np.float64)], np.float32)
+

@@ -1,0 +1,55 @@
+"""Rollout: prompts in, sampled responses and their log-probs out, the same on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mindrlhf.data.prompts import PromptBatch
+from mindrlhf.models.infer import PPOModelInfer
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.trainer.experience import Rollout
+from mindrlhf.trainer.runtime import HostExchange, local_rows
+from mindrlhf.utils.seeds import random_stream
+
+
+def generate_rollout(
+    model: PPOModelInfer, batch: PromptBatch, mesh: Mesh, exchange: HostExchange, *, seed: int, iteration: int
+) -> Rollout:
+    """Samples one response a prompt; each replica of ``mesh`` generates its own rows.
+
+    Random numbers are keyed by (seed, iteration, row of the global batch): the ranks of a
+    tensor-parallel group draw the same tokens, replicas draw different ones, and the layout does not
+    matter (checklist 19).
+
+    Args:
+        model: the generating policy.
+        batch: the global batch, equal on every rank.
+        mesh: of ``model``.
+        exchange: gathers the replicas' rows.
+        seed: of the job.
+        iteration: counted from 0.
+    """
+    rows = local_rows(len(batch.prompt_ids), mesh, exchange.runtime.rank)
+    columns = model.generation.max_response_length
+    draws = [
+        random_stream("rollout", seed, iteration, row).random(columns, np.float32)
+        for row in range(rows.start, rows.stop)
+    ]
+    output = model.generate(batch.prompt_ids[rows], batch.prompt_lengths[rows], np.stack(draws))
+    everyone = exchange.gather_rows(
+        {
+            "response_ids": output.response_ids,
+            "logprobs": output.logprobs,
+            "lengths": output.lengths,
+            "stopped": output.stopped.astype(np.int32),
+        },
+        mesh,
+    )
+    return Rollout(
+        tokens=np.concatenate([batch.prompt_ids, everyone["response_ids"]], axis=1),
+        prompt_lengths=batch.prompt_lengths,
+        response_lengths=everyone["lengths"],
+        logprobs=everyone["logprobs"],
+        stopped=everyone["stopped"],
+        sample_ids=batch.sample_ids,
+    )

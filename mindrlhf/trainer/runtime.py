@@ -1,0 +1,162 @@
+"""Device and communication of one worker, and the small exchanges between workers' hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindrlhf.configs.schema import ContextConfig
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.ranks import env_rank, env_world_size
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Which worker this is among how many."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the worker that writes metrics and speaks."""
+        return self.rank == 0
+
+
+def check_device(context: ContextConfig) -> None:
+    """Refuses a device this machine does not have, before anything is built.
+
+    Raises:
+        MindRLHFError: names the YAML's device and the flag that overrides it.
+    """
+    if not ms.hal.is_available(context.device_target):
+        raise MindRLHFError(
+            f"context.device_target is {context.device_target!r}, but this machine has no such device (or its "
+            "driver is not installed); pass --device_target CPU to run on the CPU instead"
+        )
+
+
+def start_runtime(context: ContextConfig, *, use_parallel: bool, cache_dir: str | None, litter_dir: str) -> Runtime:
+    """Chooses device and graph mode, and joins the other workers when there are any.
+
+    Args:
+        context: the YAML's ``context`` section.
+        use_parallel: whether to initialise communication (HCCL on Ascend, MCCL on CPU).
+        cache_dir: where compiled graphs are kept between runs; ``None``: they are not.
+        litter_dir: where MindSpore writes what it writes unasked.
+    """
+    ms.set_device(context.device_target)
+    options: dict[str, object] = {"mode": ms.GRAPH_MODE, "save_graphs_path": litter_dir}
+    if context.device_target != "CPU" and context.max_device_memory:
+        options["max_device_memory"] = context.max_device_memory
+    if cache_dir:
+        options |= {"enable_compile_cache": True, "compile_cache_path": cache_dir}
+    ms.set_context(**options)
+    ms.set_recursion_limit(context.max_call_depth)
+    if not use_parallel:
+        return Runtime(0, 1)
+    from mindspore.communication import get_group_size, get_rank, init
+
+    init()
+    return Runtime(get_rank(), get_group_size())
+
+
+def expected_world_size(use_parallel: bool) -> int:
+    """Workers of this job before communication is up.
+
+    Raises:
+        MindRLHFError: ``--use_parallel`` and the way the job was launched do not agree.
+    """
+    world_size = env_world_size()
+    if not use_parallel and world_size > 1:
+        raise MindRLHFError(
+            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or start "
+            "the script without msrun"
+        )
+    return world_size
+
+
+class _GatherRows(nn.Cell):
+    """AllGather over all workers, stacked on dimension 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all_gather = ops.AllGather()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (rows, columns) -> (world * rows, columns)."""
+        return self.all_gather(x)
+
+
+class HostExchange:
+    """Gathers rows that data-parallel replicas have made, so that every rank holds the same global batch.
+
+    All arrays of a call travel bit for bit in one int32 AllGather, and every rank keeps the copy of the
+    same source rank: replicas cannot drift apart through rounding.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._gather = _GatherRows() if runtime.world_size > 1 else None
+
+    def gather_rows(self, arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+        """This rank's rows -> the rows of all replicas of ``mesh``, in replica order.
+
+        Args:
+            arrays: name -> (b, ...) float32 or int32, b equal for all; equal within a model-parallel group.
+            mesh: the mesh of the model that made them.
+
+        Returns:
+            name -> (b * dp, ...), the same types, bit-equal on every rank.
+        """
+        if self._gather is None:
+            return dict(arrays)
+        packed = np.concatenate([_as_int32_rows(name, array) for name, array in arrays.items()], axis=1)
+        everyone = self._gather(Tensor(packed)).asnumpy().reshape(self.runtime.world_size, *packed.shape)
+        chosen = everyone[:: mesh.mp].reshape(-1, packed.shape[1])
+        result: dict[str, np.ndarray] = {}
+        column = 0
+        for name, array in arrays.items():
+            width = array[0].size
+            part = np.ascontiguousarray(chosen[:, column : column + width])
+            result[name] = part.view(array.dtype).reshape(chosen.shape[0], *array.shape[1:])
+            column += width
+        return result
+
+    def sum(self, array: np.ndarray, mesh: Mesh) -> np.ndarray:
+        """Sum of one float32 array over the replicas of ``mesh``, equal on every rank."""
+        return self.gather_rows({"x": array[None]}, mesh)["x"].sum(axis=0)
+
+    def barrier(self) -> None:
+        """Returns when every worker has come here."""
+        if self._gather is not None:
+            self._gather(Tensor(np.zeros((1, 1), np.int32))).asnumpy()
+
+
+def _as_int32_rows(name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype not in (np.float32, np.int32):
+        raise TypeError(f"{name}: only float32 and int32 rows can be gathered, got {array.dtype}")
+    return np.ascontiguousarray(array).view(np.int32).reshape(len(array), -1)
+
+
+def local_rows(count: int, mesh: Mesh, rank: int) -> slice:
+    """Which of ``count`` global rows the replica of ``rank`` works on."""
+    part = count // mesh.dp
+    first = mesh.dp_index(rank) * part
+    return slice(first, first + part)
+
+
+__all__ = [
+    "HostExchange",
+    "Runtime",
+    "check_device",
+    "env_rank",
+    "expected_world_size",
+    "local_rows",
+    "start_runtime",
+]

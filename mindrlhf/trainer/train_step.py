@@ -1,0 +1,146 @@
+"""One optimizer step of any network: backward over micro-batches, sum over replicas, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.nn import Optimizer
+
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layout import Layout
+
+_add = ops.MultitypeFuncGraph("add")
+
+
+@_add.register("Tensor", "Tensor")
+def _add_tensors(left: Tensor, right: Tensor) -> Tensor:
+    return left + right
+
+
+class Backward(nn.Cell):
+    """Gradients of a loss cell that returns ``(loss, statistics)``."""
+
+    def __init__(self, loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.value_and_grad = ops.value_and_grad(loss, None, loss.trainable_params(), has_aux=True)
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Inputs of the loss -> its statistics (k,) and one gradient per parameter."""
+        (_, statistics), gradients = self.value_and_grad(*inputs)
+        return statistics, gradients
+
+
+class Accumulate(nn.Cell):
+    """Adds the gradients of a micro-batch to those of the ones before."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.map = ops.HyperMap()
+
+    def construct(self, total: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Two tuples of the same shapes -> their sums."""
+        return self.map(_add, total, gradients)
+
+
+class Update(nn.Cell):
+    """Sums gradients over replicas, clips by the norm over all shards, and steps the optimizer.
+
+    Args:
+        optimizer: over the parameters the gradients belong to, in order.
+        split: whether each parameter is split over the model-parallel group; a split one's square sum
+            is added up over the group, a replicated one counts once.
+        groups: this rank's groups.
+        max_grad_norm: bound of the global norm; 0 turns clipping off.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, split: Sequence[bool], groups: Groups, max_grad_norm: float
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+        self.split = tuple(split)
+        self.max_grad_norm = max_grad_norm
+        self.replicated_over_dp = groups.dp_group is not None
+        self.sharded_over_mp = groups.mp_group is not None
+        self.dp_sum = ops.AllReduce(group=groups.dp_group) if groups.dp_group is not None else None
+        self.mp_sum = ops.AllReduce(group=groups.mp_group) if groups.mp_group is not None else None
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Gradients of this rank's shards -> (norm before clipping, learning rate used), both (1,) float32."""
+        summed = ()
+        for gradient in gradients:
+            if self.replicated_over_dp:
+                gradient = self.dp_sum(gradient)
+            summed += (gradient,)
+        norm = self.global_norm(summed)
+        clipped = summed
+        if self.max_grad_norm > 0:
+            # torch.nn.utils.clip_grad_norm_'s formula, so that updates can be compared to the last digits
+            scale = ops.minimum(self.max_grad_norm / (norm + 1.0e-6), ops.ones_like(norm))
+            clipped = ()
+            for gradient in summed:
+                clipped += (gradient * ops.cast(scale, gradient.dtype),)
+        rate = self.optimizer.get_lr()
+        updated = self.optimizer(clipped)
+        return ops.depend(norm, updated), ops.depend(ops.cast(rate, ms.float32).reshape((1,)), updated)
+
+    def global_norm(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """L2 norm of the whole model's gradient, (1,) float32, equal on every rank."""
+        split_sum = ops.zeros((1,), ms.float32)
+        whole_sum = ops.zeros((1,), ms.float32)
+        for index, gradient in enumerate(gradients):
+            square = ops.square(ops.cast(gradient, ms.float32)).sum().reshape((1,))
+            if self.split[index]:
+                split_sum = split_sum + square
+            else:
+                whole_sum = whole_sum + square
+        if self.sharded_over_mp:
+            split_sum = self.mp_sum(split_sum)
+        return ops.sqrt(split_sum + whole_sum)
+
+
+class TrainStep:
+    """Runs optimizer steps; serves any loss cell, whatever its inputs.
+
+    The loss cell must scale its loss by GLOBAL counts, so that gradients of micro-batches and of
+    data-parallel replicas simply add up, and results depend on neither.
+
+    Args:
+        loss: cell with ``construct(*inputs) -> (scalar loss, statistics (k,))``.
+        optimizer: over ``loss.trainable_params()``.
+        layouts: canonical name -> layout of those parameters.
+        groups: this rank's groups.
+        max_grad_norm: bound of the global gradient norm.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Cell,
+        optimizer: Optimizer,
+        layouts: Mapping[str, Layout],
+        groups: Groups,
+        max_grad_norm: float,
+    ) -> None:
+        names = [parameter.name for parameter in loss.trainable_params()]
+        self.optimizer = optimizer
+        self._backward = Backward(loss)
+        self._accumulate = Accumulate()
+        self._update = Update(optimizer, [layouts[name].is_split for name in names], groups, max_grad_norm)
+
+    def step(self, micro_batches: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, float, float]:
+        """One optimizer step over the micro-batches of this rank.
+
+        Returns:
+            statistics summed over the micro-batches (k,), gradient norm before clipping, learning rate.
+        """
+        total: tuple[Tensor, ...] | None = None
+        statistics = []
+        for arrays in micro_batches:
+            part, gradients = self._backward(*(Tensor(array) for array in arrays))
+            statistics.append(part)
+            total = gradients if total is None else self._accumulate(total, gradients)
+        norm, rate = self._update(total)
+        return np.sum([part.asnumpy() for part in statistics], axis=0), float(norm.asnumpy()[0]), float(rate.asnumpy()[0])

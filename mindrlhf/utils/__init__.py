@@ -1,0 +1,1 @@
+"""What every part shares: errors, command lines, ranks, logs, files, seeds, timers."""

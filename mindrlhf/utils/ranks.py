@@ -1,0 +1,47 @@
+"""Which worker this process is, read from the environment ``msrun`` gives it."""
+
+from __future__ import annotations
+
+import os
+
+from mindrlhf.utils.errors import MindRLHFError
+
+
+def _under_msrun() -> bool:
+    return os.environ.get("MS_ROLE") == "MS_WORKER"
+
+
+def _env_int(name: str) -> int | None:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise MindRLHFError(
+            f"environment variable {name}={text!r} is not a number; start the workers with msrun, or unset it"
+        ) from None
+
+
+def env_rank() -> int:
+    """Rank of this worker, 0 when not under msrun.
+
+    Raises:
+        MindRLHFError: the environment holds something that is not a number.
+    """
+    if not _under_msrun():
+        return 0
+    for name in ("RANK_ID", "MS_NODE_ID"):
+        rank = _env_int(name)
+        if rank is not None and rank >= 0:
+            return rank
+    return 0
+
+
+def env_world_size() -> int:
+    """Number of workers, 1 when not under msrun.
+
+    Raises:
+        MindRLHFError: the environment holds something that is not a number.
+    """
+    return max(_env_int("MS_WORKER_NUM") or 1, 1) if _under_msrun() else 1

@@ -1,0 +1,34 @@
+"""Random numbers that depend on names, not on who draws them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def random_stream(*keys: int | str) -> np.random.Generator:
+    """A generator that is the same for the same ``keys``, on every rank and layout.
+
+    Philox (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by the first
+    128 bits of SHA-256 over the keys; streams of different keys are independent.
+
+    Args:
+        keys: for instance ``("rollout", seed, iteration, sample_id)``; ``1`` and ``"1"`` differ.
+
+    Raises:
+        TypeError: a key is neither an integer nor a string.
+    """
+    digest = hashlib.sha256()
+    for key in keys:
+        if isinstance(key, str):
+            text = "s" + key
+        elif isinstance(key, (int, np.integer)):
+            text = f"i{int(key)}"
+        else:
+            raise TypeError(f"a random stream is keyed by integers and strings, got {type(key).__name__}")
+        encoded = text.encode()
+        # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    words = np.frombuffer(digest.digest()[:16], dtype="<u8").astype(np.uint64)
+    return np.random.Generator(np.random.Philox(key=words))

@@ -1,0 +1,56 @@
+"""Rewrites a checkpoint for another layout.
+
+    full file -> ranks     transform_checkpoint.py --input FILE --output DIR  --output_config infer.yaml
+    ranks -> full file     transform_checkpoint.py --input DIR  --output FILE --input_config train.yaml
+    ranks -> other ranks   transform_checkpoint.py --input DIR  --output DIR2 --input_config train.yaml \\
+                                                   --output_config infer.yaml
+
+A missing config means one full file (a Hugging Face directory is accepted as input).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindrlhf.checkpoint.transform import transform_checkpoint
+from mindrlhf.utils.cli import run_main
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", type=Path, required=True, help="full file or directory of rank_i")
+    parser.add_argument("--output", type=Path, required=True, help="full file or directory of rank_i")
+    parser.add_argument("--input_config", type=Path, help="YAML that split the input")
+    parser.add_argument("--output_config", type=Path, help="YAML to split the output for")
+    parser.add_argument(
+        "--format",
+        choices=["ckpt", "safetensors"],
+        default="ckpt",
+        help="of rank files",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses, transforms, reports."""
+    args = build_parser().parse_args(argv)
+    files = transform_checkpoint(
+        args.input,
+        args.output,
+        input_config=args.input_config,
+        output_config=args.output_config,
+        suffix=f".{args.format}",
+        overwrite=args.overwrite,
+    )
+    gigabytes = sum(file.stat().st_size for file in files) / 1e9
+    print(f"{len(files)} file(s), {gigabytes:.2f} GB -> {args.output}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,56 @@
+"""What every test may use, and where the litter of MindSpore and MindFormers goes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+_litter: list[Path] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the environment before any test module, and so before MindSpore, is imported.
+
+    MindFormers makes ``output/log`` in the working directory when imported (LOCAL_DEFAULT_PATH,
+    LOG_MF_PATH), MindSpore ``rank_0/om`` when a compile fails (MS_OM_PATH) and ``kernel_meta``
+    (MS_COMPILER_CACHE_PATH). Processes that tests start inherit it all.
+    """
+    litter = Path(tempfile.mkdtemp(prefix="mindrlhf-tests-"))
+    _litter.append(litter)
+    os.environ["LOCAL_DEFAULT_PATH"] = str(litter / "output")
+    os.environ["LOG_MF_PATH"] = str(litter / "output" / "log")
+    os.environ["MS_OM_PATH"] = str(litter)
+    os.environ["MS_COMPILER_CACHE_PATH"] = str(litter)
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("MS_ROLE", "RANK_ID", "MS_NODE_ID", "MS_WORKER_NUM", "MINDRLHF_LOG"):
+        os.environ.pop(name, None)
+    # msrun is found by name, whichever way pytest was started.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the litter."""
+    while _litter:
+        shutil.rmtree(_litter.pop(), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The repository's root directory."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The data folder beside the repository; tests that need it are skipped where it is not."""
+    path = REPO_ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no shared data at {path}")
+    return path
