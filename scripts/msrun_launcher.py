@@ -27,8 +27,9 @@ TIMED_OUT = 124
 """Exit code of a job that ran out of time; the ``timeout`` command's."""
 
 _POLL_SECONDS = 0.2
-# After a worker fails, the scheduler waits up to a minute for its heartbeat (measured: 47 s).
-_SCHEDULER_GRACE_SECONDS = 15.0
+# After a worker is killed, the scheduler waits for its heartbeat (measured: 47 s), and msrun for it.
+_SCHEDULER_GRACE_SECONDS = 2.0
+_WORKER_FAILED = "exit with exception"
 _TAIL_LINES = 60
 
 
@@ -41,6 +42,7 @@ def launch(
     timeout: float | None = None,
     show_rank: int | None = 0,
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
     output: IO[str] | None = None,
 ) -> int:
     """Runs ``script`` on ``workers`` workers and waits for all of them.
@@ -53,26 +55,31 @@ def launch(
         timeout: seconds after which the job is killed.
         show_rank: worker whose output is copied to ``output`` while it runs.
         env: environment variables to add.
+        cwd: working directory of the workers; this process's by default.
         output: stream to report to; standard output by default.
 
     Returns:
         0 when every worker succeeded, 124 after a timeout, msrun's exit code otherwise.
     """
     stream = output or sys.stdout
+    script, log_dir = script.resolve(), log_dir.resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
     logs = [log_dir / f"worker_{rank}.log" for rank in range(workers)]
     for log in logs:
         log.unlink(missing_ok=True)
-    with (log_dir / "msrun.log").open("w") as msrun_log:
+    shown = logs[show_rank] if show_rank is not None else None
+    msrun_path = log_dir / "msrun.log"
+    with msrun_path.open("w") as msrun_log:
         process = subprocess.Popen(
             _command(script, arguments, workers, log_dir),
             env=_environment(env or {}),
+            cwd=cwd,
             stdout=msrun_log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            code = _wait(process, timeout, logs[show_rank] if show_rank is not None else None, stream)
+            code = _wait(process, msrun_path, timeout, shown, stream)
         finally:
             _kill_tree(process)
     if code:
@@ -115,7 +122,7 @@ def _command(script: Path, arguments: Sequence[str], workers: int, log_dir: Path
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
-    env = {**os.environ, **extra}
+    env = {"GLOG_v": "3", **os.environ, **extra}
     # msrun starts "python": it must be this one.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH", "")]))
@@ -123,9 +130,13 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], timeout: float | None, shown: Path | None, stream: IO[str]
+    process: subprocess.Popen[bytes],
+    msrun_log: Path,
+    timeout: float | None,
+    shown: Path | None,
+    stream: IO[str],
 ) -> int:
-    """Waits for msrun, copying a worker's log to ``stream``; ends a scheduler that outlives all workers."""
+    """Waits for msrun and copies a worker's log; after a failure it ends a scheduler left alone."""
     start = time.monotonic()
     alone_since: float | None = None
     position = 0
@@ -139,7 +150,7 @@ def _wait(
             return TIMED_OUT
         children = _children(process)
         alone = bool(children) and all(_is_scheduler(child) for child in children)
-        alone_since = (alone_since or now) if alone else None
+        alone_since = (alone_since or now) if alone and _WORKER_FAILED in _tail(msrun_log) else None
         if alone_since is not None and now - alone_since > _SCHEDULER_GRACE_SECONDS:
             for child in children:
                 child.kill()

@@ -16,23 +16,32 @@ from mindrlhf.utils.cli import run_main
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--file_path", required=True, help="jsonl with the strings prompt, pos_resp and neg_resp on each line")
+    add(
+        "--file_path", required=True, help="jsonl with the strings prompt, pos_resp and neg_resp on each line"
+    )
     add("--output_path", required=True, help="MindRecord file to write; its index goes to <output_path>.db")
     add("--vocab_path", help="vocab.json of the tokenizer")
     add("--merges_file_path", help="merges.txt of the tokenizer")
     add("--tokenizer_path", help="instead of these two: tokenizer directory, .model, or .tiktoken ranks file")
-    add("--tokenizer_config", help="tokenizer_config.json with the added tokens (default: the Qwen2 instruct ones)")
+    add(
+        "--tokenizer_config",
+        help="tokenizer_config.json with the added tokens (default: the Qwen2 instruct ones)",
+    )
     add("--max_prompt_length", type=int, default=4096, help="columns of prompt_ids (default: 4096)")
     add("--seq_length", type=int, default=8193, help="columns of pretrain_ids and loss_mask (default: 8193)")
-    add("--no_chat_template", action="store_true", help="take prompts as they are, without ChatML around them")
+    add(
+        "--no_chat_template", action="store_true", help="take prompts as they are, without ChatML around them"
+    )
     add("--system_prompt", help="text of the system turn (default: the model's own; '' leaves the turn out)")
     add(
         "--overlong",
         choices=("drop", "truncate"),
         default="drop",
-        help="prompts longer than max_prompt_length: leave out, or cut the front of their text (default: drop)",
+        help="prompts longer than max_prompt_length: leave out, or cut at the front (default: drop)",
     )
     add("--skip_bad_lines", action="store_true", help="count bad lines and go on, instead of stopping")
     add("--prompt_only", action="store_true", help="the lines have a prompt and no responses")

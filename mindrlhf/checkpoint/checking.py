@@ -8,6 +8,7 @@ from itertools import zip_longest
 import numpy as np
 
 from mindrlhf.checkpoint.dtypes import FLOAT32
+from mindrlhf.checkpoint.names import canonical_to_hf, count_layers
 from mindrlhf.checkpoint.source import WeightSource
 from mindrlhf.checkpoint.views import CastSource, bullet_list
 from mindrlhf.configs.schema import ModelConfig
@@ -48,7 +49,7 @@ def local_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
 def find_faults(
     source: WeightSource, shapes: Shapes, *, new: Collection[str] = (), ignore: Collection[str] = ()
 ) -> list[str]:
-    """One line per missing, extra, misshapen or non-float tensor of ``source``.
+    """One line per missing, extra or misshapen tensor, or weight that is no float, of ``source``.
 
     A tied model's ``lm_head.weight`` that repeats the embedding is no fault; it is just not used.
 
@@ -67,14 +68,16 @@ def find_faults(
     ]
     faults += [
         f"not in the model: {source.display(name)} {info.shape}"
+        + (", which is no copy of the embedding either" if name == LM_HEAD else "")
         for name, info in source.tensors.items()
         if name not in shapes and name not in ignore
     ]
+    weights = canonical_to_hf(count_layers(shapes))  # other tensors (an optimizer's) may be integers
     for name, shape in shapes.items():
         info = source.tensors.get(name)
         if info is not None and info.shape != shape:
             faults.append(f"wrong shape: {source.display(name)} is {info.shape}, the model has {shape}")
-        if info is not None and not info.dtype.is_weight:
+        if info is not None and name in weights and not info.dtype.is_weight:
             faults.append(f"wrong type: {source.display(name)} is {info.dtype}, a weight must be a float")
     return faults
 

@@ -10,11 +10,13 @@ from typing import Any
 from mindrlhf.checkpoint.dtypes import ElementType
 from mindrlhf.checkpoint.hf_config import (
     CONFIG_NAME,
+    MODEL_TYPE,
     SIZE_KEYS,
     finish_hf_config,
     hf_config_from_model,
     model_config_from_hf,
     read_hf_config,
+    read_json,
 )
 from mindrlhf.checkpoint.hf_export import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -27,13 +29,14 @@ from mindrlhf.checkpoint.names import canonical_to_hf, count_layers
 from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.shards import open_full, rank_directories
 from mindrlhf.checkpoint.source import WeightSource
-from mindrlhf.checkpoint.views import CastSource, RenamedSource, bullet_list
+from mindrlhf.checkpoint.views import CastSource, RenamedSource
 from mindrlhf.checkpoint.writing import check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.parallel.parameters import EMBEDDING
 from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.logging import get_logger
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -149,8 +152,8 @@ def model_to_hf(
         model: sizes.
         dtype: type of all weights; ``None`` keeps each as it is.
         tokenizer_dir: where tokenizer files are copied from.
-        hf_config: base of the written ``config.json``; defaults to the one in ``tokenizer_dir``, else one is
-            made from ``model``.
+        hf_config: base of the written ``config.json``; defaults to the one in ``tokenizer_dir`` if it is of
+            the same model, else one is made from ``model``.
         mesh: layout of the rank directories.
         max_shard_bytes: larger models are written as several files with an index.
         overwrite: whether a former export may be replaced.
@@ -176,22 +179,27 @@ def model_to_hf(
 
 
 def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path | None) -> Mapping[str, Any]:
-    """A full Hugging Face config where one is at hand, whose sizes must be those of ``model``."""
-    if hf_config is None and tokenizer_dir is not None and (tokenizer_dir / CONFIG_NAME).is_file():
-        hf_config = tokenizer_dir
-    if hf_config is None:
-        return hf_config_from_model(model)
-    config = read_hf_config(hf_config)
-    stated = model_config_from_hf(config, str(hf_config))
+    """The base of ``config.json``: the one given, one of this model beside the tokenizer, or a made one."""
+    if hf_config is not None:
+        return read_hf_config(hf_config)
+    if tokenizer_dir is not None and (tokenizer_dir / CONFIG_NAME).is_file():
+        beside = read_json(tokenizer_dir / CONFIG_NAME)
+        if _describes(beside, model):
+            return beside
+        # A tokenizer is often taken from a larger model of the family, whose config must not be written.
+        get_logger(__name__).info("%s is of another model: not used", tokenizer_dir / CONFIG_NAME)
+    return hf_config_from_model(model)
+
+
+def _describes(config: Mapping[str, Any], model: ModelConfig) -> bool:
+    if config.get("model_type") != MODEL_TYPE:
+        return False
+    try:
+        stated = model_config_from_hf(config, CONFIG_NAME)
+    except CheckpointError:
+        return False
     fields = (*SIZE_KEYS.values(), "tie_word_embeddings", "rms_norm_eps", "theta")
-    faults = [
-        f"{field}: {getattr(stated, field)} there, {getattr(model, field)} here"
-        for field in fields
-        if getattr(stated, field) != getattr(model, field)
-    ]
-    if faults:
-        raise CheckpointError(f"{hf_config} describes another model:" + bullet_list(faults))
-    return config
+    return all(getattr(stated, field) == getattr(model, field) for field in fields)
 
 
 def _config_beside(tokenizer_dir: Path | None, input_path: Path) -> Path:

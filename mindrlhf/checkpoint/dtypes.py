@@ -119,6 +119,8 @@ def cast(storage: np.ndarray, source: ElementType, target: ElementType) -> tuple
     if source is target:
         return storage, False
     numbers = _bfloat16_to_float32(storage) if source is BFLOAT16 else storage
+    if source.itemsize < target.itemsize:  # a wider float holds every value
+        return numbers.astype(target.storage, copy=False), False
     with np.errstate(over="ignore", invalid="ignore"):
         if target is BFLOAT16:
             result = _float32_to_bfloat16(numbers.astype(np.float32))
@@ -137,7 +139,8 @@ def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 def _float32_to_bfloat16(numbers: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(numbers).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    # Rounding could carry a NaN's payload into the exponent; keep its upper half and stay quiet.
-    quiet_nan = (bits >> 16) | np.uint32(0x40)
-    return np.where(np.isnan(numbers), quiet_nan, rounded).astype(BFLOAT16.storage)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(BFLOAT16.storage)
+    nan = np.isnan(numbers)
+    if nan.any():  # rounding could carry a NaN's payload into the sign; keep its upper half and stay quiet
+        rounded[nan] = (bits[nan] >> 16) | np.uint32(0x40)
+    return rounded

@@ -14,6 +14,7 @@ from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
+MODEL_TYPE = "qwen2"
 
 # Hugging Face key -> field of ModelConfig.
 SIZE_KEYS = {
@@ -37,9 +38,9 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """
     file = path / CONFIG_NAME if path.is_dir() else path
     config = read_json(file)
-    if config.get("model_type") != "qwen2":
+    if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"{file}: model_type is {config.get('model_type')!r}, only 'qwen2' is supported"
+            f"{file}: model_type is {config.get('model_type')!r}, only {MODEL_TYPE!r} is supported"
         )
     return config
 
@@ -118,7 +119,7 @@ def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
     """A ``config.json`` for ``model``, with what only Hugging Face asks for at Qwen2's values."""
     eos = model.eos_token_id
     return {
-        "model_type": "qwen2",
+        "model_type": MODEL_TYPE,
         "attention_dropout": 0.0,
         "bos_token_id": model.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos),

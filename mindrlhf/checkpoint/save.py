@@ -78,8 +78,8 @@ def export_hf(
         output_dir: appears when whole; a former export there is replaced.
         model: sizes of the model.
         dtype: "fp32", "fp16", "bf16" or the long names; ``None`` keeps what is stored.
-        tokenizer_dir: where tokenizer files are copied from; its ``config.json``, when there, is the base
-            of the written one.
+        tokenizer_dir: where tokenizer files are copied from; its ``config.json``, when of the same model,
+            is the base of the written one.
         mesh: the layout of the rank directories.
         max_shard_bytes: larger models are written as several files with an index.
         overwrite: whether a former export may be replaced.

@@ -218,3 +218,4 @@ TOP_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lr_scale": (False, None),
     "grouped_lr_schedule": (None, {}),
 }
+MOE_NEUTRAL: dict[str, tuple[Any, ...]] = {"expert_num": (1, None)}

@@ -107,6 +107,8 @@ def _check_top_level(root: Mapping[Any, Any], where: str, faults: Faults) -> Non
             remedy = did_you_mean(str(key), known, "MindFormers has no such section; remove it")
             faults.add(join(where, key), "unknown section", remedy)
     check_neutral(root, keys.TOP_NEUTRAL, where, faults)
+    if isinstance(root.get("moe_config"), dict):
+        check_neutral(root["moe_config"], keys.MOE_NEUTRAL, join(where, "moe_config"), faults)
 
 
 def check_neutral(

@@ -2,7 +2,7 @@
 
 Prompt and response are always encoded separately and their ids joined, so the prompt is a true prefix of
 the whole by construction: what generation sees is what training sees. The texts of a sample are encoded
-without control tokens: a literal ``<|im_end|>`` in a prompt becomes ordinary tokens and cannot close the turn.
+without control tokens: a literal ``<|im_end|>`` in a prompt becomes ordinary tokens and closes no turn.
 
 A whole response ends with its stop token: ``<|im_end|>`` in ChatML, the end of text in raw mode. A response
 that had to be cut has none, since it did not end there.

@@ -85,7 +85,9 @@ def _write(path: Path, schema: Mapping[str, Column], batches: Iterable[Batch]) -
     from mindspore.mindrecord import FileWriter
 
     writer = FileWriter(str(path), shard_num=1)
-    writer.add_schema({name: {"type": column.dtype, "shape": [column.length]} for name, column in schema.items()})
+    writer.add_schema(
+        {name: {"type": column.dtype, "shape": [column.length]} for name, column in schema.items()}
+    )
     rows = 0
     for batch in batches:
         size = _check_batch(batch, schema)
@@ -130,7 +132,9 @@ def _move_pair(source: Path, path: Path) -> None:
 def _first_line(error: BaseException) -> str:
     """What MindSpore has to say, without the framework's own call stack."""
     lines = [line.strip() for line in str(error).splitlines()]
-    wanted = [line.removeprefix("[ERROR] ") for line in lines if line and not line.startswith(("-", "Exception "))]
+    wanted = [
+        line.removeprefix("[ERROR] ") for line in lines if line and not line.startswith(("-", "Exception "))
+    ]
     return wanted[0] if wanted else type(error).__name__
 
 
@@ -158,7 +162,8 @@ def read_schema(path: str | Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]
         ) from error
     try:
         columns = {
-            name: (str(entry["type"]), tuple(entry.get("shape", ()))) for name, entry in reader.schema().items()
+            name: (str(entry["type"]), tuple(entry.get("shape", ())))
+            for name, entry in reader.schema().items()
         }
         return columns, int(reader.len())
     finally:

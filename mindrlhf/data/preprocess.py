@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
     lines = count_lines(options.file_path)
     if lines == 0:
         raise DataError(f"{options.file_path}: is empty")
+    # The two seconds that MindSpore takes to import are not the speed of the work.
+    importlib.import_module("mindspore.mindrecord")
     started = time.perf_counter()
     with ProgressBar("tokenising", lines) as bar:
         write_mindrecord(

@@ -127,7 +127,9 @@ class PromptStream:
             )
         epoch, cursor = int(state["epoch"]), int(state["cursor"])
         if epoch < 0 or not 0 <= cursor <= self._rows:
-            raise DataError(f"{self._path}: prompt stream state: epoch {epoch}, cursor {cursor} is no place in it")
+            raise DataError(
+                f"{self._path}: prompt stream state: epoch {epoch}, cursor {cursor} is no place in it"
+            )
         self._epoch, self._cursor = epoch, cursor
         self._order = self._permutation(epoch)
 
@@ -158,7 +160,9 @@ class PromptStream:
             if name in columns and (columns[name][0] != "int32" or len(columns[name][1]) != 1)
         ]
         if faults:
-            raise DataError(f"{self._path}: not a prompt data set: {'; '.join(faults)}; make it with rlhf_data.py")
+            raise DataError(
+                f"{self._path}: not a prompt data set: {'; '.join(faults)}; make it with rlhf_data.py"
+            )
         made_with = columns[PROMPT_IDS][1][0]
         if made_with not in (-1, self._max_prompt_length):
             raise DataError(self._length_fault(made_with))
@@ -171,8 +175,9 @@ class PromptStream:
 
     def _length_fault(self, made_with: int) -> str:
         return (
-            f"{self._path}: made with max_prompt_length {made_with}, but the job's is {self._max_prompt_length}; "
-            "make the data again with rlhf_data.py --max_prompt_length, or change the job's"
+            f"{self._path}: made with max_prompt_length {made_with}, "
+            f"but the job's is {self._max_prompt_length}; "
+            f"make the data again with --max_prompt_length {self._max_prompt_length}, or change the job's"
         )
 
     def _check_row(self, number: int, row: Mapping[str, np.ndarray]) -> int:
@@ -189,13 +194,13 @@ class PromptStream:
         padding, real = prompt[: len(prompt) - length], prompt[len(prompt) - length :]
         if not 0 < length <= len(prompt) or not np.array_equal(real, whole[:length]):
             raise DataError(
-                f"{self._path}: row {number}: prompt_ids does not end with the {length} tokens before the response "
-                "of pretrain_ids; make the data again with rlhf_data.py"
+                f"{self._path}: row {number}: prompt_ids does not end with the {length} tokens before "
+                "the response of pretrain_ids; make the data again with rlhf_data.py"
             )
         if (padding != self._pad_token_id).any():
             raise DataError(
-                f"{self._path}: row {number}: padded with token {int(padding[0])}, but the job's pad_token_id is "
-                f"{self._pad_token_id}; the data was made with another tokenizer"
+                f"{self._path}: row {number}: padded with token {int(padding[0])}, but the job's "
+                f"pad_token_id is {self._pad_token_id}; the data was made with another tokenizer"
             )
         if self._vocab_size is not None and not 0 <= int(real.min()) <= int(real.max()) < self._vocab_size:
             raise DataError(

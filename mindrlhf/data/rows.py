@@ -122,7 +122,7 @@ class RowBuilder:
         prompt = [*around.prefix, *text, *around.suffix]
         if prompt[0] == self._pad_id:
             raise DataError(
-                f"a prompt starts with the pad token {self._pad_id}; its length could not be told from its row"
+                f"a prompt starts with the pad token {self._pad_id}; its row would not show its length"
             )
         return prompt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ def read_vocab(path: Path) -> dict[str, int]:
     if not vocab:
         raise DataError(f"{path}: holds no token")
     ids = sorted(vocab.values())
-    repeated = sorted({low for low, high in zip(ids, ids[1:], strict=False) if low == high})
+    repeated = sorted({low for low, high in itertools.pairwise(ids) if low == high})
     if repeated:
         raise DataError(f"{path}: ids used by two tokens: {_some(map(str, repeated))}")
     if ids[0] != 0 or ids[-1] != len(ids) - 1:
@@ -185,7 +186,9 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
     )
 
 
-def place_added_tokens(config: TokenizerConfig | None, vocab: Mapping[str, int], source: str) -> dict[str, int]:
+def place_added_tokens(
+    config: TokenizerConfig | None, vocab: Mapping[str, int], source: str
+) -> dict[str, int]:
     """Ids of all added tokens: those of the config, else Qwen2's three, directly after the vocabulary.
 
     Args:
@@ -206,8 +209,8 @@ def place_added_tokens(config: TokenizerConfig | None, vocab: Mapping[str, int],
             following += 1
         if wanted != expected:
             raise DataError(
-                f"{source}: added token {text!r} has id {wanted}, but with a vocabulary of {len(vocab)} tokens "
-                f"it must be {expected}; the config belongs to another vocabulary"
+                f"{source}: added token {text!r} has id {wanted}, but with a vocabulary of {len(vocab)} "
+                f"tokens it must be {expected}; the config belongs to another vocabulary"
             )
     for text in QWEN2_SPECIAL_TOKENS if not added else ():
         if text in vocab:

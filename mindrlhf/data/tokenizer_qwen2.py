@@ -26,7 +26,11 @@ class Qwen2Tokenizer:
     """
 
     def __init__(
-        self, core: rust.Tokenizer, special_tokens: Mapping[str, int], config: TokenizerConfig | None, source: str
+        self,
+        core: rust.Tokenizer,
+        special_tokens: Mapping[str, int],
+        config: TokenizerConfig | None,
+        source: str,
     ) -> None:
         # All added tokens count as control tokens, "special" in the config or not: user text must not
         # be able to write any of them.
@@ -41,7 +45,9 @@ class Qwen2Tokenizer:
         self._chat_template = config.chat_template if config is not None else None
 
     @classmethod
-    def from_vocab(cls, vocab_path: Path, merges_path: Path, config_path: Path | None = None) -> Qwen2Tokenizer:
+    def from_vocab(
+        cls, vocab_path: Path, merges_path: Path, config_path: Path | None = None
+    ) -> Qwen2Tokenizer:
         """Reads ``vocab.json``, ``merges.txt`` and, when given, ``tokenizer_config.json``.
 
         Raises:

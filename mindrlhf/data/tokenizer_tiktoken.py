@@ -96,13 +96,17 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error) as error:
             raise DataError(f"{path}:{number}: {line[:60]!r} is not a base64 token and its rank") from error
         if token in ranks:
-            raise DataError(f"{path}:{number}: token {token!r} stands twice, ranks {ranks[token]} and {value}")
+            raise DataError(
+                f"{path}:{number}: token {token!r} stands twice, ranks {ranks[token]} and {value}"
+            )
         ranks[token] = value
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise DataError(f"{path}: {len(missing)} of the 256 single bytes have no rank, first 0x{missing[0]:02x}")
+        raise DataError(
+            f"{path}: {len(missing)} of the 256 single bytes have no rank, first 0x{missing[0]:02x}"
+        )
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise DataError(
-            f"{path}: the {len(ranks)} ranks are not 0..{len(ranks) - 1}, each once (largest {max(ranks.values())})"
+            f"{path}: the {len(ranks)} ranks are not 0..{len(ranks) - 1} (largest {max(ranks.values())})"
         )
     return ranks

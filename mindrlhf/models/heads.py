@@ -57,7 +57,9 @@ def new_score_head(hidden_size: int, seed: int, purpose: str) -> dict[str, np.nd
     Returns:
         canonical name -> float32 array; equal on every rank.
     """
-    weight = random_stream(seed, "score_head", purpose).normal(0.0, (hidden_size + 1) ** -0.5, (1, hidden_size))
+    weight = random_stream(seed, "score_head", purpose).normal(
+        0.0, (hidden_size + 1) ** -0.5, (1, hidden_size)
+    )
     return {SCORE_HEAD_WEIGHT: weight.astype(np.float32), SCORE_HEAD_BIAS: np.zeros(1, np.float32)}
 
 

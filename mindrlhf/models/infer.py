@@ -221,7 +221,7 @@ class _TokenPicker(nn.Cell):
         self.pad_id = pad_id
 
     def construct(self, logits: Tensor, uniforms: Tensor, done: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``logits`` (B, V / mp), ``uniforms`` (B,), ``done`` (B,) bool -> tokens, log-probs, done, (B,) each."""
+        """``logits`` (B, V / mp), ``uniforms`` and ``done`` (B,) -> tokens, log-probs, done, (B,) each."""
         tokens, logprobs = self.sampler(logits, uniforms)
         tokens = ops.select(done, ops.full_like(tokens, self.pad_id), tokens)
         logprobs = ops.select(done, ops.zeros_like(logprobs), logprobs)

@@ -151,7 +151,7 @@ class PrefillAttention(nn.Cell):
     def _block(
         self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, first: int, last: int
     ) -> Tensor:
-        """Queries of columns ``first`` .. ``last - 1`` against keys up to them -> (B, N, G, last - first, D)."""
+        """Queries of columns ``first`` .. ``last - 1`` against the keys up to them, (B, N, G, columns, D)."""
         sizes = self.sizes
         size = last - first
         heads = sizes.rows * sizes.kv_heads

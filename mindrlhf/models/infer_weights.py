@@ -43,8 +43,7 @@ class FusedWeights:
 
     def __init__(self, decoder: FusedDecoder, config: ModelConfig, mesh: Mesh) -> None:
         self._shapes = {name: layout.local_shape for name, layout in parameter_layouts(config, mesh).items()}
-        self._fused = list(_fused_parameters(decoder, config))
-        self._holder = {name: fused for fused in self._fused for name in fused.names}
+        self._holder = {name: fused for fused in _fused_parameters(decoder, config) for name in fused.names}
 
     def load(self, shards: Shards) -> None:
         """Overwrites all parameters in place.
@@ -79,11 +78,14 @@ class FusedWeights:
             raise _load_error(faults)
 
     def shards(self) -> Iterator[tuple[str, np.ndarray]]:
-        """This rank's canonical shards, in the type they are stored in."""
-        for fused in self._fused:
-            parts = fused.split(_numpy(fused.parameter))
-            for name, part in zip(fused.names, parts, strict=True):
-                yield name, np.ascontiguousarray(part)
+        """This rank's canonical shards in model order, in the type they are stored in."""
+        waiting: dict[str, np.ndarray] = {}
+        for name in self._shapes:
+            if name not in waiting:
+                holder = self._holder[name]
+                parts = holder.split(_numpy(holder.parameter))
+                waiting.update(zip(holder.names, parts, strict=True))
+            yield name, np.ascontiguousarray(waiting.pop(name))
 
     def _faults(self, given: Mapping[str, tuple[int, ...]]) -> list[str]:
         missing = [f"{name}: missing" for name in self._shapes if name not in given]

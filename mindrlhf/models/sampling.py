@@ -14,6 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mindrlhf.parallel.gather import GroupStack
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layers import PADDED_LOGIT
 from mindrlhf.utils.sizes import exact_div
@@ -23,9 +24,10 @@ from mindrlhf.utils.sizes import exact_div
 _RANK_FLOOR = 1.0e-28
 _BLOCK_FLOOR = 1.0e-33
 
-# 28 halvings of [-32, 1] in log-probability: to 1.2e-7, the relative precision of a float32 probability.
+# 28 halvings of [largest - 32, largest + 1]: to 1.2e-7, the relative precision of a float32 probability.
 _BISECTIONS = 28
-_LOWEST_LOGPROB = -32.0
+_LOWEST = -32.0
+_HIGHEST = 1.0
 
 
 class VocabParallelSampler(nn.Cell):
@@ -34,8 +36,8 @@ class VocabParallelSampler(nn.Cell):
     Temperature is applied first, then top-k, then top-p on what top-k left (the order of Hugging Face's
     logits processors). Ties are kept: top-k keeps every id whose logit equals the k-th largest; top-p
     (nucleus sampling, arXiv 1904.09751) keeps the smallest set of the form ``{p >= t}`` whose mass is at
-    least ``top_p``, where log-probabilities closer than 1.2e-7 count as equal. Greedy choice takes the
-    smallest id among equals.
+    least ``top_p``, where logits closer than 1.2e-7 may count as equal. Greedy choice takes the smallest id
+    among equals.
 
     Args:
         vocab_size: V, full number of logits, padded rows included.
@@ -79,17 +81,16 @@ class VocabParallelSampler(nn.Cell):
         ids = np.arange(self.first, self.first + self.rows)
         self.has_padding = self.first + self.rows > valid_vocab_size
         self.padding_bias = Tensor(np.where(ids < valid_vocab_size, 0.0, PADDED_LOGIT).astype(np.float32))
-        self.block_sum = Tensor(np.ones((self.block, 1), np.float32))
         group = groups.mp_group
-        self.all_gather = ops.AllGather(group=group) if group is not None else None
+        self.stack_ranks = GroupStack(groups)
         self.all_reduce = ops.AllReduce(group=group) if group is not None else None
-        self.log_softmax = ops.LogSoftmax(-1)
-        self.arg_max = ops.Argmax(-1)
-        self.matmul = ops.MatMul()
+        self.softmax = ops.Softmax(-1)
+        self.best = ops.ArgMaxWithValue(axis=1)
         self.largest = ops.TopK(sorted=True)
         self.cumsum_before = ops.CumSum(exclusive=True)
         self.row_max = ops.ReduceMax()
         self.row_sum = ops.ReduceSum()
+        self.dot = ops.BatchMatMul()
 
     def construct(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """``logits`` (B, V / mp), ``uniforms`` (B,) -> tokens (B,) int32, log-probs (B,) float32."""
@@ -98,60 +99,70 @@ class VocabParallelSampler(nn.Cell):
             scaled = scaled * self.inverse_temperature
         if self.has_padding:
             scaled = scaled + self.padding_bias
-        logprobs = self.log_softmax(scaled)
+        masses = self.softmax(scaled)
+        largest, log_total, shares, best_ids = self._normalise(scaled, masses)
         if not self.do_sample:
-            return self._greedy(scaled, logprobs)
-        rank_masses = ops.ones((scaled.shape[0], 1), ms.float32)
-        if self.mp > 1:
-            log_masses = self._log_rank_masses(self._local_normaliser(scaled, logprobs))
-            rank_masses = ops.exp(log_masses)
-            logprobs = logprobs + log_masses[:, self.rank : self.rank + 1]
-        masses = ops.exp(logprobs)
+            return best_ids, -log_total
         if self.top_k > 0:
-            masses = masses * ops.cast(scaled >= self._kth_largest(scaled), ms.float32)
+            masses = masses * ops.cast(scaled >= widen(self._kth_largest(scaled), self.rows), ms.float32)
         if self.top_p < 1.0:
-            masses = masses * ops.cast(logprobs >= self._nucleus_threshold(logprobs, masses), ms.float32)
-        return self._inverse_cdf(logprobs, masses, rank_masses, uniforms)
+            threshold = self._nucleus_threshold(scaled, masses, shares, largest)
+            masses = masses * above(scaled, threshold)
+        tokens, chosen = self._inverse_cdf(scaled, masses, shares, uniforms)
+        return tokens, (chosen - largest) - log_total
 
-    def _greedy(self, scaled: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """The id of the largest logit; among ranks with equal maxima the first."""
-        index = self.arg_max(scaled)
-        logprob = row_element(logprobs, index)
-        if self.mp == 1:
-            return index, logprob
-        normaliser = self._local_normaliser(scaled, logprobs)
-        best = row_element(scaled, index)
+    def _normalise(self, scaled: Tensor, masses: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What all ranks know of each row, by one exchange of three numbers a row.
+
+        Args:
+            scaled: (B, V / mp) this rank's scaled logits.
+            masses: (B, V / mp) their softmax.
+
+        Returns:
+            largest scaled logit (B,); log(sum(exp(scaled - largest))) (B,); share of the mass of each rank
+            (B, mp); smallest id of the largest logit (B,) int32.
+        """
+        index, largest = self.best(scaled)
+        # The softmax of the largest logit is 1 / sum(exp(scaled - largest)).
+        log_sum = -ops.log(row_element(masses, index))
         ids = ops.cast(index + self.first, ms.float32)
-        gathered = self._gather(ops.stack((normaliser, best, logprob, ids), 1))
-        log_masses = log_shares(gathered[:, :, 0])
-        owner = self.arg_max(gathered[:, :, 1])
-        logprob = row_element(gathered[:, :, 2], owner) + row_element(log_masses, owner)
-        return ops.cast(row_element(gathered[:, :, 3], owner), ms.int32), logprob
+        gathered = self._gather(ops.stack((largest, log_sum, ids), 1))
+        owner, largest = self.best(gathered[:, :, 0])
+        log_masses = gathered[:, :, 0] - ops.expand_dims(largest, 1) + gathered[:, :, 1]
+        log_total = ops.log(self.row_sum(ops.exp(log_masses), 1))
+        shares = ops.exp(log_masses - ops.expand_dims(log_total, 1))
+        best_ids = ops.cast(row_element(gathered[:, :, 2], owner), ms.int32)
+        return largest, log_total, shares, best_ids
 
     def _inverse_cdf(
-        self, logprobs: Tensor, masses: Tensor, rank_masses: Tensor, uniforms: Tensor
+        self, scaled: Tensor, masses: Tensor, shares: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The id in whose interval of the cumulative mass ``u * total`` falls: rank, then block, then id."""
+        """The id in whose interval of the cumulative mass ``u * total`` falls, and its scaled logit.
+
+        The interval is looked up among the ranks, then among the blocks of the rank that has it, then
+        among the ids of the block: short sums, which round less than one over the vocabulary.
+        """
         count = masses.shape[0]
         blocks = ops.reshape(masses, (-1, self.block))
-        block_masses = ops.reshape(self.matmul(blocks, self.block_sum), (count, -1))
+        block_masses = ops.reshape(self.row_sum(blocks, 1), (count, -1))
+        rank_masses = shares
         if self.top_k > 0 or self.top_p < 1.0:
-            rank_masses = self._rank_sums(block_masses)
-        target = uniforms * self.row_sum(rank_masses, 1)
-        owner, target = self._locate(rank_masses, target, _RANK_FLOOR)
+            rank_masses = rank_masses * self._rank_sums(block_masses)
+        owner, target = self._locate(rank_masses, uniforms * self.row_sum(rank_masses, 1), _RANK_FLOOR)
+        # From here on in units of this rank's own softmax; the owner's share is above the floor.
+        target = target / ops.maximum(shares[:, self.rank], _RANK_FLOOR)
         block, target = self._locate(block_masses, target, _BLOCK_FLOOR)
-        per_row = block_masses.shape[1]
-        chosen = ops.gather(blocks, block + ms.numpy.arange(count) * per_row, 0)
-        offset, _ = self._locate(chosen, target, 0.0)
+        first_blocks = ms.numpy.arange(count) * block_masses.shape[1]
+        offset, _ = self._locate(ops.gather(blocks, first_blocks + block, 0), target, 0.0)
         index = block * self.block + offset
-        logprob = row_element(logprobs, index)
+        chosen = row_element(scaled, index)
         if self.mp == 1:
-            return index, logprob
+            return index, chosen
         mine = ops.cast(ops.expand_dims(owner == self.rank, 1), ms.float32)
-        # At most one addend is not zero, and ids below 2**24 are exact in float32. A rank that does not
-        # own the row has finite numbers to multiply by zero: PADDED_LOGIT bounds its log-probs.
+        # One addend is not zero, and ids below 2**24 are exact in float32. What the other ranks found is
+        # finite, so times zero it is zero.
         ids = ops.cast(index + self.first, ms.float32)
-        found = self.all_reduce(ops.stack((ids, logprob), 1) * mine)
+        found = self.all_reduce(ops.stack((ids, chosen), 1) * mine)
         return ops.cast(found[:, 0], ms.int32), found[:, 1]
 
     def _locate(self, masses: Tensor, target: Tensor, floor: float) -> tuple[Tensor, Tensor]:
@@ -176,43 +187,32 @@ class VocabParallelSampler(nn.Cell):
             values, _ = self.largest(gathered, self.top_k)
         return values[:, self.top_k - 1 : self.top_k]
 
-    def _nucleus_threshold(self, logprobs: Tensor, masses: Tensor) -> Tensor:
-        """The largest t with mass of {logprob >= t} at least ``top_p`` of all mass, by bisection, (B, 1)."""
-        wanted = self._mass(masses) * self.top_p
-        low = ops.full_like(wanted, _LOWEST_LOGPROB)
-        high = ops.full_like(wanted, 1.0)
+    def _nucleus_threshold(self, scaled: Tensor, masses: Tensor, shares: Tensor, largest: Tensor) -> Tensor:
+        """The largest t with mass of {scaled > t} at least ``top_p`` of all mass, by bisection, (B, 1)."""
+        wanted = self._total(self.row_sum(masses, 1), shares) * self.top_p
+        low = ops.expand_dims(largest, 1) + _LOWEST
+        high = ops.expand_dims(largest, 1) + _HIGHEST
+        rows = ops.expand_dims(masses, 1)
         for _ in range(_BISECTIONS):
             middle = (low + high) * 0.5
-            kept = self._mass(masses * ops.cast(logprobs >= middle, ms.float32))
-            enough = kept >= wanted
+            kept = self.dot(rows, ops.expand_dims(above(scaled, middle), 2))
+            enough = self._total(ops.reshape(kept, (-1,)), shares) >= wanted
             low = ops.select(enough, middle, low)
             high = ops.select(enough, high, middle)
         return low
 
-    def _mass(self, masses: Tensor) -> Tensor:
-        """Sum of ``masses`` (B, V / mp) over the whole vocabulary, (B, 1)."""
-        blocks = self.matmul(ops.reshape(masses, (-1, self.block)), self.block_sum)
-        sums = self._rank_sums(ops.reshape(blocks, (masses.shape[0], -1)))
+    def _total(self, local: Tensor, shares: Tensor) -> Tensor:
+        """Sum over the ranks of ``local`` (B,), in units of each rank's softmax -> (B, 1)."""
+        sums = self._gather(ops.expand_dims(local, 1))[:, :, 0] * shares
         return ops.expand_dims(self.row_sum(sums, 1), 1)
 
     def _rank_sums(self, block_masses: Tensor) -> Tensor:
-        """Mass of each rank, (B, mp), from this rank's blocks (B, n); equal bit for bit on all ranks."""
+        """Sum of each rank's blocks (B, n) -> (B, mp); gathered, so equal bit for bit on all ranks."""
         return self._gather(ops.expand_dims(self.row_sum(block_masses, 1), 1))[:, :, 0]
-
-    def _local_normaliser(self, scaled: Tensor, logprobs: Tensor) -> Tensor:
-        """log(sum(exp)) of this rank's logits, (B,), read off its first id."""
-        return scaled[:, 0] - logprobs[:, 0]
-
-    def _log_rank_masses(self, normaliser: Tensor) -> Tensor:
-        """Log of each rank's share of the mass, (B, mp), from the local normalisers (B,)."""
-        return log_shares(self._gather(ops.expand_dims(normaliser, 1))[:, :, 0])
 
     def _gather(self, x: Tensor) -> Tensor:
         """``x`` (B, n) of every rank, (B, mp, n)."""
-        if self.mp == 1:
-            return ops.expand_dims(x, 1)
-        gathered = ops.reshape(self.all_gather(x), (self.mp, *x.shape))
-        return ops.transpose(gathered, (1, 0, 2))
+        return ops.transpose(self.stack_ranks(x), (1, 0, 2))
 
 
 def row_element(x: Tensor, index: Tensor) -> Tensor:
@@ -221,9 +221,14 @@ def row_element(x: Tensor, index: Tensor) -> Tensor:
     return ops.gather(ops.reshape(x, (-1,)), index + ms.numpy.arange(rows) * size, 0)
 
 
-def log_shares(normalisers: Tensor) -> Tensor:
-    """``normalisers`` (B, mp), log of each rank's mass -> log of its share of the sum, (B, mp)."""
-    return ops.LogSoftmax(-1)(normalisers)
+def widen(column: Tensor, columns: int) -> Tensor:
+    """``column`` (B, 1) -> (B, columns); on CPU cheaper by far than broadcasting in the operation."""
+    return ops.tile(column, (1, columns))
+
+
+def above(x: Tensor, threshold: Tensor) -> Tensor:
+    """1 where ``x`` (B, n) exceeds ``threshold`` (B, 1), else 0, float32; without slow comparisons."""
+    return ops.relu(ops.sign(x - widen(threshold, x.shape[1])))
 
 
 def smallest_divisor_from(number: int, least: int) -> int:

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor
 
+from mindrlhf.parallel.gather import GroupAllGather
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 
@@ -37,8 +38,8 @@ def checksums(
     """Position-dependent 64-bit checksum of each full tensor, by name.
 
     Equal on every rank of the model-parallel group and for every layout of the same values in the same
-    dtype. Collective over that group (one small gather for all tensors): every rank must pass the same
-    names in the same order. Data-parallel replicas are not compared: each group answers for its own.
+    dtype. Collective (one small gather for all tensors): ALL ranks must call it with the same names in the
+    same order. Data-parallel replicas are not compared: each group answers for its own.
 
     Args:
         shards: (canonical name, this rank's local array); any dtype of 1, 2, 4 or 8 bytes.
@@ -114,18 +115,8 @@ def _gather(parts: np.ndarray, groups: Groups) -> np.ndarray:
     if groups.mp_group is None or parts.size == 0:
         return parts[None]
     # AllGather on CPU knows no 64-bit integer, so each travels as two of 32 bits.
-    halves = _GatherCell(groups.mp_group)(Tensor(parts.view(np.int32))).asnumpy()
+    halves = GroupAllGather(groups)(Tensor(parts.view(np.int32))).asnumpy()
     return np.ascontiguousarray(halves).view(np.uint64).reshape(groups.mesh.mp, parts.size)
-
-
-class _GatherCell(nn.Cell):
-    def __init__(self, group: str) -> None:
-        super().__init__()
-        self.gather = ops.AllGather(group=group)
-
-    def construct(self, x: Tensor) -> Tensor:
-        """``x`` (n,) -> (mp * n,), ranks in order."""
-        return self.gather(x)
 
 
 def _weighted_sum(bits: np.ndarray, weights: list[np.ndarray]) -> np.uint64:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
+from mindrlhf.parallel.gather import GroupStack
+from mindrlhf.parallel.groups import Groups
+
 
 class CopyToGroup(nn.Cell):
     """Megatron's ``f``: identity forward, sum over the group backward.
@@ -59,18 +62,13 @@ class ReduceFromGroup(nn.Cell):
 class GroupMax(nn.Cell):
     """Element-wise maximum over the group, without a gradient.
 
-    CPU has no ``AllReduce(MAX)``, so the (small) local maxima are gathered and reduced locally.
+    CPU has no ``AllReduce(MAX)``, so the (small) local maxima are stacked and reduced locally.
     """
 
-    def __init__(self, group: str | None) -> None:
+    def __init__(self, groups: Groups) -> None:
         super().__init__()
-        self.active = group is not None
-        self.all_gather = ops.AllGather(group=group) if group is not None else None
+        self.stack = GroupStack(groups)
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` of any shape; the result has the same shape and is equal on every rank."""
-        x = ops.stop_gradient(x)
-        if self.active:
-            gathered = self.all_gather(ops.expand_dims(x, 0))
-            x = ops.stop_gradient(gathered.max(axis=0))
-        return x
+        return ops.stop_gradient(self.stack(ops.stop_gradient(x)).max(axis=0))

@@ -137,7 +137,7 @@ class VocabParallelLogProbs(nn.Cell):
         self.has_padding = self.first + self.rows > valid_vocab_size
         ids = ms.numpy.arange(self.first, self.first + self.rows)
         self.padding_bias = ops.cast(ids >= valid_vocab_size, ms.float32) * PADDED_LOGIT
-        self.group_max = GroupMax(groups.mp_group)
+        self.group_max = GroupMax(groups)
         self.reduce = ReduceFromGroup(groups.mp_group)
 
     def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

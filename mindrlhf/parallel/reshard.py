@@ -1,9 +1,9 @@
 """In-memory resharding: from the slices of one layout to those of another over the same ranks.
 
 What every rank needs is a :class:`ReshardPlan`, worked out from layouts alone; the plan of a rank says
-which pieces of its source model-parallel group make up its target slice. A parameter whose target
-slice lies inside the local piece on every rank of the group is cut out locally, every other one is
-gathered in that group first. HybridFlow (arXiv 2409.19256, section 5) does the same between training
+which pieces of its source model-parallel group make up its target slice. A parameter whose target slice
+lies inside the local piece on every rank is cut out locally; every other one is gathered in the
+source model-parallel groups first. HybridFlow (arXiv 2409.19256, section 5) does the same between training
 and generation.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.np_dtype import bfloat16 as np_bfloat16
 
+from mindrlhf.parallel.gather import GroupAllGather
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout, Mesh
 
@@ -29,7 +30,7 @@ class ReshardPlan:
     """How one rank makes its target slice of one parameter.
 
     Args:
-        gather: whether the source model-parallel group gathers its pieces first; equal on all its ranks.
+        gather: whether the source model-parallel groups gather their pieces first; equal on all ranks.
         pieces: (index of the piece in the group, box in it) in order; without ``gather`` the one
             piece is the rank's own.
         concat_dim: the dimension along which the cut pieces are joined.
@@ -53,13 +54,13 @@ def plan_reshard(source: Layout, target: Layout, rank: int) -> ReshardPlan:
             f"cannot reshard from {source.mesh} to {target.mesh}: "
             f"{source.mesh.size} ranks against {target.mesh.size}"
         )
-    group = source.mesh.mp_ranks(rank)
-    # All ranks of the group must decide alike, or some would wait in a collective for the others.
+    # All ranks must decide alike, or some would wait in a collective for the others.
     gather = source.is_split and not all(
-        _overlap(_box(source, peer), _box(target, peer)) == _box(target, peer) for peer in group
+        _overlap(_box(source, peer), _box(target, peer)) == _box(target, peer)
+        for peer in range(source.mesh.size)
     )
     pieces = []
-    for peer in group if gather else [rank]:
+    for peer in source.mesh.mp_ranks(rank) if gather else [rank]:
         origin = _box(source, peer)
         wanted = _overlap(origin, _box(target, rank))
         if wanted is not None:
@@ -81,10 +82,10 @@ def assemble(plan: ReshardPlan, pieces: Sequence[np.ndarray]) -> np.ndarray:
 class Resharder:
     """Turns this rank's source shards into its target shards.
 
-    :meth:`reshard` is collective for parameters with :meth:`needs_gather`: every rank of a source
-    model-parallel group must call it for the same names in the same order. On CPU, AllGather knows
-    float32, float16 and int32 only, so bfloat16 travels as its bits under the name float16 (bit-exact,
-    measured for all 65,536 patterns); on other devices it travels as itself.
+    :meth:`reshard` is collective for parameters with :meth:`needs_gather`: all ranks must call it for
+    the same names in the same order (see :class:`~mindrlhf.parallel.gather.GroupAllGather`). On CPU,
+    AllGather knows float32, float16 and int32 only, so bfloat16 travels as its bits under the name
+    float16 (bit-exact, tested for all 65,536 patterns); on other devices it travels as itself.
 
     Args:
         source: canonical name -> layout of what the rank has.
@@ -107,7 +108,7 @@ class Resharder:
         _check_group(source, source_groups)
         self._plans = _plans(source, target, rank)
         self._source = source
-        self._group = source_groups.mp_group
+        self._groups = source_groups
         # Parameters of one shape and plan, in different layers, share one compiled graph.
         self._cells: dict[tuple[ReshardPlan, tuple[int, ...]], _ReshardCell] = {}
 
@@ -134,7 +135,7 @@ class Resharder:
             return local
         key = (plan, shape)
         if key not in self._cells:
-            self._cells[key] = _ReshardCell(plan, shape[0], self._group)
+            self._cells[key] = _ReshardCell(plan, shape[0], self._groups)
         cell = self._cells[key]
         if local.dtype == ms.bfloat16 and ms.get_context("device_target") == "CPU":
             bits = Tensor(local.asnumpy().view(np.float16))
@@ -148,13 +149,13 @@ class _ReshardCell(nn.Cell):
     Args:
         plan: what to cut out and join.
         rows: first size of the local source shard.
-        group: the source model-parallel group.
+        groups: the rank's groups in the source mesh.
     """
 
-    def __init__(self, plan: ReshardPlan, rows: int, group: str | None) -> None:
+    def __init__(self, plan: ReshardPlan, rows: int, groups: Groups) -> None:
         super().__init__()
-        self.gather = ops.AllGather(group=group) if plan.gather else None
-        # AllGather joins along dimension 0 whatever the split: piece i is rows i*rows .. (i+1)*rows.
+        self.gather = GroupAllGather(groups) if plan.gather else None
+        # The gather joins along dimension 0 whatever the split: piece i is rows i*rows .. (i+1)*rows.
         boxes = [
             _shifted(box, [index * rows if plan.gather else 0] + [0] * (len(box) - 1))
             for index, box in plan.pieces

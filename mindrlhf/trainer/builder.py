@@ -13,8 +13,9 @@ from mindrlhf.models.heads import new_score_head
 from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
 from mindrlhf.models.train import CriticModel, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
-from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD, parameter_layouts
+from mindrlhf.parallel.layout import Layout
+from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD, mesh_of
+from mindrlhf.trainer.layouts import job_layouts
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 
@@ -59,24 +60,6 @@ class WeightPaths:
         return WeightPaths(infer, policy, self.ref or infer, self.reward, self.critic or self.reward)
 
 
-def mesh_of(config: RunConfig) -> Mesh:
-    """The mesh that a YAML asks for."""
-    return Mesh(config.parallel.data_parallel, config.parallel.model_parallel)
-
-
-def job_layouts(job: JobConfig) -> dict[str, dict[str, Layout]]:
-    """Layouts of every model of a job by the model's name in strategy files; needs neither device nor weights."""
-    shared = job.ppo.critic == "shared"
-    layouts = {
-        "infer_policy": parameter_layouts(job.infer.model, mesh_of(job.infer)),
-        "train_policy": parameter_layouts(job.train.model, mesh_of(job.train), score_head=shared),
-        "ref": parameter_layouts(job.infer.model, mesh_of(job.infer)),
-    }
-    for name, config in (("reward", job.reward), ("critic", job.critic)):
-        layouts[name] = parameter_layouts(config.model, mesh_of(config), lm_head=False, score_head=True)
-    return layouts
-
-
 @dataclass(frozen=True)
 class PPOModels:
     """All models of a job on this rank."""
@@ -111,7 +94,7 @@ def build_models(job: JobConfig, weights: WeightPaths, rank: int) -> PPOModels:
     if not shared:
         critic = CriticModel(job.critic.model, groups["critic"], prompt_length=ppo.max_prompt_length)
 
-    infer.load(_shards(weights.infer, infer.layouts, rank, "infer policy"))
+    infer.load(_shards(weights.infer, job_layouts(job)["infer_policy"], rank, "infer policy"))
     _fill(train, weights.train, ppo.seed, rank, "train policy", "critic")
     _fill(ref, weights.ref, ppo.seed, rank, "reference")
     _fill(reward, weights.reward or weights.infer, ppo.seed, rank, "reward model", "reward")

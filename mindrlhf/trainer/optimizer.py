@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mindspore import Parameter
 from mindspore.nn import Optimizer
 
+from mindrlhf.configs.optimizer import with_total_steps
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.utils.errors import ConfigError
 
@@ -30,7 +30,7 @@ def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_st
     from mindformers.core.optim import build_optim
 
     try:
-        schedule = build_lr(_schedule_arguments(config.lr_schedule, total_steps))
+        schedule = build_lr(with_total_steps(config.lr_schedule, total_steps))
     except (TypeError, ValueError) as error:
         raise ConfigError([f"{config.path}: lr_schedule: {error}"]) from error
     optimizer = dict(config.optimizer)
@@ -45,10 +45,3 @@ def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_st
         return build_optim(optimizer, default_args={"params": groups, "learning_rate": schedule})
     except (TypeError, ValueError) as error:
         raise ConfigError([f"{config.path}: optimizer: {error}"]) from error
-
-
-def _schedule_arguments(section: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
-    arguments = dict(section)
-    if arguments.get("total_steps") in (None, -1):
-        arguments["total_steps"] = total_steps
-    return arguments

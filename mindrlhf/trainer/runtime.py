@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.configs.schema import ContextConfig
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError
-from mindrlhf.utils.ranks import env_rank, env_world_size
+from mindrlhf.utils.ranks import env_world_size
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,10 @@ class HostExchange:
             column += width
         return result
 
+    def every_rank(self, array: np.ndarray) -> np.ndarray:
+        """One (k,) int32 or float32 array of each rank -> (world, k), in rank order."""
+        return self.gather_rows({"x": array[None]}, Mesh(dp=self.runtime.world_size))["x"]
+
     def sum(self, array: np.ndarray, mesh: Mesh) -> np.ndarray:
         """Sum of one float32 array over the replicas of ``mesh``, equal on every rank."""
         return self.gather_rows({"x": array[None]}, mesh)["x"].sum(axis=0)
@@ -135,7 +139,7 @@ class HostExchange:
     def barrier(self) -> None:
         """Returns when every worker has come here."""
         if self._gather is not None:
-            self._gather(Tensor(np.zeros((1, 1), np.int32))).asnumpy()
+            self.every_rank(np.zeros(1, np.int32))
 
 
 def _as_int32_rows(name: str, array: np.ndarray) -> np.ndarray:
@@ -150,13 +154,3 @@ def local_rows(count: int, mesh: Mesh, rank: int) -> slice:
     first = mesh.dp_index(rank) * part
     return slice(first, first + part)
 
-
-__all__ = [
-    "HostExchange",
-    "Runtime",
-    "check_device",
-    "env_rank",
-    "expected_world_size",
-    "local_rows",
-    "start_runtime",
-]

@@ -12,14 +12,6 @@ from mindspore.nn import Optimizer
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 
-_add = ops.MultitypeFuncGraph("add")
-
-
-@_add.register("Tensor", "Tensor")
-def _add_tensors(left: Tensor, right: Tensor) -> Tensor:
-    return left + right
-
-
 class Backward(nn.Cell):
     """Gradients of a loss cell that returns ``(loss, statistics)``."""
 
@@ -34,15 +26,19 @@ class Backward(nn.Cell):
 
 
 class Accumulate(nn.Cell):
-    """Adds the gradients of a micro-batch to those of the ones before."""
+    """Adds the gradients of a micro-batch to those of the ones before.
 
-    def __init__(self) -> None:
-        super().__init__(auto_prefix=False)
-        self.map = ops.HyperMap()
+    Gradients come as separate arguments, here and in :class:`Update`: a tuple of tensors is a constant to
+    the graph compiler, so each call would compile anew.
+    """
 
-    def construct(self, total: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Two tuples of the same shapes -> their sums."""
-        return self.map(_add, total, gradients)
+    def construct(self, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """The n totals so far, then the n gradients of the same shapes -> n sums."""
+        count = len(gradients) // 2
+        sums = ()
+        for index in range(count):
+            sums += (gradients[index] + gradients[count + index],)
+        return sums
 
 
 class Update(nn.Cell):
@@ -68,7 +64,7 @@ class Update(nn.Cell):
         self.dp_sum = ops.AllReduce(group=groups.dp_group) if groups.dp_group is not None else None
         self.mp_sum = ops.AllReduce(group=groups.mp_group) if groups.mp_group is not None else None
 
-    def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def construct(self, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of this rank's shards -> (norm before clipping, learning rate used), both (1,) float32."""
         summed = ()
         for gradient in gradients:
@@ -141,6 +137,6 @@ class TrainStep:
         for arrays in micro_batches:
             part, gradients = self._backward(*(Tensor(array) for array in arrays))
             statistics.append(part)
-            total = gradients if total is None else self._accumulate(total, gradients)
-        norm, rate = self._update(total)
+            total = gradients if total is None else self._accumulate(*total, *gradients)
+        norm, rate = self._update(*total)
         return np.sum([part.asnumpy() for part in statistics], axis=0), float(norm.asnumpy()[0]), float(rate.asnumpy()[0])

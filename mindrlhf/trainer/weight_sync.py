@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 from mindspore import Tensor
 
 from mindrlhf.models.infer import PPOModelInfer
@@ -12,6 +13,7 @@ from mindrlhf.parallel.checksum import checksums
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.parallel.reshard import Resharder
+from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.utils.errors import MindRLHFError
 
 
@@ -50,23 +52,27 @@ class WeightSync:
         for name in self.infer_layouts:
             yield name, self._resharder.reshard(name, parameters[name])
 
-    def differences(self) -> list[str]:
-        """Names whose full tensors differ between the two models, by 64-bit checksum; collective."""
-        trained = checksums(self.train.shards(self.infer_layouts), self._train_layouts(), self.train.groups)
-        generating = checksums(self.infer.shards(), self.infer_layouts, self.infer_groups)
-        return [name for name in self.infer_layouts if trained[name] != generating[name]]
+    def verify(self, exchange: HostExchange) -> None:
+        """Refuses to go on with a generating model that is not the trained one; collective over all ranks.
 
-    def verify(self) -> None:
-        """Refuses to go on with a generating model that is not the trained one; collective.
+        Full tensors are compared by 64-bit checksums, in the type in which the generating model stores them.
 
         Raises:
-            MindRLHFError: names every parameter that differs.
+            MindRLHFError: names the parameters that differ, on every rank.
         """
-        if different := self.differences():
+        different = self.differences()
+        faulty_ranks = exchange.every_rank(np.array([len(different)], np.int32))[:, 0]
+        if faulty_ranks.any():
             raise MindRLHFError(
-                f"{len(different)} parameter(s) differ between the trained and the generating policy after a "
-                "sync: " + ", ".join(different)
+                "the generating policy is not the trained one after a sync; parameters that differ, by rank: "
+                f"{faulty_ranks.tolist()}; on this rank: {', '.join(different) or 'none'}"
             )
 
-    def _train_layouts(self) -> dict[str, Layout]:
-        return {name: self.train.layouts[name] for name in self.infer_layouts}
+    def differences(self) -> list[str]:
+        """Names whose full tensors differ between the two models in this rank's groups; collective."""
+        stored = {name: array.dtype for name, array in self.infer.shards()}
+        train_shards = ((name, array.astype(stored[name])) for name, array in self.train.shards(self.infer_layouts))
+        train_layouts = {name: self.train.layouts[name] for name in self.infer_layouts}
+        trained = checksums(train_shards, train_layouts, self.train.groups)
+        generating = checksums(self.infer.shards(), self.infer_layouts, self.infer_groups)
+        return [name for name in self.infer_layouts if trained[name] != generating[name]]

@@ -23,9 +23,14 @@ def test_file_appears_only_when_whole(tmp_path: Path) -> None:
 def test_failed_file_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     target.write_text("old")
-    with pytest.raises(RuntimeError, match="boom"), atomic_file(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("boom")
+
+    def fail_half_way() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_half_way()
     assert target.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
@@ -61,9 +66,14 @@ def test_failed_directory_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "kept").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as temporary:
-        (temporary / "half").write_text("new")
-        raise KeyboardInterrupt
+
+    def fail_half_way() -> None:
+        with atomic_directory(target) as temporary:
+            (temporary / "half").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way()
     assert [entry.name for entry in target.iterdir()] == ["kept"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 

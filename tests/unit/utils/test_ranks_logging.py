@@ -109,9 +109,7 @@ def test_track_yields_everything_and_stays_quiet_when_fast(capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
-def test_plain_lines_say_how_far(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_lines_say_how_far(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with ProgressBar("rows", total=40) as bar:

@@ -17,7 +17,7 @@ KEYS = st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=4).map(t
 
 def test_stream_is_fixed_for_all_time() -> None:
     """Resumed runs and other layouts rely on these very numbers."""
-    assert random_stream("rollout", 1, 2).integers(0, 1000, 4).tolist() == [0, 0, 0, 0]
+    assert random_stream("rollout", 1, 2).integers(0, 1000, 4).tolist() == [636, 270, 165, 788]
 
 
 @given(KEYS)

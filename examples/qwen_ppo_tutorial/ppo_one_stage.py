@@ -1,0 +1,83 @@
+"""PPO on Qwen2 with training and inference in one job. Run it with msrun, or alone with --use_parallel False."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mindrlhf.trainer.job import JobOptions, run_ppo, save_strategies
+from mindrlhf.utils.cli import run_main, str_to_bool
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    models = parser.add_argument_group("model configurations (MindFormers YAML)")
+    models.add_argument("--sft_path_infer", type=Path, required=True, help="policy as it generates")
+    models.add_argument("--sft_path_train", type=Path, required=True, help="policy as it is trained")
+    models.add_argument("--reward_path", type=Path, required=True, help="reward model")
+    models.add_argument("--critic_path", type=Path, required=True, help="critic")
+    models.add_argument(
+        "--ppo_config", type=Path, help="PPO hyper-parameters; default: ppo_X.yaml beside finetune_X.yaml"
+    )
+    models.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="override a PPO hyper-parameter; may be repeated",
+    )  # fmt: skip
+
+    weights = parser.add_argument_group(
+        "weights (a full .ckpt/.safetensors file, a Hugging Face directory, or a directory of rank_0/ rank_1/ ...)"
+    )
+    weights.add_argument("--load_sft_checkpoint_infer", type=optional_path, help="policy as it generates")
+    weights.add_argument("--load_sft_checkpoint_train", type=optional_path, help="policy as it is trained")
+    weights.add_argument("--load_ref_checkpoint", type=optional_path, help="reference; default: the policy")
+    weights.add_argument(
+        "--load_rm_checkpoint", type=optional_path, help="reward model; default: the policy with a fresh head"
+    )
+    weights.add_argument(
+        "--load_critic_checkpoint", type=optional_path, help="critic; default: the reward model, else the policy"
+    )
+
+    files = parser.add_argument_group("data and results")
+    files.add_argument("--mind_dataset_dir", type=optional_path, help="MindRecord of prompts from rlhf_data.py")
+    files.add_argument("--save_ckpt_dir", type=optional_path, help="checkpoints, metrics, samples, curves")
+    files.add_argument("--save_data_file", type=optional_path, help="store each iteration's experience as MindRecord")
+    files.add_argument("--export_hf_dir", type=optional_path, help="export the final policy in Hugging Face format")
+    files.add_argument("--tokenizer_path", type=optional_path, help="for sample texts and the export")
+    files.add_argument("--resume_from", type=optional_path, help="an iteration_NNNNNN directory to go on from")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--use_parallel", type=str_to_bool, default=True, help="False: one process, no msrun")
+    run.add_argument("--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAMLs' device_target")
+    run.add_argument("--enable_compile_cache", type=str_to_bool, default=False, help="keep compiled graphs")
+    run.add_argument(
+        "--compile_cache_path", type=Path, help="where they are kept; default: compile_cache in --save_ckpt_dir"
+    )
+    run.add_argument("--verify_sync", type=str_to_bool, default=False, help="checksum weights after each sync")
+    run.add_argument(
+        "--only_save_strategy", type=str_to_bool, default=False, help="write ./strategy and exit; no device needed"
+    )
+    run.add_argument("--world_size", type=int, help="ranks to write strategies for without msrun")
+    return parser.parse_args()
+
+
+def optional_path(text: str) -> Path | None:
+    """A path; an empty string means none, as scripts pass it for an unused flag."""
+    return Path(text) if text else None
+
+
+def main() -> None:
+    """Parses, then runs the job or writes the strategies."""
+    arguments = vars(parse_arguments())
+    only_save_strategy = arguments.pop("only_save_strategy")
+    options = JobOptions(**arguments)
+    if only_save_strategy:
+        save_strategies(options, Path("strategy"))
+    else:
+        run_ppo(options)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,201 @@
+"""One PPO job from its command-line options: check, start, train, export."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mindrlhf.configs.load import load_job
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.parallel.parameters import mesh_of
+from mindrlhf.utils.errors import ConfigError, MindRLHFError
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.ranks import env_rank, env_world_size
+from mindrlhf.utils.timers import Timer
+
+if TYPE_CHECKING:
+    from mindrlhf.trainer.ppo_trainer import PPOTrainer
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """The flags of ``ppo_one_stage.py``; see its ``--help``."""
+
+    sft_path_infer: Path
+    sft_path_train: Path
+    reward_path: Path
+    critic_path: Path
+    ppo_config: Path | None = None
+    overrides: tuple[str, ...] | list[str] = ()
+    load_sft_checkpoint_infer: Path | None = None
+    load_sft_checkpoint_train: Path | None = None
+    load_ref_checkpoint: Path | None = None
+    load_rm_checkpoint: Path | None = None
+    load_critic_checkpoint: Path | None = None
+    mind_dataset_dir: Path | None = None
+    save_ckpt_dir: Path | None = None
+    save_data_file: Path | None = None
+    export_hf_dir: Path | None = None
+    tokenizer_path: Path | None = None
+    resume_from: Path | None = None
+    use_parallel: bool = True
+    device_target: str | None = None
+    enable_compile_cache: bool = False
+    compile_cache_path: Path | None = None
+    verify_sync: bool = False
+    world_size: int | None = None
+
+
+def read_job(options: JobOptions, world_size: int | None) -> JobConfig:
+    """All configuration files of a job, checked together.
+
+    Raises:
+        ConfigError: every fault of every file.
+    """
+    return load_job(
+        sft_path_infer=options.sft_path_infer,
+        sft_path_train=options.sft_path_train,
+        reward_path=options.reward_path,
+        critic_path=options.critic_path,
+        ppo_config=options.ppo_config or beside_train_config(options.sft_path_train),
+        overrides=options.overrides,
+        world_size=world_size,
+        device_target=options.device_target,
+        single_process=not options.use_parallel,
+    )
+
+
+def beside_train_config(train_config: Path) -> Path:
+    """``ppo_X.yaml`` beside ``finetune_X.yaml``.
+
+    Raises:
+        ConfigError: there is none; asks for ``--ppo_config``.
+    """
+    found = train_config.with_name("ppo_" + train_config.name.removeprefix("finetune_"))
+    if not found.is_file():
+        raise ConfigError([f"--ppo_config: not given, and there is no {found} - pass --ppo_config"])
+    logger.info("PPO hyper-parameters: %s (beside --sft_path_train; --ppo_config overrides)", found)
+    return found
+
+
+def save_strategies(options: JobOptions, directory: Path) -> list[Path]:
+    """Writes the strategy files of every model; needs no device, data, weights or other worker.
+
+    Under msrun a worker writes its own rank's; alone, those of all ranks of ``--world_size``, or of as
+    many as the YAMLs ask for.
+    """
+    from mindrlhf.parallel.strategy import write_strategies
+    from mindrlhf.trainer.layouts import job_layouts
+
+    under_msrun = env_world_size() > 1
+    world_size = env_world_size() if under_msrun else options.world_size
+    job = read_job(options, world_size)
+    ranks = [env_rank()] if under_msrun else range(world_size or job.infer.parallel.world_size)
+    files = write_strategies(directory, job_layouts(job), ranks)
+    logger.info("%d strategy files for rank(s) %s in %s", len(files), list(ranks), directory.resolve())
+    return files
+
+
+def run_ppo(options: JobOptions) -> Path:
+    """Runs a whole PPO job on this worker and returns the directory of the last checkpoint.
+
+    Raises:
+        MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
+            model is built.
+    """
+    data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
+    litter = tempfile.mkdtemp(prefix="mindrlhf_")
+    os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)  # where MindFormers puts its log when imported
+    os.environ.setdefault("GLOG_v", "3")
+    world_size = env_world_size()
+    if not options.use_parallel and world_size > 1:
+        raise MindRLHFError(
+            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or start "
+            "the script without msrun"
+        )
+    job = read_job(options, world_size)
+
+    from mindrlhf.trainer.builder import WeightPaths
+    from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+    from mindrlhf.trainer.runtime import check_device, start_runtime
+
+    weights = WeightPaths(
+        infer=options.load_sft_checkpoint_infer,
+        train=options.load_sft_checkpoint_train,
+        ref=options.load_ref_checkpoint,
+        reward=options.load_rm_checkpoint,
+        critic=options.load_critic_checkpoint,
+    ).checked()
+    tokenizer = _tokenizer(options, job)
+    check_device(job.train.context)
+    cache = options.compile_cache_path or save / "compile_cache" if options.enable_compile_cache else None
+    runtime = start_runtime(
+        job.train.context, use_parallel=world_size > 1, cache_dir=str(cache) if cache else None, litter_dir=litter
+    )
+    with Timer() as timer:
+        trainer = PPOTrainer(
+            job,
+            weights,
+            TrainerPaths(data, save, options.save_data_file),
+            runtime,
+            tokenizer=tokenizer,
+            verify_sync=options.verify_sync,
+        )
+    logger.info("models built and loaded in %.1f s", timer.seconds)
+    if options.resume_from is not None:
+        trainer.resume(options.resume_from)
+    last = trainer.train()
+    if options.export_hf_dir is not None:
+        _export(options, trainer, last)
+    return last
+
+
+def _required(options: JobOptions, flag: str) -> Path:
+    path = getattr(options, flag)
+    if path is None:
+        raise MindRLHFError(f"--{flag} is missing; it is needed unless --only_save_strategy True")
+    return Path(path)
+
+
+def _tokenizer(options: JobOptions, job: JobConfig) -> Tokenizer | None:
+    """The tokenizer of ``--tokenizer_path``, checked against the model's vocabulary."""
+    if options.tokenizer_path is None:
+        return None
+    tokenizer = load_tokenizer(options.tokenizer_path)
+    if tokenizer.size > job.infer.model.vocab_size:
+        raise MindRLHFError(
+            f"--tokenizer_path {options.tokenizer_path} has {tokenizer.size} tokens, more than the "
+            f"model.model_config.vocab_size {job.infer.model.vocab_size} of {job.infer.path}; give the model's own"
+        )
+    limit = job.ppo.valid_vocab_size
+    if limit and limit > tokenizer.size:
+        raise MindRLHFError(
+            f"valid_vocab_size {limit} allows ids that the tokenizer {options.tokenizer_path} does not have "
+            f"({tokenizer.size} tokens); set valid_vocab_size={tokenizer.size}"
+        )
+    return tokenizer
+
+
+def _export(options: JobOptions, trainer: PPOTrainer, checkpoint: Path) -> None:
+    """The final policy in Hugging Face format, merged from all ranks' shards by the main rank."""
+    from mindrlhf.checkpoint.save import export_hf
+
+    assert options.export_hf_dir is not None
+    if trainer.runtime.is_main:
+        train = trainer.job.train
+        tokenizer_dir = options.tokenizer_path
+        export_hf(
+            checkpoint / "policy",
+            options.export_hf_dir,
+            train.model,
+            mesh=mesh_of(train),
+            tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
+        )
+        logger.info("final policy in Hugging Face format: %s", options.export_hf_dir)
+    trainer.exchange.barrier()

@@ -1,0 +1,81 @@
+"""Per-iteration metrics under the field's names (TRL's and lm-human-preference-details')."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mindrlhf.algorithms.kl import sequence_kl
+from mindrlhf.algorithms.metrics import explained_variance
+from mindrlhf.trainer.experience import Experience, Rollout, Scores
+from mindrlhf.trainer.losses import POLICY_STATISTICS, VALUE_STATISTICS
+from mindrlhf.trainer.update import UpdateResult
+
+
+def rollout_metrics(rollout: Rollout, scores: Scores, experience: Experience, kl_coef: float) -> dict[str, float]:
+    """What is known before the update.
+
+    ``objective/kl``: per-sequence sum of the KL estimate, batch mean, in nats. ``objective/entropy``:
+    per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/rlhf_reward``: score plus
+    ``objective/non_score_reward``. ``value/explained_var``: of the returns, by the values before the update.
+    """
+    non_score = -kl_coef * experience.kl.sum(axis=1, dtype=np.float64)
+    return {
+        "objective/kl": sequence_kl(experience.kl),
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": float(-rollout.logprobs.sum(axis=1, dtype=np.float64).mean()),
+        "objective/non_score_reward": float(non_score.mean()),
+        "objective/scores": float(scores.scores.mean(dtype=np.float64)),
+        "objective/scores_std": float(scores.scores.std(dtype=np.float64)),
+        "objective/rlhf_reward": float((scores.scores + non_score).mean()),
+        "value/explained_var": explained_variance(experience.old_values, experience.returns, experience.mask),
+        "response/length": float(rollout.response_lengths.mean()),
+        "response/eos_rate": float(rollout.stopped.mean()),
+    }
+
+
+def update_metrics(result: UpdateResult, vf_coef: float) -> dict[str, float]:
+    """What the optimizer steps report: token means over all minibatches of the iteration.
+
+    ``policy/ratio_var`` is the variance of the ratio over tokens. ``loss/*`` are means over optimizer
+    steps, each a mean over its minibatch's tokens. ``loss/pretrain`` is 0: this loop mixes no pre-training
+    loss in.
+    """
+    policy = _named(POLICY_STATISTICS, result.policy)
+    value = _named(VALUE_STATISTICS, result.value)
+    tokens = result.tokens.sum()
+    ratio = policy["ratio"].sum() / tokens
+    policy_loss = (policy["policy_loss"] / result.tokens).mean()
+    value_loss = (value["value_loss"] / result.tokens).mean()
+    return {
+        "policy/approxkl": policy["approxkl"].sum() / tokens,
+        "policy/clipfrac": policy["clipfrac"].sum() / tokens,
+        "policy/entropy": policy["entropy"].sum() / tokens,
+        "policy/ratio": ratio,
+        "policy/ratio_var": max(policy["ratio_squared"].sum() / tokens - ratio**2, 0.0),
+        "loss/policy": policy_loss,
+        "loss/value": value_loss,
+        "loss/pretrain": 0.0,
+        "loss/total": policy_loss + vf_coef * value_loss,
+        "value/clipfrac": value["clipfrac"].sum() / tokens,
+        "value/error": value["error"].sum() / tokens,
+        "value/mean": value["value"].sum() / tokens,
+        "lr": result.learning_rate,
+        "grad_norm": float(result.grad_norm.mean()),
+        "grad_norm/critic": float(result.critic_grad_norm.mean()),
+    }
+
+
+def time_metrics(seconds: Mapping[str, float], response_tokens: int, total_seconds: float) -> dict[str, float]:
+    """Seconds of each phase, and response tokens per second of the rollout and of the whole iteration."""
+    metrics = {f"time/{phase}": spent for phase, spent in seconds.items()}
+    metrics["time/iteration"] = total_seconds
+    metrics["tokens_per_second"] = response_tokens / total_seconds
+    metrics["tokens_per_second/rollout"] = response_tokens / seconds["rollout"]
+    return metrics
+
+
+def _named(names: tuple[str, ...], sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of (steps, len(names)) by name, in float64."""
+    return {name: sums[:, index].astype(np.float64) for index, name in enumerate(names)}

@@ -1,0 +1,265 @@
+"""PPO with training and inference in one job.
+
+``PPOTrainer`` holds ``ppo_model_infer`` and ``ppo_model_train``, each on the mesh of its own YAML in the
+same ranks, and runs the loop of InstructGPT (arXiv 2203.02155).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindrlhf.algorithms.kl import AdaptiveKLController, FixedKLController, KLController, sequence_kl
+from mindrlhf.configs.schema import JobConfig, PPOConfig
+from mindrlhf.data.prompts import PromptBatch, PromptStream
+from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.parallel.groups import create_groups
+from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models, valid_vocab_size
+from mindrlhf.trainer.checkpointing import TrainingCheckpoints
+from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
+from mindrlhf.trainer.layouts import job_layouts
+from mindrlhf.trainer.metrics import rollout_metrics, time_metrics, update_metrics
+from mindrlhf.trainer.records import RunRecords, choose_rows, save_experience, summary_line
+from mindrlhf.trainer.rollout import generate_rollout
+from mindrlhf.trainer.runtime import HostExchange, Runtime
+from mindrlhf.trainer.scoring import score_rollout
+from mindrlhf.trainer.update import PPOUpdate, UpdateResult
+from mindrlhf.trainer.weight_sync import WeightSync
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.progress import ProgressBar
+from mindrlhf.utils.timers import PhaseTimer
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerPaths:
+    """Where a run reads its prompts and leaves its results."""
+
+    data: Path
+    """MindRecord of prompts."""
+    save: Path
+    """Checkpoints, metrics, samples and curves."""
+    experience: Path | None = None
+    """When given, each iteration's experience goes to a MindRecord named after it."""
+
+
+class PPOTrainer:
+    """Runs PPO. Every rank makes one and calls :meth:`train`.
+
+    Args:
+        job: checked configuration.
+        weights: where the models' weights come from.
+        paths: data and results.
+        runtime: this worker.
+        tokenizer: makes sample texts readable; ids are stored without one.
+        verify_sync: compare checksums of all parameters after each weight sync.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        weights: WeightPaths,
+        paths: TrainerPaths,
+        runtime: Runtime,
+        *,
+        tokenizer: Tokenizer | None = None,
+        verify_sync: bool = False,
+    ) -> None:
+        self.job, self.config, self.paths, self.runtime = job, job.ppo, paths, runtime
+        self.tokenizer, self.verify_sync = tokenizer, verify_sync
+        # Cheap and likely to fail, so before any model is built.
+        self.prompts = _prompt_stream(paths.data, job)
+        self.checkpoints = TrainingCheckpoints(paths.save, runtime.rank, self.config.keep_checkpoints)
+        self.exchange = HostExchange(runtime)
+        self.models: PPOModels = build_models(job, weights, runtime.rank)
+        self.ppo_model_infer, self.ppo_model_train = self.models.infer, self.models.train
+        infer_layouts = job_layouts(job)["infer_policy"]
+        self.infer_mesh = next(iter(infer_layouts.values())).mesh
+        self.weight_sync = WeightSync(
+            self.ppo_model_train,
+            self.ppo_model_infer,
+            infer_layouts,
+            create_groups(self.infer_mesh, runtime.rank),
+        )
+        self.ppo_update = PPOUpdate(self.models, job, self.exchange)
+        self.kl_controller = _kl_controller(self.config)
+        self.iteration = 0
+        self.timer = PhaseTimer()
+        self.records = RunRecords(paths.save) if runtime.is_main else None
+
+    def train(self) -> Path:
+        """Runs the remaining iterations and returns the directory of the last checkpoint.
+
+        1. draw prompts; 2. roll out on ``ppo_model_infer``; 3. score: reference, critic, reward model;
+        4. rewards and advantages; 5. PPO epochs on ``ppo_model_train``; 6. sync weights to
+        ``ppo_model_infer``; 7. adapt the KL coefficient, record, save.
+        """
+        self.start_from_equal_policies()
+        last = self.paths.save
+        while self.iteration < self.config.total_iterations:
+            self.run_iteration(self.prompts.next_batch())
+            if self._is_save_due():
+                last = self.save()
+        if self.records is not None and (picture := self.records.plot()):
+            logger.info("curves: %s", picture)
+        return last
+
+    def start_from_equal_policies(self) -> None:
+        """Makes the generating policy equal to the trained one before the first rollout (ratio 1 at step 0)."""
+        different = self.weight_sync.differences()
+        if different:
+            logger.warning(
+                "%d parameter(s) of the infer checkpoint differ from the train checkpoint (first: %s); the "
+                "train checkpoint's are used for both",
+                len(different),
+                different[0],
+            )
+        # All ranks take part whatever their own comparison said: the sync is collective.
+        self.weight_sync.sync()
+        if self.verify_sync:
+            self.weight_sync.verify(self.exchange)
+
+    def run_iteration(self, batch: PromptBatch) -> dict[str, float]:
+        """One iteration of the loop of :meth:`train`, without the save; returns its metrics."""
+        started = time.perf_counter()
+        self.timer.reset()
+        with self.timer.phase("rollout"):
+            rollout = self.rollout(batch)
+        with self.timer.phase("score"):
+            scores = score_rollout(
+                self.models, rollout, self.exchange, rows_per_pass=self.config.score_batch_size
+            )
+        kl_coef = self.kl_controller.value
+        experience = make_experience(rollout, scores, kl_coef, self.config)
+        with self.timer.phase("train"):
+            result = self.update(experience)
+        with self.timer.phase("sync"):
+            self.sync()
+        self.kl_controller.update(sequence_kl(experience.kl), len(rollout.tokens))
+        self.iteration += 1
+        if self.paths.experience is not None and self.runtime.is_main:
+            save_experience(self.paths.experience, self.iteration, rollout, scores, experience)
+        metrics = self._metrics(rollout, scores, experience, result, kl_coef, time.perf_counter() - started)
+        self._record(metrics, rollout, scores, experience)
+        return metrics
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Samples one response for each prompt of a global batch on ``ppo_model_infer``."""
+        return generate_rollout(
+            self.ppo_model_infer,
+            batch,
+            self.infer_mesh,
+            self.exchange,
+            seed=self.config.seed,
+            iteration=self.iteration,
+        )
+
+    def update(self, experience: Experience) -> UpdateResult:
+        """All optimizer steps of one iteration, with a progress bar."""
+        steps = self.config.ppo_epochs * self.config.num_minibatches
+        with ProgressBar(f"iteration {self.iteration + 1}: update", steps) as bar:
+            return self.ppo_update.run(experience, self.iteration, bar.update)
+
+    def sync(self) -> None:
+        """Brings the trained weights to ``ppo_model_infer``."""
+        self.weight_sync.sync()
+        if self.verify_sync:
+            self.weight_sync.verify(self.exchange)
+
+    def save(self) -> Path:
+        """Saves the whole training state; collective. Returns its directory."""
+        state = {
+            "iteration": self.iteration,
+            "kl_controller": self.kl_controller.state_dict(),
+            "prompts": self.prompts.state_dict(),
+        }
+        directory = self.checkpoints.save(self.iteration, self.models, self.ppo_update, state, self.exchange)
+        logger.info("checkpoint: %s", directory)
+        return directory
+
+    def resume(self, directory: Path) -> None:
+        """Goes on from a directory that :meth:`save` wrote with the same layouts.
+
+        Raises:
+            CheckpointError: the directory is not a whole checkpoint of this job.
+        """
+        state = self.checkpoints.load(directory, self.models, self.ppo_update)
+        self.iteration = int(state["iteration"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.prompts.load_state_dict(state["prompts"])
+        self.sync()
+        logger.info("resumed from %s after iteration %d", directory, self.iteration)
+
+    def _is_save_due(self) -> bool:
+        interval = self.config.save_interval
+        return self.iteration == self.config.total_iterations or bool(interval and self.iteration % interval == 0)
+
+    def _metrics(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        experience: Experience,
+        result: UpdateResult,
+        kl_coef: float,
+        seconds: float,
+    ) -> dict[str, float]:
+        metrics: dict[str, float] = {
+            "iteration": self.iteration,
+            "episode": self.iteration * len(rollout.tokens),
+            "epoch": self.prompts.epoch,
+        }
+        metrics |= rollout_metrics(rollout, scores, experience, kl_coef)
+        metrics |= update_metrics(result, self.config.vf_coef)
+        metrics |= time_metrics(self.timer.seconds, int(rollout.response_lengths.sum()), seconds)
+        return metrics
+
+    def _record(
+        self, metrics: dict[str, float], rollout: Rollout, scores: Scores, experience: Experience
+    ) -> None:
+        if self.records is None:
+            return
+        self.records.add_metrics(metrics)
+        for row in choose_rows(len(rollout.tokens), self.config.log_samples):
+            self.records.add_sample(self._sample(row, rollout, scores, experience))
+        logger.info("%s", summary_line(metrics, self.config.total_iterations))
+
+    def _sample(self, row: int, rollout: Rollout, scores: Scores, experience: Experience) -> dict[str, Any]:
+        """One prompt and its response, as text when there is a tokenizer."""
+        columns = self.config.max_prompt_length
+        prompt = rollout.tokens[row, columns - rollout.prompt_lengths[row] : columns]
+        response = rollout.tokens[row, columns : columns + rollout.response_lengths[row]]
+        return {
+            "iteration": self.iteration,
+            "sample_id": rollout.sample_ids[row],
+            "prompt": self._text(prompt),
+            "response": self._text(response),
+            "score": scores.scores[row],
+            "kl": experience.kl[row].sum(),
+        }
+
+    def _text(self, ids: np.ndarray) -> Any:
+        return ids.tolist() if self.tokenizer is None else self.tokenizer.decode(ids.tolist())
+
+
+def _prompt_stream(path: Path, job: JobConfig) -> PromptStream:
+    config = job.ppo
+    return PromptStream(
+        path,
+        batch_size=config.rollout_batch_size,
+        max_prompt_length=config.max_prompt_length,
+        pad_token_id=config.pad_token_id,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        vocab_size=valid_vocab_size(job),
+    )
+
+
+def _kl_controller(config: PPOConfig) -> KLController:
+    if config.kl_controller == "fixed":
+        return FixedKLController(config.kl_coef)
+    return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mindrlhf.checkpoint.dtypes import BFLOAT16
+from mindrlhf.checkpoint.hf_config import (
+    finish_hf_config,
+    hf_config_from_model,
+    model_config_from_hf,
+    read_hf_config,
+)
+from mindrlhf.checkpoint.hf_directory import open_hf_directory
+from mindrlhf.checkpoint.opening import open_weights
+from mindrlhf.utils.errors import CheckpointError
+
+
+def rewrite_index(directory, change):
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_shards_read_like_one_file(tmp_path, hf):
+    weights = hf.make(tmp_path / "sharded", shards=3)
+    with open_hf_directory(tmp_path / "sharded") as source:
+        assert set(source.tensors) == set(weights)
+        assert all(source.read(name).tobytes() == weights[name].tobytes() for name in weights)
+
+
+def test_names_are_mapped_when_opened_as_weights(tmp_path, hf):
+    weights = hf.make(tmp_path / "m")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = weights["model.norm.weight"]
+    hf.make(tmp_path / "m", tensors=weights)
+    with open_weights(tmp_path / "m") as source:
+        q = source.read("model.layers.1.attention.wq.weight")
+        assert q.tobytes() == weights["model.layers.1.self_attn.q_proj.weight"].tobytes()
+        assert not any("inv_freq" in name for name in source.tensors)
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "c:\\x.safetensors", 7]
+)
+def test_an_index_cannot_point_outside(tmp_path, hf, file):
+    hf.make(tmp_path / "m", shards=2)
+    hf.write_safetensors(tmp_path / "outside.safetensors", hf.weights(hf.config, "F32", 0), "F32")
+    rewrite_index(tmp_path / "m", lambda weight_map: weight_map.update({"lm_head.weight": file}))
+    with pytest.raises(CheckpointError, match="plain file name"):
+        open_hf_directory(tmp_path / "m")
+
+
+def test_missing_shards_are_all_named(tmp_path, hf):
+    hf.make(tmp_path / "m", shards=3)
+    for number in (1, 3):
+        (tmp_path / "m" / f"model-0000{number}-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)00001-of-00003.*00003-of-00003"):
+        open_hf_directory(tmp_path / "m")
+
+
+def test_index_and_shards_must_agree(tmp_path, hf):
+    hf.make(tmp_path / "m", shards=2)
+
+    def change(weight_map):
+        del weight_map["model.norm.weight"]
+        weight_map["ghost"] = weight_map["lm_head.weight"]
+
+    rewrite_index(tmp_path / "m", change)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)ghost is not in model-00002.*model.norm.weight is stored but"
+    ):
+        open_hf_directory(tmp_path / "m")
+
+
+def test_a_tensor_in_two_shards(tmp_path, hf):
+    weights = hf.make(tmp_path / "m", shards=2)
+    hf.write_safetensors(tmp_path / "m" / "model-00001-of-00002.safetensors", weights, "F32")
+    with pytest.raises(
+        CheckpointError, match=r"stored twice(?s:.*)lm_head.weight in .*00001.* and in .*00002"
+    ):
+        open_hf_directory(tmp_path / "m")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}'])
+def test_broken_indices(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        open_hf_directory(tmp_path)
+
+
+def test_torch_shards_with_an_index(tmp_path, hf):
+    torch = pytest.importorskip("torch")
+    weights = hf.weights(hf.config, "F32", 0)
+    names = list(weights)
+    shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, part in shards.items():
+        torch.save({name: torch.from_numpy(weights[name]) for name in part}, tmp_path / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with open_hf_directory(tmp_path) as source:
+        for name in reversed(names):
+            assert source.read(name).tobytes() == weights[name].tobytes()
+
+
+def test_without_torch_the_error_says_so(tmp_path, monkeypatch):
+    import sys
+
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"needs torch: pip install torch==2\.13\.0"):
+        open_hf_directory(tmp_path)
+
+
+# --- config.json ---
+
+
+def test_published_configs_are_read(shared_data):
+    model = model_config_from_hf(read_hf_config(shared_data / "configs/qwen2-7b-instruct.config.json"), "7b")
+    sizes = (model.hidden_size, model.num_layers, model.num_heads, model.n_kv_heads, model.intermediate_size)
+    assert sizes == (3584, 28, 28, 4, 18944)
+    assert (model.vocab_size, model.rms_norm_eps, model.theta) == (152064, 1e-6, 1e6)
+    assert not model.tie_word_embeddings
+    assert model.qkv_has_bias
+
+
+def test_a_made_config_is_read_back_alike(hf):
+    model = model_config_from_hf({**hf.config, "eos_token_id": [3, 4]}, "x")
+    assert model_config_from_hf(hf_config_from_model(model), "y") == model
+
+
+def test_all_config_faults_at_once(hf):
+    config = {**hf.config, "hidden_size": None, "vocab_size": -1, "num_hidden_layers": "two"}
+    with pytest.raises(CheckpointError, match=r"(?s)where/config.json.*vocab_size.*-1.*hidden_size.*'two'"):
+        model_config_from_hf(config, "where/config.json")
+    config = {**hf.config, "num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 8}
+    with pytest.raises(CheckpointError, match=r"(?s)hidden_size 16 .* 3.*heads 3 .* 2.*head_dim 8"):
+        model_config_from_hf(config, "x")
+
+
+def test_other_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: model_type is 'llama'"):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tied", "architectures", "names", "expected"),
+    [
+        (False, None, {"lm_head.weight"}, "Qwen2ForCausalLM"),
+        (False, None, {"lm_head.weight", "score_head.weight"}, "Qwen2ForCausalLM"),
+        (False, ["Qwen2ForCausalLM"], {"score_head.weight"}, "Qwen2ForSequenceClassification"),
+        (True, None, set(), "Qwen2ForCausalLM"),
+        (True, None, {"score_head.weight"}, "Qwen2ForSequenceClassification"),
+        (True, ["Qwen2ForCausalLM"], {"score_head.weight"}, "Qwen2ForCausalLM"),
+    ],
+)
+def test_the_architecture_follows_from_the_heads(tied, architectures, names, expected):
+    base = {"tie_word_embeddings": tied, "dtype": "float32"}
+    if architectures:
+        base["architectures"] = architectures
+    written = finish_hf_config(base, names, BFLOAT16)
+    assert written["architectures"] == [expected]
+    assert written["torch_dtype"] == "bfloat16"
+    assert "dtype" not in written
+    assert ("id2label" in written) == (expected != "Qwen2ForCausalLM")

@@ -1,0 +1,256 @@
+"""Rank directories: loading, saving, splitting, merging."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mindrlhf.checkpoint import source as source_module
+from mindrlhf.checkpoint.checking import expected_layouts
+from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
+from mindrlhf.checkpoint.hf_config import model_config_from_hf
+from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.checkpoint.names import hf_to_canonical
+from mindrlhf.checkpoint.opening import open_weights
+from mindrlhf.checkpoint.save import export_hf, merge_shards, save_shard
+from mindrlhf.checkpoint.shards import find_rank_file, open_full, split_to_ranks
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.parameters import SCORE_HEAD, parameter_layouts
+from mindrlhf.utils.errors import CheckpointError
+
+# Sizes that four ranks can split.
+SIZES = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.fixture
+def model(hf):
+    return model_config_from_hf({**hf.config, **SIZES}, "test")
+
+
+@pytest.fixture
+def full(tmp_path, hf, model):
+    """The canonical arrays, which also lie in ``tmp_path/hf`` and ``tmp_path/full.ckpt``."""
+    weights = hf.make(tmp_path / "hf", **SIZES)
+    hf_to_mindspore(tmp_path / "hf", tmp_path / "full.ckpt")
+    names = hf_to_canonical(2)
+    return {names[name]: array for name, array in weights.items()}
+
+
+def save_all(directory, full, layouts, ranks=None):
+    mesh = next(iter(layouts.values())).mesh
+    for rank in range(mesh.size) if ranks is None else ranks:
+        save_shard(directory, rank, {name: layouts[name].take(full[name], rank) for name in layouts})
+
+
+@pytest.mark.parametrize("mesh", [Mesh(1, 1), Mesh(2, 2), Mesh(1, 4), Mesh(4, 1)], ids=str)
+def test_every_form_loads_alike(tmp_path, full, model, mesh):
+    layouts = parameter_layouts(model, mesh)
+    hf_to_mindspore(tmp_path / "hf", tmp_path / "full.safetensors")
+    save_all(tmp_path / "ranks", full, layouts)
+    save_all(tmp_path / "slices", full, layouts, ranks=range(mesh.mp))  # data parallelism not counted
+    for rank in range(mesh.size):
+        for form in ("full.ckpt", "full.safetensors", "hf", "ranks", "slices"):
+            loaded = load_shard(tmp_path / form, layouts, rank)
+            assert list(loaded) == list(layouts)
+            for name, array in loaded.items():
+                assert array.dtype == np.float32
+                assert np.array_equal(array, layouts[name].take(full[name], rank)), (form, rank, name)
+
+
+def test_casting_and_bfloat16(tmp_path, full, model):
+    from mindspore.common.np_dtype import bfloat16
+
+    layouts = parameter_layouts(model, Mesh(1, 2))
+    narrow = load_shard(tmp_path / "full.ckpt", layouts, 1, dtype=np.dtype(bfloat16))
+    for name, array in narrow.items():
+        assert array.dtype == bfloat16
+        assert np.array_equal(array, layouts[name].take(full[name], 1).astype(bfloat16))
+    save_shard(
+        tmp_path / "ranks", 0, load_shard(tmp_path / "full.ckpt", layouts, 0, dtype=np.dtype(bfloat16))
+    )
+    save_shard(tmp_path / "ranks", 1, narrow)
+    kept = load_shard(tmp_path / "ranks", layouts, 1)
+    wide = load_shard(tmp_path / "ranks", layouts, 1, dtype=np.dtype(np.float32))
+    for name, array in kept.items():
+        assert array.dtype == bfloat16
+        assert array.tobytes() == narrow[name].tobytes()
+        assert np.array_equal(wide[name], narrow[name].astype(np.float32))
+
+
+def test_overflow_when_loading(tmp_path, full, model):
+    full["model.norm_out.weight"][0] = 1e6
+    save_shard(tmp_path / "ranks", 0, full)
+    layouts = parameter_layouts(model, Mesh())
+    with pytest.raises(CheckpointError, match=r"model\.norm_out\.weight: float32 -> float16"):
+        load_shard(tmp_path / "ranks", layouts, 0, dtype=np.dtype(np.float16))
+
+
+def test_a_saved_shard_is_where_it_should_be(tmp_path):
+    path = save_shard(tmp_path, 3, {"w": np.ones(2, np.float32)})
+    assert path == tmp_path / "rank_3" / "checkpoint_3.ckpt"
+    import mindspore as ms
+
+    assert ms.load_checkpoint(str(path))["w"].asnumpy().tolist() == [1.0, 1.0]
+    assert save_shard(tmp_path, 0, {}, prefix="step_10_").name == "step_10_0.ckpt"
+
+
+def test_an_optimizers_tensors_load_too(tmp_path):
+    from mindrlhf.parallel.layout import Layout
+
+    mesh = Mesh(1, 2)
+    states = {"step": np.array(7, np.int32), "adam_m.model.norm_out.weight": np.ones(4, np.float32)}
+    layouts = {"step": Layout(mesh, (), ()), "adam_m.model.norm_out.weight": Layout(mesh, (8,), ("mp",))}
+    for rank in range(2):
+        save_shard(tmp_path, rank, states)
+    loaded = load_shard(tmp_path, layouts, 1)
+    assert loaded["step"].dtype == np.int32
+    assert loaded["step"].shape == ()
+    assert int(loaded["step"]) == 7
+    assert loaded["adam_m.model.norm_out.weight"].tolist() == [1.0] * 4
+
+
+# --- strictness ---
+
+
+def test_new_heads_must_be_named(tmp_path, full, model):
+    layouts = parameter_layouts(model, Mesh(1, 2), score_head=True)
+    with pytest.raises(
+        CheckpointError, match=r"2 fault\(s\)(?s:.*)score_head.weight \(1, 32\).*\n.*score_head.bias"
+    ):
+        load_shard(tmp_path / "full.ckpt", layouts, 0)
+    loaded = load_shard(tmp_path / "full.ckpt", layouts, 0, new=SCORE_HEAD)
+    assert set(loaded) == set(layouts) - set(SCORE_HEAD)
+
+
+def test_unused_tensors_must_be_named(tmp_path, full, model):
+    layouts = parameter_layouts(model, Mesh(1, 2), lm_head=False)
+    with pytest.raises(CheckpointError, match=r"not in the model: lm_head\.weight"):
+        load_shard(tmp_path / "hf", layouts, 0)
+    assert "lm_head.weight" not in load_shard(tmp_path / "hf", layouts, 0, ignore=["lm_head.weight"])
+
+
+def test_a_redundant_tied_head_is_not_loaded(tmp_path, hf):
+    sizes = {**SIZES, "tie_word_embeddings": True}
+    weights = hf.weights({**hf.config, **sizes}, "BF16", 0)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    hf.make(tmp_path / "tied", dtype="BF16", tensors=weights, **sizes)
+    layouts = parameter_layouts(model_config_from_hf({**hf.config, **sizes}, "t"), Mesh(1, 4))
+    assert set(load_shard(tmp_path / "tied", layouts, 2)) == set(layouts)
+
+
+def test_all_faults_of_a_rank_at_once(tmp_path, full, model):
+    layouts = parameter_layouts(model, Mesh(1, 2))
+    local = {name: layout.take(full[name], 1) for name, layout in layouts.items()}
+    local["adam_m.x"] = local.pop("model.norm_out.weight")
+    local["lm_head.weight"] = full["lm_head.weight"]
+    save_shard(tmp_path / "ranks", 0, {})
+    save_shard(tmp_path / "ranks", 1, local)
+    with pytest.raises(CheckpointError) as error:
+        load_shard(tmp_path / "ranks", layouts, 1)
+    message = str(error.value)
+    assert "rank_1/checkpoint_1.ckpt does not fit the model, 3 fault(s)" in message
+    assert "missing: model.norm_out.weight (32,)" in message
+    assert "not in the model: adam_m.x (32,)" in message
+    assert "wrong shape: lm_head.weight is (24, 32), the model has (12, 32)" in message
+    assert "transform_checkpoint.py" in message
+
+
+# --- which directory ---
+
+
+@pytest.mark.parametrize(
+    ("mesh", "ranks", "fits"),
+    [
+        (Mesh(1, 4), 4, True),
+        (Mesh(2, 2), 4, True),
+        (Mesh(2, 2), 2, True),
+        (Mesh(1, 4), 3, False),
+        (Mesh(1, 4), 1, False),
+        (Mesh(2, 2), 3, False),
+        (Mesh(1, 2), 4, False),
+        (Mesh(4, 1), 1, True),
+    ],
+    ids=str,
+)
+def test_rank_directories_must_be_those_of_the_layout(tmp_path, mesh, ranks, fits):
+    for rank in range(ranks):
+        save_shard(tmp_path, rank, {})
+    if fits:
+        for rank in range(mesh.size):
+            wanted = rank if ranks == mesh.size else mesh.mp_index(rank)
+            assert find_rank_file(tmp_path, mesh, rank).parent.name == f"rank_{wanted}"
+        return
+    with pytest.raises(CheckpointError, match=rf"layout {mesh} needs {mesh.size} .*found {ranks}: rank_0"):
+        find_rank_file(tmp_path, mesh, 0)
+
+
+def test_gaps_and_several_files(tmp_path):
+    save_shard(tmp_path, 0, {})
+    save_shard(tmp_path, 2, {})
+    with pytest.raises(CheckpointError, match="found 2: rank_0, rank_2"):
+        find_rank_file(tmp_path, Mesh(1, 2), 0)
+    save_shard(tmp_path, 1, {})
+    save_shard(tmp_path, 1, {}, prefix="other_")
+    with pytest.raises(CheckpointError, match=r"rank_1: .*found checkpoint_1.ckpt, other_1.ckpt"):
+        find_rank_file(tmp_path, Mesh(1, 3), 1)
+
+
+# --- split, merge ---
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_split_and_merge_are_inverse(tmp_path, full, model, monkeypatch, suffix):
+    monkeypatch.setattr(source_module, "BLOCK_BYTES", 300)
+    for mesh in (Mesh(1, 4), Mesh(2, 2)):
+        source, layouts = open_full(tmp_path / "full.ckpt", model)
+        layouts = {name: layout.on(mesh) for name, layout in layouts.items()}
+        with source:
+            files = split_to_ranks(source, layouts, tmp_path / "split", suffix=suffix, overwrite=True)
+        assert [file.parent.name for file in files] == [f"rank_{rank}" for rank in range(4)]
+        for rank in range(4):
+            for name, array in load_shard(tmp_path / "split", layouts, rank).items():
+                assert np.array_equal(array, layouts[name].take(full[name], rank))
+        merge_shards(tmp_path / "split", layouts, tmp_path / f"merged{suffix}")
+        with open_weights(tmp_path / f"merged{suffix}") as merged:
+            assert list(merged.tensors) == list(full_names(model))
+            assert all(merged.read(name).tobytes() == full[name].tobytes() for name in full)
+
+
+def full_names(model):
+    return expected_layouts(model, Mesh(), ["lm_head.weight"])
+
+
+def test_merging_ranks_that_do_not_fit_names_each(tmp_path, full, model):
+    layouts = parameter_layouts(model, Mesh(1, 2))
+    save_all(tmp_path / "ranks", full, layouts)
+    lacking = {name: layout.take(full[name], 1) for name, layout in layouts.items()}
+    del lacking["lm_head.weight"]
+    lacking["model.norm_out.weight"] = lacking["model.norm_out.weight"].astype(np.float16)
+    save_shard(tmp_path / "ranks", 1, lacking)
+    with pytest.raises(CheckpointError) as error:
+        merge_shards(tmp_path / "ranks", layouts, tmp_path / "m.ckpt")
+    assert "checkpoint_1.ckpt: missing: lm_head.weight (12, 32)" in str(error.value)
+    assert "model.norm_out.weight is float16, in" in str(error.value)
+    assert not (tmp_path / "m.ckpt").exists()
+
+
+def test_ranks_export_to_hugging_face(tmp_path, full, model, hf):
+    layouts = parameter_layouts(model, Mesh(2, 2))
+    save_all(tmp_path / "ranks", full, layouts)
+    export_hf(tmp_path / "ranks", tmp_path / "back", model, mesh=Mesh(2, 2))
+    assert hf.read(tmp_path / "back") == hf.read(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="give --config with their YAML"):
+        mindspore_to_hf(tmp_path / "ranks", tmp_path / "back2")
+
+
+def test_splitting_over_foreign_files_is_refused(tmp_path, full, model):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.txt").write_text("x")
+    source, layouts = open_full(tmp_path / "full.ckpt", model)
+    with source, pytest.raises(CheckpointError, match=r"also holds log\.txt"):
+        split_to_ranks(source, layouts, tmp_path / "out", overwrite=True)
+
+
+def test_a_layout_that_does_not_divide(model):
+    with pytest.raises(CheckpointError, match=r"cannot be split over dp1 mp3"):
+        expected_layouts(model, Mesh(1, 3), [])

@@ -1,0 +1,283 @@
+"""Each check has a case that fails, and nothing else is reported with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+M = "model.model_config."
+
+# (role, key, value, start of the only fault)
+ONE_KEY_CASES = [
+    # sizes of one file
+    ("reward", M + "num_heads", 12, "hidden_size: 64 is not divisible by num_heads (12)"),
+    ("reward", M + "n_kv_heads", 16, "num_heads: 8 is not divisible by n_kv_heads (16)"),
+    ("reward", M + "num_heads", 64, "hidden_size: heads of odd size (1)"),
+    ("reward", M + "n_kv_heads", 2, "n_kv_heads: 2 is not divisible by parallel_config.model_parallel (4)"),
+    ("reward", M + "intermediate_size", 174, "intermediate_size: 174 is not divisible by parallel_config"),
+    (
+        "reward",
+        M + "pad_token_id",
+        1024,
+        "pad_token_id: outside the vocabulary (1024) - ids must be below 1024",
+    ),
+    ("reward", M + "bos_token_id", 4096, "bos_token_id: outside the vocabulary (4096)"),
+    ("reward", M + "eos_token_id", [1, 1024, 2000], "eos_token_id: outside the vocabulary (1024, 2000)"),
+    # ranges and types
+    ("reward", M + "seq_length", True, "seq_length: wrong type (True)"),
+    ("reward", M + "num_layers", -1, "num_layers: out of range (-1)"),
+    ("reward", M + "num_layers", 2.0, "num_layers: wrong type (2.0)"),
+    ("reward", M + "rms_norm_eps", float("nan"), "rms_norm_eps: not finite (nan)"),
+    ("reward", M + "rms_norm_eps", 0, "rms_norm_eps: out of range (0)"),
+    ("reward", M + "theta", None, "theta: wrong type (None)"),
+    ("reward", M + "qkv_has_bias", 1, "qkv_has_bias: wrong type (1)"),
+    ("reward", M + "compute_dtype", "bf16", "compute_dtype: not allowed ('bf16')"),
+    ("reward", M + "type", "GPT2Config", "type: not supported ('GPT2Config') - must be LlamaConfig"),
+    # what PPO cannot honour
+    ("reward", M + "emb_dropout_prob", 0.1, "emb_dropout_prob: PPO cannot honour this (0.1)"),
+    ("reward", M + "attention_dropout_prob", 0.1, "attention_dropout_prob: PPO cannot honour this"),
+    ("reward", M + "extend_method", "NTK", "extend_method: PPO cannot honour this ('NTK')"),
+    ("reward", M + "scaling_factor", 2.0, "scaling_factor: PPO cannot honour this (2.0)"),
+    ("reward", M + "repetition_penalty", 1.1, "repetition_penalty: PPO cannot honour this (1.1)"),
+    ("reward", M + "qkv_concat", True, "qkv_concat: PPO cannot honour this (True)"),
+    ("reward", M + "quant_config", {"a": 1}, "quant_config: PPO cannot honour this"),
+    ("reward", "parallel_config.pipeline_stage", 2, "pipeline_stage: PPO cannot honour this (2)"),
+    ("reward", "parallel_config.context_parallel", 2, "context_parallel: PPO cannot honour this (2)"),
+    ("reward", "parallel_config.expert_parallel", 2, "expert_parallel: PPO cannot honour this (2)"),
+    ("reward", "moe_config", {"expert_num": 8}, "moe_config.expert_num: PPO cannot honour this (8)"),
+    ("reward", "lr_scale", True, "lr_scale: PPO cannot honour this (True)"),
+    (
+        "reward",
+        "runner_config.gradient_accumulation_steps",
+        2,
+        "gradient_accumulation_steps: not allowed (2)",
+    ),
+    # unknown keys
+    ("reward", M + "hiden_size", 64, "hiden_size: unknown key - did you mean hidden_size?"),
+    ("reward", "parallel_config.data_paralel", 1, "data_paralel: unknown key - did you mean data_parallel?"),
+    ("reward", "context.device", "CPU", "context.device: unknown key"),
+    ("reward", "model.model_cfg", {}, "model.model_cfg: unknown key - did you mean model_config?"),
+    ("reward", "runner_config.epoch", 1, "epoch: unknown key - did you mean epochs?"),
+    ("reward", "qqqqqqqq", 1, "qqqqqqqq: unknown section - MindFormers has no such section"),
+    ("reward", "context.mode", 2, "context.mode: not allowed (2)"),
+    # optimizer and schedule
+    ("train", "optimizer.type", "AdamWeightDecay", "optimizer.type: not supported ('AdamWeightDecay')"),
+    ("train", "optimizer.type", ["AdamW"], "optimizer.type: not supported (['AdamW'])"),
+    ("train", "optimizer.bettas", [0.9, 0.9], "optimizer.bettas: unknown key - did you mean betas?"),
+    ("train", "optimizer.betas", [0.9, 1.0], "optimizer.betas: out of range ([0.9, 1.0])"),
+    ("train", "optimizer.betas", [0.9], "optimizer.betas: wrong length ([0.9])"),
+    ("train", "optimizer.betas", 0.9, "optimizer.betas: wrong type (0.9)"),
+    ("train", "optimizer.eps", 0, "optimizer.eps: out of range (0)"),
+    ("train", "optimizer.weight_decay", -0.1, "optimizer.weight_decay: out of range (-0.1)"),
+    ("train", "lr_schedule.learning_rate", None, "lr_schedule.learning_rate: wrong type (None)"),
+    ("train", "lr_schedule.warmup_ratio", 1.5, "lr_schedule.warmup_ratio: out of range (1.5)"),
+    ("train", "lr_schedule.lr_ende", 0.0, "lr_schedule.lr_ende: unknown key - did you mean lr_end?"),
+    ("train", "lr_schedule.type", "ConstantWarmUpLR", "lr_schedule.lr_end: unknown key"),
+    ("train", "lr_schedule", {"type": "linear", "learning_rate": 1.0}, "lr_schedule.warmup_steps: missing"),
+    (
+        "train",
+        "lr_schedule",
+        {"type": "polynomial", "learning_rate": 0.0, "warmup_steps": 0},
+        "lr_schedule.learning_rate: not above lr_end (0 against 1e-07)",
+    ),
+    (
+        "train",
+        "lr_schedule",
+        {"type": "linear", "learning_rate": 1.0, "warmup_steps": 3200},
+        "lr_schedule.warmup_steps: warm-up never ends (3200 steps of warm-up, 16 optimizer steps in the job)",
+    ),
+    # files against each other
+    ("train", M + "num_layers", 3, "num_layers: differs from"),
+    ("train", M + "rms_norm_eps", 1e-5, "rms_norm_eps: differs from"),
+    ("train", M + "theta", 1e4, "theta: differs from"),
+    ("train", M + "tie_word_embeddings", True, "tie_word_embeddings: differs from"),
+    ("train", M + "qkv_has_bias", False, "qkv_has_bias: differs from"),
+    ("train", M + "intermediate_size", 352, "intermediate_size: differs from"),
+    ("reward", M + "vocab_size", 2048, "vocab_size: differs from"),
+    ("critic", M + "vocab_size", 2048, "vocab_size: differs from"),
+    ("critic", "context.device_target", "GPU", "context.device_target: differs from"),
+    (
+        "critic",
+        M + "seq_length",
+        63,
+        "seq_length: 63 is below max_prompt_length 32 + max_response_length 32 = 64",
+    ),
+    (
+        "reward",
+        "parallel_config.data_parallel",
+        2,
+        "parallel_config: data_parallel 2 x model_parallel 4 = 8 ranks, but there are 4",
+    ),
+    # hyper-parameters
+    (
+        "ppo",
+        "stop_token_ids",
+        [1024],
+        "(1024) - ids must be below",
+    ),
+    ("ppo", "pad_token_id", 5000, "pad_token_id: outside the vocabulary (5000)"),
+    ("ppo", "valid_vocab_size", 1025, "valid_vocab_size: above the vocabulary (1025) - must be at most 1024"),
+    ("ppo", "valid_vocab_size", 1022, "stop_token_ids: never sampled (1023) - ids must be below"),
+    ("ppo", "top_k", 1025, "top_k: above the vocabulary (1025)"),
+    ("ppo", "rollout_batch_size", 9, "rollout_batch_size: 9 is not divisible by"),
+    ("ppo", "num_minibatches", 3, "rollout_batch_size: 8 is not divisible by num_minibatches (3)"),
+    (
+        "ppo",
+        "num_minibatches",
+        8,
+        "num_minibatches: a minibatch of 1 rows is not divisible by data_parallel of",
+    ),
+    ("ppo", "micro_batch_size", 3, "micro_batch_size: 3 does not divide the minibatch rows a rank of"),
+    (
+        "ppo",
+        "generation_batch_size",
+        3,
+        "generation_batch_size: 3 does not divide the rollout rows a rank of",
+    ),
+    ("ppo", "score_batch_size", 3, "score_batch_size: 3 does not divide the rollout rows a rank of"),
+]
+
+RANGES = {
+    "seed": [-1],
+    "total_iterations": [0],
+    "save_interval": [-1],
+    "keep_checkpoints": [0],
+    "log_samples": [-1],
+    "rollout_batch_size": [0],
+    "generation_batch_size": [-1],
+    "score_batch_size": [-1],
+    "ppo_epochs": [0],
+    "num_minibatches": [0],
+    "micro_batch_size": [-1],
+    "max_prompt_length": [0],
+    "max_response_length": [0],
+    "stop_token_ids": [[-1]],
+    "pad_token_id": [-1],
+    "valid_vocab_size": [-1],
+    "temperature": [0, -1.0],
+    "top_k": [-1],
+    "top_p": [0, 1.01],
+    "decode_steps_per_call": [0],
+    "kl_coef": [-0.1],
+    "kl_target": [0],
+    "kl_horizon": [0],
+    "gamma": [-0.01, 1.01],
+    "lam": [-0.01, 1.01],
+    "cliprange": [0, 1],
+    "cliprange_value": [0],
+    "vf_coef": [-0.1],
+    "log_ratio_clamp": [0, 81],
+    "max_grad_norm": [0],
+}
+CHOICES = ("kl_controller", "kl_estimator", "critic")
+REQUIRED = (
+    "total_iterations",
+    "rollout_batch_size",
+    "max_prompt_length",
+    "max_response_length",
+    "stop_token_ids",
+    "pad_token_id",
+)
+
+
+@pytest.mark.parametrize(("role", "key", "value", "fault"), ONE_KEY_CASES)
+def test_one_fault(role: str, key: str, value: Any, fault: str, job: Any) -> None:
+    job.edit(role, key, value)
+    faults = job.faults()
+    assert all(line.startswith(f"{role}.yaml: ") and fault in line for line in faults), faults
+    # One value can be at odds with each of three files (infer, train, critic), but with nothing more.
+    assert len(faults) <= 3
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, bad in RANGES.items() for value in bad])
+def test_ppo_ranges(key: str, value: Any, job: Any) -> None:
+    job.edit("ppo", key, value)
+    (fault,) = job.faults()
+    assert fault.startswith(f"ppo.yaml: {key}: out of range (")
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_ppo_choices(key: str, job: Any) -> None:
+    job.edit("ppo", key, "other")
+    (fault,) = job.faults()
+    assert fault.startswith(f"ppo.yaml: {key}: not allowed ('other') - must be one of ")
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_ppo_required(key: str, job: Any, delete: object) -> None:
+    job.edit("ppo", key, delete)
+    (fault,) = job.faults()
+    assert fault.startswith(f"ppo.yaml: {key}: missing - give ")
+
+
+def test_every_ppo_key_has_a_bad_value() -> None:
+    from mindrlhf.configs.ppo_file import PPO_RULES
+
+    flags = {key for key, rule in PPO_RULES.items() if rule.kind == "bool"}
+    assert set(RANGES) | set(CHOICES) | flags == set(PPO_RULES)
+    assert {key for key, rule in PPO_RULES.items() if rule.required} == set(REQUIRED)
+
+
+@pytest.mark.parametrize("key", ["do_sample", "shuffle", "whiten_advantages", "whiten_rewards"])
+def test_ppo_flags(key: str, job: Any) -> None:
+    job.edit("ppo", key, "true")
+    (fault,) = job.faults()
+    assert fault.startswith(f"ppo.yaml: {key}: wrong type ('true') - must be True or False")
+
+
+@pytest.mark.parametrize("section", ["optimizer", "lr_schedule"])
+def test_train_needs_optimizer_and_schedule(section: str, job: Any, delete: object) -> None:
+    job.edit("train", section, delete)
+    assert job.faults() == [f"train.yaml: {section}: missing - the model that is trained needs this section"]
+    job.edit("train", section, None)
+    assert len(job.faults()) == 1
+
+
+def test_world_size(job: Any) -> None:
+    assert len(job.faults(world_size=8)) == 4
+    assert len(job.faults(world_size=1)) == 4
+    job.load(world_size=None)
+    job.edit("train", "parallel_config.model_parallel", 4)
+    (fault,) = job.faults(world_size=None)
+    assert fault.startswith("train.yaml: parallel_config: data_parallel 2 x model_parallel 4 = 8 ranks, but ")
+
+
+def test_critic_split_does_not_matter_when_it_is_shared(job: Any) -> None:
+    job.edit("critic", "parallel_config.data_parallel", 4)
+    job.edit("critic", "parallel_config.model_parallel", 1)
+    job.edit("ppo", "num_minibatches", 4)  # 2 rows a minibatch: fits train (dp2), not critic (dp4)
+    (fault,) = job.faults()
+    assert "a minibatch of 2 rows is not divisible by data_parallel of critic.yaml (4)" in fault
+    job.load(overrides=["critic=shared"])
+
+
+def test_batch_sizes_that_divide_are_taken(job: Any) -> None:
+    ppo = job.load(overrides=["generation_batch_size=4", "score_batch_size=2", "micro_batch_size=1"]).ppo
+    assert (ppo.generation_batch_size, ppo.score_batch_size, ppo.micro_batch_size) == (4, 2, 1)
+    # per rank: 8 rows on infer (dp1) but 4 on the critic (dp2)
+    (fault,) = job.faults(overrides=["score_batch_size=8"])
+    assert fault.startswith(
+        "--set score_batch_size: 8 does not divide the rollout rows a rank of critic.yaml (4)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("extend_method", None),
+        ("scaling_factor", 1),
+        ("emb_dropout_prob", 0),
+        ("repetition_penalty", 1.0),
+        ("moe_config", None),
+        ("use_rope_slice", True),
+        ("is_dynamic", True),
+        ("ffn_dim_multiplier", None),
+        ("multiple_of", 256),
+        ("checkpoint_name_or_path", "qwen2_7b"),
+        ("block_size", 32),
+    ],
+)
+def test_neutral_and_accepted_keys(key: str, value: Any, job: Any) -> None:
+    job.edit("infer", M + key, value)
+    job.load()

@@ -1,0 +1,79 @@
+"""The demo tokenizer and small prompt data sets for the data tests."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
+from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+
+PAD = 99
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
+    """vocab.json, merges.txt, tokenizer_config.json of the demo tokenizer."""
+    directory = tmp_path_factory.mktemp("demo") / "tokenizer"
+    scripts = str(repo_root / "scripts")
+    sys.path.insert(0, scripts)
+    try:
+        runpy.run_path(f"{scripts}/make_demo_inputs.py")["write_tokenizer"](directory)
+    finally:
+        sys.path.remove(scripts)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(demo_tokenizer_dir: Path) -> Tokenizer:
+    """The demo tokenizer: 1021 ordinary tokens, then the three of ChatML."""
+    return load_tokenizer(demo_tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def load_qwen2(shared_data: Path) -> Callable[[str | None], Tokenizer]:
+    """The published Qwen2 tokenizer, with one of the configs or none; each is made once (0.6 s)."""
+
+    @cache
+    def load(config: str | None) -> Tokenizer:
+        directory = shared_data / "qwen2_tokenizer"
+        return load_tokenizer(
+            vocab_path=directory / "vocab.json",
+            merges_path=directory / "merges.txt",
+            config_path=config and directory / config,
+        )
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def write_prompts() -> Callable[..., Path]:
+    """Writes a prompt data set: row i has the prompt [i + 1] * (i % P + 1) and the response [7, 8]."""
+
+    def write(
+        path: Path, rows: int, *, max_prompt_length: int = 4, seq_length: int = 8, **change: Any
+    ) -> Path:
+        prompt_ids = np.full((rows, max_prompt_length), PAD, np.int32)
+        pretrain_ids = np.full((rows, seq_length), PAD, np.int32)
+        loss_mask = np.zeros((rows, seq_length), np.int32)
+        for i in range(rows):
+            n = i % max_prompt_length + 1
+            prompt_ids[i, max_prompt_length - n :] = i + 1
+            pretrain_ids[i, :n] = i + 1
+            pretrain_ids[i, n : n + 2] = [7, 8]
+            loss_mask[i, n : n + 2] = 1
+        batch = {PROMPT_IDS: prompt_ids, PRETRAIN_IDS: pretrain_ids, LOSS_MASK: loss_mask}
+        for name, edit in change.items():
+            edit(batch[name])
+        write_mindrecord(path, prompt_schema(max_prompt_length, seq_length), [batch])
+        return path
+
+    return write

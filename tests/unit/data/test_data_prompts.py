@@ -1,0 +1,187 @@
+"""The prompt stream: every row once an epoch, exact resumption, and data that does not fit the job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.prompts import PromptStream
+from mindrlhf.data.schema import Column
+from mindrlhf.utils.errors import DataError
+
+PAD = 99
+ROWS = 11
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_prompts: Callable[..., Path]) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "data.mindrecord", ROWS)
+
+
+def stream(path: Path, batch_size: int = 4, **options: Any) -> PromptStream:
+    settings: dict[str, Any] = {"max_prompt_length": 4, "pad_token_id": PAD, "seed": 3}
+    return PromptStream(path, batch_size=batch_size, **(settings | options))
+
+
+def draw(source: PromptStream, batches: int) -> list[int]:
+    return [int(i) for _ in range(batches) for i in source.next_batch().sample_ids]
+
+
+def test_batches_hold_the_rows_they_name(data: Path) -> None:
+    source = stream(data)
+    assert len(source) == ROWS
+    for _ in range(4):
+        batch = source.next_batch()
+        assert (batch.prompt_ids.dtype, batch.prompt_ids.shape) == (np.int32, (4, 4))
+        assert batch.prompt_lengths.dtype == np.int32
+        assert batch.sample_ids.dtype == np.int64
+        for prompt, length, row in zip(*batch, strict=True):
+            assert length == row % 4 + 1
+            assert prompt.tolist() == [PAD] * (4 - length) + [row + 1] * length
+
+
+def test_every_epoch_is_another_whole_permutation(data: Path) -> None:
+    drawn = draw(stream(data), ROWS)  # 4 epochs, batches over their ends
+    epochs = [drawn[i : i + ROWS] for i in range(0, len(drawn), ROWS)]
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert list(range(ROWS)) not in epochs
+    assert draw(stream(data), 3) == drawn[:12]
+    assert draw(stream(data, seed=4), 3) != drawn[:12]
+
+
+def test_order_does_not_depend_on_the_batch_size(data: Path) -> None:
+    assert draw(stream(data, 4), 11) == draw(stream(data, 11), 4) == draw(stream(data, 1), 44)
+
+
+def test_without_shuffling(data: Path) -> None:
+    assert draw(stream(data, shuffle=False), 6) == [i % ROWS for i in range(24)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    before=st.integers(0, 12),
+    after=st.integers(1, 6),
+    sizes=st.tuples(st.integers(1, ROWS), st.integers(1, ROWS)),
+    seed=st.integers(0, 5),
+)
+def test_resumes_exactly(data: Path, before: int, after: int, sizes: tuple[int, int], seed: int) -> None:
+    first, second = sizes
+    source = stream(data, first, seed=seed)
+    for _ in range(before):
+        source._draw(first)
+    state = json.loads(json.dumps(source.state_dict()))
+    resumed = stream(data, second, seed=seed)
+    resumed._draw(second)  # where it stood before must not matter
+    resumed.load_state_dict(state)
+    one_go = stream(data, 1, seed=seed)._draw(before * first + after * second)
+    assert [i for _ in range(after) for i in resumed._draw(second)] == one_go[before * first :].tolist()
+    assert resumed.epoch == (before * first + after * second - 1) // ROWS
+
+
+def test_resuming_gives_the_same_batches(data: Path) -> None:
+    source = stream(data)
+    draw(source, 2)
+    resumed = stream(data)
+    resumed.load_state_dict(source.state_dict())
+    for _ in range(3):
+        for mine, theirs in zip(resumed.next_batch(), source.next_batch(), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 12}, "rows was 12, is 11"),
+        ({"seed": 4, "shuffle": False}, "seed was 4, is 3; shuffle was False, is True"),
+        ({"cursor": 12}, "cursor 12"),
+        ({"epoch": -1}, "epoch -1"),
+        ({"more": 1}, "'more'"),
+    ],
+)
+def test_state_of_another_run(data: Path, change: dict[str, Any], message: str) -> None:
+    source = stream(data)
+    with pytest.raises(DataError, match=message):
+        source.load_state_dict({**source.state_dict(), **change})
+
+
+def test_data_of_another_length(data: Path) -> None:
+    with pytest.raises(DataError, match=r"max_prompt_length 4, but the job's is 2"):
+        stream(data, max_prompt_length=2)
+
+
+def test_columns_of_any_length_are_checked_when_read(
+    tmp_path: Path, write_prompts: Callable[..., Path]
+) -> None:
+    """Files of other makers may leave the length open."""
+    from mindspore.mindrecord import FileWriter
+
+    path = tmp_path / "open.mindrecord"
+    writer = FileWriter(str(path))
+    writer.add_schema(
+        {name: {"type": "int32", "shape": [-1]} for name in ("prompt_ids", "pretrain_ids", "loss_mask")}
+    )
+    row = {"prompt_ids": [PAD, 5], "pretrain_ids": [5, 6, PAD], "loss_mask": [0, 1, 0]}
+    writer.write_raw_data([{name: np.array(values, np.int32) for name, values in row.items()}])
+    writer.commit()
+    assert stream(path, 1, max_prompt_length=2).next_batch().prompt_lengths.tolist() == [1]
+    with pytest.raises(DataError, match=r"max_prompt_length 2, but the job's is 4"):
+        stream(path, 1).next_batch()
+
+
+def test_fewer_rows_than_a_batch(data: Path) -> None:
+    with pytest.raises(DataError, match="11 rows are fewer than one batch of 12"):
+        stream(data, 12)
+    draw(stream(data, 11), 2)
+
+
+def test_another_kind_of_file(tmp_path: Path) -> None:
+    path = tmp_path / "other.mindrecord"
+    schema = {"prompt_ids": Column("float32", 4), "loss_mask": Column("int32", 1)}
+    write_mindrecord(path, schema, [{name: np.zeros((1, c.length), c.dtype) for name, c in schema.items()}])
+    with pytest.raises(DataError, match=r"no column pretrain_ids; column prompt_ids is float32"):
+        stream(path, 1)
+    with pytest.raises(DataError, match="no such file"):
+        stream(tmp_path / "none.mindrecord")
+
+
+def assign(row: int, column: int, value: int) -> Callable[[np.ndarray], None]:
+    def change(array: np.ndarray) -> None:
+        array[row, column] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"loss_mask": assign(1, 7, PAD)}, {}, "row 1: loss_mask must be 0 or 1"),
+        ({"pretrain_ids": assign(1, 0, 50)}, {}, "row 1: prompt_ids does not end with the 2 tokens"),
+        ({"loss_mask": assign(1, 0, 1)}, {}, "row 1: prompt_ids does not end with the 0 tokens"),
+        ({}, {"pad_token_id": 98}, "row 0: padded with token 99, .* pad_token_id is 98"),
+        ({"prompt_ids": assign(1, 0, 50)}, {}, "row 1: padded with token 50"),
+        ({}, {"vocab_size": 2}, "row 1: token 2 is not below .* vocab_size 2"),
+    ],
+)
+def test_rows_that_contradict_themselves(
+    tmp_path: Path, write_prompts: Callable[..., Path], change: Any, options: dict[str, Any], message: str
+) -> None:
+    path = write_prompts(tmp_path / "data.mindrecord", 3, **change)
+    with pytest.raises(DataError, match=rf"data\.mindrecord: {message}"):
+        draw(stream(path, 3, shuffle=False, **options), 1)
+
+
+def test_rows_without_a_response(tmp_path: Path, write_prompts: Callable[..., Path]) -> None:
+    def none(array: np.ndarray) -> None:
+        array[:] = 0
+
+    path = write_prompts(tmp_path / "data.mindrecord", 4, loss_mask=none)
+    assert stream(path, shuffle=False).next_batch().prompt_lengths.tolist() == [1, 2, 3, 4]

@@ -1,0 +1,112 @@
+"""scripts/transform_checkpoint.py on the repository's own tiny YAMLs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.checkpoint.source import ArraySource
+from mindrlhf.checkpoint.transform import mesh_of
+from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.configs.load import load_run_config
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.parameters import parameter_layouts
+from mindrlhf.utils.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def script(repo_root) -> ModuleType:
+    path = repo_root / "scripts" / "transform_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("transform_checkpoint", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def yamls(repo_root) -> tuple[Path, Path]:
+    folder = repo_root / "model_configs" / "qwen_ppo"
+    return folder / "generate_qwen2_tiny.yaml", folder / "finetune_qwen2_tiny.yaml"
+
+
+@pytest.fixture
+def full(tmp_path, yamls) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    layouts = parameter_layouts(load_run_config(yamls[0]).model, Mesh())
+    arrays = {name: rng.normal(size=layout.shape).astype(np.float16) for name, layout in layouts.items()}
+    write_weights(tmp_path / "full.ckpt", ArraySource(arrays))
+    return arrays
+
+
+def assert_ranks_hold(directory: Path, yaml: Path, full: dict[str, np.ndarray]) -> None:
+    run = load_run_config(yaml)
+    mesh = mesh_of(run)
+    assert sorted(path.name for path in directory.iterdir()) == [f"rank_{rank}" for rank in range(mesh.size)]
+    layouts = parameter_layouts(run.model, mesh)
+    for rank in range(mesh.size):
+        for name, array in load_shard(directory, layouts, rank).items():
+            assert array.tobytes() == layouts[name].take(full[name], rank).tobytes()
+
+
+def test_full_to_infer_to_train_to_full_is_bit_equal(script, tmp_path, yamls, full, capsys):
+    infer, train = (str(yaml) for yaml in yamls)
+    assert load_run_config(infer).parallel != load_run_config(train).parallel
+    at = {name: str(tmp_path / name) for name in ("full.ckpt", "infer", "train", "again.safetensors")}
+    script.main(["--input", at["full.ckpt"], "--output", at["infer"], "--output_config", infer])
+    assert_ranks_hold(tmp_path / "infer", yamls[0], full)
+    both = ["--input_config", infer, "--output_config", train, "--format", "safetensors"]
+    script.main(["--input", at["infer"], "--output", at["train"], *both])
+    assert_ranks_hold(tmp_path / "train", yamls[1], full)
+    script.main(["--input", at["train"], "--output", at["again.safetensors"], "--input_config", train])
+    whole = parameter_layouts(load_run_config(train).model, Mesh())
+    again = load_shard(tmp_path / "again.safetensors", whole, 0)
+    assert all(array.tobytes() == full[name].tobytes() for name, array in again.items())
+    assert f"4 file(s), 0.00 GB -> {at['train']}" in capsys.readouterr().out
+
+
+def test_mindspore_transforms_our_ranks_to_the_same_file(tmp_path, yamls, full, script, monkeypatch):
+    """MindSpore's own transform_checkpoints, with a strategy file, puts our rank files together again."""
+    strategy = pytest.importorskip("mindrlhf.parallel.strategy")
+    import mindspore as ms
+
+    monkeypatch.chdir(tmp_path)
+    run = load_run_config(yamls[1])
+    layouts = parameter_layouts(run.model, mesh_of(run))
+    strategy.write_strategy(layouts, tmp_path / "strategy.ckpt")
+    paths = ["--input", str(tmp_path / "full.ckpt"), "--output", str(tmp_path / "train")]
+    script.main([*paths, "--output_config", str(yamls[1])])
+    ms.transform_checkpoints(
+        str(tmp_path / "train"), str(tmp_path / "ms"), "whole_", str(tmp_path / "strategy.ckpt"), None
+    )
+    whole = ms.load_checkpoint(str(tmp_path / "ms" / "rank_0" / "whole_0.ckpt"))
+    assert set(whole) == set(full)
+    assert all(np.array_equal(whole[name].asnumpy(), array) for name, array in full.items())
+
+
+def test_mistakes_are_one_clear_error(script, tmp_path, yamls, full, repo_root):
+    file, out, infer = str(tmp_path / "full.ckpt"), str(tmp_path / "out"), str(yamls[0])
+    other = str(repo_root / "model_configs" / "qwen_ppo" / "finetune_qwen2_0_5b.yaml")
+    cases = [
+        (["--output", out], "give --input_config, --output_config or both"),
+        (["--output", out, "--input_config", infer], "holds no rank_0"),
+        (["--output", file, "--output_config", infer], "is the input"),
+        (["--output", out, "--input_config", infer, "--output_config", other], "different models"),
+        (["--output", out, "--output_config", other], "does not fit the model"),
+    ]
+    for flags, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            script.main(["--input", file, *flags])
+        assert not (tmp_path / "out").exists()
+    script.main(["--input", file, "--output", out, "--output_config", infer])
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        script.main(["--input", file, "--output", out, "--output_config", infer])
+    with pytest.raises(CheckpointError, match=r"must end with \.ckpt or \.safetensors"):
+        script.main(["--input", out, "--output", str(tmp_path / "again"), "--input_config", infer])
+    script.main(["--input", file, "--output", out, "--output_config", infer, "--overwrite"])

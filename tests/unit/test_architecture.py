@@ -1,0 +1,216 @@
+"""The rules of the house, held against every source file: imports, no print, small files, docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_LINES = 350
+
+# Package -> packages of mindrlhf it may import.
+ALLOWED = {
+    "utils": {"utils"},
+    "configs": {"utils", "configs"},
+    "algorithms": {"algorithms"},
+    "parallel": {"utils", "configs", "parallel"},
+    "checkpoint": {"utils", "configs", "parallel", "checkpoint"},
+    "models": {"utils", "configs", "parallel", "models"},
+    "data": {"utils", "configs", "data"},
+    "trainer": {
+        "utils",
+        "configs",
+        "algorithms",
+        "parallel",
+        "checkpoint",
+        "models",
+        "data",
+        "trainer",
+    },
+    "__init__": set(),
+}
+HEAVY = {"mindspore", "mindformers", "torch", "transformers"}
+# Packages that scripts without a model use: they must start at once.
+LIGHT = {"utils", "configs", "__init__"}
+# Called by MindSpore, not by people; MindSpore documents them.
+FRAMEWORK_METHODS = {"construct", "bprop"}
+
+LIBRARY = sorted((ROOT / "mindrlhf").rglob("*.py"))
+SOURCES = sorted(path for top in ("mindrlhf", "examples", "scripts") for path in (ROOT / top).rglob("*.py"))
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _package(path: Path) -> str:
+    """``utils`` for mindrlhf/utils/x.py, ``__init__`` for mindrlhf/__init__.py."""
+    part = path.relative_to(ROOT / "mindrlhf").parts[0]
+    return part.removesuffix(".py")
+
+
+def _imports(source: str, package: str) -> Iterator[tuple[int, str, bool]]:
+    """Line, full module name and whether it is at module level, for each import in ``source``."""
+    tree = ast.parse(source)
+    deferred = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(filter(None, ["mindrlhf", package if node.level == 1 else "", base]))
+            # `from mindrlhf import data` imports a package, too.
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield node.lineno, name, id(node) not in deferred
+
+
+def import_faults(source: str, package: str) -> list[str]:
+    """What the imports of a file in mindrlhf/``package`` do against the rules."""
+    faults = []
+    for line, name, at_module_level in _imports(source, package):
+        top, *rest = name.split(".")
+        if top == "mindrlhf":
+            if not rest or rest[0] not in ALLOWED[package] | {"__version__"}:
+                faults.append(f"{line}: {package} must not import {name}")
+        elif top in {"examples", "scripts", "tests"}:
+            faults.append(f"{line}: the library must not import {name}")
+        elif package == "algorithms" and top not in {"numpy", "mindspore", *sys.stdlib_module_names}:
+            faults.append(f"{line}: algorithms imports only numpy and mindspore, not {name}")
+        elif package in LIGHT and top in HEAVY:
+            faults.append(f"{line}: {package} must stay light, not import {name}")
+        elif at_module_level and top in HEAVY - {"mindspore"}:
+            faults.append(f"{line}: import {name} inside the function that needs it")
+    return faults
+
+
+def docstring_faults(source: str) -> list[str]:
+    """Public functions, classes and methods of ``source`` that have no docstring.
+
+    A property may be described under ``Attributes:`` of its class instead.
+    """
+    faults: list[str] = []
+
+    def visit(body: list[ast.stmt], owner: str, owner_docstring: str) -> None:
+        for node in body:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            if node.name.startswith("_") or (owner and node.name in FRAMEWORK_METHODS):
+                continue
+            is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
+            described_above = is_property and re.search(rf"^\s*{node.name}: ", owner_docstring, re.MULTILINE)
+            if ast.get_docstring(node) is None and not described_above:
+                faults.append(f"{node.lineno}: {owner}{node.name} has no docstring")
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{node.name}.", ast.get_docstring(node) or "")
+
+    tree = ast.parse(source)
+    if tree.body and ast.get_docstring(tree) is None:
+        faults.append("1: the module has no docstring")
+    visit(tree.body, "", "")
+    return faults
+
+
+def print_faults(source: str) -> list[str]:
+    """Calls of print in ``source``."""
+    return [
+        f"{node.lineno}: print; use a logger"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(LIBRARY) > 20
+    assert {_package(path) for path in LIBRARY} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=_name)
+def test_imports_point_one_way(path: Path) -> None:
+    assert import_faults(path.read_text(encoding="utf-8"), _package(path)) == []
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=_name)
+def test_no_print_in_the_library(path: Path) -> None:
+    assert print_faults(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=_name)
+def test_public_names_have_docstrings(path: Path) -> None:
+    assert docstring_faults(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_files_can_be_read_in_one_sitting(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{_name(path)} has {lines} lines; split it (at most {MAX_LINES})"
+
+
+def test_importing_the_packages_stays_light() -> None:
+    """`import mindrlhf`, and its packages, must not cost the seconds that MindSpore takes."""
+    packages = ["mindrlhf", *(f"mindrlhf.{name}" for name in ALLOWED if name != "__init__")]
+    check = f"import sys, {', '.join(packages)}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "fault"),
+    [
+        ("utils", "from mindrlhf.configs.schema import ModelConfig", "must not import"),
+        ("configs", "from mindrlhf.parallel import layout", "must not import"),
+        ("parallel", "def f():\n    import mindrlhf.models.infer", "must not import"),
+        ("data", "from mindrlhf import models", "must not import"),
+        ("checkpoint", "import mindrlhf.models.infer as m", "must not import"),
+        ("models", "from ..checkpoint import load", "must not import"),
+        ("algorithms", "from mindrlhf.utils.sizes import exact_div", "must not import"),
+        ("algorithms", "import scipy.stats", "only numpy and mindspore"),
+        ("trainer", "import scripts.quickstart", "library must not"),
+        ("configs", "def f():\n    import mindspore", "stay light"),
+        ("data", "from transformers import AutoTokenizer", "inside the function"),
+        ("trainer", "import mindformers", "inside the function"),
+    ],
+)
+def test_import_rule_can_fail(package: str, source: str, fault: str) -> None:
+    (found,) = import_faults(source, package)
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("models", "from . import infer\nfrom mindrlhf.parallel.layout import Mesh\nimport mindspore as ms"),
+        ("checkpoint", "def f():\n    import torch, transformers"),
+        ("algorithms", "from collections.abc import Mapping\nimport numpy as np\nfrom mindspore import ops"),
+        ("trainer", "from mindrlhf.data.prompts import PromptStream\nfrom mindrlhf import __version__"),
+    ],
+)
+def test_import_rule_lets_good_files_through(package: str, source: str) -> None:
+    assert import_faults(source, package) == []
+
+
+def test_other_rules_can_fail() -> None:
+    assert print_faults("def f():\n    print(1)\n") == ["2: print; use a logger"]
+    methods = "    def b(self): ...\n    def _c(self): ...\n    def construct(self): ...\n"
+    source = f'"""M."""\nclass A:\n    """A."""\n{methods}'
+    assert docstring_faults(source) == ["4: A.b has no docstring"]
+    properties = "    @property\n    def b(self): ...\n    @property\n    def d(self): ...\n"
+    source = f'"""M."""\nclass A:\n    """A.\n\n    Attributes:\n        b: bee.\n    """\n{properties}'
+    assert docstring_faults(source) == ["11: A.d has no docstring"]
+    assert docstring_faults("def f(): ...") == ["1: the module has no docstring", "1: f has no docstring"]
