@@ -17,6 +17,7 @@ from mindrlhf.models.infer_weights import FusedWeights, Shards
 from mindrlhf.models.sampling import VocabParallelSampler
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div
+from mindrlhf.utils.timers import PhaseTimer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,9 @@ class PPOModelInfer:
         decode_steps_per_call: tokens per row that one run of the decode graph makes. More means less
             overhead a token, a longer compilation, and up to that many steps after the last row ended.
 
+    Attributes:
+        timer: seconds spent in the phases ``"prefill"`` and ``"decode"``, until reset.
+
     Raises:
         ValueError: sizes do not divide by mp, or a number of ``generation`` is out of its range.
     """
@@ -95,6 +99,7 @@ class PPOModelInfer:
         _check(config, generation, batch_size, decode_steps_per_call)
         self.generation = generation
         self.batch_size = batch_size
+        self.timer = PhaseTimer()
         # The first token comes from the prefill; the decode graph makes the others, a few at a time.
         self._steps = max(1, min(decode_steps_per_call, generation.max_response_length - 1))
         self._calls = -(-(generation.max_response_length - 1) // self._steps)
@@ -166,20 +171,22 @@ class PPOModelInfer:
         draws = np.zeros((self.batch_size, made), np.float32)
         draws[:, :response] = uniforms
         starts = Tensor((prompt - prompt_lengths).astype(np.int32))
-        token, logprob, done = self._prefill(
-            Tensor(prompt_ids.astype(np.int32)), starts, Tensor(draws[:, 0].copy())
-        )
-        tokens[:, 0], logprobs[:, 0] = token.asnumpy(), logprob.asnumpy()
+        with self.timer.phase("prefill"):
+            token, logprob, done = self._prefill(
+                Tensor(prompt_ids.astype(np.int32)), starts, Tensor(draws[:, 0].copy())
+            )
+            tokens[:, 0], logprobs[:, 0] = token.asnumpy(), logprob.asnumpy()
         for call in range(self._calls):
             if done.asnumpy().all():
                 break
             first = call * self._steps
             new = slice(1 + first, 1 + first + self._steps)
             column = Tensor(np.array(prompt + first, np.int32))
-            token, new_tokens, new_logprobs, done = self._decode(
-                token, done, column, starts, Tensor(draws[:, new].copy())
-            )
-            tokens[:, new], logprobs[:, new] = new_tokens.asnumpy(), new_logprobs.asnumpy()
+            with self.timer.phase("decode"):
+                token, new_tokens, new_logprobs, done = self._decode(
+                    token, done, column, starts, Tensor(draws[:, new].copy())
+                )
+                tokens[:, new], logprobs[:, new] = new_tokens.asnumpy(), new_logprobs.asnumpy()
         return tokens[:, :response], logprobs[:, :response]
 
     def _output(self, tokens: np.ndarray, logprobs: np.ndarray) -> GenerationOutput:

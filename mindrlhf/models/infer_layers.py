@@ -139,7 +139,8 @@ class Embedding(nn.Cell):
         self.rows = sizes.vocab
         self.first = groups.mp_index * sizes.vocab
         self.split = groups.mp_group is not None
-        self.all_reduce = ops.AllReduce(group=groups.mp_group) if self.split else None
+        if self.split:
+            self.all_reduce = ops.AllReduce(group=groups.mp_group)
 
     def construct(self, ids: Tensor) -> Tensor:
         """``ids`` (n,) int32 -> (n, H)."""

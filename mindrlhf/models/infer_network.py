@@ -57,8 +57,9 @@ class FusedLayer(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
-        self.all_reduce = ops.AllReduce(group=groups.mp_group) if groups.mp_group is not None else None
         self.split = groups.mp_group is not None
+        if self.split:
+            self.all_reduce = ops.AllReduce(group=groups.mp_group)
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
         """One column.

@@ -81,9 +81,9 @@ class VocabParallelSampler(nn.Cell):
         ids = np.arange(self.first, self.first + self.rows)
         self.has_padding = self.first + self.rows > valid_vocab_size
         self.padding_bias = Tensor(np.where(ids < valid_vocab_size, 0.0, PADDED_LOGIT).astype(np.float32))
-        group = groups.mp_group
         self.stack_ranks = GroupStack(groups)
-        self.all_reduce = ops.AllReduce(group=group) if group is not None else None
+        if groups.mp_group is not None:
+            self.all_reduce = ops.AllReduce(group=groups.mp_group)
         self.softmax = ops.Softmax(-1)
         self.best = ops.ArgMaxWithValue(axis=1)
         self.largest = ops.TopK(sorted=True)

@@ -14,7 +14,7 @@ from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from mindrlhf.parallel.parameters import mesh_of
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.ranks import env_rank, env_world_size
+from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
 from mindrlhf.utils.timers import Timer
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def save_strategies(options: JobOptions, directory: Path) -> list[Path]:
     under_msrun = env_world_size() > 1
     world_size = env_world_size() if under_msrun else options.world_size
     job = read_job(options, world_size)
+    if is_scheduler():
+        return []
     ranks = [env_rank()] if under_msrun else range(world_size or job.infer.parallel.world_size)
     files = write_strategies(directory, job_layouts(job), ranks)
     logger.info("%d strategy files for rank(s) %s in %s", len(files), list(ranks), directory.resolve())
@@ -120,6 +122,13 @@ def run_ppo(options: JobOptions) -> Path:
             "the script without msrun"
         )
     job = read_job(options, world_size)
+
+    if is_scheduler():
+        # Checked like a worker, so that it ends with them on a fault; from here on it only serves them.
+        from mindspore.communication import init
+
+        init()
+        return save
 
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths

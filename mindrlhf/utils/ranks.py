@@ -8,7 +8,12 @@ from mindrlhf.utils.errors import MindRLHFError
 
 
 def _under_msrun() -> bool:
-    return os.environ.get("MS_ROLE") == "MS_WORKER"
+    return os.environ.get("MS_ROLE") in ("MS_WORKER", "MS_SCHED")
+
+
+def is_scheduler() -> bool:
+    """Whether this is msrun's scheduler: it runs the same script, but only brings the workers together."""
+    return os.environ.get("MS_ROLE") == "MS_SCHED"
 
 
 def _env_int(name: str) -> int | None:
@@ -39,7 +44,7 @@ def env_rank() -> int:
 
 
 def env_world_size() -> int:
-    """Number of workers, 1 when not under msrun.
+    """Number of workers, 1 when not under msrun; the scheduler sees their number too.
 
     Raises:
         MindRLHFError: the environment holds something that is not a number.

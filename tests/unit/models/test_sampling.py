@@ -13,8 +13,6 @@ from mindrlhf.models.sampling import VocabParallelSampler, smallest_divisor_from
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 
-LARGEST_UNIFORM = np.float32(1.0 - 2.0**-24)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _graph_mode() -> None:
@@ -113,19 +111,22 @@ def test_hand_worked_row() -> None:
     assert tokens.tolist() == [1, 1, 2, 2, 3, 3]  # ends 0.222, 0.556, 1
 
 
-def test_ids_without_probability_are_never_sampled() -> None:
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.999}, {"temperature": 0.05}], ids=str)
+def test_ids_without_probability_are_never_sampled(options: dict[str, Any]) -> None:
     vocab, valid = 60, 50
-    logits = np.full((6, vocab), -400.0)
-    logits[:, 50:] = 300.0  # padding of the vocabulary, most likely by far if it counted
-    for row, ids in enumerate([(3, 20, 41), (0, 49), (49,), (0,), (7, 8), (30, 31, 32)]):
+    rows = [(3, 20, 41), (0, 49), (49,), (0,), (7, 8), (30, 31, 32)]
+    extremes = np.array([0.0, 1e-38, 0.5, 1.0 - 2.0**-23, 1.0 - 2.0**-24], np.float32)
+    logits = np.full((len(rows), vocab), -400.0)
+    logits[:, valid:] = 300.0  # padding of the vocabulary, most likely by far if it counted
+    for row, ids in enumerate(rows):
         logits[row, list(ids)] = row
-    for uniform in (0.0, 1e-38, 0.5, 1.0 - 2.0**-23, LARGEST_UNIFORM):
-        for options in ({}, {"top_k": 2}, {"top_p": 0.999}, {"temperature": 0.05}):
-            tokens, logprobs = sample(logits, np.full(6, uniform), valid_vocab_size=valid, **options)
-            assert (logits[np.arange(6), tokens] >= 0).all()
-            assert (tokens < valid).all()
-            assert np.isfinite(logprobs).all()
-            assert (logprobs <= 1e-6).all()
+    logits = np.repeat(logits, len(extremes), axis=0)
+    uniforms = np.tile(extremes, len(rows))
+    tokens, logprobs = sample(logits, uniforms, valid_vocab_size=valid, **options)
+    assert (logits[np.arange(len(logits)), tokens] >= 0).all()
+    assert (tokens < valid).all()
+    assert np.isfinite(logprobs).all()
+    assert (logprobs <= 1e-6).all()
 
 
 def test_greedy_takes_the_smallest_id_among_equals_and_no_padding() -> None:
