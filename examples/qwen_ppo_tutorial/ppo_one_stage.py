@@ -1,4 +1,4 @@
-"""PPO on Qwen2 with training and inference in one job. Run it with msrun, or alone with --use_parallel False."""
+"""PPO on Qwen2, training and inference in one job. Run it with msrun, or alone with --use_parallel False."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
 
     weights = parser.add_argument_group(
-        "weights (a full .ckpt/.safetensors file, a Hugging Face directory, or a directory of rank_0/ rank_1/ ...)"
+        "weights (a full .ckpt/.safetensors file, a Hugging Face directory, or rank_0/ rank_1/ ... in one)"
     )
     weights.add_argument("--load_sft_checkpoint_infer", type=optional_path, help="policy as it generates")
     weights.add_argument("--load_sft_checkpoint_train", type=optional_path, help="policy as it is trained")
@@ -37,27 +37,46 @@ def parse_arguments() -> argparse.Namespace:
         "--load_rm_checkpoint", type=optional_path, help="reward model; default: the policy with a fresh head"
     )
     weights.add_argument(
-        "--load_critic_checkpoint", type=optional_path, help="critic; default: the reward model, else the policy"
+        "--load_critic_checkpoint",
+        type=optional_path,
+        help="critic; default: the reward model, else the policy",
     )
 
     files = parser.add_argument_group("data and results")
-    files.add_argument("--mind_dataset_dir", type=optional_path, help="MindRecord of prompts from rlhf_data.py")
+    files.add_argument(
+        "--mind_dataset_dir", type=optional_path, help="MindRecord of prompts from rlhf_data.py"
+    )
     files.add_argument("--save_ckpt_dir", type=optional_path, help="checkpoints, metrics, samples, curves")
-    files.add_argument("--save_data_file", type=optional_path, help="store each iteration's experience as MindRecord")
-    files.add_argument("--export_hf_dir", type=optional_path, help="export the final policy in Hugging Face format")
+    files.add_argument(
+        "--save_data_file", type=optional_path, help="store each iteration's experience as MindRecord"
+    )
+    files.add_argument(
+        "--export_hf_dir", type=optional_path, help="export the final policy in Hugging Face format"
+    )
     files.add_argument("--tokenizer_path", type=optional_path, help="for sample texts and the export")
-    files.add_argument("--resume_from", type=optional_path, help="an iteration_NNNNNN directory to go on from")
+    files.add_argument(
+        "--resume_from", type=optional_path, help="an iteration_NNNNNN directory to go on from"
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--use_parallel", type=str_to_bool, default=True, help="False: one process, no msrun")
-    run.add_argument("--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAMLs' device_target")
+    run.add_argument(
+        "--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAMLs' device_target"
+    )
     run.add_argument("--enable_compile_cache", type=str_to_bool, default=False, help="keep compiled graphs")
     run.add_argument(
-        "--compile_cache_path", type=Path, help="where they are kept; default: compile_cache in --save_ckpt_dir"
+        "--compile_cache_path",
+        type=Path,
+        help="where they are kept; default: compile_cache in --save_ckpt_dir",
     )
-    run.add_argument("--verify_sync", type=str_to_bool, default=False, help="checksum weights after each sync")
     run.add_argument(
-        "--only_save_strategy", type=str_to_bool, default=False, help="write ./strategy and exit; no device needed"
+        "--verify_sync", type=str_to_bool, default=False, help="checksum weights after each sync"
+    )
+    run.add_argument(
+        "--only_save_strategy",
+        type=str_to_bool,
+        default=False,
+        help="write ./strategy and exit; no device needed",
     )
     run.add_argument("--world_size", type=int, help="ranks to write strategies for without msrun")
     return parser.parse_args()

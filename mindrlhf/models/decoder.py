@@ -105,7 +105,7 @@ class Attention(nn.Cell):
         )
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor, masked: Tensor) -> Tensor:
-        """``x`` (B, T, H), tables (B, 1, T, D), ``masked`` (B, 1, T, T), 1 where a key is hidden -> (B, T, H)."""
+        """``x`` (B, T, H), tables (B, 1, T, D), ``masked`` (B, 1, T, T), 1 at hidden keys -> (B, T, H)."""
         batch, length = x.shape[0], x.shape[1]
         x = self.copy_to_group(x)
         query = self._heads(self.wq(x), self.kv_heads * self.group_size)
@@ -148,7 +148,7 @@ class Attention(nn.Cell):
 
 
 class FeedForward(nn.Cell):
-    """SwiGLU: ``w2(silu(w1 x) * w3 x)`` (Shazeer, arXiv 2002.05202), the inner features split over the group."""
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)`` (Shazeer, arXiv 2002.05202), inner features split over the group."""
 
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         super().__init__()
@@ -156,11 +156,11 @@ class FeedForward(nn.Cell):
             "compute_dtype": ms_dtype(config.compute_dtype),
             "param_dtype": ms_dtype(config.param_init_type),
         }
-        sizes = (config.hidden_size, config.intermediate_size)
+        hidden, inner = config.hidden_size, config.intermediate_size
         self.copy_to_group = CopyToGroup(groups.mp_group)
-        self.w1 = ColumnParallelLinear(*sizes, groups, has_bias=False, **dtypes)
-        self.w3 = ColumnParallelLinear(*sizes, groups, has_bias=False, **dtypes)
-        self.w2 = RowParallelLinear(*reversed(sizes), groups, **dtypes)
+        self.w1 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
+        self.w3 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
+        self.w2 = RowParallelLinear(inner, hidden, groups, **dtypes)
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` (B, T, H) -> (B, T, H)."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -109,15 +108,16 @@ class PPOModelInfer:
         sampler = VocabParallelSampler(
             config.vocab_size,
             groups,
+            batch_size=batch_size,
             valid_vocab_size=generation.valid_vocab_size,
             do_sample=generation.do_sample,
             temperature=generation.temperature,
             top_k=generation.top_k,
             top_p=generation.top_p,
         )
-        picker = _TokenPicker(sampler, generation.stop_token_ids, generation.pad_token_id)
+        picker = _TokenPicker(sampler, generation, batch_size)
         self._weights = FusedWeights(decoder, config, groups.mesh)
-        self._prefill = _Prefill(decoder, picker)
+        self._prefill = _Prefill(decoder, picker, batch_size)
         self._decode = _Decode(decoder, picker, self._steps)
         self._prefill.set_train(False)
         self._decode.set_train(False)
@@ -221,17 +221,18 @@ class PPOModelInfer:
 class _TokenPicker(nn.Cell):
     """Samples the next token of the rows that go on; rows that have ended get the pad and log-prob 0."""
 
-    def __init__(self, sampler: VocabParallelSampler, stop_ids: tuple[int, ...], pad_id: int) -> None:
+    def __init__(self, sampler: VocabParallelSampler, generation: GenerationConfig, batch_size: int) -> None:
         super().__init__()
         self.sampler = sampler
-        self.stop_ids = stop_ids
-        self.pad_id = pad_id
+        self.stop_ids = generation.stop_token_ids
+        self.pads = Tensor(np.full(batch_size, generation.pad_token_id, np.int32))
+        self.zeros = Tensor(np.zeros(batch_size, np.float32))
 
     def construct(self, logits: Tensor, uniforms: Tensor, done: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``logits`` (B, V / mp), ``uniforms`` and ``done`` (B,) -> tokens, log-probs, done, (B,) each."""
         tokens, logprobs = self.sampler(logits, uniforms)
-        tokens = ops.select(done, ops.full_like(tokens, self.pad_id), tokens)
-        logprobs = ops.select(done, ops.zeros_like(logprobs), logprobs)
+        tokens = ops.select(done, self.pads, tokens)
+        logprobs = ops.select(done, self.zeros, logprobs)
         for stop_id in self.stop_ids:
             done = ops.logical_or(done, tokens == stop_id)
         return tokens, logprobs, done
@@ -240,17 +241,18 @@ class _TokenPicker(nn.Cell):
 class _Prefill(nn.Cell):
     """The graph that reads the prompts, fills the cache and draws the first tokens."""
 
-    def __init__(self, decoder: FusedDecoder, picker: _TokenPicker) -> None:
+    def __init__(self, decoder: FusedDecoder, picker: _TokenPicker, batch_size: int) -> None:
         super().__init__()
         self.decoder = decoder
         self.picker = picker
+        self.none_done = Tensor(np.zeros(batch_size, np.bool_))
 
     def construct(
         self, prompt_ids: Tensor, starts: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``prompt_ids`` (B, P), ``starts`` (B,), ``uniforms`` (B,) -> tokens, log-probs, done, (B,) each."""
         logits = self.decoder.prefill(prompt_ids, starts)
-        return self.picker(logits, uniforms, ops.zeros(starts.shape, ms.bool_))
+        return self.picker(logits, uniforms, self.none_done)
 
 
 class _Decode(nn.Cell):
@@ -261,6 +263,7 @@ class _Decode(nn.Cell):
         self.decoder = decoder
         self.picker = picker
         self.steps = steps
+        self.unstack = ops.Unstack(axis=1)
 
     def construct(
         self, token: Tensor, done: Tensor, column: Tensor, starts: Tensor, uniforms: Tensor
@@ -276,9 +279,10 @@ class _Decode(nn.Cell):
             Last tokens (B,), tokens (B, steps), log-probs (B, steps), done (B,).
         """
         tokens, logprobs = [], []
+        uniforms = self.unstack(uniforms)
         for step in range(self.steps):
             logits = self.decoder.decode(token, column + step, starts)
-            token, logprob, done = self.picker(logits, uniforms[:, step], done)
+            token, logprob, done = self.picker(logits, uniforms[step], done)
             tokens.append(token)
             logprobs.append(logprob)
         return token, ops.stack(tokens, 1), ops.stack(logprobs, 1), done

@@ -38,7 +38,13 @@ class FusedLayer(nn.Cell):
     """One decoder layer with its cache, for a whole prompt (``prefill``) or one column (``decode``)."""
 
     def __init__(
-        self, config: ModelConfig, sizes: LocalSizes, groups: Groups, rotary: Rotary, name: str
+        self,
+        config: ModelConfig,
+        sizes: LocalSizes,
+        groups: Groups,
+        rotary: Rotary,
+        attend: PrefillAttention,
+        name: str,
     ) -> None:
         super().__init__()
         self.sizes = sizes
@@ -52,7 +58,7 @@ class FusedLayer(nn.Cell):
         self.cache = KVCache(
             sizes.rows, sizes.kv_heads, sizes.columns, sizes.head_dim, sizes.compute_dtype, f"{name}.cache"
         )
-        self.attend = PrefillAttention(sizes)
+        self.attend = attend
         self.split_gate = ops.Split(axis=1, output_num=2)
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
@@ -85,23 +91,27 @@ class FusedLayer(nn.Cell):
         mixed = ops.reshape(self.mix(weights, values), (-1, sizes.attention))
         return self._feed_forward(x + self._sum(self.out(mixed)))
 
-    def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
         """All prompt columns, which also become the cache.
 
         Args:
             x: (B * P, H).
             cos, sin: (B * P, qkv).
-            mask: True where the key column belongs to the prompt, (B, P) bool.
+            visible: (B, 1, P, P) bool, whether the query column may see the key column.
         """
         sizes = self.sizes
         fused = self.rotary(self.qkv(self.attention_norm(x)), cos, sin)
         grid = (sizes.rows, sizes.prompt_columns, sizes.kv_heads, sizes.slots, sizes.head_dim)
+        heads, columns, size = sizes.rows * sizes.kv_heads, sizes.prompt_columns, sizes.head_dim
         fused = ops.transpose(ops.reshape(fused, grid), (0, 2, 3, 1, 4))
-        queries, keys, values = ops.split(fused, [sizes.queries, 1, 1], 2)
-        shape = (sizes.rows * sizes.kv_heads, sizes.prompt_columns, sizes.head_dim)
-        keys, values = ops.reshape(keys, shape), ops.reshape(values, shape)
+        fused = ops.reshape(fused, (heads, sizes.slots, columns, size))
+        queries = ops.slice(fused, (0, 0, 0, 0), (heads, sizes.queries, columns, size))
+        keys = ops.slice(fused, (0, sizes.queries, 0, 0), (heads, 1, columns, size))
+        values = ops.slice(fused, (0, sizes.queries + 1, 0, 0), (heads, 1, columns, size))
+        keys = ops.reshape(keys, (heads, columns, size))
+        values = ops.reshape(values, (heads, columns, size))
         self.cache.fill(keys, values)
-        mixed = self.attend(queries, keys, values, mask)
+        mixed = self.attend(queries, keys, values, visible)
         return self._feed_forward(x + self._sum(self.out(mixed)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -132,39 +142,52 @@ class PrefillAttention(nn.Cell):
         self.mix = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
 
-    def construct(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Scaled ``queries`` (B, N, G, P, D), ``keys`` and ``values`` (B * N, P, D), ``mask`` (B, P) bool.
+    def visible(self, real: Tensor) -> Tensor:
+        """``real`` (B, P) bool, whether a column is no padding -> (B, 1, P, P), real keys up to the query."""
+        return ops.logical_and(self.causal, ops.reshape(real, (self.sizes.rows, 1, 1, -1)))
+
+    def construct(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """Attends.
+
+        Args:
+            queries: scaled, (B * N, G, P, D).
+            keys, values: (B * N, P, D).
+            visible: (B, 1, P, P) bool from :meth:`visible`.
 
         Returns:
             (B * P, N * G * D).
         """
         sizes = self.sizes
-        visible = ops.logical_and(self.causal, ops.reshape(mask, (sizes.rows, 1, 1, -1)))
         if sizes.flash_attention:
             mixed = self._flash(queries, keys, values, visible)
+        elif len(self.blocks) == 1:
+            mixed = self._block(queries, keys, values, visible, 0, sizes.prompt_columns)
         else:
             parts = []
             for first, last in self.blocks:
                 parts.append(self._block(queries, keys, values, visible, first, last))
-            mixed = parts[0] if len(parts) == 1 else ops.concat(parts, 3)
-        return ops.reshape(ops.transpose(mixed, (0, 3, 1, 2, 4)), (-1, sizes.attention))
+            mixed = ops.concat(parts, 2)
+        by_row = (sizes.rows, sizes.kv_heads * sizes.queries, sizes.prompt_columns, sizes.head_dim)
+        mixed = ops.transpose(ops.reshape(mixed, by_row), (0, 2, 1, 3))
+        return ops.reshape(mixed, (-1, sizes.attention))
 
     def _block(
         self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, first: int, last: int
     ) -> Tensor:
-        """Queries of columns ``first`` .. ``last - 1`` against the keys up to them, (B, N, G, columns, D)."""
+        """Queries of columns ``first`` .. ``last - 1``, keys up to them -> (B * N, G, last - first, D)."""
         sizes = self.sizes
-        size = last - first
+        size, head_dim = last - first, sizes.head_dim
         heads = sizes.rows * sizes.kv_heads
-        bias = (
-            ops.cast(ops.logical_not(visible[:, :, first:last, :last]), sizes.softmax_dtype) * _MASKED_SCORE
-        )
-        rows = ops.reshape(queries[:, :, :, first:last], (heads, sizes.queries * size, sizes.head_dim))
-        scores = ops.cast(self.scores(rows, keys[:, :last]), sizes.softmax_dtype)
-        scores = ops.reshape(scores, (sizes.rows, -1, size, last)) + bias
+        queries = ops.slice(queries, (0, 0, first, 0), (heads, sizes.queries, size, head_dim))
+        keys = ops.slice(keys, (0, 0, 0), (heads, last, head_dim))
+        values = ops.slice(values, (0, 0, 0), (heads, last, head_dim))
+        visible = ops.slice(visible, (0, 0, first, 0), (sizes.rows, 1, size, last))
+        bias = ops.cast(ops.logical_not(visible), sizes.softmax_dtype) * _MASKED_SCORE
+        scores = self.scores(ops.reshape(queries, (heads, -1, head_dim)), keys)
+        scores = ops.reshape(ops.cast(scores, sizes.softmax_dtype), (sizes.rows, -1, size, last)) + bias
         weights = ops.cast(self.softmax(scores), sizes.compute_dtype)
-        mixed = self.mix(ops.reshape(weights, (heads, -1, last)), values[:, :last])
-        return ops.reshape(mixed, (sizes.rows, sizes.kv_heads, sizes.queries, size, sizes.head_dim))
+        mixed = self.mix(ops.reshape(weights, (heads, -1, last)), values)
+        return ops.reshape(mixed, (heads, sizes.queries, size, head_dim))
 
     def _flash(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
         """The same by Ascend's fused kernel, whose mask is True where a key must NOT be seen."""
@@ -192,9 +215,10 @@ class FusedDecoder(nn.Cell):
         self.tied = config.tie_word_embeddings
         self.embedding = Embedding(sizes, groups, tied=self.tied)
         self.rotary = Rotary(sizes, config.theta)
+        self.attend = PrefillAttention(sizes)
         self.layers = nn.CellList(
             [
-                FusedLayer(config, sizes, groups, self.rotary, f"infer.layers.{index}")
+                FusedLayer(config, sizes, groups, self.rotary, self.attend, f"infer.layers.{index}")
                 for index in range(config.num_layers)
             ]
         )
@@ -211,11 +235,13 @@ class FusedDecoder(nn.Cell):
         offsets = self.prompt_columns - ops.expand_dims(starts, 1)
         positions = ops.reshape(ops.relu(offsets), (-1,))
         cos, sin = self.rotary.angles(positions)
+        visible = self.attend.visible(offsets >= 0)
         x = self.embedding(ops.reshape(prompt_ids, (-1,)))
         for layer in self.layers:
-            x = layer.prefill(x, cos, sin, offsets >= 0)
-        x = ops.reshape(x, (sizes.rows, sizes.prompt_columns, sizes.hidden))[:, -1]
-        return self._logits(x)
+            x = layer.prefill(x, cos, sin, visible)
+        x = ops.reshape(x, (sizes.rows, sizes.prompt_columns, sizes.hidden))
+        x = ops.slice(x, (0, sizes.prompt_columns - 1, 0), (sizes.rows, 1, sizes.hidden))
+        return self._logits(ops.reshape(x, (sizes.rows, sizes.hidden)))
 
     def decode(self, tokens: Tensor, column: Tensor, starts: Tensor) -> Tensor:
         """``tokens`` (B,) stand at ``column`` (scalar int32) -> logits of the next token (B, V / mp)."""

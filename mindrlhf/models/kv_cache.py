@@ -42,7 +42,6 @@ class KVCache(nn.Cell):
             initializer("zeros", self.table_shape, dtype), name=f"{name}.values", requires_grad=False
         )
         self.scatter = ops.ScatterUpdate()
-        self.concat = ops.Concat(axis=1)
 
     def rows(self, column: Tensor) -> Tensor:
         """Table rows of ``column`` (scalar int32) -> (B * N,) int32; the same for every layer."""
@@ -71,8 +70,7 @@ class KVCache(nn.Cell):
         ops.assign(self.values, self._padded(values))
 
     def _padded(self, heads: Tensor) -> Tensor:
-        count, filled, size = heads.shape
-        if filled < self.columns:
-            rest = ops.zeros((count, self.columns - filled, size), heads.dtype)
-            heads = self.concat((heads, rest))
+        missing = self.columns - heads.shape[1]
+        if missing > 0:
+            heads = ops.Pad(((0, 0), (0, missing), (0, 0)))(heads)
         return ops.reshape(heads, self.table_shape)

@@ -43,6 +43,7 @@ class VocabParallelSampler(nn.Cell):
         vocab_size: V, full number of logits, padded rows included.
         valid_vocab_size: ids from here on have probability 0.
         groups: the rank's groups.
+        batch_size: B.
         do_sample: draw from the distribution; otherwise take the most likely id.
         temperature: divides the logits, for sampling and for the log-probability.
         top_k: ids to sample from; 0 for all.
@@ -62,6 +63,7 @@ class VocabParallelSampler(nn.Cell):
         vocab_size: int,
         groups: Groups,
         *,
+        batch_size: int,
         valid_vocab_size: int,
         do_sample: bool = True,
         temperature: float = 1.0,
@@ -81,14 +83,18 @@ class VocabParallelSampler(nn.Cell):
         ids = np.arange(self.first, self.first + self.rows)
         self.has_padding = self.first + self.rows > valid_vocab_size
         self.padding_bias = Tensor(np.where(ids < valid_vocab_size, 0.0, PADDED_LOGIT).astype(np.float32))
+        self.row_numbers = row_numbers(batch_size)
+        self.in_ranks = IntervalLookup(batch_size, self.mp, _RANK_FLOOR)
+        self.in_blocks = IntervalLookup(batch_size, self.rows // self.block, _BLOCK_FLOOR)
+        self.in_ids = IntervalLookup(batch_size, self.block, 0.0)
         self.stack_ranks = GroupStack(groups)
         if groups.mp_group is not None:
             self.all_reduce = ops.AllReduce(group=groups.mp_group)
+        self.unstack_pair = ops.Unstack(axis=1)
+        self.unstack = ops.Unstack(axis=2)
         self.softmax = ops.Softmax(-1)
         self.best = ops.ArgMaxWithValue(axis=1)
         self.largest = ops.TopK(sorted=True)
-        self.cumsum_before = ops.CumSum(exclusive=True)
-        self.row_max = ops.ReduceMax()
         self.row_sum = ops.ReduceSum()
         self.dot = ops.BatchMatMul()
 
@@ -124,14 +130,15 @@ class VocabParallelSampler(nn.Cell):
         """
         index, largest = self.best(scaled)
         # The softmax of the largest logit is 1 / sum(exp(scaled - largest)).
-        log_sum = -ops.log(row_element(masses, index))
+        log_sum = -ops.log(self._element(masses, index))
         ids = ops.cast(index + self.first, ms.float32)
         gathered = self._gather(ops.stack((largest, log_sum, ids), 1))
-        owner, largest = self.best(gathered[:, :, 0])
-        log_masses = gathered[:, :, 0] - ops.expand_dims(largest, 1) + gathered[:, :, 1]
+        largests, log_sums, best_ids = self.unstack(gathered)
+        owner, largest = self.best(largests)
+        log_masses = largests - ops.expand_dims(largest, 1) + log_sums
         log_total = ops.log(self.row_sum(ops.exp(log_masses), 1))
         shares = ops.exp(log_masses - ops.expand_dims(log_total, 1))
-        best_ids = ops.cast(row_element(gathered[:, :, 2], owner), ms.int32)
+        best_ids = ops.cast(self._element(best_ids, owner), ms.int32)
         return largest, log_total, shares, best_ids
 
     def _inverse_cdf(
@@ -148,14 +155,15 @@ class VocabParallelSampler(nn.Cell):
         rank_masses = shares
         if self.top_k > 0 or self.top_p < 1.0:
             rank_masses = rank_masses * self._rank_sums(block_masses)
-        owner, target = self._locate(rank_masses, uniforms * self.row_sum(rank_masses, 1), _RANK_FLOOR)
+        owner, target = self.in_ranks(rank_masses, uniforms * self.row_sum(rank_masses, 1))
         # From here on in units of this rank's own softmax; the owner's share is above the floor.
-        target = target / ops.maximum(shares[:, self.rank], _RANK_FLOOR)
-        block, target = self._locate(block_masses, target, _BLOCK_FLOOR)
-        first_blocks = ms.numpy.arange(count) * block_masses.shape[1]
-        offset, _ = self._locate(ops.gather(blocks, first_blocks + block, 0), target, 0.0)
+        share = ops.reshape(ops.slice(shares, (0, self.rank), (count, 1)), (-1,))
+        target = target / ops.maximum(share, _RANK_FLOOR)
+        block, target = self.in_blocks(block_masses, target)
+        chosen_block = ops.gather(blocks, self.row_numbers * block_masses.shape[1] + block, 0)
+        offset, _ = self.in_ids(chosen_block, target)
         index = block * self.block + offset
-        chosen = row_element(scaled, index)
+        chosen = self._element(scaled, index)
         if self.mp == 1:
             return index, chosen
         mine = ops.cast(ops.expand_dims(owner == self.rank, 1), ms.float32)
@@ -163,21 +171,8 @@ class VocabParallelSampler(nn.Cell):
         # finite, so times zero it is zero.
         ids = ops.cast(index + self.first, ms.float32)
         found = self.all_reduce(ops.stack((ids, chosen), 1) * mine)
-        return ops.cast(found[:, 0], ms.int32), found[:, 1]
-
-    def _locate(self, masses: Tensor, target: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-        """Which of the intervals ``masses`` (B, n) laid end to end holds ``target`` (B,), and where in it.
-
-        The last interval that has mass and begins at or before the target. Rounding can put the target
-        beyond the end or into an empty interval; the last one with mass before it is taken then, so
-        nothing without mass is ever picked.
-        """
-        begins = self.cumsum_before(masses, 1)
-        target_column = ops.expand_dims(target, 1)
-        possible = ops.logical_and(masses > floor, begins <= target_column)
-        positions = ops.cast(possible, ms.float32) * ms.numpy.arange(masses.shape[1]).astype(ms.float32)
-        index = ops.cast(self.row_max(positions, 1), ms.int32)
-        return index, target - row_element(begins, index)
+        ids, chosen = self.unstack_pair(found)
+        return ops.cast(ids, ms.int32), chosen
 
     def _kth_largest(self, scaled: Tensor) -> Tensor:
         """The k-th largest scaled logit over all ranks, (B, 1)."""
@@ -185,7 +180,7 @@ class VocabParallelSampler(nn.Cell):
         if self.mp > 1:
             gathered = ops.reshape(self._gather(values), (scaled.shape[0], -1))
             values, _ = self.largest(gathered, self.top_k)
-        return values[:, self.top_k - 1 : self.top_k]
+        return ops.slice(values, (0, self.top_k - 1), (scaled.shape[0], 1))
 
     def _nucleus_threshold(self, scaled: Tensor, masses: Tensor, shares: Tensor, largest: Tensor) -> Tensor:
         """The largest t with mass of {scaled > t} at least ``top_p`` of all mass, by bisection, (B, 1)."""
@@ -203,22 +198,63 @@ class VocabParallelSampler(nn.Cell):
 
     def _total(self, local: Tensor, shares: Tensor) -> Tensor:
         """Sum over the ranks of ``local`` (B,), in units of each rank's softmax -> (B, 1)."""
-        sums = self._gather(ops.expand_dims(local, 1))[:, :, 0] * shares
+        sums = self._gather_one(local) * shares
         return ops.expand_dims(self.row_sum(sums, 1), 1)
 
     def _rank_sums(self, block_masses: Tensor) -> Tensor:
         """Sum of each rank's blocks (B, n) -> (B, mp); gathered, so equal bit for bit on all ranks."""
-        return self._gather(ops.expand_dims(self.row_sum(block_masses, 1), 1))[:, :, 0]
+        return self._gather_one(self.row_sum(block_masses, 1))
 
     def _gather(self, x: Tensor) -> Tensor:
         """``x`` (B, n) of every rank, (B, mp, n)."""
         return ops.transpose(self.stack_ranks(x), (1, 0, 2))
 
+    def _gather_one(self, x: Tensor) -> Tensor:
+        """``x`` (B,) of every rank, (B, mp)."""
+        return ops.transpose(self.stack_ranks(x), (1, 0))
 
-def row_element(x: Tensor, index: Tensor) -> Tensor:
-    """``x`` (B, n), ``index`` (B,) int32 -> ``x[b, index[b]]`` (B,)."""
-    rows, size = x.shape
-    return ops.gather(ops.reshape(x, (-1,)), index + ms.numpy.arange(rows) * size, 0)
+    def _element(self, x: Tensor, index: Tensor) -> Tensor:
+        """``x`` (B, n), ``index`` (B,) int32 -> ``x[b, index[b]]`` (B,)."""
+        return row_element(x, index, self.row_numbers)
+
+
+class IntervalLookup(nn.Cell):
+    """Which of n intervals laid end to end holds a target, and where in it.
+
+    The answer is the last interval that has mass and begins at or before the target. Rounding can put the
+    target beyond the end or into an empty interval; the last one with mass before it is taken then, so
+    nothing without mass is ever picked.
+
+    Args:
+        batch_size: B.
+        intervals: n.
+        floor: intervals up to this mass count as empty.
+    """
+
+    def __init__(self, batch_size: int, intervals: int, floor: float) -> None:
+        super().__init__()
+        self.floor = floor
+        self.row_numbers = row_numbers(batch_size)
+        self.positions = Tensor(np.arange(intervals, dtype=np.float32))
+        self.cumsum_before = ops.CumSum(exclusive=True)
+        self.row_max = ops.ReduceMax()
+
+    def construct(self, masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``masses`` (B, n), ``target`` (B,) -> index (B,) int32, what is left of the target (B,)."""
+        begins = self.cumsum_before(masses, 1)
+        possible = ops.logical_and(masses > self.floor, begins <= ops.expand_dims(target, 1))
+        index = ops.cast(self.row_max(ops.cast(possible, ms.float32) * self.positions, 1), ms.int32)
+        return index, target - row_element(begins, index, self.row_numbers)
+
+
+def row_numbers(batch_size: int) -> Tensor:
+    """0 .. B-1, int32; a constant, because making it inside the graph takes long to compile."""
+    return Tensor(np.arange(batch_size, dtype=np.int32))
+
+
+def row_element(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """``x`` (B, n), ``index`` (B,) int32, ``rows`` 0 .. B-1 -> ``x[b, index[b]]`` (B,)."""
+    return ops.gather(ops.reshape(x, (-1,)), rows * x.shape[1] + index, 0)
 
 
 def widen(column: Tensor, columns: int) -> Tensor:

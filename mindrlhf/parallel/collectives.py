@@ -23,7 +23,8 @@ class CopyToGroup(nn.Cell):
     def __init__(self, group: str | None) -> None:
         super().__init__()
         self.active = group is not None
-        self.all_reduce = ops.AllReduce(group=group) if group is not None else None
+        if group is not None:
+            self.all_reduce = ops.AllReduce(group=group)
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` of any shape, unchanged."""
@@ -46,7 +47,8 @@ class ReduceFromGroup(nn.Cell):
     def __init__(self, group: str | None) -> None:
         super().__init__()
         self.active = group is not None
-        self.all_reduce = ops.AllReduce(group=group) if group is not None else None
+        if group is not None:
+            self.all_reduce = ops.AllReduce(group=group)
 
     def construct(self, x: Tensor) -> Tensor:
         """The sum of ``x`` (any shape) over the group."""

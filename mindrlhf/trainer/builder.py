@@ -47,7 +47,9 @@ class WeightPaths:
             MindRLHFError: no policy weights at all, or a path does not exist.
         """
         missing = [
-            f"{field.name}: {path}" for field in fields(self) if (path := getattr(self, field.name)) and not path.exists()
+            f"{field.name}: {path}"
+            for field in fields(self)
+            if (path := getattr(self, field.name)) and not path.exists()
         ]
         if missing:
             raise MindRLHFError("these checkpoints do not exist:\n  " + "\n  ".join(missing))

@@ -52,11 +52,17 @@ class TrainingCheckpoints:
             probe.unlink()
         except OSError as error:
             raise CheckpointError(
-                f"--save_ckpt_dir {directory}: cannot be written ({error.strerror}); give a writable directory"
+                f"--save_ckpt_dir {directory}: cannot be written ({error.strerror}); give a directory "
+                "that can"
             ) from error
 
     def save(
-        self, iteration: int, models: PPOModels, update: PPOUpdate, state: Mapping[str, Any], exchange: HostExchange
+        self,
+        iteration: int,
+        models: PPOModels,
+        update: PPOUpdate,
+        state: Mapping[str, Any],
+        exchange: HostExchange,
     ) -> Path:
         """Writes this rank's part and makes the checkpoint appear; collective. Returns its directory."""
         final = self.directory / f"iteration_{iteration:06d}"
@@ -87,7 +93,8 @@ class TrainingCheckpoints:
         state_file = directory / STATE_FILE
         if not state_file.is_file():
             raise CheckpointError(
-                f"{directory}: no {STATE_FILE}, so it is not a whole checkpoint; name an iteration_NNNNNN directory"
+                f"{directory}: no {STATE_FILE}, so this is no whole checkpoint; "
+                "name an iteration_NNNNNN directory"
             )
         for name, model, optimizer in _trained(models, update):
             model.load(load_shard(directory / name, model.layouts, self.rank))
@@ -104,7 +111,9 @@ class TrainingCheckpoints:
 
 def _trained(models: PPOModels, update: PPOUpdate) -> list[tuple[str, SequenceModel, Optimizer]]:
     """What changes in training: name, model and optimizer of the policy and of a separate critic."""
-    trained: list[tuple[str, SequenceModel, Optimizer]] = [("policy", models.train, update.policy_step.optimizer)]
+    trained: list[tuple[str, SequenceModel, Optimizer]] = [
+        ("policy", models.train, update.policy_step.optimizer)
+    ]
     if models.critic is not None and update.critic_step is not None:
         trained.append(("critic", models.critic, update.critic_step.optimizer))
     return trained
@@ -113,7 +122,9 @@ def _trained(models: PPOModels, update: PPOUpdate) -> list[tuple[str, SequenceMo
 def _optimizer_states(optimizer: Optimizer, model: SequenceModel) -> dict[str, Parameter]:
     """Moments and step count by name; what the optimizer shares with the model is left out."""
     own = model.parameters_dict().keys()
-    return {parameter.name: parameter for parameter in optimizer.get_parameters() if parameter.name not in own}
+    return {
+        parameter.name: parameter for parameter in optimizer.get_parameters() if parameter.name not in own
+    }
 
 
 def _optimizer_arrays(optimizer: Optimizer, model: SequenceModel) -> dict[str, np.ndarray]:

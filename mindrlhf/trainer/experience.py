@@ -28,6 +28,7 @@ class Rollout(NamedTuple):
     stopped: np.ndarray  # (B,) int32, 1 where a stop token ended the response
     sample_ids: np.ndarray  # (B,) int64, row in the data set
 
+
 class SequenceInputs(NamedTuple):
     """What every network over whole sequences takes."""
 

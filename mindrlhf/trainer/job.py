@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindrlhf.checkpoint.hf_export import check_hf_output
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
@@ -113,13 +116,14 @@ def run_ppo(options: JobOptions) -> Path:
     """
     data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
     litter = tempfile.mkdtemp(prefix="mindrlhf_")
+    atexit.register(shutil.rmtree, litter, ignore_errors=True)
     os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)  # where MindFormers puts its log when imported
     os.environ.setdefault("GLOG_v", "3")
     world_size = env_world_size()
     if not options.use_parallel and world_size > 1:
         raise MindRLHFError(
-            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or start "
-            "the script without msrun"
+            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or "
+            "start the script without msrun"
         )
     job = read_job(options, world_size)
 
@@ -142,10 +146,15 @@ def run_ppo(options: JobOptions) -> Path:
         critic=options.load_critic_checkpoint,
     ).checked()
     tokenizer = _tokenizer(options, job)
+    if options.export_hf_dir is not None:
+        check_hf_output(options.export_hf_dir, overwrite=True)
     check_device(job.train.context)
     cache = options.compile_cache_path or save / "compile_cache" if options.enable_compile_cache else None
     runtime = start_runtime(
-        job.train.context, use_parallel=world_size > 1, cache_dir=str(cache) if cache else None, litter_dir=litter
+        job.train.context,
+        use_parallel=world_size > 1,
+        cache_dir=str(cache) if cache else None,
+        litter_dir=litter,
     )
     with Timer() as timer:
         trainer = PPOTrainer(
@@ -180,7 +189,8 @@ def _tokenizer(options: JobOptions, job: JobConfig) -> Tokenizer | None:
     if tokenizer.size > job.infer.model.vocab_size:
         raise MindRLHFError(
             f"--tokenizer_path {options.tokenizer_path} has {tokenizer.size} tokens, more than the "
-            f"model.model_config.vocab_size {job.infer.model.vocab_size} of {job.infer.path}; give the model's own"
+            f"model.model_config.vocab_size {job.infer.model.vocab_size} of {job.infer.path}; give the "
+            "model's own"
         )
     limit = job.ppo.valid_vocab_size
     if limit and limit > tokenizer.size:

@@ -89,7 +89,9 @@ class ValueLoss(nn.Cell):
         return (self.vf_coef * value_sum * inverse_count).sum(), ops.stop_gradient(ops.stack(statistics))
 
 
-def policy_inputs(experience: Experience, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
+def policy_inputs(
+    experience: Experience, rows: np.ndarray, inverse_count: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """The arguments of :meth:`PolicyLoss.construct` for some global rows."""
     return (
         *experience.inputs.rows(rows),
@@ -102,7 +104,9 @@ def policy_inputs(experience: Experience, rows: np.ndarray, inverse_count: np.nd
     )
 
 
-def value_inputs(experience: Experience, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
+def value_inputs(
+    experience: Experience, rows: np.ndarray, inverse_count: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """The arguments of :meth:`ValueLoss.construct` for some global rows."""
     return (
         *experience.inputs.rows(rows),
@@ -116,4 +120,3 @@ def value_inputs(experience: Experience, rows: np.ndarray, inverse_count: np.nda
 def inverse_token_count(mask: np.ndarray) -> np.ndarray:
     """``1 / number of real response tokens`` of a global minibatch, (1,) float32."""
     return np.array([1.0 / mask.sum(dtype=np.float64)], np.float32)
-

@@ -13,7 +13,9 @@ from mindrlhf.trainer.losses import POLICY_STATISTICS, VALUE_STATISTICS
 from mindrlhf.trainer.update import UpdateResult
 
 
-def rollout_metrics(rollout: Rollout, scores: Scores, experience: Experience, kl_coef: float) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, scores: Scores, experience: Experience, kl_coef: float
+) -> dict[str, float]:
     """What is known before the update.
 
     ``objective/kl``: per-sequence sum of the KL estimate, batch mean, in nats. ``objective/entropy``:
@@ -67,7 +69,9 @@ def update_metrics(result: UpdateResult, vf_coef: float) -> dict[str, float]:
     }
 
 
-def time_metrics(seconds: Mapping[str, float], response_tokens: int, total_seconds: float) -> dict[str, float]:
+def time_metrics(
+    seconds: Mapping[str, float], response_tokens: int, total_seconds: float
+) -> dict[str, float]:
     """Seconds of each phase, and response tokens per second of the rollout and of the whole iteration."""
     metrics = {f"time/{phase}": spent for phase, spent in seconds.items()}
     metrics["time/iteration"] = total_seconds

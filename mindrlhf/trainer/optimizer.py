@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from mindspore import Parameter
 from mindspore.nn import Optimizer
@@ -25,10 +28,21 @@ def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_st
     Raises:
         ConfigError: MindFormers does not accept a section.
     """
-    # Imported here: it costs seconds and writes a log folder, see `litter_dir` of the runtime.
-    from mindformers.core.lr import build_lr
-    from mindformers.core.optim import build_optim
+    with _quiet():
+        # Imported here: it costs seconds and writes a log folder, see LOCAL_DEFAULT_PATH in job.py.
+        from mindformers.core.lr import build_lr
+        from mindformers.core.optim import build_optim
 
+        return _build(config, parameters, total_steps, build_lr, build_optim)
+
+
+def _build(
+    config: RunConfig,
+    parameters: Sequence[Parameter],
+    total_steps: int,
+    build_lr: Callable[..., Any],
+    build_optim: Callable[..., Optimizer],
+) -> Optimizer:
     try:
         schedule = build_lr(with_total_steps(config.lr_schedule, total_steps))
     except (TypeError, ValueError) as error:
@@ -45,3 +59,14 @@ def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_st
         return build_optim(optimizer, default_args={"params": groups, "learning_rate": schedule})
     except (TypeError, ValueError) as error:
         raise ConfigError([f"{config.path}: optimizer: {error}"]) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps MindFormers from warning about models that it fails to import and that nobody asked for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -110,7 +110,7 @@ class PPOTrainer:
         return last
 
     def start_from_equal_policies(self) -> None:
-        """Makes the generating policy equal to the trained one before the first rollout (ratio 1 at step 0)."""
+        """Makes the generating policy the trained one before the first rollout, so that the ratio is 1."""
         different = self.weight_sync.differences()
         if different:
             logger.warning(
@@ -197,7 +197,9 @@ class PPOTrainer:
 
     def _is_save_due(self) -> bool:
         interval = self.config.save_interval
-        return self.iteration == self.config.total_iterations or bool(interval and self.iteration % interval == 0)
+        return self.iteration == self.config.total_iterations or bool(
+            interval and self.iteration % interval == 0
+        )
 
     def _metrics(
         self,

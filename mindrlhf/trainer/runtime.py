@@ -12,7 +12,6 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.configs.schema import ContextConfig
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError
-from mindrlhf.utils.ranks import env_world_size
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,14 @@ def check_device(context: ContextConfig) -> None:
     """
     if not ms.hal.is_available(context.device_target):
         raise MindRLHFError(
-            f"context.device_target is {context.device_target!r}, but this machine has no such device (or its "
-            "driver is not installed); pass --device_target CPU to run on the CPU instead"
+            f"context.device_target is {context.device_target!r}, but this machine has no such device (or no "
+            "driver for it); pass --device_target CPU to run on the CPU instead"
         )
 
 
-def start_runtime(context: ContextConfig, *, use_parallel: bool, cache_dir: str | None, litter_dir: str) -> Runtime:
+def start_runtime(
+    context: ContextConfig, *, use_parallel: bool, cache_dir: str | None, litter_dir: str
+) -> Runtime:
     """Chooses device and graph mode, and joins the other workers when there are any.
 
     Args:
@@ -64,21 +65,6 @@ def start_runtime(context: ContextConfig, *, use_parallel: bool, cache_dir: str 
 
     init()
     return Runtime(get_rank(), get_group_size())
-
-
-def expected_world_size(use_parallel: bool) -> int:
-    """Workers of this job before communication is up.
-
-    Raises:
-        MindRLHFError: ``--use_parallel`` and the way the job was launched do not agree.
-    """
-    world_size = env_world_size()
-    if not use_parallel and world_size > 1:
-        raise MindRLHFError(
-            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or start "
-            "the script without msrun"
-        )
-    return world_size
 
 
 class _GatherRows(nn.Cell):
@@ -153,4 +139,3 @@ def local_rows(count: int, mesh: Mesh, rank: int) -> slice:
     part = count // mesh.dp
     first = mesh.dp_index(rank) * part
     return slice(first, first + part)
-

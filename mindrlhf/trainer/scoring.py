@@ -16,7 +16,9 @@ from mindrlhf.trainer.runtime import HostExchange, local_rows
 Forward = Callable[..., np.ndarray]
 
 
-def score_rollout(models: PPOModels, rollout: Rollout, exchange: HostExchange, *, rows_per_pass: int) -> Scores:
+def score_rollout(
+    models: PPOModels, rollout: Rollout, exchange: HostExchange, *, rows_per_pass: int
+) -> Scores:
     """What the scoring models say of a global rollout; equal on every rank.
 
     Args:
@@ -55,7 +57,12 @@ def policy_logprobs(
     """
     inputs = sequence_inputs(rollout)
     logprobs = _on_replicas(
-        lambda *arrays: policy_outputs(model, *arrays)[0], inputs, (), model.groups.mesh, exchange, rows_per_pass
+        lambda *arrays: policy_outputs(model, *arrays)[0],
+        inputs,
+        (),
+        model.groups.mesh,
+        exchange,
+        rows_per_pass,
     )
     columns = np.arange(logprobs.shape[1])
     return np.where(columns < rollout.response_lengths[:, None], logprobs, 0.0).astype(np.float32)

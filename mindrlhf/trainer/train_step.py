@@ -12,6 +12,7 @@ from mindspore.nn import Optimizer
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 
+
 class Backward(nn.Cell):
     """Gradients of a loss cell that returns ``(loss, statistics)``."""
 
@@ -35,7 +36,7 @@ class Accumulate(nn.Cell):
     def construct(self, *gradients: Tensor) -> tuple[Tensor, ...]:
         """The n totals so far, then the n gradients of the same shapes -> n sums."""
         count = len(gradients) // 2
-        sums = ()
+        sums: tuple[Tensor, ...] = ()
         for index in range(count):
             sums += (gradients[index] + gradients[count + index],)
         return sums
@@ -61,12 +62,14 @@ class Update(nn.Cell):
         self.max_grad_norm = max_grad_norm
         self.replicated_over_dp = groups.dp_group is not None
         self.sharded_over_mp = groups.mp_group is not None
-        self.dp_sum = ops.AllReduce(group=groups.dp_group) if groups.dp_group is not None else None
-        self.mp_sum = ops.AllReduce(group=groups.mp_group) if groups.mp_group is not None else None
+        if groups.dp_group is not None:
+            self.dp_sum = ops.AllReduce(group=groups.dp_group)
+        if groups.mp_group is not None:
+            self.mp_sum = ops.AllReduce(group=groups.mp_group)
 
     def construct(self, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's shards -> (norm before clipping, learning rate used), both (1,) float32."""
-        summed = ()
+        """Gradients of this rank's shards -> norm before clipping and learning rate, both (1,) float32."""
+        summed: tuple[Tensor, ...] = ()
         for gradient in gradients:
             if self.replicated_over_dp:
                 gradient = self.dp_sum(gradient)
@@ -132,11 +135,12 @@ class TrainStep:
         Returns:
             statistics summed over the micro-batches (k,), gradient norm before clipping, learning rate.
         """
-        total: tuple[Tensor, ...] | None = None
         statistics = []
+        total: tuple[Tensor, ...] = ()
         for arrays in micro_batches:
             part, gradients = self._backward(*(Tensor(array) for array in arrays))
             statistics.append(part)
-            total = gradients if total is None else self._accumulate(*total, *gradients)
+            total = self._accumulate(*total, *gradients) if total else gradients
         norm, rate = self._update(*total)
-        return np.sum([part.asnumpy() for part in statistics], axis=0), float(norm.asnumpy()[0]), float(rate.asnumpy()[0])
+        summed = np.sum([part.asnumpy() for part in statistics], axis=0)
+        return summed, float(norm.asnumpy()[0]), float(rate.asnumpy()[0])

@@ -107,7 +107,8 @@ class PPOUpdate:
         mine = rows[local_rows(len(rows), mesh, self.exchange.runtime.rank)]
         size = self.config.micro_batch_size or len(mine)
         return [
-            inputs(experience, mine[first : first + size], inverse_count) for first in range(0, len(mine), size)
+            inputs(experience, mine[first : first + size], inverse_count)
+            for first in range(0, len(mine), size)
         ]
 
 

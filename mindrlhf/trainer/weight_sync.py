@@ -71,7 +71,9 @@ class WeightSync:
     def differences(self) -> list[str]:
         """Names whose full tensors differ between the two models in this rank's groups; collective."""
         stored = {name: array.dtype for name, array in self.infer.shards()}
-        train_shards = ((name, array.astype(stored[name])) for name, array in self.train.shards(self.infer_layouts))
+        train_shards = (
+            (name, array.astype(stored[name])) for name, array in self.train.shards(self.infer_layouts)
+        )
         train_layouts = {name: self.train.layouts[name] for name in self.infer_layouts}
         trained = checksums(train_shards, train_layouts, self.train.groups)
         generating = checksums(self.infer.shards(), self.infer_layouts, self.infer_groups)

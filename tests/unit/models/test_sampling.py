@@ -21,7 +21,7 @@ def _graph_mode() -> None:
 
 def sample(logits: np.ndarray, uniforms: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     options.setdefault("valid_vocab_size", logits.shape[1])
-    sampler = VocabParallelSampler(logits.shape[1], Groups(Mesh(1, 1), 0), **options)
+    sampler = VocabParallelSampler(logits.shape[1], Groups(Mesh(1, 1), 0), batch_size=len(logits), **options)
     tokens, logprobs = sampler(Tensor(logits.astype(np.float32)), Tensor(uniforms.astype(np.float32)))
     return tokens.asnumpy(), logprobs.asnumpy()
 

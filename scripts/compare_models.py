@@ -1,0 +1,48 @@
+"""Compares two Hugging Face checkpoints: same tensors, and how far training has moved the weights.
+
+python scripts/compare_models.py BEFORE_DIR AFTER_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from mindrlhf.checkpoint.dtypes import to_numpy
+from mindrlhf.checkpoint.opening import open_weights
+from mindrlhf.checkpoint.source import WeightSource
+from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.errors import CheckpointError
+
+
+def main() -> None:
+    """Prints how many tensors differ and by how much; an error when the tensors are not the same set."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    arguments = parser.parse_args()
+    with open_weights(arguments.before) as before, open_weights(arguments.after) as after:
+        shapes = [{name: info.shape for name, info in source.tensors.items()} for source in (before, after)]
+        if shapes[0] != shapes[1]:
+            differing = sorted({name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items())})
+            raise CheckpointError(
+                f"{arguments.before} and {arguments.after} hold other tensors: {', '.join(differing)}"
+            )
+        moved, largest = 0, 0.0
+        for name in shapes[0]:
+            change = np.abs(_float32(after, name) - _float32(before, name)).max()
+            moved += bool(change > 0)
+            largest = max(largest, float(change))
+    print(f"{len(shapes[0])} tensors, the same names and shapes; {moved} changed, by at most {largest:.2e}")
+
+
+def _float32(source: WeightSource, name: str) -> np.ndarray:
+    return to_numpy(source.read(name), source.tensors[name].dtype).astype(np.float32)
+
+
+if __name__ == "__main__":
+    run_main(main)
