@@ -53,6 +53,7 @@ PPO_RULES: dict[str, Rule] = {
     "lam": _FRACTION,
     "whiten_advantages": _FLAG,
     "whiten_rewards": _FLAG,
+    "missing_eos_penalty": _NOT_NEGATIVE,
     "critic": Rule(kind="str", choices=("shared", "separate")),
     "cliprange": Rule(kind="float", above=0, below=1),
     "cliprange_value": _POSITIVE,

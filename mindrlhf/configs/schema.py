@@ -152,6 +152,7 @@ class PPOConfig:
     lam: float = 0.95
     whiten_advantages: bool = True
     whiten_rewards: bool = False
+    missing_eos_penalty: float = 0.0  # off the score of a response without a stop token
     # loss
     critic: str = "separate"  # "shared" | "separate"
     cliprange: float = 0.2

@@ -69,7 +69,7 @@ class SequenceModel(nn.Cell):
 
 
 class PPOModelTrain(SequenceModel):
-    """The policy under training: log-probs and entropy of response tokens, and values if it is the critic too.
+    """The policy under training: log-probs and entropy of responses, and values if it is the critic too.
 
     Args:
         config: model sizes; the layout comes from ``groups.mesh``.

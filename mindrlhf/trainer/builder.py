@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -155,7 +156,8 @@ def _fill(model: SequenceModel, path: Path | None, seed: int, rank: int, what: s
     assert path is not None
     shards = _shards(path, model.layouts, rank, what)
     if SCORE_HEAD[0] in model.layouts and not set(SCORE_HEAD) <= shards.keys():
-        logger.warning(
+        logger.log(
+            logging.WARNING if rank == 0 else logging.DEBUG,  # every rank does the same; once is enough
             "%s: %s has no scalar head; a new one is initialised with N(0, 1/sqrt(H+1)) (head %r, seed %d)",
             what, path, head, seed,
         )  # fmt: skip

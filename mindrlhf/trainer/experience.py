@@ -14,7 +14,7 @@ import numpy as np
 from mindrlhf.algorithms.advantages import gae, whiten
 from mindrlhf.algorithms.kl import token_kl
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids, value_mask
-from mindrlhf.algorithms.rewards import token_rewards
+from mindrlhf.algorithms.rewards import penalize_missing_stop, token_rewards
 from mindrlhf.configs.schema import PPOConfig
 
 
@@ -86,7 +86,8 @@ def make_experience(rollout: Rollout, scores: Scores, kl_coef: float, config: PP
     values_count = value_mask(rollout.response_lengths, columns)
     old_values = np.where(values_count, scores.values, 0.0).astype(np.float32)
     kl = token_kl(rollout.logprobs, scores.ref_logprobs, mask, config.kl_estimator)
-    rewards = token_rewards(kl, scores.scores, rollout.response_lengths, kl_coef)
+    paid = penalize_missing_stop(scores.scores, rollout.stopped, config.missing_eos_penalty)
+    rewards = token_rewards(kl, paid, rollout.response_lengths, kl_coef)
     learnt_from = whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
     advantages, returns = gae(learnt_from, old_values, values_count, config.gamma, config.lam)
     if config.whiten_advantages:

@@ -136,6 +136,7 @@ def run_ppo(options: JobOptions) -> Path:
 
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+    from mindrlhf.trainer.records import check_fresh
     from mindrlhf.trainer.runtime import check_device, start_runtime
 
     weights = WeightPaths(
@@ -145,6 +146,8 @@ def run_ppo(options: JobOptions) -> Path:
         reward=options.load_rm_checkpoint,
         critic=options.load_critic_checkpoint,
     ).checked()
+    if options.resume_from is None:
+        check_fresh(save)
     tokenizer = _tokenizer(options, job)
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)

@@ -192,6 +192,8 @@ class PPOTrainer:
         self.iteration = int(state["iteration"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.prompts.load_state_dict(state["prompts"])
+        if self.records is not None:
+            self.records.rewind(self.iteration)
         self.sync()
         logger.info("resumed from %s after iteration %d", directory, self.iteration)
 

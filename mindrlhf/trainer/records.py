@@ -12,7 +12,11 @@ import numpy as np
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.schema import Column
 from mindrlhf.trainer.experience import Experience, Rollout, Scores
+from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 CURVES = (
     ("objective/scores", "score"),
@@ -32,15 +36,26 @@ class RunRecords:
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics: list[dict[str, float]] = []
 
+    def rewind(self, iteration: int) -> None:
+        """Goes on after ``iteration``: keeps the lines up to it and drops those of a run that was cut short."""
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            path = self.directory / name
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in lines if _iteration_of(line) <= iteration]
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            if name == METRICS_FILE:
+                self.metrics = [json.loads(line) for line in kept]
+
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """One line of ``metrics.jsonl``."""
         plain = {name: _plain(value) for name, value in metrics.items()}
         self.metrics.append(plain)
-        self._append("metrics.jsonl", plain)
+        self._append(METRICS_FILE, plain)
 
     def add_sample(self, sample: Mapping[str, Any]) -> None:
         """One line of ``samples.jsonl``."""
-        self._append("samples.jsonl", {name: _plain(value) for name, value in sample.items()})
+        self._append(SAMPLES_FILE, {name: _plain(value) for name, value in sample.items()})
 
     def plot(self) -> Path | None:
         """Draws ``curves.png`` from all metrics so far; ``None`` when there are none."""
@@ -48,6 +63,7 @@ class RunRecords:
             return None
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(12, 6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -57,6 +73,8 @@ class RunRecords:
             axis.plot(iterations, [line[name] for line in self.metrics], marker="o", markersize=3)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("iteration")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.ticklabel_format(useOffset=False)
             axis.grid(alpha=0.3)
         path = self.directory / "curves.png"
         with atomic_file(path) as temporary:
@@ -118,6 +136,27 @@ def save_experience(
 def choose_rows(count: int, wanted: int) -> Sequence[int]:
     """Evenly spread row numbers to show."""
     return [int(row) for row in np.linspace(0, count - 1, min(wanted, count)).round()] if wanted else []
+
+
+def check_fresh(directory: Path) -> None:
+    """Refuses a results directory that an earlier run has used, so that two runs cannot mix.
+
+    Raises:
+        MindRLHFError: it holds metrics.
+    """
+    if (directory / METRICS_FILE).exists():
+        raise MindRLHFError(
+            f"--save_ckpt_dir {directory} holds the results of an earlier run ({METRICS_FILE}); give another "
+            "directory, or go on with --resume_from one of its iteration_NNNNNN directories"
+        )
+
+
+def _iteration_of(line: str) -> float:
+    """Iteration of a JSON line; infinite for one that a killed run left half-written."""
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _plain(value: Any) -> Any:

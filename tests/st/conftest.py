@@ -1,4 +1,4 @@
-"""``run_workers``: a script of this directory on several workers, under msrun."""
+"""``run_workers``: a script of this directory under msrun; ``ppo_inputs``: what the smallest PPO job needs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import importlib.util
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
+import yaml
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 RESULTS_VARIABLE = "MINDRLHF_TEST_RESULTS"
@@ -80,3 +83,154 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> RunWorkers:
         ]
 
     return run
+
+
+@dataclass(frozen=True)
+class PPOInputs:
+    """Files of the smallest PPO job; YAMLs of any layout are written on demand."""
+
+    directory: Path
+
+    VOCAB = 64
+    VALID_VOCAB = 61
+    PAD = 2
+    PROMPT_COLUMNS = 6
+    STOP_IDS = (2, 5, 11, 17, 23, 40, 58)
+
+    @property
+    def policy(self) -> Path:
+        """Checkpoint of the policy: a full file, no head."""
+        return self.directory / "policy.ckpt"
+
+    @property
+    def stale(self) -> Path:
+        """Another policy's weights: a generating model that starts from them must be brought up to date."""
+        return self.directory / "stale.safetensors"
+
+    @property
+    def reward(self) -> Path:
+        """Checkpoint of the reward model, with its head."""
+        return self.directory / "reward.ckpt"
+
+    @property
+    def data(self) -> Path:
+        """20 prompts of 1 to 6 tokens, one of them with a pad token inside."""
+        return self.directory / "prompts.mindrecord"
+
+    @property
+    def ppo(self) -> Path:
+        """The hyper-parameters."""
+        return self.directory / "ppo_small.yaml"
+
+    def yaml(self, kind: str, dp: int, mp: int) -> Path:
+        """``generate`` or ``finetune`` YAML of a layout."""
+        path = self.directory / f"{kind}_dp{dp}mp{mp}.yaml"
+        if not path.exists():
+            _change_yaml(
+                CONFIGS / f"{kind}_qwen2_tiny.yaml",
+                path,
+                {
+                    "parallel_config": {"data_parallel": dp, "model_parallel": mp},
+                    "model.model_config": SMALL_MODEL,
+                    **({"lr_schedule": {"learning_rate": 2e-3}} if kind == "finetune" else {}),
+                },
+            )
+        return path
+
+
+CONFIGS = REPO_ROOT / "model_configs" / "qwen_ppo"
+SMALL_MODEL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_layers": 1,
+    "num_heads": 8,
+    "n_kv_heads": 4,
+    "intermediate_size": 48,
+    "seq_length": 16,
+    "theta": 10000.0,
+    "vocab_size": PPOInputs.VOCAB,
+    "pad_token_id": PPOInputs.PAD,
+    "bos_token_id": PPOInputs.PAD,
+    "eos_token_id": list(PPOInputs.STOP_IDS),
+}
+SMALL_PPO: dict[str, Any] = {
+    "total_iterations": 3,
+    "save_interval": 1,
+    "keep_checkpoints": 3,
+    "rollout_batch_size": 8,
+    "ppo_epochs": 1,
+    "max_prompt_length": PPOInputs.PROMPT_COLUMNS,
+    "max_response_length": 5,
+    "stop_token_ids": list(PPOInputs.STOP_IDS),
+    "pad_token_id": PPOInputs.PAD,
+    "valid_vocab_size": PPOInputs.VALID_VOCAB,
+    "temperature": 0.8,
+    "decode_steps_per_call": 2,
+    "kl_controller": "adaptive",
+    "kl_coef": 0.1,
+    "kl_target": 0.05,
+    "kl_horizon": 20,
+    "whiten_rewards": True,
+}
+
+
+@pytest.fixture(scope="session")
+def ppo_inputs(tmp_path_factory: pytest.TempPathFactory) -> PPOInputs:
+    """Weights, prompts and hyper-parameters of the smallest PPO job, all random, always the same."""
+    from mindrlhf.configs.load import load_run_config
+
+    inputs = PPOInputs(tmp_path_factory.mktemp("ppo_inputs"))
+    _change_yaml(CONFIGS / "ppo_qwen2_tiny.yaml", inputs.ppo, {"": SMALL_PPO})
+    model = load_run_config(inputs.yaml("generate", 1, 1)).model
+    _write_random_weights(inputs.policy, model, seed=1)
+    _write_random_weights(inputs.stale, model, seed=2)
+    _write_random_weights(inputs.reward, model, seed=3, lm_head=False, score_head=True)
+    _write_prompts(inputs.data, rows=20)
+    return inputs
+
+
+def _change_yaml(source: Path, target: Path, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """A shipped YAML with other values; a key it does not have is a mistake of the test."""
+    content = yaml.safe_load(source.read_text(encoding="utf-8"))
+    for section, values in changes.items():
+        part = content
+        for key in filter(None, section.split(".")):
+            part = part[key]
+        assert values.keys() <= part.keys(), values.keys() - part.keys()
+        part.update(values)
+    target.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def _write_random_weights(path: Path, model: Any, *, seed: int, **heads: bool) -> None:
+    """Weights large enough that the distribution over tokens is far from uniform; biases not zero."""
+    from mindrlhf.checkpoint.source import ArraySource
+    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.parallel.layout import Mesh
+    from mindrlhf.parallel.parameters import parameter_layouts
+
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, layout in parameter_layouts(model, Mesh(1, 1), **heads).items():
+        draw = rng.standard_normal(layout.shape, np.float32)
+        if "norm" in name:
+            arrays[name] = np.float32(1) + np.float32(0.1) * draw
+        else:
+            arrays[name] = np.float32(1.0 if "embedding" in name else 0.25) * draw
+    write_weights(path, ArraySource(arrays))
+
+
+def _write_prompts(path: Path, rows: int) -> None:
+    from mindrlhf.data.mindrecord import write_mindrecord
+    from mindrlhf.data.schema import prompt_schema
+
+    columns, sequence = PPOInputs.PROMPT_COLUMNS, SMALL_MODEL["seq_length"]
+    rng = np.random.default_rng(0)
+    prompts = np.full((rows, columns), PPOInputs.PAD, np.int32)
+    pretrain = np.full((rows, sequence), PPOInputs.PAD, np.int32)
+    for row in range(rows):
+        ids = rng.integers(3, PPOInputs.VALID_VOCAB, row % columns + 1)
+        if row == 5:
+            ids[2] = PPOInputs.PAD
+        prompts[row, columns - len(ids) :] = ids
+        pretrain[row, : len(ids)] = ids
+    batch = {"prompt_ids": prompts, "pretrain_ids": pretrain, "loss_mask": np.zeros_like(pretrain)}
+    write_mindrecord(path, prompt_schema(columns, sequence), [batch])

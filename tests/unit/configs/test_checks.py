@@ -164,6 +164,7 @@ RANGES = {
     "kl_horizon": [0],
     "gamma": [-0.01, 1.01],
     "lam": [-0.01, 1.01],
+    "missing_eos_penalty": [-0.1],
     "cliprange": [0, 1],
     "cliprange_value": [0],
     "vf_coef": [-0.1],

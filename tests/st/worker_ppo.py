@@ -1,0 +1,192 @@
+"""One job of any number of workers: whole PPO runs, one layout pair after another (see test_ppo.py).
+
+    worker_ppo.py JOBS_FILE
+
+Runs without msrun too, as one worker. For each case of the JSON file it trains, watches what no
+metric shows, and leaves ``{case}_rank{r}.npz`` beside the results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from worker_support import results_directory, write_results
+
+from mindrlhf.configs.load import load_job
+from mindrlhf.data.prompts import PromptBatch
+from mindrlhf.trainer.experience import Experience, Rollout
+from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.scoring import policy_logprobs
+from mindrlhf.trainer.update import UpdateResult
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.ranks import env_world_size, is_scheduler
+
+
+class WatchedTrainer(PPOTrainer):
+    """A trainer that keeps what it saw, and compares its two policies on every rollout."""
+
+    seen: dict[str, np.ndarray]
+    history: list[dict[str, float]]
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """A rollout, and its log-probs as the training network sees them before the update."""
+        rollout = super().rollout(batch)
+        trained = policy_logprobs(self.ppo_model_train, rollout, self.exchange, rows_per_pass=0)
+        self._keep("rollout", rollout._asdict() | {"train_logprobs": trained})
+        return rollout
+
+    def update(self, experience: Experience) -> UpdateResult:
+        """An update of experience that is kept first."""
+        self._keep("experience", {**experience._asdict(), **experience.inputs._asdict()})
+        return super().update(experience)
+
+    def run_iteration(self, batch: PromptBatch) -> dict[str, float]:
+        """An iteration whose metrics are kept."""
+        self.history.append(super().run_iteration(batch))
+        return self.history[-1]
+
+    def _keep(self, what: str, arrays: dict[str, Any]) -> None:
+        for name, array in arrays.items():
+            if isinstance(array, np.ndarray):
+                self.seen[f"{what}/{self.iteration + 1}/{name}"] = array
+
+
+def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
+    """Trains one layout pair, then looks at the weights, resumes, and breaks a weight on purpose."""
+    from mindrlhf.trainer.builder import WeightPaths
+
+    begin = time.perf_counter()
+    job = load_job(
+        sft_path_infer=case["infer"],
+        sft_path_train=case["train"],
+        reward_path=case["reward"],
+        critic_path=case["critic"],
+        ppo_config=case["ppo"],
+        overrides=case["overrides"],
+        world_size=runtime.world_size,
+    )
+    weights = {model: Path(path) for model, path in case["weights"].items()}
+    save = results_directory() / name
+    trainer = WatchedTrainer(
+        job, WeightPaths(**weights), TrainerPaths(Path(case["data"]), save), runtime, verify_sync=True
+    )
+    trainer.seen, trainer.history = {}, []
+    report: dict[str, Any] = {"different_at_start": len(trainer.weight_sync.differences())}
+    report["seconds/build"] = time.perf_counter() - begin
+    report["last"] = str(trainer.train())
+    report["seconds/train"] = time.perf_counter() - begin
+    report["metrics"] = plain(trainer.history)
+    report["shards"] = digests(trainer)
+    trainer.weight_sync.verify(trainer.exchange)
+    report["different_at_end"] = trainer.weight_sync.differences()
+    seen = dict(trainer.seen)
+    if case["greedy"]:
+        seen |= greedy(trainer)
+    if case["resume"]:
+        trainer.history.clear()
+        trainer.resume(save / "iteration_000001")
+        trainer.train()
+        report["metrics_again"] = plain(trainer.history)
+        report["shards_again"] = digests(trainer)
+        report["seen_again"] = all(np.array_equal(seen[key], trainer.seen[key]) for key in trainer.seen)
+    report["broken"] = {
+        kind: refusal(trainer, parameter, rank) for kind, (parameter, rank) in case["break"].items()
+    }
+    np.savez(results_directory() / f"{name}_rank{runtime.rank}.npz", **seen)
+    report["seconds/all"] = time.perf_counter() - begin
+    return report
+
+
+def plain(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Metrics as JSON takes them, without what depends on the clock."""
+    return [
+        {
+            name: float(value)
+            for name, value in metrics.items()
+            if not name.startswith(("time/", "tokens_per_second"))
+        }
+        for metrics in history
+    ]
+
+
+def digests(trainer: PPOTrainer) -> dict[str, str]:
+    """Model and parameter name -> digest of this rank's shard."""
+    models = {"train": trainer.ppo_model_train, "infer": trainer.ppo_model_infer}
+    if trainer.models.critic is not None:
+        models["critic"] = trainer.models.critic
+    return {
+        f"{model}/{name}": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+        for model, network in models.items()
+        for name, array in network.shards()
+    }
+
+
+def greedy(trainer: PPOTrainer) -> dict[str, np.ndarray]:
+    """The most likely responses to the last prompts, by a generating model with the synced weights."""
+    from dataclasses import replace
+
+    from mindrlhf.trainer.builder import build_infer
+    from mindrlhf.trainer.rollout import generate_rollout
+
+    job = replace(trainer.job, ppo=replace(trainer.job.ppo, do_sample=False, generation_batch_size=0))
+    model = build_infer(job, trainer.weight_sync.infer_groups)
+    model.load(dict(trainer.ppo_model_infer.shards()))
+    batch = trainer.prompts.next_batch()
+    rollout = generate_rollout(model, batch, trainer.infer_mesh, trainer.exchange, seed=0, iteration=0)
+    return {f"greedy/{name}": array for name, array in rollout._asdict().items()}
+
+
+def refusal(trainer: PPOTrainer, parameter: str, broken_rank: int) -> str:
+    """What ``verify`` says when one element of one rank's shard is off by a bit; then mends it."""
+
+    def shards() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in whole.items():
+            if name == parameter and trainer.runtime.rank == broken_rank:
+                array = array.copy()
+                array.view(np.int32).reshape(-1)[-1] ^= 1
+            yield name, array
+
+    whole = dict(trainer.ppo_model_infer.shards())
+    trainer.ppo_model_infer.load(dict(shards()))
+    message = ""
+    try:
+        trainer.weight_sync.verify(trainer.exchange)
+    except MindRLHFError as error:
+        message = str(error)
+    trainer.sync()
+    return message
+
+
+def main() -> None:
+    begin = time.perf_counter()
+    world_size = env_world_size()
+    if is_scheduler():
+        from mindspore.communication import init
+
+        init()
+        return
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    from mindrlhf.configs.load import load_run_config
+    from mindrlhf.trainer.runtime import start_runtime
+
+    context = load_run_config(next(iter(cases.values()))["train"]).context
+    with tempfile.TemporaryDirectory() as litter:
+        os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)
+        runtime = start_runtime(context, use_parallel=world_size > 1, cache_dir=None, litter_dir=litter)
+        results: dict[str, Any] = {"seconds/start": time.perf_counter() - begin}
+        for name, case in cases.items():
+            results[name] = run_case(name, case, runtime)
+        write_results(runtime.rank, results)
+
+
+if __name__ == "__main__":
+    main()

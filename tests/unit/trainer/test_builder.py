@@ -1,0 +1,50 @@
+"""Which checkpoint fills which model."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+
+from mindrlhf.trainer.builder import WeightPaths
+from mindrlhf.utils.errors import MindRLHFError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    paths = {name: tmp_path / f"{name}.ckpt" for name in ("infer", "train", "ref", "reward", "critic")}
+    for path in paths.values():
+        path.touch()
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("given", "filled"),
+    [
+        ("infer train ref reward critic", ("infer", "train", "ref", "reward", "critic")),
+        ("infer train", ("infer", "train", "infer", None, None)),
+        ("infer", ("infer", "infer", "infer", None, None)),
+        ("train", ("train", "train", "train", None, None)),
+        ("train ref", ("train", "train", "ref", None, None)),
+        ("infer reward", ("infer", "infer", "infer", "reward", "reward")),
+        ("infer critic", ("infer", "infer", "infer", None, "critic")),
+    ],
+)
+def test_models_stand_in_for_each_other(
+    files: dict[str, Path], given: str, filled: tuple[str | None, ...]
+) -> None:
+    checked = WeightPaths(**{name: files[name] for name in given.split()}).checked()
+    assert astuple(checked) == tuple(name and files[name] for name in filled)
+    assert checked.checked() == checked
+
+
+def test_no_policy_at_all_names_the_flags(files: dict[str, Path]) -> None:
+    with pytest.raises(MindRLHFError, match="--load_sft_checkpoint_train"):
+        WeightPaths(reward=files["reward"]).checked()
+
+
+def test_all_paths_that_are_not_there_are_named_at_once(files: dict[str, Path], tmp_path: Path) -> None:
+    paths = WeightPaths(infer=files["infer"], reward=tmp_path / "no_reward", critic=tmp_path / "no_critic")
+    with pytest.raises(MindRLHFError, match=r"(?s)reward: .*no_reward.*critic: .*no_critic"):
+        paths.checked()

@@ -1,0 +1,103 @@
+"""A rollout of two sequences, worked by hand from log-probs to advantages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience, sequence_inputs
+
+PAD = 9  # the pad token is a stop token too, as in Qwen2
+NAN = np.float32("nan")
+
+# Two prompt columns, three response columns. Row 0: one prompt token, two response tokens, the second of
+# which is the stop token (= pad). Row 1: two prompt tokens, the last of them the pad token itself.
+ROLLOUT = Rollout(
+    tokens=np.array([[PAD, 4, 5, PAD, PAD], [3, PAD, 6, 7, 8]], np.int32),
+    prompt_lengths=np.array([1, 2], np.int32),
+    response_lengths=np.array([2, 3], np.int32),
+    logprobs=np.array([[-1.0, -2.0, 0.0], [-0.5, -1.0, -1.5]], np.float32),
+    stopped=np.array([1, 0], np.int32),
+    sample_ids=np.array([0, 1]),
+)
+SCORES = Scores(
+    ref_logprobs=np.array([[-1.5, -1.0, NAN], [-0.5, -3.0, -1.0]], np.float32),
+    values=np.array([[1.0, 2.0, NAN], [0.0, 1.0, -1.0]], np.float32),
+    scores=np.array([10.0, -4.0], np.float32),
+)
+# logp - ref, with kl_coef 0.1: r = -0.1 * kl, and the score at the last token.
+KL = np.array([[0.5, -1.0, 0.0], [0.0, 2.0, -0.5]])
+REWARDS = np.array([[-0.05, 10.1, 0.0], [0.0, -0.2, -3.95]])
+# gamma 1, lambda 0.5. Row 0: A1 = 10.1 - 2 = 8.1; A0 = (-0.05 + 2 - 1) + 0.5 * 8.1 = 5.0.
+# Row 1: A2 = -3.95 + 1 = -2.95; A1 = (-0.2 - 1 - 1) + 0.5 * A2 = -3.675; A0 = (0 + 1 - 0) + 0.5 * A1 = -0.8375.
+ADVANTAGES = np.array([[5.0, 8.1, 0.0], [-0.8375, -3.675, -2.95]])
+RETURNS = np.array([[6.0, 10.1, 0.0], [-0.8375, -2.675, -3.95]])
+MASK = np.array([[1, 1, 0], [1, 1, 1]])
+
+
+def experience(**changes: Any) -> Experience:
+    config = PPOConfig(gamma=1.0, lam=0.5, kl_estimator="k1", **{"whiten_advantages": False, **changes})
+    return make_experience(ROLLOUT, SCORES, 0.1, config)
+
+
+def test_masks_and_positions_come_from_lengths_though_pad_is_the_stop_token() -> None:
+    inputs = sequence_inputs(ROLLOUT)
+    np.testing.assert_array_equal(inputs.valid, [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(inputs.position_ids, [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
+    assert {array.dtype for array in inputs} == {np.dtype(np.int32)}
+    np.testing.assert_array_equal(experience().mask, MASK)
+
+
+def test_kl_is_policy_minus_reference_and_is_taken_off_the_reward() -> None:
+    made = experience()
+    np.testing.assert_allclose(made.kl, KL, atol=1e-6)
+    np.testing.assert_allclose(made.rewards, REWARDS, atol=1e-6)
+
+
+def test_score_slot_is_the_last_real_token_inside_the_value_mask() -> None:
+    without = make_experience(
+        ROLLOUT, SCORES._replace(scores=np.zeros(2, np.float32)), 0.1, PPOConfig(whiten_advantages=False)
+    )
+    difference = experience().rewards - without.rewards
+    np.testing.assert_allclose(difference, [[0, 10, 0], [0, 0, -4]], atol=1e-6)
+    assert (experience().mask[difference != 0] == 1).all()
+
+
+def test_advantages_and_returns_by_hand() -> None:
+    made = experience()
+    np.testing.assert_allclose(made.advantages, ADVANTAGES, atol=1e-5)
+    np.testing.assert_allclose(made.returns, RETURNS, atol=1e-5)
+    np.testing.assert_array_equal(made.old_values, [[1, 2, 0], [0, 1, -1]])
+
+
+def test_advantages_are_whitened_over_real_tokens_and_returns_are_not() -> None:
+    made = experience(whiten_advantages=True)
+    real = ADVANTAGES[MASK == 1]
+    expected = np.where(MASK, (ADVANTAGES - real.mean()) / np.sqrt(real.var() + 1e-8), 0)
+    np.testing.assert_allclose(made.advantages, expected, atol=1e-5)
+    np.testing.assert_allclose(made.returns, RETURNS, atol=1e-5)
+
+
+def test_whitened_rewards_keep_their_mean_and_are_what_is_learnt_from() -> None:
+    made = experience(whiten_rewards=True)
+    real = REWARDS[MASK == 1]
+    learnt = np.where(MASK, (REWARDS - real.mean()) / real.std() + real.mean(), 0)
+    np.testing.assert_allclose(made.rewards, REWARDS, atol=1e-6)  # the log shows the real ones
+    # With V = 0 behind the end, the last advantage of each row is r - V.
+    np.testing.assert_allclose(made.advantages[[0, 1], [1, 2]], learnt[[0, 1], [1, 2]] - [2, -1], atol=1e-5)
+
+
+def test_nothing_behind_the_end_gets_in() -> None:
+    for field in experience(whiten_advantages=True):
+        for array in field if isinstance(field, tuple) else [field]:
+            assert np.isfinite(array).all()
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k2", [0.125, 0.5]), ("k3", [0.10653066, 0.71828183])])
+def test_other_kl_estimators_feed_reward_and_log_alike(estimator: str, expected: list[float]) -> None:
+    made = make_experience(ROLLOUT, SCORES, 0.1, PPOConfig(kl_estimator=estimator))
+    np.testing.assert_allclose(made.kl[0, :2], expected, rtol=1e-5)
+    np.testing.assert_allclose(made.rewards[0, 0], -0.1 * expected[0], rtol=1e-5)

@@ -1,0 +1,87 @@
+"""What a run leaves for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.data.mindrecord import read_columns
+from mindrlhf.trainer.experience import Rollout, Scores, make_experience
+from mindrlhf.trainer.records import CURVES, RunRecords, choose_rows, save_experience
+
+
+def metrics(iteration: int) -> dict[str, float]:
+    return {"iteration": iteration, **{name: np.float32(iteration / 4) for name, _ in CURVES}}
+
+
+def test_metrics_and_samples_are_json_lines(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path / "run")
+    for iteration in (1, 2):
+        records.add_metrics(metrics(iteration))
+    records.add_sample({"iteration": 1, "sample_id": np.int64(7), "response": "你好\n", "score": np.float32(0.5)})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [metrics(1), metrics(2)]
+    text = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text) == {"iteration": 1, "sample_id": 7, "response": "你好\n", "score": 0.5}
+    assert "你好" in text, "people read this file"
+
+
+def test_curves_are_a_png(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    assert records.plot() is None
+    records.add_metrics(metrics(1))
+    picture = records.plot()
+    assert picture == tmp_path / "curves.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "rows"), [(8, 2, [0, 7]), (8, 3, [0, 4, 7]), (2, 5, [0, 1]), (4, 1, [0]), (4, 0, [])]
+)
+def test_sample_rows_are_spread_evenly(count: int, wanted: int, rows: list[int]) -> None:
+    assert choose_rows(count, wanted) == rows
+
+
+def test_experience_comes_back_from_its_mindrecord(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rollout = Rollout(
+        tokens=rng.integers(0, 50, (3, 6)).astype(np.int32),
+        prompt_lengths=np.array([4, 1, 2], np.int32),
+        response_lengths=np.array([2, 1, 2], np.int32),
+        logprobs=rng.standard_normal((3, 2)).astype(np.float32),
+        stopped=np.array([1, 1, 0], np.int32),
+        sample_ids=np.array([11, 5, 2**40]),
+    )
+    scores = Scores(*(rng.standard_normal(shape).astype(np.float32) for shape in ((3, 2), (3, 2), (3,))))
+    experience = make_experience(rollout, scores, 0.1, PPOConfig())
+
+    file = save_experience(tmp_path / "data.mindrecord", 3, rollout, scores, experience)
+
+    assert file == tmp_path / "data_iteration_000003.mindrecord"
+    expected = {
+        "tokens": rollout.tokens,
+        "valid": experience.inputs.valid,
+        "prompt_length": rollout.prompt_lengths[:, None],
+        "response_length": rollout.response_lengths[:, None],
+        "sample_id": rollout.sample_ids[:, None],
+        "score": scores.scores[:, None],
+        "mask": experience.mask,
+        "logprobs": rollout.logprobs,
+        "ref_logprobs": scores.ref_logprobs,
+        "values": experience.old_values,
+        "rewards": experience.rewards,
+        "advantages": experience.advantages,
+        "returns": experience.returns,
+    }
+    found = read_columns(file, list(expected))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+        assert found[name].dtype == array.dtype
+    # A run that is repeated replaces its own file.
+    save_experience(tmp_path / "data.mindrecord", 3, rollout, scores, experience)
+    assert save_experience(tmp_path / "bare", 1, rollout, scores, experience).suffix == ".mindrecord"

@@ -1,0 +1,158 @@
+"""Minibatches, one optimizer step against torch, and the YAML's optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindrlhf.configs.schema import JobConfig, PPOConfig
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layout import Layout, Mesh
+from mindrlhf.trainer.optimizer import build_optimizer
+from mindrlhf.trainer.train_step import TrainStep
+from mindrlhf.trainer.update import minibatches
+from mindrlhf.utils.errors import ConfigError
+
+torch = pytest.importorskip("torch")
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.standard_normal((3, 2)).astype(np.float32)
+BIAS = RNG.standard_normal(2).astype(np.float32)
+X = RNG.standard_normal((6, 3)).astype(np.float32)
+Y = 5 * RNG.standard_normal((6, 2)).astype(np.float32)
+INVERSE_ROWS = np.array([1 / 6], np.float32)
+MAX_NORM = 0.5
+STEPS = 5
+# Warm-up over 2 optimizer steps, then half a cosine over the other 8 down to 0.
+SCHEDULE = {"type": "CosineWithWarmUpLR", "learning_rate": 0.1, "warmup_steps": 2, "total_steps": -1}
+TOTAL_STEPS = 10
+RATES = [0.0, 0.05, *(0.05 * (1 + np.cos(np.pi * step / 8)) for step in range(3))]
+
+
+def minibatch_config(**changes: Any) -> PPOConfig:
+    return PPOConfig(**{"seed": 5, "ppo_epochs": 3, "num_minibatches": 4, **changes})
+
+
+def test_every_row_comes_once_an_epoch_in_a_fresh_order() -> None:
+    rows = list(minibatches(16, minibatch_config(), iteration=0))
+    assert [len(part) for part in rows] == [4] * 12
+    epochs = [np.concatenate(rows[first : first + 4]) for first in (0, 4, 8)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(16))
+    orders = [*epochs, np.concatenate(list(minibatches(16, minibatch_config(ppo_epochs=1), iteration=1)))]
+    orders.append(np.concatenate(list(minibatches(16, minibatch_config(seed=6, ppo_epochs=1), iteration=0))))
+    assert len({tuple(order) for order in orders}) == 5, "epochs, iterations and seeds have their own orders"
+
+
+def test_minibatches_are_the_same_every_time() -> None:
+    first, second = (list(minibatches(16, minibatch_config(), iteration=2)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+class Squares(nn.Cell):
+    """Mean squared error of a linear map, divided by the GLOBAL row count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(WEIGHT), name="weight")
+        self.bias = Parameter(Tensor(BIAS), name="bias")
+
+    def construct(self, x: Tensor, y: Tensor, inverse_rows: Tensor) -> tuple[Tensor, Tensor]:
+        error = ops.square(ops.matmul(x, self.weight) + self.bias - y).sum()
+        return (error * inverse_rows).sum(), ops.stop_gradient(ops.stack((error, error * 0 + x.shape[0])))
+
+
+@pytest.fixture(scope="module")
+def fresh_step(tiny_job: JobConfig) -> Callable[[], tuple[Squares, TrainStep]]:
+    config = replace(
+        tiny_job.train, lr_schedule=SCHEDULE, optimizer={**tiny_job.train.optimizer, "weight_decay": 0.3}
+    )
+
+    def make() -> tuple[Squares, TrainStep]:
+        loss = Squares()
+        layouts = {p.name: Layout(Mesh(), tuple(p.shape), (None,) * p.ndim) for p in loss.trainable_params()}
+        optimizer = build_optimizer(config, loss.trainable_params(), TOTAL_STEPS)
+        return loss, TrainStep(loss, optimizer, layouts, Groups(Mesh(), 0), MAX_NORM)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(fresh_step: Callable[[], tuple[Squares, TrainStep]]) -> dict[str, Any]:
+    """Five steps with each batch in one piece."""
+    loss, step = fresh_step()
+    reports, weights = [], []
+    for _ in range(STEPS):
+        reports.append(step.step([(X, Y, INVERSE_ROWS)]))
+        weights.append((loss.weight.asnumpy().copy(), loss.bias.asnumpy().copy()))
+    return {"reports": reports, "weights": weights, "optimizer": step.optimizer}
+
+
+def torch_steps() -> tuple[list[float], list[tuple[np.ndarray, np.ndarray]]]:
+    weight, bias = torch.tensor(WEIGHT, requires_grad=True), torch.tensor(BIAS, requires_grad=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [weight], "weight_decay": 0.3}, {"params": [bias], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-5,
+    )
+    norms, weights = [], []
+    for rate in RATES:
+        optimizer.zero_grad()
+        (((torch.tensor(X) @ weight + bias - torch.tensor(Y)) ** 2).sum() / 6).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_([weight, bias], MAX_NORM)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        weights.append((weight.detach().numpy().copy(), bias.detach().numpy().copy()))
+    return norms, weights
+
+
+def test_steps_equal_torch_with_clipping_decay_and_bias_correction(whole: dict[str, Any]) -> None:
+    norms, weights = torch_steps()
+    assert min(norms) > MAX_NORM, "clipping must bite"
+    np.testing.assert_allclose([norm for _, norm, _ in whole["reports"]], norms, rtol=1e-5)
+    for found, wanted in zip(whole["weights"], weights, strict=True):
+        np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
+        np.testing.assert_allclose(found[1], wanted[1], atol=1e-6)
+    # With bias correction, the second step (the first with a rate) moves a bias by about the rate.
+    moved = np.abs(whole["weights"][1][1] - whole["weights"][0][1])
+    np.testing.assert_allclose(moved, RATES[1], rtol=1e-2)
+
+
+def test_warm_up_and_decay_count_optimizer_steps(whole: dict[str, Any]) -> None:
+    np.testing.assert_allclose([rate for _, _, rate in whole["reports"]], RATES, rtol=1e-5, atol=1e-9)
+
+
+def test_norms_and_biases_get_no_weight_decay(whole: dict[str, Any]) -> None:
+    optimizer = whole["optimizer"]
+    decays = dict(zip([p.name for p in optimizer.parameters], optimizer.get_weight_decay(), strict=True))
+    assert float(decays["weight"]) == pytest.approx(0.3)
+    assert float(decays["bias"]) == 0.0
+
+
+def test_micro_batches_add_up_to_the_whole(
+    fresh_step: Callable[[], tuple[Squares, TrainStep]], whole: dict[str, Any]
+) -> None:
+    loss, step = fresh_step()
+    parts = [(X[rows], Y[rows], INVERSE_ROWS) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    for (statistics, norm, _), weights in list(zip(whole["reports"], whole["weights"], strict=True))[:2]:
+        found, found_norm, _ = step.step(parts)
+        np.testing.assert_allclose(found, statistics, rtol=1e-5)
+        assert found[1] == 6  # rows of all micro-batches
+        assert found_norm == pytest.approx(norm, rel=1e-5)
+        np.testing.assert_allclose(loss.weight.asnumpy(), weights[0], atol=1e-6)
+
+
+def test_a_section_mindformers_refuses_is_a_config_error(tiny_job: JobConfig) -> None:
+    parameters = [Parameter(Tensor(WEIGHT), name="weight")]
+    bad_schedule = replace(tiny_job.train, lr_schedule={**SCHEDULE, "learning_rate": "fast"})
+    with pytest.raises(ConfigError, match=r"tiny\.yaml: lr_schedule"):
+        build_optimizer(bad_schedule, parameters, 10)
+    bad_optimizer = replace(tiny_job.train, optimizer={"type": "AdamW", "eps": -1.0})
+    with pytest.raises(ConfigError, match=r"tiny\.yaml: optimizer"):
+        build_optimizer(bad_optimizer, parameters, 10)
