@@ -78,6 +78,8 @@ class PPOModelTrain(SequenceModel):
         temperature: the rollout's; it divides the logits of old, new and reference log-probs alike.
         valid_vocab_size: ids from here on have probability 0.
         value_head: whether the backbone is shared with a value head.
+        with_entropy: whether to compute the entropy, which costs a pass over the logits; a reference
+            needs none.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class PPOModelTrain(SequenceModel):
         temperature: float,
         valid_vocab_size: int,
         value_head: bool = False,
+        with_entropy: bool = True,
     ) -> None:
         super().__init__(config, groups, lm_head=True, score_head=value_head)
         self.prompt_length = prompt_length
@@ -97,7 +100,9 @@ class PPOModelTrain(SequenceModel):
         self.value_head = value_head
         self.compute_dtype = self.model.compute_dtype
         self.copy_to_group = CopyToGroup(groups.mp_group)
-        self.log_probs = VocabParallelLogProbs(config.vocab_size, groups, valid_vocab_size=valid_vocab_size)
+        self.log_probs = VocabParallelLogProbs(
+            config.vocab_size, groups, valid_vocab_size=valid_vocab_size, with_entropy=with_entropy
+        )
 
     def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, entropy and values of the response columns.
@@ -109,7 +114,7 @@ class PPOModelTrain(SequenceModel):
 
         Returns:
             three (B, R) float32: log-prob of each response token, entropy of the distribution it was
-            drawn from, value before it (zeros without a value head).
+            drawn from (zeros without ``with_entropy``), value before it (zeros without a value head).
         """
         hidden = self.model(tokens, valid, position_ids)
         before_response = hidden[:, self.prompt_length - 1 : -1]

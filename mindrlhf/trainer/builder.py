@@ -91,7 +91,7 @@ def build_models(job: JobConfig, weights: WeightPaths, rank: int) -> PPOModels:
     groups = {name: create_groups(mesh_of(config), rank) for name, config in job_runs(job).items()}
     infer = build_infer(job, groups["infer"])
     train = _policy(job.train, groups["train"], ppo, value_head=shared)
-    ref = _policy(job.infer, groups["infer"], ppo)
+    ref = _policy(job.infer, groups["infer"], ppo, with_entropy=False)
     reward = RewardModel(job.reward.model, groups["reward"], prompt_length=ppo.max_prompt_length)
     critic = None
     if not shared:
@@ -140,7 +140,14 @@ def valid_vocab_size(job: JobConfig) -> int:
     return job.ppo.valid_vocab_size or job.infer.model.vocab_size
 
 
-def _policy(config: RunConfig, groups: Groups, ppo: PPOConfig, *, value_head: bool = False) -> PPOModelTrain:
+def _policy(
+    config: RunConfig,
+    groups: Groups,
+    ppo: PPOConfig,
+    *,
+    value_head: bool = False,
+    with_entropy: bool = True,
+) -> PPOModelTrain:
     return PPOModelTrain(
         config.model,
         groups,
@@ -148,6 +155,7 @@ def _policy(config: RunConfig, groups: Groups, ppo: PPOConfig, *, value_head: bo
         temperature=ppo.temperature,
         valid_vocab_size=ppo.valid_vocab_size or config.model.vocab_size,
         value_head=value_head,
+        with_entropy=with_entropy,
     )
 
 

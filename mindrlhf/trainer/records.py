@@ -37,7 +37,7 @@ class RunRecords:
         self.metrics: list[dict[str, float]] = []
 
     def rewind(self, iteration: int) -> None:
-        """Goes on after ``iteration``: keeps the lines up to it and drops those of a run that was cut short."""
+        """Goes on after ``iteration``: keeps the lines up to it, drops those of a run that was cut short."""
         for name in (METRICS_FILE, SAMPLES_FILE):
             path = self.directory / name
             lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -201,9 +201,7 @@ def test_layouts_do_not_change_what_is_sampled_or_learnt_from(runs: dict[str, Ru
 
 
 @pytest.mark.parametrize("name", SPLIT_CASES)
-def test_layouts_do_not_change_the_trained_weights(
-    runs: dict[str, Run], ppo_inputs: Any, name: str
-) -> None:
+def test_layouts_do_not_change_the_trained_weights(runs: dict[str, Run], ppo_inputs: Any, name: str) -> None:
     """The last checkpoints, each read as whole tensors, agree; and training moved every tensor."""
     actual = whole_policy(runs[name], CASES[name], ppo_inputs)
     reference = CASES[CASES[name].reference]
@@ -318,12 +316,13 @@ def test_copies_of_a_shard_are_bit_equal_after_training(
     compared = 0
     for key in shards[0]:
         model, parameter = key.split("/", 1)
+        parameter = parameter.removeprefix("adam_m.").removeprefix("adam_v.")
         _, mp = case.infer if model == "infer" else case.train
         groups: dict[int, set[str]] = {}
         for rank, part in enumerate(shards):
             groups.setdefault(rank % mp if parameter in split else 0, set()).add(part[key])
         assert all(len(digests) == 1 for digests in groups.values()), key
-        if parameter in split:
+        if parameter in split and "optimizer" not in model:
             assert len(set.union(*groups.values())) == mp, f"{key}: slices are not different"
             compared += 1
     assert compared >= 2 * 10
@@ -343,18 +342,17 @@ def test_verify_refuses_on_all_ranks_when_one_bit_of_one_rank_differs(
 
 
 def test_resume_goes_on_as_if_never_stopped(runs: dict[str, Run]) -> None:
-    """A trainer three iterations on, set back to its first checkpoint, repeats the second iteration.
+    """A trainer three iterations on, set back to its first checkpoint, repeats the other two.
 
-    Everything up to the update is bit-equal, so weights, prompts, random streams and the KL controller
-    are restored exactly. The updates agree to the last digits only: MindSpore's CPU kernels are not
-    deterministic from one call to the next.
+    Weights, moments and step counts are restored bit for bit. The second time agrees with the first to
+    the last digits only: MindSpore's CPU kernels round differently from one call to another.
     """
     (name,) = [name for name, case in CASES.items() if case.resume]
     for report in runs[name].reports:
-        assert report["restored"] == {"weights": True, "rollout": True, "experience": True}
-        expected = report["metrics"][1:]
+        assert report["not_restored"] == []
+        assert report["rollout_again"]
         assert [line["iteration"] for line in report["metrics_again"]] == [2, 3]
-        for again, before in zip(report["metrics_again"], expected, strict=True):
+        for again, before in zip(report["metrics_again"], report["metrics"][1:], strict=True):
             assert_metrics_close(again, before, RELATIVE)
 
 

@@ -31,11 +31,15 @@ from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.ranks import env_world_size, is_scheduler
 
 
+RESUME_FROM = 1
+
+
 class WatchedTrainer(PPOTrainer):
     """A trainer that keeps what it saw, and compares its two policies on every rollout."""
 
     seen: dict[str, np.ndarray]
     history: list[dict[str, float]]
+    digests_then: dict[str, str]
 
     def rollout(self, batch: PromptBatch) -> Rollout:
         """A rollout, and its log-probs as the training network sees them before the update."""
@@ -52,6 +56,8 @@ class WatchedTrainer(PPOTrainer):
     def run_iteration(self, batch: PromptBatch) -> dict[str, float]:
         """An iteration whose metrics are kept."""
         self.history.append(super().run_iteration(batch))
+        if self.iteration == RESUME_FROM:
+            self.digests_then = digests(self)
         return self.history[-1]
 
     def _keep(self, what: str, arrays: dict[str, Any]) -> None:
@@ -92,18 +98,33 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     if case["greedy"]:
         seen |= greedy(trainer)
     if case["resume"]:
-        trainer.history.clear()
-        trainer.resume(save / "iteration_000001")
-        trainer.train()
-        report["metrics_again"] = plain(trainer.history)
-        report["shards_again"] = digests(trainer)
-        report["seen_again"] = all(np.array_equal(seen[key], trainer.seen[key]) for key in trainer.seen)
+        report |= resume(trainer, save / f"iteration_{RESUME_FROM:06d}")
     report["broken"] = {
         kind: refusal(trainer, parameter, rank) for kind, (parameter, rank) in case["break"].items()
     }
     np.savez(results_directory() / f"{name}_rank{runtime.rank}.npz", **seen)
     report["seconds/all"] = time.perf_counter() - begin
     return report
+
+
+def resume(trainer: WatchedTrainer, checkpoint: Path) -> dict[str, Any]:
+    """Sets the trainer back and trains it again; what came back, and the metrics of the second time."""
+    before = dict(trainer.seen)
+    trainer.seen.clear()
+    trainer.history.clear()
+    trainer.resume(checkpoint)
+    restored = digests(trainer)
+    trainer.train()
+    rollout = f"rollout/{RESUME_FROM + 1}/"
+    return {
+        "not_restored": [name for name, digest in trainer.digests_then.items() if restored[name] != digest],
+        "rollout_again": all(
+            np.allclose(array, before[key], rtol=0, atol=1e-5)
+            for key, array in trainer.seen.items()
+            if key.startswith(rollout)
+        ),
+        "metrics_again": plain(trainer.history),
+    }
 
 
 def plain(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -119,14 +140,23 @@ def plain(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def digests(trainer: PPOTrainer) -> dict[str, str]:
-    """Model and parameter name -> digest of this rank's shard."""
-    models = {"train": trainer.ppo_model_train, "infer": trainer.ppo_model_infer}
+    """Model and parameter name -> digest of this rank's shard, optimizer moments and step counts included."""
+    found = {"infer": dict(trainer.ppo_model_infer.shards()), "train": dict(trainer.ppo_model_train.shards())}
+    steps = {"optimizer": trainer.ppo_update.policy_step, "critic_optimizer": trainer.ppo_update.critic_step}
     if trainer.models.critic is not None:
-        models["critic"] = trainer.models.critic
+        found["critic"] = dict(trainer.models.critic.shards())
+    for what, step in steps.items():
+        if step is not None:
+            states = step.optimizer.get_parameters()
+            found[what] = {
+                state.name: state.asnumpy()
+                for state in states
+                if state.name.startswith(("adam_", "global_step"))
+            }
     return {
-        f"{model}/{name}": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-        for model, network in models.items()
-        for name, array in network.shards()
+        f"{what}/{name}": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+        for what, arrays in found.items()
+        for name, array in arrays.items()
     }
 
 
