@@ -41,6 +41,11 @@ def parse_arguments() -> argparse.Namespace:
         type=optional_path,
         help="critic; default: the reward model, else the policy",
     )
+    weights.add_argument(
+        "--reward_fn",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="own reward of (prompts, responses) texts; added to --load_rm_checkpoint's, or alone without it",
+    )
 
     files = parser.add_argument_group("data and results")
     files.add_argument(

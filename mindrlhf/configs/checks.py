@@ -150,7 +150,7 @@ def _check_world_size(roles: Mapping[str, RunDraft], world_size: int | None, fau
         faults.add(
             at(draft, "parallel_config"),
             f"data_parallel {dp} x model_parallel {mp} = {needed} ranks, but {whose}",
-            "start that many workers with msrun, change the split, or pass --use_parallel False for one process",
+            "start that many workers, change the split, or pass --use_parallel False for one process",
         )
 
 

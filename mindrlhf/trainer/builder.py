@@ -70,17 +70,20 @@ class PPOModels:
     infer: PPOModelInfer
     train: PPOModelTrain
     ref: PPOModelTrain
-    reward: RewardModel
+    reward: RewardModel | None  # None: rewards come from a function alone
     critic: CriticModel | None  # None: the train policy's backbone is shared
 
 
-def build_models(job: JobConfig, weights: WeightPaths, rank: int) -> PPOModels:
+def build_models(
+    job: JobConfig, weights: WeightPaths, rank: int, *, with_reward_model: bool = True
+) -> PPOModels:
     """Builds and fills every model; every rank must call it, in step.
 
     Args:
         job: the checked configuration.
         weights: where weights come from.
         rank: this worker.
+        with_reward_model: False leaves the reward model out.
 
     Raises:
         CheckpointError: a checkpoint's names or shapes do not fit its model.
@@ -92,15 +95,17 @@ def build_models(job: JobConfig, weights: WeightPaths, rank: int) -> PPOModels:
     infer = build_infer(job, groups["infer"])
     train = _policy(job.train, groups["train"], ppo, value_head=shared)
     ref = _policy(job.infer, groups["infer"], ppo, with_entropy=False)
-    reward = RewardModel(job.reward.model, groups["reward"], prompt_length=ppo.max_prompt_length)
-    critic = None
+    reward = critic = None
+    if with_reward_model:
+        reward = RewardModel(job.reward.model, groups["reward"], prompt_length=ppo.max_prompt_length)
     if not shared:
         critic = CriticModel(job.critic.model, groups["critic"], prompt_length=ppo.max_prompt_length)
 
     infer.load(_shards(weights.infer, job_layouts(job)["infer_policy"], rank, "infer policy"))
     _fill(train, weights.train, ppo.seed, rank, "train policy", "critic")
     _fill(ref, weights.ref, ppo.seed, rank, "reference")
-    _fill(reward, weights.reward or weights.infer, ppo.seed, rank, "reward model", "reward")
+    if reward is not None:
+        _fill(reward, weights.reward or weights.infer, ppo.seed, rank, "reward model", "reward")
     if critic is not None:
         _fill(critic, weights.critic or weights.train, ppo.seed, rank, "critic", "critic")
     return PPOModels(infer, train, ref, reward, critic)

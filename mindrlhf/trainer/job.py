@@ -22,6 +22,7 @@ from mindrlhf.utils.timers import Timer
 
 if TYPE_CHECKING:
     from mindrlhf.trainer.ppo_trainer import PPOTrainer
+    from mindrlhf.trainer.reward_function import RewardFunction
 
 logger = get_logger(__name__)
 
@@ -46,6 +47,7 @@ class JobOptions:
     save_data_file: Path | None = None
     export_hf_dir: Path | None = None
     tokenizer_path: Path | None = None
+    reward_fn: str | None = None
     resume_from: Path | None = None
     use_parallel: bool = True
     device_target: str | None = None
@@ -149,6 +151,7 @@ def run_ppo(options: JobOptions) -> Path:
     if options.resume_from is None:
         check_fresh(save)
     tokenizer = _tokenizer(options, job)
+    reward_function = _reward_function(options)
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
     check_device(job.train.context)
@@ -167,6 +170,7 @@ def run_ppo(options: JobOptions) -> Path:
             runtime,
             tokenizer=tokenizer,
             verify_sync=options.verify_sync,
+            reward_function=reward_function,
         )
     logger.info("models built and loaded in %.1f s", timer.seconds)
     if options.resume_from is not None:
@@ -202,6 +206,17 @@ def _tokenizer(options: JobOptions, job: JobConfig) -> Tokenizer | None:
             f"({tokenizer.size} tokens); set valid_vocab_size={tokenizer.size}"
         )
     return tokenizer
+
+
+def _reward_function(options: JobOptions) -> RewardFunction | None:
+    """The function of ``--reward_fn``, which reads texts and so needs a tokenizer."""
+    from mindrlhf.trainer.reward_function import load_reward_function
+
+    if options.reward_fn is None:
+        return None
+    if options.tokenizer_path is None:
+        raise MindRLHFError("--reward_fn reads texts: pass --tokenizer_path too")
+    return load_reward_function(options.reward_fn)
 
 
 def _export(options: JobOptions, trainer: PPOTrainer, checkpoint: Path) -> None:

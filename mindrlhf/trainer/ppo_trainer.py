@@ -24,6 +24,7 @@ from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experi
 from mindrlhf.trainer.layouts import job_layouts
 from mindrlhf.trainer.metrics import rollout_metrics, time_metrics, update_metrics
 from mindrlhf.trainer.records import RunRecords, choose_rows, save_experience, summary_line
+from mindrlhf.trainer.reward_function import RewardFunction, function_scores
 from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.scoring import score_rollout
@@ -58,6 +59,8 @@ class PPOTrainer:
         runtime: this worker.
         tokenizer: makes sample texts readable; ids are stored without one.
         verify_sync: compare checksums of all parameters after each weight sync.
+        reward_function: scores texts; needs a tokenizer. Added to the reward model's scores when
+            ``weights.reward`` is given, else used alone, and no reward model is built.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class PPOTrainer:
         *,
         tokenizer: Tokenizer | None = None,
         verify_sync: bool = False,
+        reward_function: RewardFunction | None = None,
     ) -> None:
         self.job, self.config, self.paths, self.runtime = job, job.ppo, paths, runtime
         self.tokenizer, self.verify_sync = tokenizer, verify_sync
@@ -76,7 +80,13 @@ class PPOTrainer:
         self.prompts = _prompt_stream(paths.data, job)
         self.checkpoints = TrainingCheckpoints(paths.save, runtime.rank, self.config.keep_checkpoints)
         self.exchange = HostExchange(runtime)
-        self.models: PPOModels = build_models(job, weights, runtime.rank)
+        self.reward_function = reward_function
+        self.models: PPOModels = build_models(
+            job,
+            weights,
+            runtime.rank,
+            with_reward_model=reward_function is None or weights.reward is not None,
+        )
         self.ppo_model_infer, self.ppo_model_train = self.models.infer, self.models.train
         infer_layouts = job_layouts(job)["infer_policy"]
         self.infer_mesh = next(iter(infer_layouts.values())).mesh
@@ -131,9 +141,7 @@ class PPOTrainer:
         with self.timer.phase("rollout"):
             rollout = self.rollout(batch)
         with self.timer.phase("score"):
-            scores = score_rollout(
-                self.models, rollout, self.exchange, rows_per_pass=self.config.score_batch_size
-            )
+            scores = self.score(rollout)
         kl_coef = self.kl_controller.value
         experience = make_experience(rollout, scores, kl_coef, self.config)
         with self.timer.phase("train"):
@@ -158,6 +166,21 @@ class PPOTrainer:
             seed=self.config.seed,
             iteration=self.iteration,
         )
+
+    def score(self, rollout: Rollout) -> Scores:
+        """Reference log-probs, values and scores of a rollout, each from its own model."""
+        return score_rollout(
+            self.models,
+            rollout,
+            self.exchange,
+            rows_per_pass=self.config.score_batch_size,
+            extra_scores=None if self.reward_function is None else self._function_scores,
+        )
+
+    def _function_scores(self, rollout: Rollout) -> np.ndarray:
+        assert self.reward_function is not None
+        assert self.tokenizer is not None
+        return function_scores(self.reward_function, self.tokenizer, rollout, self.exchange)
 
     def update(self, experience: Experience) -> UpdateResult:
         """All optimizer steps of one iteration, with a progress bar."""

@@ -17,7 +17,12 @@ Forward = Callable[..., np.ndarray]
 
 
 def score_rollout(
-    models: PPOModels, rollout: Rollout, exchange: HostExchange, *, rows_per_pass: int
+    models: PPOModels,
+    rollout: Rollout,
+    exchange: HostExchange,
+    *,
+    rows_per_pass: int,
+    extra_scores: Callable[[Rollout], np.ndarray] | None = None,
 ) -> Scores:
     """What the scoring models say of a global rollout; equal on every rank.
 
@@ -26,6 +31,7 @@ def score_rollout(
         rollout: the global batch.
         exchange: gathers the replicas' rows.
         rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
+        extra_scores: gives (B,) float32 that are added to the reward model's, or stand alone without one.
     """
     inputs = sequence_inputs(rollout)
     critic = models.critic
@@ -37,14 +43,16 @@ def score_rollout(
         values = run(models.train, lambda *arrays: policy_outputs(models.train, *arrays)[2])
     else:
         values = run(critic, lambda *arrays: critic(*map(Tensor, arrays)).asnumpy())
+    scores = np.zeros(len(rollout.tokens), np.float32)
+    reward = models.reward
+    if reward is not None:
+        scores = run(reward, lambda *arrays: reward(*map(Tensor, arrays)).asnumpy(), rollout.response_lengths)
+    if extra_scores is not None:
+        scores = scores + extra_scores(rollout)
     return Scores(
         ref_logprobs=run(models.ref, lambda *arrays: policy_outputs(models.ref, *arrays)[0]),
         values=values,
-        scores=run(
-            models.reward,
-            lambda *arrays: models.reward(*map(Tensor, arrays)).asnumpy(),
-            rollout.response_lengths,
-        ),
+        scores=scores,
     )
 
 

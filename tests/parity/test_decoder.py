@@ -1,4 +1,4 @@
-"""The training-side networks against ``transformers`` and torch autograd in float32: same weights, same numbers."""
+"""The training-side networks against ``transformers`` and torch autograd in float32."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def hugging_face(config: ModelConfig, seed: int) -> Any:
 def canonical(hf: Any, arrays: dict[str, Any], *, lm_head: bool = True) -> dict[str, np.ndarray]:
     names = hf_to_canonical(hf.config.num_hidden_layers)
     return {
-        names[name]: array.detach().numpy() for name, array in arrays.items() if lm_head or "lm_head" not in name
+        names[name]: array.detach().numpy()
+        for name, array in arrays.items()
+        if lm_head or "lm_head" not in name
     }
 
 
@@ -124,7 +126,9 @@ class WeightedLogProbs(nn.Cell):
         super().__init__(auto_prefix=False)
         self.policy = policy
 
-    def construct(self, tokens: Tensor, valid: Tensor, positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(
+        self, tokens: Tensor, valid: Tensor, positions: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, _ = self.policy(tokens, valid, positions)
         return (weights * logprobs).sum(), ops.stack((logprobs, entropy))
 
@@ -156,7 +160,9 @@ def test_logprobs_and_entropy_equal_transformers(case: Case) -> None:
     with torch.no_grad():
         logprobs, entropy = reference(case.hf, case.valid_vocab_size)
     assert logprobs.numpy()[RESPONSE_MASK].std() > 1, "the distribution must be far from uniform"
-    np.testing.assert_allclose(case.logprobs[RESPONSE_MASK], logprobs.numpy()[RESPONSE_MASK], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        case.logprobs[RESPONSE_MASK], logprobs.numpy()[RESPONSE_MASK], atol=1e-4, rtol=0
+    )
     np.testing.assert_allclose(case.entropy[RESPONSE_MASK], entropy.numpy()[RESPONSE_MASK], atol=1e-4, rtol=0)
     assert np.isfinite(case.logprobs).all(), "what stands at pads must not poison a sum"
     if case.valid_vocab_size < VOCAB:
@@ -181,7 +187,7 @@ def test_gradients_equal_torch_autograd(case: Case) -> None:
 
 @pytest.fixture(scope="module")
 def scalar_models() -> tuple[ModelConfig, Any, dict[str, np.ndarray], Any]:
-    """A backbone with a scalar head: config, transformers' model, canonical weights, hidden states (B, T, H)."""
+    """A backbone with a scalar head: config, transformers' model, canonical weights, values (B, T)."""
     config = model_config(1, 4, 2, True)
     hf = hugging_face(config, seed=3)
     rng = np.random.default_rng(4)

@@ -13,7 +13,14 @@ from mindspore import Tensor
 
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
 from mindrlhf.checkpoint.names import hf_to_canonical
-from mindrlhf.configs.schema import ContextConfig, JobConfig, ModelConfig, ParallelConfig, PPOConfig, RunConfig
+from mindrlhf.configs.schema import (
+    ContextConfig,
+    JobConfig,
+    ModelConfig,
+    ParallelConfig,
+    PPOConfig,
+    RunConfig,
+)
 from mindrlhf.models.train import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
@@ -236,7 +243,8 @@ def torch_update(policy: Any, critic: Any | None, experience: Experience) -> Exp
         optimizers.append(torch.optim.AdamW(groups, betas=tuple(OPTIMIZER["betas"]), eps=OPTIMIZER["eps"]))
     names = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared", "entropy")
     sums: dict[str, list[float]] = {
-        name: [] for name in (*names, "value_loss", "value_clipfrac", "value_error", "value", "norms", "tokens")
+        name: []
+        for name in (*names, "value_loss", "value_clipfrac", "value_error", "value", "norms", "tokens")
     }
     row_sets = list(minibatches(ROWS, PPO, 0))
     for rows, rate in zip(row_sets, schedule_rates(len(row_sets)), strict=True):
@@ -253,14 +261,20 @@ def torch_update(policy: Any, critic: Any | None, experience: Experience) -> Exp
         ratio = torch.exp(logprobs - old_logprobs)
         clipped_ratio = torch.clamp(ratio, 1 - PPO.cliprange, 1 + PPO.cliprange)
         policy_loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
-        clipped_values = torch.clamp(values, old_values - PPO.cliprange_value, old_values + PPO.cliprange_value)
+        clipped_values = torch.clamp(
+            values, old_values - PPO.cliprange_value, old_values + PPO.cliprange_value
+        )
         errors, clipped_errors = (values - returns) ** 2, (clipped_values - returns) ** 2
         value_loss = 0.5 * torch.maximum(errors, clipped_errors)
         for optimizer in optimizers:
             optimizer.zero_grad()
         (policy_loss.mean() + PPO.vf_coef * value_loss.mean()).backward()
         norms = [
-            float(torch.nn.utils.clip_grad_norm_([p for p in m.parameters() if p.requires_grad], PPO.max_grad_norm))
+            float(
+                torch.nn.utils.clip_grad_norm_(
+                    [p for p in m.parameters() if p.requires_grad], PPO.max_grad_norm
+                )
+            )
             for m in modules
         ]
         for optimizer in optimizers:
@@ -298,18 +312,43 @@ def our_names(policy: Any, critic: Any | None) -> dict[str, list[str]]:
     return with_bias
 
 
-@pytest.fixture(scope="module", params=["separate", "shared"])
-def both(request: pytest.FixtureRequest) -> tuple[Side, Experience, UpdateResult, dict[str, np.ndarray], Expected]:
+@dataclass
+class Both:
+    """The same update by us and by torch."""
+
+    ours: Side
+    experience: Experience
+    result: UpdateResult
+    weights: dict[str, np.ndarray]
+    expected: Expected
+
+
+def both_sides(*, separate: bool) -> Both:
     policy = hugging_face(seed=1)
-    critic = hugging_face(seed=2) if request.param == "separate" else None
+    critic = hugging_face(seed=2) if separate else None
     experience = experience_for(policy, critic or policy)
     ours = our_side(policy, critic)
     result, weights = ours.run(experience)
-    return ours, experience, result, weights, torch_update(policy, critic, experience)
+    return Both(ours, experience, result, weights, torch_update(policy, critic, experience))
 
 
-def test_losses_and_statistics_of_every_step_equal_torch(both: Any) -> None:
-    _, _, result, _, expected = both
+@pytest.fixture(scope="module")
+def separate() -> Both:
+    return both_sides(separate=True)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Both:
+    return both_sides(separate=False)
+
+
+@pytest.fixture(params=["separate", "shared"])
+def both(request: pytest.FixtureRequest) -> Both:
+    return request.getfixturevalue(request.param)
+
+
+def test_losses_and_statistics_of_every_step_equal_torch(both: Both) -> None:
+    result, expected = both.result, both.expected
     names = list(expected.sums)
     policy = np.array([expected.sums[name] for name in names[:6]]).T
     value = np.array([expected.sums[name] for name in names[6:10]]).T
@@ -322,8 +361,8 @@ def test_losses_and_statistics_of_every_step_equal_torch(both: Any) -> None:
     np.testing.assert_allclose(result.value, value, rtol=1e-5, atol=2e-5)
 
 
-def test_gradient_norms_and_learning_rate_equal_torch(both: Any) -> None:
-    ours, _, result, _, expected = both
+def test_gradient_norms_and_learning_rate_equal_torch(both: Both) -> None:
+    ours, result, expected = both.ours, both.result, both.expected
     norms = np.array(expected.sums["norms"])
     assert norms.max() > PPO.max_grad_norm, "clipping must bite"
     np.testing.assert_allclose(result.grad_norm, norms[:, 0], rtol=1e-5)
@@ -334,8 +373,8 @@ def test_gradient_norms_and_learning_rate_equal_torch(both: Any) -> None:
     assert result.learning_rate == pytest.approx(1e-4 + 1.9e-3 * 0.5 * (1 + np.cos(np.pi / 6)), rel=1e-5)
 
 
-def test_updated_weights_equal_torch(both: Any) -> None:
-    ours, _, _, weights, expected = both
+def test_updated_weights_equal_torch(both: Both) -> None:
+    ours, weights, expected = both.ours, both.weights, both.expected
     before = {f"policy/{name}": array for name, array in ours.policy.items()}
     before |= {f"critic/{name}": array for name, array in ours.critic.items()}
     assert weights.keys() == expected.weights.keys()
@@ -347,26 +386,26 @@ def test_updated_weights_equal_torch(both: Any) -> None:
         assert np.abs(weights[name] - wanted).max() < 1e-3 * moved, name
 
 
-def same_update(found: tuple[UpdateResult, dict[str, np.ndarray]], wanted: tuple[Any, dict[str, np.ndarray]]) -> None:
+def same_update(
+    found: tuple[UpdateResult, dict[str, np.ndarray]], wanted: tuple[Any, dict[str, np.ndarray]]
+) -> None:
     np.testing.assert_allclose(found[0].policy, wanted[0].policy, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(found[0].value, wanted[0].value, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(found[0].grad_norm, wanted[0].grad_norm, rtol=1e-5)
     for name, array in wanted[1].items():
-        np.testing.assert_allclose(found[1][name], array, atol=1e-5 * np.abs(array).max(), rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            found[1][name], array, atol=1e-5 * np.abs(array).max(), rtol=0, err_msg=name
+        )
 
 
-def test_micro_batches_do_not_change_the_update(both: Any) -> None:
-    ours, experience, result, weights, _ = both
-    if ours.models.critic is not None:
-        pytest.skip("the shared backbone has both losses in one graph")
+def test_micro_batches_do_not_change_the_update(shared: Both) -> None:
     for size in (1, 2):
-        same_update(ours.run(experience, micro_batch_size=size), (result, weights))
+        same_update(
+            shared.ours.run(shared.experience, micro_batch_size=size), (shared.result, shared.weights)
+        )
 
 
-def test_padding_columns_do_not_change_the_update(both: Any) -> None:
-    ours, experience, result, weights, _ = both
-    if ours.models.critic is not None:
-        pytest.skip("one kind of critic is enough: both see the same columns")
+def test_padding_columns_do_not_change_the_update(shared: Both) -> None:
     wide = our_side(hugging_face(seed=1), None, prompt_columns=PROMPT + 3)
-    found = wide.run(experience._replace(inputs=inputs_of(PROMPT + 3)), max_prompt_length=PROMPT + 3)
-    same_update(found, (result, weights))
+    experience = shared.experience._replace(inputs=inputs_of(PROMPT + 3))
+    same_update(wide.run(experience, max_prompt_length=PROMPT + 3), (shared.result, shared.weights))

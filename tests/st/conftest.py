@@ -1,4 +1,4 @@
-"""``run_workers``: a script of this directory under msrun; ``ppo_inputs``: what the smallest PPO job needs."""
+"""``run_workers``: a script of this directory under msrun; ``ppo_inputs``: the smallest PPO job."""
 
 from __future__ import annotations
 

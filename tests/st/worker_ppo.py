@@ -30,7 +30,6 @@ from mindrlhf.trainer.update import UpdateResult
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.ranks import env_world_size, is_scheduler
 
-
 RESUME_FROM = 1
 
 

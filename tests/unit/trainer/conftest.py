@@ -7,7 +7,14 @@ from pathlib import Path
 import mindspore as ms
 import pytest
 
-from mindrlhf.configs.schema import ContextConfig, JobConfig, ModelConfig, ParallelConfig, PPOConfig, RunConfig
+from mindrlhf.configs.schema import (
+    ContextConfig,
+    JobConfig,
+    ModelConfig,
+    ParallelConfig,
+    PPOConfig,
+    RunConfig,
+)
 
 
 @pytest.fixture(scope="session")

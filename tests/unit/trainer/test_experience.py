@@ -32,7 +32,7 @@ SCORES = Scores(
 KL = np.array([[0.5, -1.0, 0.0], [0.0, 2.0, -0.5]])
 REWARDS = np.array([[-0.05, 10.1, 0.0], [0.0, -0.2, -3.95]])
 # gamma 1, lambda 0.5. Row 0: A1 = 10.1 - 2 = 8.1; A0 = (-0.05 + 2 - 1) + 0.5 * 8.1 = 5.0.
-# Row 1: A2 = -3.95 + 1 = -2.95; A1 = (-0.2 - 1 - 1) + 0.5 * A2 = -3.675; A0 = (0 + 1 - 0) + 0.5 * A1 = -0.8375.
+# Row 1: A2 = -3.95 + 1 = -2.95; A1 = (-0.2 - 1 - 1) + 0.5 * A2 = -3.675; A0 = (0 + 1 - 0) + 0.5 * A1.
 ADVANTAGES = np.array([[5.0, 8.1, 0.0], [-0.8375, -3.675, -2.95]])
 RETURNS = np.array([[6.0, 10.1, 0.0], [-0.8375, -2.675, -3.95]])
 MASK = np.array([[1, 1, 0], [1, 1, 1]])
@@ -88,6 +88,11 @@ def test_whitened_rewards_keep_their_mean_and_are_what_is_learnt_from() -> None:
     np.testing.assert_allclose(made.rewards, REWARDS, atol=1e-6)  # the log shows the real ones
     # With V = 0 behind the end, the last advantage of each row is r - V.
     np.testing.assert_allclose(made.advantages[[0, 1], [1, 2]], learnt[[0, 1], [1, 2]] - [2, -1], atol=1e-5)
+
+
+def test_a_response_that_never_stops_pays_the_penalty_at_its_last_token() -> None:
+    difference = experience(missing_eos_penalty=1.5).rewards - experience().rewards
+    np.testing.assert_allclose(difference, [[0, 0, 0], [0, 0, -1.5]], atol=1e-6)
 
 
 def test_nothing_behind_the_end_gets_in() -> None:

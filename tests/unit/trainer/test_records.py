@@ -11,7 +11,8 @@ import pytest
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.trainer.experience import Rollout, Scores, make_experience
-from mindrlhf.trainer.records import CURVES, RunRecords, choose_rows, save_experience
+from mindrlhf.trainer.records import CURVES, RunRecords, check_fresh, choose_rows, save_experience
+from mindrlhf.utils.errors import MindRLHFError
 
 
 def metrics(iteration: int) -> dict[str, float]:
@@ -22,7 +23,9 @@ def test_metrics_and_samples_are_json_lines(tmp_path: Path) -> None:
     records = RunRecords(tmp_path / "run")
     for iteration in (1, 2):
         records.add_metrics(metrics(iteration))
-    records.add_sample({"iteration": 1, "sample_id": np.int64(7), "response": "你好\n", "score": np.float32(0.5)})
+    records.add_sample(
+        {"iteration": 1, "sample_id": np.int64(7), "response": "你好\n", "score": np.float32(0.5)}
+    )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [metrics(1), metrics(2)]
     text = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
@@ -38,6 +41,34 @@ def test_curves_are_a_png(tmp_path: Path) -> None:
     assert picture == tmp_path / "curves.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
+    first = RunRecords(tmp_path)
+    for iteration in (1, 2, 3):
+        first.add_metrics(metrics(iteration))
+        # U+2028 and U+0085 are line ends to str.splitlines, but not to JSON lines.
+        first.add_sample({"iteration": iteration, "response": f"{iteration}\u2028\u0085"})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "objec')  # killed while writing
+
+    resumed = RunRecords(tmp_path)
+    resumed.rewind(2)
+    resumed.add_metrics(metrics(3))
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
+    assert [line["iteration"] for line in resumed.metrics] == [1, 2, 3], "the curves begin at the beginning"
+    samples = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    assert [json.loads(line)["response"] for line in samples] == ["1\u2028\u0085", "2\u2028\u0085"]
+
+
+def test_a_used_directory_is_refused(tmp_path: Path) -> None:
+    check_fresh(tmp_path)
+    check_fresh(tmp_path / "not there yet")
+    RunRecords(tmp_path).add_metrics(metrics(1))
+    with pytest.raises(MindRLHFError, match="--resume_from"):
+        check_fresh(tmp_path)
 
 
 @pytest.mark.parametrize(

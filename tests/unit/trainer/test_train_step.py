@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.configs.schema import JobConfig, PPOConfig
+from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.trainer.optimizer import build_optimizer
@@ -67,30 +66,40 @@ class Squares(nn.Cell):
         return (error * inverse_rows).sum(), ops.stop_gradient(ops.stack((error, error * 0 + x.shape[0])))
 
 
+class Job:
+    """The loss, its weights and the step; :meth:`restart` goes back to before the first step."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.loss = Squares()
+        parameters = self.loss.trainable_params()
+        layouts = {p.name: Layout(Mesh(), tuple(p.shape), (None,) * p.ndim) for p in parameters}
+        self.optimizer = build_optimizer(config, parameters, TOTAL_STEPS)
+        self.step = TrainStep(self.loss, self.optimizer, layouts, Groups(Mesh(), 0), MAX_NORM).step
+
+    def restart(self) -> None:
+        self.loss.weight.set_data(Tensor(WEIGHT))
+        self.loss.bias.set_data(Tensor(BIAS))
+        for state in (*self.optimizer.exp_avg, *self.optimizer.exp_avg_sq, self.optimizer.global_step):
+            state.set_data(Tensor(np.zeros(state.shape), state.dtype))
+
+    def weights(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.loss.weight.asnumpy().copy(), self.loss.bias.asnumpy().copy()
+
+
 @pytest.fixture(scope="module")
-def fresh_step(tiny_job: JobConfig) -> Callable[[], tuple[Squares, TrainStep]]:
-    config = replace(
-        tiny_job.train, lr_schedule=SCHEDULE, optimizer={**tiny_job.train.optimizer, "weight_decay": 0.3}
-    )
-
-    def make() -> tuple[Squares, TrainStep]:
-        loss = Squares()
-        layouts = {p.name: Layout(Mesh(), tuple(p.shape), (None,) * p.ndim) for p in loss.trainable_params()}
-        optimizer = build_optimizer(config, loss.trainable_params(), TOTAL_STEPS)
-        return loss, TrainStep(loss, optimizer, layouts, Groups(Mesh(), 0), MAX_NORM)
-
-    return make
+def job(tiny_job: JobConfig) -> Job:
+    decay = {**tiny_job.train.optimizer, "weight_decay": 0.3}
+    return Job(replace(tiny_job.train, lr_schedule=SCHEDULE, optimizer=decay))
 
 
 @pytest.fixture(scope="module")
-def whole(fresh_step: Callable[[], tuple[Squares, TrainStep]]) -> dict[str, Any]:
+def whole(job: Job) -> dict[str, Any]:
     """Five steps with each batch in one piece."""
-    loss, step = fresh_step()
     reports, weights = [], []
     for _ in range(STEPS):
-        reports.append(step.step([(X, Y, INVERSE_ROWS)]))
-        weights.append((loss.weight.asnumpy().copy(), loss.bias.asnumpy().copy()))
-    return {"reports": reports, "weights": weights, "optimizer": step.optimizer}
+        reports.append(job.step([(X, Y, INVERSE_ROWS)]))
+        weights.append(job.weights())
+    return {"reports": reports, "weights": weights}
 
 
 def torch_steps() -> tuple[list[float], list[tuple[np.ndarray, np.ndarray]]]:
@@ -128,24 +137,22 @@ def test_warm_up_and_decay_count_optimizer_steps(whole: dict[str, Any]) -> None:
     np.testing.assert_allclose([rate for _, _, rate in whole["reports"]], RATES, rtol=1e-5, atol=1e-9)
 
 
-def test_norms_and_biases_get_no_weight_decay(whole: dict[str, Any]) -> None:
-    optimizer = whole["optimizer"]
+def test_norms_and_biases_get_no_weight_decay(job: Job) -> None:
+    optimizer = job.optimizer
     decays = dict(zip([p.name for p in optimizer.parameters], optimizer.get_weight_decay(), strict=True))
     assert float(decays["weight"]) == pytest.approx(0.3)
     assert float(decays["bias"]) == 0.0
 
 
-def test_micro_batches_add_up_to_the_whole(
-    fresh_step: Callable[[], tuple[Squares, TrainStep]], whole: dict[str, Any]
-) -> None:
-    loss, step = fresh_step()
+def test_micro_batches_add_up_to_the_whole(job: Job, whole: dict[str, Any]) -> None:
+    job.restart()
     parts = [(X[rows], Y[rows], INVERSE_ROWS) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
-    for (statistics, norm, _), weights in list(zip(whole["reports"], whole["weights"], strict=True))[:2]:
-        found, found_norm, _ = step.step(parts)
+    for (statistics, norm, _), weights in list(zip(whole["reports"], whole["weights"], strict=True))[:3]:
+        found, found_norm, _ = job.step(parts)
         np.testing.assert_allclose(found, statistics, rtol=1e-5)
         assert found[1] == 6  # rows of all micro-batches
         assert found_norm == pytest.approx(norm, rel=1e-5)
-        np.testing.assert_allclose(loss.weight.asnumpy(), weights[0], atol=1e-6)
+        np.testing.assert_allclose(job.loss.weight.asnumpy(), weights[0], atol=1e-6)
 
 
 def test_a_section_mindformers_refuses_is_a_config_error(tiny_job: JobConfig) -> None:

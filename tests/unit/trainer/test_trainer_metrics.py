@@ -15,7 +15,10 @@ from mindrlhf.trainer.update import UpdateResult
 
 # correctness.md, item 20
 NAMES = {
-    *(f"objective/{name}" for name in ("kl", "kl_coef", "entropy", "non_score_reward", "scores", "rlhf_reward")),
+    *(
+        f"objective/{name}"
+        for name in ("kl", "kl_coef", "entropy", "non_score_reward", "scores", "rlhf_reward")
+    ),
     *(f"policy/{name}" for name in ("approxkl", "clipfrac", "entropy", "ratio", "ratio_var")),
     *(f"loss/{name}" for name in ("policy", "value", "pretrain", "total")),
     *(f"value/{name}" for name in ("clipfrac", "error", "mean", "explained_var")),

@@ -47,7 +47,8 @@ def test_sync_brings_every_weight(weight_sync: WeightSync) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.attention.wk.bias", "model.norm_out.weight", "model.tok_embeddings.embedding_weight"]
+    "name",
+    ["model.layers.0.attention.wk.bias", "model.norm_out.weight", "model.tok_embeddings.embedding_weight"],
 )
 def test_verify_names_a_weight_that_differs_in_its_last_bit(weight_sync: WeightSync, name: str) -> None:
     weight_sync.sync()

@@ -1,0 +1,108 @@
+"""Rewards from the user's own code: ``--reward_fn package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.trainer.experience import Rollout
+from mindrlhf.trainer.runtime import HostExchange
+from mindrlhf.utils.errors import MindRLHFError
+
+RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+"""Prompts and responses as text, n of each, to n finite numbers."""
+
+
+def load_reward_function(name: str) -> RewardFunction:
+    """Imports ``package.module:function``; the working directory counts as a place to import from.
+
+    Raises:
+        MindRLHFError: the name has another form, or there is no such module or function.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise MindRLHFError(f"--reward_fn {name!r}: write it as package.module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise MindRLHFError(f"--reward_fn {name!r}: {error}; the module must be importable here") from error
+    if not callable(function):
+        raise MindRLHFError(f"--reward_fn {name!r}: {function_name} is not a function")
+    return cast(RewardFunction, function)
+
+
+def function_scores(
+    function: RewardFunction, tokenizer: Tokenizer, rollout: Rollout, exchange: HostExchange
+) -> np.ndarray:
+    """Scores (B,) float32 of a rollout, equal on every rank; collective.
+
+    The main rank alone calls ``function``, so that code which is not deterministic cannot drive ranks
+    apart, and all ranks stop together when it fails. Prompts keep their chat markup; responses are cut
+    after their stop token and are given without control tokens.
+
+    Raises:
+        MindRLHFError: on every rank, when the function raises or returns something else than one finite
+            number a sample; the main rank's message names the sample.
+    """
+    count = len(rollout.tokens)
+    scores, fault = np.zeros(count, np.float32), ""
+    if exchange.runtime.is_main:
+        scores, fault = _call(function, *_texts(tokenizer, rollout), rollout.sample_ids)
+    packet = exchange.every_rank(np.append(scores, np.float32(bool(fault))).astype(np.float32))[0]
+    if packet[-1]:
+        raise MindRLHFError(fault or "--reward_fn failed on rank 0; its log names the sample")
+    return packet[:-1].astype(np.float32)
+
+
+def _texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:
+    columns = rollout.tokens.shape[1] - rollout.logprobs.shape[1]
+    prompts, responses = [], []
+    for row, tokens in enumerate(rollout.tokens):
+        first, last = columns - rollout.prompt_lengths[row], columns + rollout.response_lengths[row]
+        prompts.append(tokenizer.decode(tokens[first:columns].tolist()))
+        responses.append(tokenizer.decode(tokens[columns:last].tolist(), skip_special=True))
+    return prompts, responses
+
+
+def _call(
+    function: RewardFunction, prompts: list[str], responses: list[str], sample_ids: np.ndarray
+) -> tuple[np.ndarray, str]:
+    """Scores and an empty string, or zeros and what went wrong."""
+    nothing = np.zeros(len(prompts), np.float32)
+    try:
+        returned = [float(score) for score in function(prompts, responses)]
+    except Exception as error:
+        # Any failure of foreign code must reach all ranks; they would wait for this one in a collective.
+        return nothing, _blame(function, prompts, responses, sample_ids, error)
+    if len(returned) != len(prompts):
+        return nothing, f"--reward_fn returned {len(returned)} numbers for {len(prompts)} samples"
+    for score, sample_id, response in zip(returned, sample_ids, responses, strict=True):
+        if not math.isfinite(score):
+            return nothing, f"--reward_fn returned {score} for sample {sample_id}, response {response!r}"
+    return np.array(returned, np.float32), ""
+
+
+def _blame(
+    function: RewardFunction,
+    prompts: list[str],
+    responses: list[str],
+    sample_ids: np.ndarray,
+    error: Exception,
+) -> str:
+    """Finds the sample that makes the function raise by giving it one at a time."""
+    for prompt, response, sample_id in zip(prompts, responses, sample_ids, strict=True):
+        try:
+            function([prompt], [response])
+        except Exception as own:
+            what = f"{type(own).__name__}: {own}"
+            return f"--reward_fn raised {what} for sample {sample_id}, response {response!r}"
+    return f"--reward_fn raised {type(error).__name__}: {error} (for the whole batch, for no sample alone)"

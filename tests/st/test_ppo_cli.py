@@ -1,0 +1,414 @@
+"""``ppo_one_stage.py`` as a person runs it: raw ``msrun``, plain environment, own working directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = REPO_ROOT / "examples" / "qwen_ppo_tutorial" / "ppo_one_stage.py"
+CONFIGS = REPO_ROOT / "model_configs" / "qwen_ppo"
+MODELS = ("infer_policy", "train_policy", "ref", "reward", "critic")
+WORKERS = 4
+
+# The names of the correctness checklist, item 20, and when the numbers were taken.
+METRICS = {
+    *("iteration", "episode", "epoch", "lr", "grad_norm"),
+    *("objective/kl", "objective/kl_coef", "objective/entropy", "objective/non_score_reward"),
+    *("objective/scores", "objective/rlhf_reward"),
+    *("policy/approxkl", "policy/clipfrac", "policy/entropy", "policy/ratio", "policy/ratio_var"),
+    *("loss/policy", "loss/value", "loss/pretrain", "loss/total"),
+    *("value/clipfrac", "value/error", "value/mean", "value/explained_var"),
+    *("response/length", "response/eos_rate", "tokens_per_second"),
+    *("time/rollout", "time/score", "time/sync", "time/train"),
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+    directory: Path
+    temporary: Path
+
+    @property
+    def logs(self) -> str:
+        """Everything it said, and the ends of the workers' logs."""
+        logs = sorted(self.directory.glob("ppo_log/*.log"))
+        tails = [f"--- {log.name}\n{log.read_text(errors='replace')[-2500:]}" for log in logs]
+        return "\n".join([self.stdout[-1500:], self.stderr[-1500:], *tails])
+
+
+class Command:
+    """A command in a directory of its own; ends with all it started when it takes too long."""
+
+    def __init__(self, arguments: Sequence[str], directory: Path) -> None:
+        directory.mkdir(parents=True)
+        self.directory = directory
+        self.temporary = directory.with_name(directory.name + "_tmp")
+        self.temporary.mkdir()
+        self.begin = time.monotonic()
+        self.process = subprocess.Popen(
+            arguments,
+            cwd=directory,
+            env=plain_environment(self.temporary),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, timeout: float) -> Finished:
+        """Waits; a time-out is a failure of the test."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # Workers of msrun lead sessions of their own: a process group is not enough.
+            started = psutil.Process(self.process.pid).children(recursive=True)
+            for process in (*started, self.process):
+                process.kill()
+            stdout, stderr = self.process.communicate()
+            seconds = time.monotonic() - self.begin
+            result = Finished(-1, stdout, stderr, seconds, self.directory, self.temporary)
+            pytest.fail(f"ran out of time ({timeout:g} s)\n{result.logs}", pytrace=False)
+        seconds = time.monotonic() - self.begin
+        return Finished(self.process.returncode, stdout, stderr, seconds, self.directory, self.temporary)
+
+
+def plain_environment(temporary: Path) -> dict[str, str]:
+    """The environment without what tests/conftest.py adds to keep litter away: here litter must show."""
+    hidden = ("LOCAL_DEFAULT_PATH", "LOG_MF_PATH", "MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "GLOG_v")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    return env | {"TMPDIR": str(temporary), "MPLCONFIGDIR": str(temporary.parent / "matplotlib")}
+
+
+def msrun(*arguments: str) -> list[str]:
+    """The tutorial's command: ``msrun ... --log_dir=ppo_log ppo_one_stage.py ...``."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    program = shutil.which("msrun")
+    assert program is not None
+    return [
+        program,
+        *(f"--worker_num={WORKERS}", f"--local_worker_num={WORKERS}", f"--master_port={port}"),
+        *("--join=True", "--log_dir=ppo_log"),
+        *(str(SCRIPT), *arguments),
+    ]
+
+
+def yaml_flags(infer: Path, train: Path) -> list[str]:
+    return [
+        *("--sft_path_infer", str(infer), "--sft_path_train", str(train)),
+        *("--reward_path", str(infer), "--critic_path", str(train)),
+    ]
+
+
+SEVEN_B = yaml_flags(CONFIGS / "generate_qwen2_7b.yaml", CONFIGS / "finetune_qwen2_7b.yaml")
+
+
+@pytest.fixture(scope="module")
+def strategies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """``--only_save_strategy`` for the 7b YAMLs, by msrun and alone."""
+    directory = tmp_path_factory.mktemp("strategies")
+    flags = [*SEVEN_B, "--only_save_strategy", "True"]
+    alone = Command(
+        [sys.executable, str(SCRIPT), *flags, "--world_size", str(WORKERS)], directory / "alone"
+    ).finish(120)
+    return {"alone": alone, "msrun": Command(msrun(*flags), directory / "msrun").finish(120)}
+
+
+@pytest.mark.msrun
+@pytest.mark.parametrize(("how", "beside"), [("alone", set()), ("msrun", {"ppo_log"})])
+def test_strategies_of_7b_and_nothing_else(
+    strategies: dict[str, Finished], how: str, beside: set[str]
+) -> None:
+    result = strategies[how]
+    assert result.code == 0, result.logs
+    assert result.seconds < 60
+    assert {path.name for path in result.directory.iterdir()} == {"strategy"} | beside
+    files = {
+        str(path.relative_to(result.directory))
+        for path in result.directory.glob("strategy/**/*")
+        if path.is_file()
+    }
+    assert files == {
+        f"strategy/{model}_strategy/strategy_{rank}.ckpt" for model in MODELS for rank in range(WORKERS)
+    }
+    assert list(result.temporary.iterdir()) == []
+
+
+@pytest.mark.msrun
+def test_strategies_are_the_same_with_and_without_msrun(strategies: dict[str, Finished]) -> None:
+    for path in strategies["alone"].directory.glob("strategy/*/*"):
+        other = strategies["msrun"].directory / path.relative_to(strategies["alone"].directory)
+        assert path.read_bytes() == other.read_bytes(), path.name
+
+
+def test_strategies_say_how_7b_is_split(strategies: dict[str, Finished]) -> None:
+    """Device matrix and the split of three kinds of weights, read with MindSpore's own message."""
+    from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+
+    matrices = {
+        "infer_policy": [1, 4],
+        "train_policy": [2, 2],
+        "ref": [1, 4],
+        "reward": [1, 4],
+        "critic": [2, 2],
+    }
+    for model, matrix in matrices.items():
+        content = ParallelStrategyMap()
+        path = strategies["alone"].directory / f"strategy/{model}_strategy/strategy_3.ckpt"
+        content.ParseFromString(path.read_bytes())
+        layouts = {item.param_name: item.parallel_layouts for item in content.parallel_layout_item}
+        expected = {"attention.wq.weight": [0, -1], "attention.wo.weight": [-1, 0], "ffn_norm.weight": [-1]}
+        for name, tensor_map in expected.items():
+            layout = layouts[f"model.layers.27.{name}"]
+            assert list(layout.dev_matrix[0].dim) == matrix
+            assert list(layout.tensor_map[0].dim) == tensor_map
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer in Qwen2's files: 58 letters and Qwen2's three special tokens, 61 in all."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345"
+    vocab = {letter: number for number, letter in enumerate(letters)}
+    (directory / "vocab.json").write_text(json.dumps(vocab))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    return directory
+
+
+def job_flags(inputs: Any, infer: tuple[int, int], train: tuple[int, int]) -> list[str]:
+    return [
+        *yaml_flags(inputs.yaml("generate", *infer), inputs.yaml("finetune", *train)),
+        *("--ppo_config", str(inputs.ppo)),
+        *(
+            "--load_sft_checkpoint_infer",
+            str(inputs.policy),
+            "--load_sft_checkpoint_train",
+            str(inputs.policy),
+        ),
+        *("--load_rm_checkpoint", str(inputs.reward), "--load_critic_checkpoint", ""),
+        *("--mind_dataset_dir", str(inputs.data), "--save_ckpt_dir", "results"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def jobs(ppo_inputs: Any, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """The whole job, two iterations: on 4 workers, infer dp1 mp4, train dp2 mp2; and in one process."""
+    flags = [
+        *job_flags(ppo_inputs, (1, 4), (2, 2)),
+        *("--set", "total_iterations=2", "--set", "log_samples=2"),
+        *("--save_data_file", "results/experience.mindrecord", "--export_hf_dir", "exported"),
+        *("--tokenizer_path", str(tokenizer), "--verify_sync", "True"),
+    ]
+    directory = tmp_path_factory.mktemp("jobs")
+    alone = Command([sys.executable, str(SCRIPT), *flags, "--use_parallel", "False"], directory / "alone")
+    four = Command(msrun(*flags, "--use_parallel", "True"), directory / "four").finish(400)
+    finished = {"four": four, "alone": alone.finish(400)}
+    for result in finished.values():
+        if result.code:
+            pytest.fail(f"exit code {result.code}\n{result.logs}", pytrace=False)
+    return finished
+
+
+@pytest.fixture(scope="module")
+def trained(jobs: dict[str, Finished]) -> Finished:
+    """The job on 4 workers."""
+    return jobs["four"]
+
+
+@pytest.mark.msrun
+def test_one_process_without_msrun_learns_the_same(jobs: dict[str, Finished]) -> None:
+    """``--use_parallel False`` with the same split YAMLs, which it overrides."""
+    alone, four = (read_lines(jobs[how].directory / "results" / "metrics.jsonl") for how in ("alone", "four"))
+    for one, other in zip(alone, four, strict=True):
+        assert one.keys() == other.keys()
+        names = [name for name in one if not name.startswith(("time/", "tokens_per_second"))]
+        assert [other[name] for name in names] == pytest.approx(
+            [one[name] for name in names], rel=1e-4, abs=1e-5
+        )
+    assert {path.name for path in jobs["alone"].directory.iterdir()} == {"results", "exported"}
+
+
+@pytest.mark.msrun
+def test_job_leaves_what_was_asked_for_and_nothing_else(trained: Finished) -> None:
+    results = trained.directory / "results"
+    assert {path.name for path in trained.directory.iterdir()} == {"results", "exported", "ppo_log"}
+    experience = [f"experience_iteration_{i:06d}.mindrecord{end}" for i in (1, 2) for end in ("", ".db")]
+    assert {path.name for path in results.iterdir()} == {
+        *("iteration_000001", "iteration_000002", "metrics.jsonl", "samples.jsonl", "curves.png"),
+        *experience,
+    }
+    models = ("policy", "policy_optimizer", "critic", "critic_optimizer")
+    for iteration in ("iteration_000001", "iteration_000002"):
+        files = {
+            str(p.relative_to(results / iteration)) for p in (results / iteration).rglob("*") if p.is_file()
+        }
+        assert files == {"state.json"} | {
+            f"{model}/rank_{rank}/checkpoint_{rank}.ckpt" for model in models for rank in range(WORKERS)
+        }
+
+
+@pytest.mark.msrun
+def test_job_leaves_nothing_in_the_temporary_directory(trained: Finished) -> None:
+    assert list(trained.temporary.iterdir()) == []
+
+
+@pytest.mark.msrun
+def test_metrics_and_samples(trained: Finished, ppo_inputs: Any) -> None:
+    lines = read_lines(trained.directory / "results" / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line.keys() >= METRICS
+        assert all(np.isfinite(value) for value in line.values())
+    assert [line["episode"] for line in lines] == [8, 16]
+    # One of two minibatches sees the ratio before any update, the other one after.
+    assert lines[0]["policy/ratio"] == pytest.approx(1, abs=0.1)
+    assert abs(lines[0]["objective/kl"]) < 1e-4 < abs(lines[1]["objective/kl"])
+    samples = read_lines(trained.directory / "results" / "samples.jsonl")
+    assert [sample["iteration"] for sample in samples] == [1, 1, 2, 2]
+    assert all(isinstance(sample["response"], str) and sample["response"] for sample in samples)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.msrun
+def test_stored_experience_is_what_the_metrics_say(trained: Finished, ppo_inputs: Any) -> None:
+    from mindrlhf.data.mindrecord import read_columns
+
+    results = trained.directory / "results"
+    columns = (
+        "tokens",
+        "mask",
+        "score",
+        "response_length",
+        "logprobs",
+        "ref_logprobs",
+        "prompt_length",
+        "valid",
+    )
+    for number, line in enumerate(read_lines(results / "metrics.jsonl"), start=1):
+        stored = read_columns(results / f"experience_iteration_{number:06d}.mindrecord", columns)
+        assert stored["tokens"].shape == (8, 11)
+        assert stored["score"].mean() == pytest.approx(line["objective/scores"], rel=1e-5)
+        assert stored["response_length"].mean() == line["response/length"]
+        np.testing.assert_array_equal(stored["mask"].sum(1), stored["response_length"][:, 0])
+        np.testing.assert_array_equal(
+            stored["valid"].sum(1), (stored["prompt_length"] + stored["response_length"])[:, 0]
+        )
+        kl = ((stored["logprobs"] - stored["ref_logprobs"]) * stored["mask"]).sum(1).mean()
+        assert kl == pytest.approx(line["objective/kl"], abs=1e-5)
+
+
+@pytest.mark.msrun
+def test_export_loads_in_transformers_and_holds_the_merged_shards(
+    trained: Finished, ppo_inputs: Any, tokenizer: Path
+) -> None:
+    """Every tensor, read from rank files by the layout's own slices, bit for bit; and it was trained."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from mindrlhf.checkpoint.load import load_shard
+    from mindrlhf.checkpoint.names import canonical_to_hf
+    from mindrlhf.configs.load import load_run_config
+    from mindrlhf.parallel.layout import Mesh
+    from mindrlhf.parallel.parameters import parameter_layouts
+
+    exported = trained.directory / "exported"
+    model, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    tensors = model.state_dict()
+    config = load_run_config(ppo_inputs.yaml("finetune", 2, 2)).model
+    layouts = parameter_layouts(config, Mesh(2, 2))
+    start = load_shard(ppo_inputs.policy, parameter_layouts(config, Mesh(1, 1)), 0)
+    shards = [
+        load_shard(trained.directory / "results" / "iteration_000002" / "policy", layouts, rank)
+        for rank in range(WORKERS)
+    ]
+    names = canonical_to_hf(config.num_layers)
+    assert len(layouts) == len(tensors)
+    for name, layout in layouts.items():
+        full = tensors[names[name]].numpy()
+        assert full.dtype == np.float32
+        for rank, shard in enumerate(shards):
+            np.testing.assert_array_equal(layout.take(full, rank), shard[name], err_msg=name)
+        assert name.endswith("wk.bias") or np.abs(full - start[name]).max() > 1e-4, name
+    assert (exported / "vocab.json").read_bytes() == (tokenizer / "vocab.json").read_bytes()
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+REFUSALS: dict[str, Mapping[str, Any]] = {
+    "wrong world size": {"layouts": ((1, 4), (2, 2)), "says": ["dp", "4", "msrun"]},
+    "missing checkpoint": {
+        "flags": ["--load_sft_checkpoint_train", "no/such.ckpt"],
+        "says": ["no/such.ckpt"],
+    },
+    "missing data": {"flags": ["--mind_dataset_dir", "no/such.mindrecord"], "says": ["no/such.mindrecord"]},
+    "other prompt length": {
+        "flags": ["--set", "max_prompt_length=5"],
+        "says": ["prompts.mindrecord", "5", "6"],
+    },
+    "no such device": {
+        "flags": [*SEVEN_B, "--use_parallel", "False"],
+        "says": ["Ascend", "--device_target CPU"],
+    },
+    "two faults": {
+        "flags": ["--set", "gama=0.9", "--set", "ppo_epochs=many"],
+        "says": ["2 configuration errors", "gama", "gamma", "ppo_epochs", "many"],
+    },
+    "several workers alone": {"layouts": ((1, 2), (2, 1)), "flags": [], "says": ["2"]},
+}
+
+
+@pytest.fixture(scope="module")
+def refused(ppo_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """All bad commands, two at a time; none gets as far as a model."""
+    directory = tmp_path_factory.mktemp("refused")
+    finished: dict[str, Finished] = {}
+    names = list(REFUSALS)
+    for first in range(0, len(names), 2):
+        started = {}
+        for name in names[first : first + 2]:
+            infer, train = REFUSALS[name].get("layouts", ((1, 1), (1, 1)))
+            flags = [*job_flags(ppo_inputs, infer, train), *REFUSALS[name].get("flags", [])]
+            started[name] = Command([sys.executable, str(SCRIPT), *flags], directory / name)
+        finished |= {name: command.finish(120) for name, command in started.items()}
+    return finished
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_one_message(refused: dict[str, Finished], name: str) -> None:
+    result = refused[name]
+    assert result.code == 2, result.logs
+    assert result.stderr.count("error: ") == 1
+    message = result.stderr[result.stderr.index("error: ") :]
+    assert [word for word in REFUSALS[name]["says"] if word not in message] == [], message
+    assert "Traceback" not in result.stderr + result.stdout
+    before = result.stderr[: result.stderr.index("error: ")].splitlines()
+    assert [line for line in before if not line.startswith(("INFO ", "WARNING "))] == []
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_leaves_nothing_behind(refused: dict[str, Finished], name: str) -> None:
+    assert list(refused[name].directory.iterdir()) == []
+    assert list(refused[name].temporary.iterdir()) == []

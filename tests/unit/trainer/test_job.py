@@ -1,0 +1,146 @@
+"""What a job refuses before anything is built, each with its remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mindrlhf.trainer.job import JobOptions, beside_train_config, run_ppo, save_strategies
+from mindrlhf.utils.errors import ConfigError, MindRLHFError
+
+
+@pytest.fixture
+def configs(repo_root: Path) -> Path:
+    return repo_root / "model_configs" / "qwen_ppo"
+
+
+def options(configs: Path, tmp_path: Path, **changes: Any) -> JobOptions:
+    """A job in one process on the tiny YAMLs, complete but for the weights' content."""
+    weights = tmp_path / "weights.ckpt"
+    weights.touch()
+    given: dict[str, Any] = {
+        "sft_path_infer": configs / "generate_qwen2_tiny.yaml",
+        "sft_path_train": configs / "finetune_qwen2_tiny.yaml",
+        "reward_path": configs / "generate_qwen2_tiny.yaml",
+        "critic_path": configs / "generate_qwen2_tiny.yaml",
+        "load_sft_checkpoint_infer": weights,
+        "mind_dataset_dir": tmp_path / "data.mindrecord",
+        "save_ckpt_dir": tmp_path / "save",
+        "use_parallel": False,
+    }
+    return JobOptions(**{**given, **changes})
+
+
+@pytest.mark.parametrize("flag", ["mind_dataset_dir", "save_ckpt_dir"])
+def test_a_missing_flag_is_named(configs: Path, tmp_path: Path, flag: str) -> None:
+    with pytest.raises(MindRLHFError, match=f"--{flag} is missing"):
+        run_ppo(options(configs, tmp_path, **{flag: None}))
+
+
+def test_no_weights_at_all_names_the_flags(configs: Path, tmp_path: Path) -> None:
+    with pytest.raises(MindRLHFError, match="--load_sft_checkpoint_infer"):
+        run_ppo(options(configs, tmp_path, load_sft_checkpoint_infer=None))
+
+
+def test_use_parallel_false_under_msrun(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("MS_WORKER_NUM", "4")
+    with pytest.raises(MindRLHFError, match=r"--use_parallel False, but msrun started 4 workers"):
+        run_ppo(options(configs, tmp_path))
+
+
+def test_use_parallel_true_without_msrun_says_how_many_workers(configs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)parallel_config.*\b4\b"):
+        run_ppo(options(configs, tmp_path, use_parallel=True))
+
+
+def test_a_used_results_directory_is_refused(configs: Path, tmp_path: Path) -> None:
+    (tmp_path / "save").mkdir()
+    (tmp_path / "save" / "metrics.jsonl").touch()
+    with pytest.raises(MindRLHFError, match="holds the results of an earlier run"):
+        run_ppo(options(configs, tmp_path))
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """Qwen2's files with the 256 bytes and the 3 special tokens: 259 ids."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    vocab = {text: number for number, text in enumerate(sorted(ByteLevel.alphabet()))}
+    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (directory / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return directory
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
+    configs: Path, tmp_path: Path, tokenizer: Path
+) -> None:
+    paths = {}
+    for name in ("generate", "finetune"):
+        text = (configs / f"{name}_qwen2_tiny.yaml").read_text(encoding="utf-8")
+        text = text.replace("vocab_size: 1024", "vocab_size: 256").replace("[1023, 1021]", "[255, 254]")
+        paths[name] = tmp_path / f"{name}_small.yaml"
+        paths[name].write_text(text.replace("1021", "254"), encoding="utf-8")
+    wanted = options(
+        configs,
+        tmp_path,
+        sft_path_infer=paths["generate"],
+        sft_path_train=paths["finetune"],
+        reward_path=paths["generate"],
+        critic_path=paths["generate"],
+        ppo_config=configs / "ppo_qwen2_tiny.yaml",
+        overrides=["valid_vocab_size=0", "stop_token_ids=[255]", "pad_token_id=254"],
+        tokenizer_path=tokenizer,
+    )
+    with pytest.raises(MindRLHFError, match=r"has 259 tokens, more than .*vocab_size 256"):
+        run_ppo(wanted)
+
+
+def test_valid_ids_that_the_tokenizer_lacks_are_refused(
+    configs: Path, tmp_path: Path, tokenizer: Path
+) -> None:
+    with pytest.raises(MindRLHFError, match="set valid_vocab_size=259"):
+        run_ppo(options(configs, tmp_path, tokenizer_path=tokenizer))
+
+
+def test_faults_of_all_files_come_together(configs: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "reward.yaml"
+    text = (configs / "generate_qwen2_tiny.yaml").read_text(encoding="utf-8")
+    broken.write_text(text.replace("hidden_size: 64", "hiden_size: 64"), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        run_ppo(options(configs, tmp_path, reward_path=broken, overrides=["ppo_epochs=none"]))
+    message = str(caught.value)
+    assert "reward.yaml" in message
+    assert "hiden_size" in message
+    assert "ppo_epochs" in message
+
+
+def test_ppo_settings_beside_the_train_config(configs: Path, tmp_path: Path) -> None:
+    found = beside_train_config(configs / "finetune_qwen2_0_5b.yaml")
+    assert found == configs / "ppo_qwen2_0_5b.yaml"
+    with pytest.raises(ConfigError, match="--ppo_config"):
+        beside_train_config(tmp_path / "finetune_mine.yaml")
+
+
+def test_strategy_files_of_the_7b_job_need_no_device(configs: Path, tmp_path: Path) -> None:
+    seven = options(
+        configs,
+        tmp_path,
+        sft_path_infer=configs / "generate_qwen2_7b.yaml",
+        sft_path_train=configs / "finetune_qwen2_7b.yaml",
+        reward_path=configs / "generate_qwen2_7b.yaml",
+        critic_path=configs / "generate_qwen2_7b.yaml",
+        use_parallel=True,
+    )
+    files = save_strategies(seven, tmp_path / "strategy")
+    models = {"infer_policy", "train_policy", "ref", "reward", "critic"}
+    expected = {f"{model}_strategy/strategy_{rank}.ckpt" for model in models for rank in range(4)}
+    assert {str(file.relative_to(tmp_path / "strategy")) for file in files} == expected
+    assert all(file.stat().st_size for file in files)

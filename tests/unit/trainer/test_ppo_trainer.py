@@ -1,0 +1,307 @@
+"""``PPOTrainer`` in one process: two iterations, then the second again from the first one's checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.configs.load import load_job
+from mindrlhf.data.mindrecord import read_columns
+from mindrlhf.data.preprocess import PreprocessOptions, preprocess
+from mindrlhf.data.prompts import PromptBatch
+from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.parallel.parameters import EMBEDDING, SCORE_HEAD_WEIGHT
+from mindrlhf.trainer.builder import WeightPaths
+from mindrlhf.trainer.experience import Experience, Rollout
+from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.runtime import Runtime
+from mindrlhf.trainer.scoring import policy_logprobs
+from mindrlhf.trainer.update import UpdateResult
+
+PROMPT, RESPONSE, BATCH, VALID = 32, 5, 4, 1024
+# Smaller than the tiny YAMLs, so that graphs compile fast, with more rows than the tokenizer has ids.
+SMALLER = {
+    "vocab_size: 1024": "vocab_size: 1152",
+    "hidden_size: 64": "hidden_size: 32",
+    "num_layers: 2": "num_layers: 1",
+    "num_heads: 8": "num_heads: 4",
+    "intermediate_size: 176": "intermediate_size: 48",
+    "initializer_range: 0.02": "initializer_range: 0.2",
+    "learning_rate: 1.e-4": "learning_rate: 5.e-3",
+}
+OVERRIDES = [
+    *("seed=5", "total_iterations=2", "save_interval=1", "keep_checkpoints=2", "log_samples=2"),
+    *(f"rollout_batch_size={BATCH}", "ppo_epochs=2", "num_minibatches=2", "kl_controller=adaptive"),
+    *(f"max_prompt_length={PROMPT}", f"max_response_length={RESPONSE}", "decode_steps_per_call=2"),
+    # One in five of the tokenizer's ids ends a response.
+    *(f"valid_vocab_size={VALID}", "temperature=0.8", f"stop_token_ids={list(range(0, VALID, 5))}"),
+]
+TIMES = ("time/", "tokens_per_second")
+
+
+@dataclass
+class Recorder:
+    """Looks over the trainer's shoulder: what it drew, and what the trained policy says of it."""
+
+    trainer: PPOTrainer
+    batches: list[PromptBatch] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    experiences: list[Experience] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        draw, learn = self.trainer.rollout, self.trainer.update
+
+        def rollout(batch: PromptBatch) -> Rollout:
+            made = draw(batch)
+            self.batches.append(batch)
+            self.rollouts.append(made)
+            self.logprobs.append(
+                policy_logprobs(self.trainer.ppo_model_train, made, self.trainer.exchange, rows_per_pass=0)
+            )
+            return made
+
+        def update(experience: Experience) -> UpdateResult:
+            self.experiences.append(experience)
+            return learn(experience)
+
+        self.trainer.rollout, self.trainer.update = rollout, update  # type: ignore[method-assign]
+
+
+@dataclass
+class Run:
+    """The first two iterations, and what they left."""
+
+    trainer: PPOTrainer
+    recorder: Recorder
+    model: Path
+    save: Path
+    experience: Path
+    last: Path
+    metrics: list[dict[str, float]]
+    samples: list[dict[str, Any]]
+    differences: list[str]
+    prompt_rows: int
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+
+
+def smaller_configs(configs: Path, directory: Path) -> dict[str, Path]:
+    paths = {}
+    for name in ("generate", "finetune"):
+        text = (configs / f"{name}_qwen2_tiny.yaml").read_text(encoding="utf-8")
+        for old, new in SMALLER.items():
+            text = text.replace(old, new)
+        paths[name] = directory / f"{name}.yaml"
+        paths[name].write_text(text, encoding="utf-8")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def run(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    directory = tmp_path_factory.mktemp("ppo")
+    configs = repo_root / "model_configs" / "qwen_ppo"
+    paths = smaller_configs(configs, directory)
+    script = repo_root / "scripts" / "make_demo_inputs.py"
+    command = [script, "--output_dir", directory / "demo", "--rows", "80", "--config", paths["generate"]]
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    tokenizer = load_tokenizer(directory / "demo" / "tokenizer")
+    data = directory / "data.mindrecord"
+    summary = preprocess(
+        tokenizer,
+        PreprocessOptions(directory / "demo" / "cvalues_demo.jsonl", data, PROMPT, 128),
+    )
+    job = load_job(
+        sft_path_infer=paths["generate"],
+        sft_path_train=paths["finetune"],
+        reward_path=paths["generate"],
+        critic_path=paths["generate"],
+        ppo_config=configs / "ppo_qwen2_tiny.yaml",
+        overrides=OVERRIDES,
+        world_size=1,
+        single_process=True,
+    )
+    # Not start_runtime: it sets the device, which MindSpore refuses once other tests have computed.
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    trainer = PPOTrainer(
+        job,
+        WeightPaths(train=directory / "demo" / "hf_model"),
+        TrainerPaths(directory / "data.mindrecord", directory / "save", directory / "experience.mindrecord"),
+        Runtime(rank=0, world_size=1),
+        tokenizer=tokenizer,
+        verify_sync=True,
+    )
+    # As if the infer checkpoint were another one: the trainer must not begin with two policies.
+    trainer.ppo_model_infer.load({name: 1.5 * array for name, array in trainer.ppo_model_infer.shards()})
+    recorder = Recorder(trainer)
+    last = trainer.train()
+    return Run(
+        trainer,
+        recorder,
+        directory / "demo" / "hf_model",
+        directory / "save",
+        directory,
+        last,
+        json_lines(directory / "save" / "metrics.jsonl"),
+        json_lines(directory / "save" / "samples.jsonl"),
+        trainer.weight_sync.differences(),
+        summary.counts.rows,
+    )
+
+
+def response_mask(rollout: Rollout) -> np.ndarray:
+    return np.arange(RESPONSE) < rollout.response_lengths[:, None]
+
+
+def worst_ratio(run: Run, iteration: int) -> float:
+    rollout, logprobs = run.recorder.rollouts[iteration], run.recorder.logprobs[iteration]
+    ratio = np.exp(logprobs.astype(np.float64) - rollout.logprobs)
+    return float(np.abs(ratio - 1)[response_mask(rollout)].max())
+
+
+def test_ratio_is_one_before_the_first_update(run: Run) -> None:
+    assert len(set(run.recorder.rollouts[0].prompt_lengths.tolist())) > 1, (
+        "prompts must differ in their padding"
+    )
+    assert run.recorder.logprobs[0][response_mask(run.recorder.rollouts[0])].std() > 0.5
+    assert worst_ratio(run, 0) < 1e-4
+    assert run.metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-4), "nor is there any KL"
+
+
+def test_infer_equals_train_after_the_sync(run: Run) -> None:
+    assert np.abs(run.recorder.experiences[1].kl).max() > 0.1, "the policy must have left the reference"
+    assert worst_ratio(run, 1) < 1e-4
+    assert run.differences == []
+
+
+def test_rollouts_are_whole(run: Run) -> None:
+    stops = set(range(0, VALID, 5))
+    for batch, rollout in zip(run.recorder.batches, run.recorder.rollouts, strict=True):
+        np.testing.assert_array_equal(rollout.tokens[:, :PROMPT], batch.prompt_ids)
+        responses = rollout.tokens[:, PROMPT:]
+        for response, length, stopped in zip(
+            responses, rollout.response_lengths, rollout.stopped, strict=True
+        ):
+            assert (response[:length] < VALID).all()
+            assert (response[length:] == run.trainer.config.pad_token_id).all()
+            assert not stops & set(response[: length - 1].tolist())
+            assert (int(response[length - 1]) in stops) == bool(stopped)
+            assert stopped or length == RESPONSE
+        assert (rollout.logprobs[~response_mask(rollout)] == 0).all()
+    lengths = np.concatenate([rollout.response_lengths for rollout in run.recorder.rollouts])
+    assert lengths.min() < RESPONSE, "some response must have stopped"
+
+
+def test_each_iteration_has_new_prompts(run: Run) -> None:
+    ids = [set(batch.sample_ids.tolist()) for batch in run.recorder.batches]
+    assert run.prompt_rows >= 2 * BATCH
+    assert [len(part) for part in ids] == [BATCH, BATCH]
+    assert not ids[0] & ids[1]
+
+
+def test_metrics_of_both_iterations(run: Run) -> None:
+    assert [line["iteration"] for line in run.metrics] == [1, 2]
+    assert [line["episode"] for line in run.metrics] == [BATCH, 2 * BATCH]
+    for line, rollout, experience in zip(
+        run.metrics, run.recorder.rollouts, run.recorder.experiences, strict=True
+    ):
+        assert all(np.isfinite(value) for value in line.values())
+        assert line["response/length"] == rollout.response_lengths.mean()
+        assert line["objective/kl"] == pytest.approx(experience.kl.sum(axis=1).mean(), rel=1e-5)
+        assert line["value/error"] > 0
+        assert line["grad_norm"] > 0
+        assert line["grad_norm/critic"] > 0
+        assert 0 < line["time/rollout"] + line["time/train"] < line["time/iteration"]
+    # The cosine over 8 steps, without warm-up: 0.1 of 8 steps is none. Steps are counted from 0.
+    angles = np.pi * np.array([3, 7]) / 8
+    expected = 1e-5 + (5e-3 - 1e-5) * 0.5 * (1 + np.cos(angles))
+    np.testing.assert_allclose([line["lr"] for line in run.metrics], expected, rtol=1e-4)
+
+
+def test_adaptive_kl_coefficient_is_adapted_once_an_iteration(run: Run) -> None:
+    first, second = (line["objective/kl_coef"] for line in run.metrics)
+    assert first == 0.02
+    assert second == pytest.approx(0.02 * (1 - 0.2 * BATCH / 10_000), rel=1e-9)  # KL was 0: e = -0.2
+
+
+def test_samples_are_text(run: Run) -> None:
+    assert [sample["iteration"] for sample in run.samples] == [1, 1, 2, 2]
+    for sample, iteration, row in zip(run.samples, (0, 0, 1, 1), (0, BATCH - 1) * 2, strict=True):
+        rollout = run.recorder.rollouts[iteration]
+        assert sample["sample_id"] == rollout.sample_ids[row]
+        end = PROMPT + rollout.response_lengths[row]
+        assert run.trainer.tokenizer is not None
+        assert sample["response"] == run.trainer.tokenizer.decode(rollout.tokens[row, PROMPT:end].tolist())
+        assert "<|im_start|>user" in sample["prompt"]
+        assert np.isfinite(sample["score"])
+
+
+def test_what_a_run_leaves_behind(run: Run) -> None:
+    assert sorted(path.name for path in run.save.iterdir()) == [
+        *("curves.png", "iteration_000001", "iteration_000002", "metrics.jsonl", "samples.jsonl"),
+    ]
+    assert run.last == run.save / "iteration_000002"
+    state = json.loads((run.last / "state.json").read_text())
+    assert state["iteration"] == 2
+    saved = load_shard(run.last / "policy", run.trainer.ppo_model_train.layouts, 0)
+    start = load_shard(run.model, run.trainer.ppo_model_train.layouts, 0)
+    for name, array in saved.items():
+        assert (array != start[name]).any(), f"{name} was not trained"
+
+
+def test_experience_files_hold_what_was_learnt_from(run: Run) -> None:
+    for number, (rollout, experience) in enumerate(
+        zip(run.recorder.rollouts, run.recorder.experiences, strict=True), start=1
+    ):
+        file = run.experience / f"experience_iteration_{number:06d}.mindrecord"
+        found = read_columns(file, ["tokens", "logprobs", "advantages"])
+        np.testing.assert_array_equal(found["tokens"], rollout.tokens)
+        np.testing.assert_array_equal(found["logprobs"], rollout.logprobs)
+        np.testing.assert_array_equal(found["advantages"], experience.advantages)
+
+
+def test_reward_model_and_critic_start_from_the_policy_with_heads_of_their_own(run: Run) -> None:
+    models = run.trainer.models
+    assert models.critic is not None
+    reward, critic = dict(models.reward.shards()), dict(models.critic.shards())
+    start = load_shard(run.model, models.ref.layouts, 0)
+    np.testing.assert_array_equal(reward[EMBEDDING], start[EMBEDDING])
+    np.testing.assert_array_equal(dict(models.ref.shards())[EMBEDDING], start[EMBEDDING])
+    assert np.abs(reward[SCORE_HEAD_WEIGHT]).max() > 0
+    assert (critic[SCORE_HEAD_WEIGHT] != reward[SCORE_HEAD_WEIGHT]).any()
+
+
+def test_resumed_iteration_equals_the_uninterrupted_one(run: Run) -> None:
+    """Last of all, since it trains the module's models again."""
+    trainer, recorder = run.trainer, run.recorder
+    finished = {name: array.copy() for name, array in trainer.ppo_model_train.shards()}
+    trainer.ppo_model_train.load({name: array * 0 + 0.1 for name, array in finished.items()})
+    trainer.sync()
+
+    trainer.resume(run.save / "iteration_000001")
+    assert trainer.iteration == 1
+    trainer.train()
+
+    np.testing.assert_array_equal(recorder.batches[2].sample_ids, recorder.batches[1].sample_ids)
+    np.testing.assert_array_equal(recorder.rollouts[2].tokens, recorder.rollouts[1].tokens)
+    again = json_lines(run.save / "metrics.jsonl")
+    assert [line["iteration"] for line in again] == [1, 2]
+    assert again[0] == run.metrics[0]
+    assert again[1].keys() == run.metrics[1].keys()
+    for name, value in run.metrics[1].items():
+        if not name.startswith(TIMES):
+            assert again[1][name] == value, name
+    for name, array in trainer.ppo_model_train.shards():
+        np.testing.assert_array_equal(array, finished[name], err_msg=name)
+    assert [sample["iteration"] for sample in json_lines(run.save / "samples.jsonl")] == [1, 1, 2, 2]
