@@ -1,10 +1,10 @@
 """The Qwen2 decoder in the form generation wants: fused weights, KV cache, a few large operations.
 
-It computes what the training network computes, with another storage. Weights lie ``(in, out)``: with the
-few rows of a decode step, that product runs at memory speed on CPU, ``(out, in)`` several times slower.
-Query, key and value of one key/value head lie together, ``[q .. q | k | v]`` (called slots: G + 2 of them
-for G queries a key/value head), so that one product, one rotation and one split serve a layer.
-:mod:`mindrlhf.models.infer_weights` maps the canonical parameters to this storage and back.
+It computes what the training network computes, with another storage: the rows of query, key and value
+that belong to one key/value head lie together, ``[q .. q | k | v]`` (called slots: G + 2 of them for G
+queries a key/value head), so that one product and one rotation serve all three; gate and up
+projection are one product. :mod:`mindrlhf.models.infer_weights` maps the canonical parameters to this
+storage and back.
 
 Letters: B rows, P prompt columns, S cache columns, H hidden, D head size, N key/value heads of this
 rank, G queries per key/value head, I intermediate size of this rank.
@@ -59,7 +59,8 @@ class FusedLayer(nn.Cell):
             sizes.rows, sizes.kv_heads, sizes.columns, sizes.head_dim, sizes.compute_dtype, f"{name}.cache"
         )
         self.attend = attend
-        self.split_gate = ops.Split(axis=1, output_num=2)
+        self.split_rows = ops.Split(axis=0, output_num=2)
+        self.split_columns = ops.Split(axis=1, output_num=2)
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
@@ -77,7 +78,7 @@ class FusedLayer(nn.Cell):
             mask: 0 where a key may be seen, else a large negative number, (B * N, G, S).
         """
         sizes = self.sizes
-        fused = self.rotary(self.qkv(self.attention_norm(x)), cos, sin)
+        fused = self.rotary(self.qkv.few(self.attention_norm(x)), cos, sin)
         fused = ops.reshape(fused, (-1, sizes.slots, sizes.head_dim))
         heads = sizes.rows * sizes.kv_heads
         queries = ops.slice(fused, (0, 0, 0), (heads, sizes.queries, sizes.head_dim))
@@ -89,7 +90,9 @@ class FusedLayer(nn.Cell):
         scores = ops.cast(self.scores(queries, keys), sizes.softmax_dtype) + mask
         weights = ops.cast(self.softmax(scores), sizes.compute_dtype)
         mixed = ops.reshape(self.mix(weights, values), (-1, sizes.attention))
-        return self._feed_forward(x + self._sum(self.out(mixed)))
+        x = x + self._sum(self.out.few(mixed))
+        gate, up = self.split_rows(self.gate_up.to_columns(self.ffn_norm(x)))
+        return x + self._sum(self.down.from_columns(swiglu(gate, up)))
 
     def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
         """All prompt columns, which also become the cache.
@@ -111,13 +114,9 @@ class FusedLayer(nn.Cell):
         keys = ops.reshape(keys, (heads, columns, size))
         values = ops.reshape(values, (heads, columns, size))
         self.cache.fill(keys, values)
-        mixed = self.attend(queries, keys, values, visible)
-        return self._feed_forward(x + self._sum(self.out(mixed)))
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        """``x + down(silu(gate) * up)`` (SwiGLU, arXiv 2002.05202)."""
-        gate, up = self.split_gate(self.gate_up(self.ffn_norm(x)))
-        return x + self._sum(self.down(gate * ops.sigmoid(gate) * up))
+        x = x + self._sum(self.out(self.attend(queries, keys, values, visible)))
+        gate, up = self.split_columns(self.gate_up(self.ffn_norm(x)))
+        return x + self._sum(self.down(swiglu(gate, up)))
 
     def _sum(self, x: Tensor) -> Tensor:
         """Adds the partial products of the ranks."""
@@ -206,6 +205,11 @@ class PrefillAttention(nn.Cell):
         return ops.reshape(mixed, queries.shape)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, any equal shapes (arXiv 2002.05202)."""
+    return gate * ops.sigmoid(gate) * up
+
+
 class FusedDecoder(nn.Cell):
     """All parameters and caches, and the two passes over them; both give the last column's logits."""
 
@@ -213,7 +217,7 @@ class FusedDecoder(nn.Cell):
         super().__init__()
         self.sizes = sizes
         self.tied = config.tie_word_embeddings
-        self.embedding = Embedding(sizes, groups, tied=self.tied)
+        self.embedding = Embedding(sizes, groups, "infer.embedding")
         self.rotary = Rotary(sizes, config.theta)
         self.attend = PrefillAttention(sizes)
         self.layers = nn.CellList(
@@ -224,8 +228,8 @@ class FusedDecoder(nn.Cell):
         )
         self.norm = RMSNorm(sizes, "infer.norm")
         if not self.tied:
-            self.head = frozen_parameter((sizes.hidden, sizes.vocab), sizes.param_dtype, "infer.head.weight")
-        self.matmul = ops.MatMul()
+            self.head = frozen_parameter((sizes.vocab, sizes.hidden), sizes.param_dtype, "infer.head.weight")
+        self.matmul = ops.MatMul(transpose_b=True)
         self.cache_columns = Tensor(np.arange(sizes.columns, dtype=np.int32)[None])
         self.prompt_columns = Tensor(np.arange(sizes.prompt_columns, dtype=np.int32)[None])
 
@@ -260,5 +264,6 @@ class FusedDecoder(nn.Cell):
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
+        """``x`` (B, H) -> (B, V / mp); see :class:`Linear` for the order of the factors."""
         head = self.embedding.weight if self.tied else self.head
-        return self.matmul(self.norm(x), ops.cast(head, self.sizes.compute_dtype))
+        return ops.transpose(self.matmul(ops.cast(head, self.sizes.compute_dtype), self.norm(x)), (1, 0))

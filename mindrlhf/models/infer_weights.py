@@ -1,4 +1,4 @@
-"""Canonical parameters <-> the fused, transposed storage of the generation network.
+"""Canonical parameters <-> the fused storage of the generation network.
 
 Every fused parameter is a permutation of the numbers of one or more canonical ones, so the way there and
 back is exact to the bit. Loading writes into the existing parameters: compiled graphs stay valid.
@@ -99,36 +99,34 @@ class FusedWeights:
 
 
 def _fused_parameters(decoder: FusedDecoder, config: ModelConfig) -> Iterator[_Fused]:
-    yield _single(decoder.embedding.weight, EMBEDDING, transposed=decoder.tied)
+    yield _single(decoder.embedding.weight, EMBEDDING)
     for index, layer in enumerate(decoder.layers):
         yield from _layer_parameters(layer, decoder.sizes, config, layer_prefix(index))
-    yield _single(decoder.norm.weight, FINAL_NORM, transposed=False)
+    yield _single(decoder.norm.weight, FINAL_NORM)
     if not decoder.tied:
-        yield _single(decoder.head, LM_HEAD, transposed=True)
+        yield _single(decoder.head, LM_HEAD)
 
 
 def _layer_parameters(
     layer: FusedLayer, sizes: LocalSizes, config: ModelConfig, prefix: str
 ) -> Iterator[_Fused]:
     attention, feed_forward = prefix + "attention.", prefix + "feed_forward."
-    yield _single(layer.attention_norm.weight, prefix + "attention_norm.weight", transposed=False)
+    yield _single(layer.attention_norm.weight, prefix + "attention_norm.weight")
     yield _projection(layer.qkv.weight, attention, "weight", sizes)
     if config.qkv_has_bias:
         yield _projection(layer.qkv.bias, attention, "bias", sizes)
-    yield _single(layer.out.weight, attention + "wo.weight", transposed=True)
-    yield _single(layer.ffn_norm.weight, prefix + "ffn_norm.weight", transposed=False)
+    yield _single(layer.out.weight, attention + "wo.weight")
+    yield _single(layer.ffn_norm.weight, prefix + "ffn_norm.weight")
     yield _Fused(
         layer.gate_up.weight,
         (feed_forward + "w1.weight", feed_forward + "w3.weight"),
-        lambda parts: np.concatenate(parts).T,
-        lambda whole: np.split(whole.T, 2),
+        np.concatenate,
+        lambda whole: np.split(whole, 2),
     )
-    yield _single(layer.down.weight, feed_forward + "w2.weight", transposed=True)
+    yield _single(layer.down.weight, feed_forward + "w2.weight")
 
 
-def _single(parameter: Parameter, name: str, *, transposed: bool) -> _Fused:
-    if transposed:
-        return _Fused(parameter, (name,), lambda parts: parts[0].T, lambda whole: [whole.T])
+def _single(parameter: Parameter, name: str) -> _Fused:
     return _Fused(parameter, (name,), lambda parts: parts[0], lambda whole: [whole])
 
 
@@ -142,12 +140,11 @@ def _projection(parameter: Parameter, prefix: str, kind: str, sizes: LocalSizes)
             part.reshape(sizes.kv_heads, count, sizes.head_dim, *inputs)
             for part, count in zip(parts, counts, strict=True)
         ]
-        return np.concatenate(slots, axis=1).reshape(-1, *inputs).T
+        return np.concatenate(slots, axis=1).reshape(-1, *inputs)
 
     def split(whole: np.ndarray) -> Sequence[np.ndarray]:
-        rows = whole.T
-        inputs = rows.shape[1:]
-        slots = rows.reshape(sizes.kv_heads, sizes.slots, sizes.head_dim, *inputs)
+        inputs = whole.shape[1:]
+        slots = whole.reshape(sizes.kv_heads, sizes.slots, sizes.head_dim, *inputs)
         parts = np.split(slots, np.cumsum(counts)[:-1], axis=1)
         return [part.reshape(-1, *inputs) for part in parts]
 

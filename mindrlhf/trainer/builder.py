@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,10 @@ def build_models(
     if with_reward_model:
         reward = RewardModel(job.reward.model, groups["reward"], prompt_length=ppo.max_prompt_length)
     if not shared:
-        critic = CriticModel(job.critic.model, groups["critic"], prompt_length=ppo.max_prompt_length)
+        # Its YAML may be one for inference, with bfloat16 weights; steps of a small learning rate would be
+        # lost in their rounding, so what is trained is kept in float32.
+        trained = replace(job.critic.model, param_init_type="float32")
+        critic = CriticModel(trained, groups["critic"], prompt_length=ppo.max_prompt_length)
 
     infer.load(_shards(weights.infer, job_layouts(job)["infer_policy"], rank, "infer policy"))
     _fill(train, weights.train, ppo.seed, rank, "train policy", "critic")

@@ -120,6 +120,7 @@ def run_ppo(options: JobOptions) -> Path:
     litter = tempfile.mkdtemp(prefix="mindrlhf_")
     atexit.register(shutil.rmtree, litter, ignore_errors=True)
     os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)  # where MindFormers puts its log when imported
+    os.environ.setdefault("MS_OM_PATH", litter)  # where MindSpore puts what a failed compilation leaves
     os.environ.setdefault("GLOG_v", "3")
     world_size = env_world_size()
     if not options.use_parallel and world_size > 1:

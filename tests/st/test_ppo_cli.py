@@ -358,7 +358,10 @@ def test_export_loads_in_transformers_and_holds_the_merged_shards(
 
 
 REFUSALS: dict[str, Mapping[str, Any]] = {
-    "wrong world size": {"layouts": ((1, 4), (2, 2)), "says": ["dp", "4", "msrun"]},
+    "wrong world size": {
+        "layouts": ((1, 4), (2, 2)),
+        "says": ["data_parallel 2 x model_parallel 2 = 4 ranks", "--use_parallel False"],
+    },
     "missing checkpoint": {
         "flags": ["--load_sft_checkpoint_train", "no/such.ckpt"],
         "says": ["no/such.ckpt"],
@@ -376,7 +379,6 @@ REFUSALS: dict[str, Mapping[str, Any]] = {
         "flags": ["--set", "gama=0.9", "--set", "ppo_epochs=many"],
         "says": ["2 configuration errors", "gama", "gamma", "ppo_epochs", "many"],
     },
-    "several workers alone": {"layouts": ((1, 2), (2, 1)), "flags": [], "says": ["2"]},
 }
 
 

@@ -283,7 +283,12 @@ def test_reward_model_and_critic_start_from_the_policy_with_heads_of_their_own(r
 
 
 def test_resumed_iteration_equals_the_uninterrupted_one(run: Run) -> None:
-    """Last of all, since it trains the module's models again."""
+    """Last of all, since it trains the module's models again.
+
+    State comes back to the bit (test_checkpointing.py), but MindSpore's CPU kernels repeat a forward pass
+    only to about 1e-6 (seen with one thread too), so what is computed from it has a tolerance. Moments or
+    steps that were lost would move weights by 1e-3.
+    """
     trainer, recorder = run.trainer, run.recorder
     finished = {name: array.copy() for name, array in trainer.ppo_model_train.shards()}
     trainer.ppo_model_train.load({name: array * 0 + 0.1 for name, array in finished.items()})
@@ -301,7 +306,7 @@ def test_resumed_iteration_equals_the_uninterrupted_one(run: Run) -> None:
     assert again[1].keys() == run.metrics[1].keys()
     for name, value in run.metrics[1].items():
         if not name.startswith(TIMES):
-            assert again[1][name] == value, name
+            assert again[1][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     for name, array in trainer.ppo_model_train.shards():
-        np.testing.assert_array_equal(array, finished[name], err_msg=name)
+        np.testing.assert_allclose(array, finished[name], atol=1e-4, rtol=0, err_msg=name)
     assert [sample["iteration"] for sample in json_lines(run.save / "samples.jsonl")] == [1, 1, 2, 2]
