@@ -77,9 +77,12 @@ class TrainingCheckpoints:
         if self.rank == 0:
             with atomic_file(temporary / STATE_FILE) as file:
                 file.write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
+            replaced = final.with_name(f".{final.name}.old")
+            shutil.rmtree(replaced, ignore_errors=True)
             if final.exists():
-                shutil.rmtree(final)
+                final.rename(replaced)
             temporary.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             self._remove_old(keep_always=final)
         exchange.barrier()
         return final
@@ -96,10 +99,15 @@ class TrainingCheckpoints:
                 f"{directory}: no {STATE_FILE}, so this is no whole checkpoint; "
                 "name an iteration_NNNNNN directory"
             )
+        try:
+            state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{state_file}: damaged ({error}); resume from another checkpoint"
+            ) from error
         for name, model, optimizer in _trained(models, update):
             model.load(load_shard(directory / name, model.layouts, self.rank))
             _load_optimizer(directory / f"{name}_optimizer", optimizer, model, self.rank)
-        state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
         return state
 
     def _remove_old(self, keep_always: Path) -> None:

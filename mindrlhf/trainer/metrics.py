@@ -19,8 +19,8 @@ def rollout_metrics(
     """What is known before the update.
 
     ``objective/kl``: per-sequence sum of the KL estimate, batch mean, in nats. ``objective/entropy``:
-    per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/rlhf_reward``: score plus
-    ``objective/non_score_reward``. ``value/explained_var``: of the returns, by the values before the update.
+    per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/rlhf_reward``: sum of the
+    token rewards, so score plus ``objective/non_score_reward``, less a missing stop's penalty. ``value/explained_var``: of the returns, by the values before the update.
     """
     non_score = -kl_coef * experience.kl.sum(axis=1, dtype=np.float64)
     return {
@@ -30,7 +30,7 @@ def rollout_metrics(
         "objective/non_score_reward": float(non_score.mean()),
         "objective/scores": float(scores.scores.mean(dtype=np.float64)),
         "objective/scores_std": float(scores.scores.std(dtype=np.float64)),
-        "objective/rlhf_reward": float((scores.scores + non_score).mean()),
+        "objective/rlhf_reward": float(experience.rewards.sum(axis=1, dtype=np.float64).mean()),
         "value/explained_var": explained_variance(experience.old_values, experience.returns, experience.mask),
         "response/length": float(rollout.response_lengths.mean()),
         "response/eos_rate": float(rollout.stopped.mean()),

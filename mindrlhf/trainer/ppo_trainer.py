@@ -124,8 +124,9 @@ class PPOTrainer:
         different = self.weight_sync.differences()
         if different:
             logger.warning(
-                "%d parameter(s) of the infer checkpoint differ from the train checkpoint (first: %s); the "
-                "train checkpoint's are used for both",
+                "%d parameter(s) of the infer checkpoint differ from the train checkpoint (first: %s); both "
+                "policies take the train checkpoint's. The reference is --load_ref_checkpoint or, when that "
+                "is not given, the infer checkpoint",
                 len(different),
                 different[0],
             )

@@ -40,7 +40,8 @@ class RunRecords:
         """Goes on after ``iteration``: keeps the lines up to it, drops those of a run that was cut short."""
         for name in (METRICS_FILE, SAMPLES_FILE):
             path = self.directory / name
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+            lines = text.split("\n")[:-1]  # not splitlines: a sample may hold other line ends, U+2028
             kept = [line for line in lines if _iteration_of(line) <= iteration]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

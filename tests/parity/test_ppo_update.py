@@ -294,7 +294,7 @@ def torch_update(policy: Any, critic: Any | None, experience: Experience) -> Exp
             "value": values,
         }
         for name, term in terms.items():
-            sums[name].append(float(term.double().sum()))
+            sums[name].append(float(term.detach().double().sum()))
         sums["tokens"].append(float(mask.sum()))
         sums["norms"].append(norms)  # type: ignore[arg-type]
     ours = our_names(policy, critic)
