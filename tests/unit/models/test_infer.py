@@ -175,7 +175,7 @@ def test_micro_batches_give_what_one_batch_gives() -> None:
         model.load(shards)
         outputs.append(model.generate(*case))
     for whole, parts in zip(*outputs, strict=True):
-        np.testing.assert_allclose(whole, parts, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(whole, parts, atol=1e-5, rtol=0)
     assert len(set(outputs[0].lengths.tolist())) > 1
 
 
