@@ -13,7 +13,8 @@ several times that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from mindspore import Tensor
@@ -29,7 +30,11 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class ReplicaMismatchError(RuntimeError):
-    """Ranks that should hold equal copies of a tensor do not."""
+    """Ranks that should hold equal copies of a tensor do not; ``names`` says which tensors."""
+
+    def __init__(self, names: Sequence[str], message: str) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 def checksums(
@@ -93,19 +98,20 @@ def _combine(names: list[str], gathered: np.ndarray, layouts: Mapping[str, Layou
     with np.errstate(over="ignore"):
         totals = gathered.sum(axis=0, dtype=np.uint64)
     result: dict[str, int] = {}
-    unequal: list[str] = []
+    unequal: dict[str, str] = {}
     for column, name in enumerate(names):
         if layouts[name].is_split:
             result[name] = int(totals[column])
             continue
         copies = gathered[:, column]
         if (copies != copies[0]).any():
-            unequal.append(f"{name}: " + ", ".join(f"{int(copy):016x}" for copy in copies))
+            unequal[name] = f"{name}: " + ", ".join(f"{int(copy):016x}" for copy in copies)
         result[name] = int(copies[0])
     if unequal:
         raise ReplicaMismatchError(
+            list(unequal),
             "copies of a tensor differ between the ranks of a model-parallel group "
-            "(checksums in rank order):\n  " + "\n  ".join(unequal)
+            "(checksums in rank order):\n  " + "\n  ".join(unequal.values()),
         )
     return result
 
@@ -115,8 +121,14 @@ def _gather(parts: np.ndarray, groups: Groups) -> np.ndarray:
     if groups.mp_group is None or parts.size == 0:
         return parts[None]
     # AllGather on CPU knows no 64-bit integer, so each travels as two of 32 bits.
-    halves = GroupAllGather(groups)(Tensor(parts.view(np.int32))).asnumpy()
+    halves = _gather_cell(groups)(Tensor(parts.view(np.int32))).asnumpy()
     return np.ascontiguousarray(halves).view(np.uint64).reshape(groups.mesh.mp, parts.size)
+
+
+@cache
+def _gather_cell(groups: Groups) -> GroupAllGather:
+    """One cell a group, so that its graph is compiled once."""
+    return GroupAllGather(groups)
 
 
 def _weighted_sum(bits: np.ndarray, weights: list[np.ndarray]) -> np.uint64:

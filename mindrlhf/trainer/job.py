@@ -117,10 +117,6 @@ def run_ppo(options: JobOptions) -> Path:
             model is built.
     """
     data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
-    litter = tempfile.mkdtemp(prefix="mindrlhf_")
-    atexit.register(shutil.rmtree, litter, ignore_errors=True)
-    os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)  # where MindFormers puts its log when imported
-    os.environ.setdefault("MS_OM_PATH", litter)  # where MindSpore puts what a failed compilation leaves
     os.environ.setdefault("GLOG_v", "3")
     world_size = env_world_size()
     if not options.use_parallel and world_size > 1:
@@ -142,6 +138,7 @@ def run_ppo(options: JobOptions) -> Path:
     from mindrlhf.trainer.records import check_fresh
     from mindrlhf.trainer.runtime import check_device, start_runtime
 
+    litter = _litter_directory()
     weights = WeightPaths(
         infer=options.load_sft_checkpoint_infer,
         train=options.load_sft_checkpoint_train,
@@ -180,6 +177,15 @@ def run_ppo(options: JobOptions) -> Path:
     if options.export_hf_dir is not None:
         _export(options, trainer, last)
     return last
+
+
+def _litter_directory() -> str:
+    """A temporary directory, removed at exit, for what MindSpore and MindFormers write unasked."""
+    litter = tempfile.mkdtemp(prefix="mindrlhf_")
+    atexit.register(shutil.rmtree, litter, ignore_errors=True)
+    os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)  # MindFormers' log, made when it is imported
+    os.environ.setdefault("MS_OM_PATH", litter)  # what a failed compilation leaves
+    return litter
 
 
 def _required(options: JobOptions, flag: str) -> Path:

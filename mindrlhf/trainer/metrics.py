@@ -20,8 +20,8 @@ def rollout_metrics(
 
     ``objective/kl``: per-sequence sum of the KL estimate, batch mean, in nats. ``objective/entropy``:
     per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/rlhf_reward``: sum of the
-    token rewards, so score plus ``objective/non_score_reward``, less a missing stop's penalty. ``value/explained_var``: of
-    the returns, by the values before the update.
+    token rewards, so score plus ``objective/non_score_reward``, less the penalty of a missing stop.
+    ``value/explained_var``: of the returns, by the values before the update.
     """
     non_score = -kl_coef * experience.kl.sum(axis=1, dtype=np.float64)
     return {

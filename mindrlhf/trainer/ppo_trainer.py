@@ -6,6 +6,7 @@ same ranks, and runs the loop of InstructGPT (arXiv 2203.02155).
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class PPOTrainer:
             runtime.rank,
             with_reward_model=reward_function is None or weights.reward is not None,
         )
+        # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
+        gc.freeze()
         self.ppo_model_infer, self.ppo_model_train = self.models.infer, self.models.train
         infer_layouts = job_layouts(job)["infer_policy"]
         self.infer_mesh = next(iter(infer_layouts.values())).mesh

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from mindspore import Tensor
 
 from mindrlhf.models.infer import PPOModelInfer
 from mindrlhf.models.train import PPOModelTrain
-from mindrlhf.parallel.checksum import checksums
+from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.parallel.reshard import Resharder
@@ -75,6 +75,20 @@ class WeightSync:
             (name, array.astype(stored[name])) for name, array in self.train.shards(self.infer_layouts)
         )
         train_layouts = {name: self.train.layouts[name] for name in self.infer_layouts}
-        trained = checksums(train_shards, train_layouts, self.train.groups)
-        generating = checksums(self.infer.shards(), self.infer_layouts, self.infer_groups)
+        unequal: set[str] = set()
+
+        def totals(
+            shards: Iterable[tuple[str, np.ndarray]], layouts: dict[str, Layout], groups: Groups
+        ) -> dict[str, int]:
+            # A group that finds unequal copies must go on to the exchange that the other groups wait in.
+            try:
+                return checksums(shards, layouts, groups)
+            except ReplicaMismatchError as error:
+                unequal.update(error.names)
+                return {}
+
+        trained = totals(train_shards, train_layouts, self.train.groups)
+        generating = totals(self.infer.shards(), self.infer_layouts, self.infer_groups)
+        if unequal:
+            return [name for name in self.infer_layouts if name in unequal]
         return [name for name in self.infer_layouts if trained[name] != generating[name]]

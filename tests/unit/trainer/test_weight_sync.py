@@ -8,6 +8,7 @@ from mindspore import Tensor
 
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.train import PPOModelTrain
+from mindrlhf.parallel.checksum import ReplicaMismatchError
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import build_infer
@@ -61,3 +62,25 @@ def test_verify_names_a_weight_that_differs_in_its_last_bit(weight_sync: WeightS
     assert weight_sync.differences() == [name]
     weight_sync.sync()
     weight_sync.verify(EXCHANGE)
+
+
+def test_unequal_copies_reach_the_exchange_that_the_other_ranks_wait_in(
+    weight_sync: WeightSync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group whose copies of a whole tensor differ must not raise before ``verify`` has told all ranks."""
+    weight_sync.sync()
+
+    def unequal(shards: object, layouts: object, groups: object) -> dict[str, int]:
+        raise ReplicaMismatchError(["model.norm_out.weight"], "copies differ")
+
+    monkeypatch.setattr("mindrlhf.trainer.weight_sync.checksums", unequal)
+    told: list[int] = []
+
+    class Exchange(HostExchange):
+        def every_rank(self, array: np.ndarray) -> np.ndarray:
+            told.append(int(array[0]))
+            return super().every_rank(array)
+
+    with pytest.raises(MindRLHFError, match=r"model\.norm_out\.weight"):
+        weight_sync.verify(Exchange(Runtime(0, 1)))
+    assert told == [1]
