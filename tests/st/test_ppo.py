@@ -51,9 +51,9 @@ class Case:
         return f"dp1mp1_dp1mp1_{self.critic}"
 
 
-# How a batch is cut into passes differs on purpose: that may not matter either.
 BOTH = {SPLIT: (SPLIT, 2), REPLICATED: (REPLICATED, 2)}
 
+# How a batch is cut into passes differs on purpose: that may not matter either.
 CASES = {
     case.name: case
     for case in (
