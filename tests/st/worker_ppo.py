@@ -192,6 +192,7 @@ def refusal(trainer: PPOTrainer, parameter: str, broken_rank: int) -> str:
         trainer.weight_sync.verify(trainer.exchange)
     except MindRLHFError as error:
         message = str(error)
+    trainer.weight_sync.sync()
     return message
 
 
