@@ -11,7 +11,7 @@ from mindrlhf.checkpoint.views import bullet_list
 from mindrlhf.checkpoint.writing import check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig, RunConfig
-from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.parameters import mesh_of
 from mindrlhf.utils.errors import CheckpointError
 
 
@@ -67,11 +67,6 @@ def transform_checkpoint(
             overwrite=overwrite,
             description="writing",
         )
-
-
-def mesh_of(run: RunConfig) -> Mesh:
-    """The grid of ranks that a YAML's ``parallel_config`` asks for."""
-    return Mesh(run.parallel.data_parallel, run.parallel.model_parallel)
 
 
 def _common_model(source: RunConfig | None, target: RunConfig | None) -> ModelConfig:
