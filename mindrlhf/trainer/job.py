@@ -21,6 +21,7 @@ from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
 from mindrlhf.utils.timers import Timer
 
 if TYPE_CHECKING:
+    from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer
     from mindrlhf.trainer.reward_function import RewardFunction
 
@@ -116,36 +117,43 @@ def run_ppo(options: JobOptions) -> Path:
         MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
             model is built.
     """
-    data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
     os.environ.setdefault("GLOG_v", "3")
-    world_size = env_world_size()
-    if not options.use_parallel and world_size > 1:
-        raise MindRLHFError(
-            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or "
-            "start the script without msrun"
-        )
-    job = read_job(options, world_size)
-
+    data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
+    job = _read_job_of_workers(options)
     if is_scheduler():
         # Checked like a worker, so that it ends with them on a fault; from here on it only serves them.
         from mindspore.communication import init
 
         init()
         return save
+    trainer = _make_trainer(options, job, data, save)
+    if options.resume_from is not None:
+        trainer.resume(options.resume_from)
+    last = trainer.train()
+    if options.export_hf_dir is not None:
+        _export(options, trainer, last)
+    return last
 
-    from mindrlhf.trainer.builder import WeightPaths
+
+def _read_job_of_workers(options: JobOptions) -> JobConfig:
+    """The configuration, checked against the number of workers that msrun has started."""
+    world_size = env_world_size()
+    if not options.use_parallel and world_size > 1:
+        raise MindRLHFError(
+            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or "
+            "start the script without msrun"
+        )
+    return read_job(options, world_size)
+
+
+def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -> PPOTrainer:
+    """Checks what the flags name, then takes the device, joins the other workers and builds the models."""
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
     from mindrlhf.trainer.records import check_fresh
     from mindrlhf.trainer.runtime import check_device, start_runtime
 
     litter = _litter_directory()
-    weights = WeightPaths(
-        infer=options.load_sft_checkpoint_infer,
-        train=options.load_sft_checkpoint_train,
-        ref=options.load_ref_checkpoint,
-        reward=options.load_rm_checkpoint,
-        critic=options.load_critic_checkpoint,
-    ).checked()
+    weights = _weight_paths(options)
     if options.resume_from is None:
         check_fresh(save)
     tokenizer = _tokenizer(options, job)
@@ -153,11 +161,11 @@ def run_ppo(options: JobOptions) -> Path:
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
     check_device(job.train.context)
-    cache = options.compile_cache_path or save / "compile_cache" if options.enable_compile_cache else None
+    cache = options.compile_cache_path or save / "compile_cache"
     runtime = start_runtime(
         job.train.context,
-        use_parallel=world_size > 1,
-        cache_dir=str(cache) if cache else None,
+        use_parallel=env_world_size() > 1,
+        cache_dir=str(cache) if options.enable_compile_cache else None,
         litter_dir=litter,
     )
     with Timer() as timer:
@@ -171,12 +179,19 @@ def run_ppo(options: JobOptions) -> Path:
             reward_function=reward_function,
         )
     logger.info("models built and loaded in %.1f s", timer.seconds)
-    if options.resume_from is not None:
-        trainer.resume(options.resume_from)
-    last = trainer.train()
-    if options.export_hf_dir is not None:
-        _export(options, trainer, last)
-    return last
+    return trainer
+
+
+def _weight_paths(options: JobOptions) -> WeightPaths:
+    from mindrlhf.trainer.builder import WeightPaths
+
+    return WeightPaths(
+        infer=options.load_sft_checkpoint_infer,
+        train=options.load_sft_checkpoint_train,
+        ref=options.load_ref_checkpoint,
+        reward=options.load_rm_checkpoint,
+        critic=options.load_critic_checkpoint,
+    ).checked()
 
 
 def _litter_directory() -> str:
