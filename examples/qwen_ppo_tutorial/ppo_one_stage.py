@@ -68,11 +68,11 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument(
         "--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAMLs' device_target"
     )
-    run.add_argument("--enable_compile_cache", type=str_to_bool, default=False, help="keep compiled graphs")
     run.add_argument(
-        "--compile_cache_path",
-        type=Path,
-        help="where they are kept; default: compile_cache in --save_ckpt_dir",
+        "--enable_compile_cache",
+        type=str_to_bool,
+        default=False,
+        help="True is ignored with a warning: MindSpore 2.9.0's cached graphs train wrongly",
     )
     run.add_argument(
         "--verify_sync", type=str_to_bool, default=False, help="checksum weights after each sync"

@@ -53,7 +53,6 @@ class JobOptions:
     use_parallel: bool = True
     device_target: str | None = None
     enable_compile_cache: bool = False
-    compile_cache_path: Path | None = None
     verify_sync: bool = False
     world_size: int | None = None
 
@@ -161,11 +160,16 @@ def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
     check_device(job.train.context)
-    cache = options.compile_cache_path or save / "compile_cache"
+    if options.enable_compile_cache:
+        # Measured with MindSpore 2.9.0 on CPU: graphs from the cache keep parameters of their own, so an
+        # update no longer reaches the other graphs (KL exactly 0 after training, other losses, NaN).
+        logger.warning(
+            "--enable_compile_cache True is ignored: graphs that MindSpore 2.9.0 takes from its cache do not "
+            "share parameters, and training gives wrong numbers"
+        )
     runtime = start_runtime(
         job.train.context,
         use_parallel=env_world_size() > 1,
-        cache_dir=str(cache) if options.enable_compile_cache else None,
         litter_dir=litter,
     )
     with Timer() as timer:

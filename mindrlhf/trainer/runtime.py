@@ -40,23 +40,18 @@ def check_device(context: ContextConfig) -> None:
         )
 
 
-def start_runtime(
-    context: ContextConfig, *, use_parallel: bool, cache_dir: str | None, litter_dir: str
-) -> Runtime:
+def start_runtime(context: ContextConfig, *, use_parallel: bool, litter_dir: str) -> Runtime:
     """Chooses device and graph mode, and joins the other workers when there are any.
 
     Args:
         context: the YAML's ``context`` section.
         use_parallel: whether to initialise communication (HCCL on Ascend, MCCL on CPU).
-        cache_dir: where compiled graphs are kept between runs; ``None``: they are not.
         litter_dir: where MindSpore writes what it writes unasked.
     """
     ms.set_device(context.device_target)
     options: dict[str, object] = {"mode": ms.GRAPH_MODE, "save_graphs_path": litter_dir}
     if context.device_target != "CPU" and context.max_device_memory:
         options["max_device_memory"] = context.max_device_memory
-    if cache_dir:
-        options |= {"enable_compile_cache": True, "compile_cache_path": cache_dir}
     ms.set_context(**options)
     ms.set_recursion_limit(context.max_call_depth)
     if not use_parallel:

@@ -211,7 +211,7 @@ def main() -> None:
     context = load_run_config(next(iter(cases.values()))["train"]).context
     with tempfile.TemporaryDirectory() as litter:
         os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)
-        runtime = start_runtime(context, use_parallel=world_size > 1, cache_dir=None, litter_dir=litter)
+        runtime = start_runtime(context, use_parallel=world_size > 1, litter_dir=litter)
         results: dict[str, Any] = {"seconds/start": time.perf_counter() - begin}
         for name, case in cases.items():
             results[name] = run_case(name, case, runtime)
