@@ -108,10 +108,33 @@ def build_models(
     _fill(train, weights.train, ppo.seed, rank, "train policy", "critic")
     _fill(ref, weights.ref, ppo.seed, rank, "reference")
     if reward is not None:
-        _fill(reward, weights.reward or weights.infer, ppo.seed, rank, "reward model", "reward")
+        _fill(
+            reward,
+            weights.reward or policy_weights_for(job.reward, job, weights),
+            ppo.seed,
+            rank,
+            "reward model",
+            "reward",
+        )
     if critic is not None:
-        _fill(critic, weights.critic or weights.train, ppo.seed, rank, "critic", "critic")
+        _fill(
+            critic,
+            weights.critic or policy_weights_for(job.critic, job, weights),
+            ppo.seed,
+            rank,
+            "critic",
+            "critic",
+        )
     return PPOModels(infer, train, ref, reward, critic)
+
+
+def policy_weights_for(config: RunConfig, job: JobConfig, weights: WeightPaths) -> Path | None:
+    """Which of the policy's two checkpoints a reward model or critic without its own starts from.
+
+    Both are the same model, but rank directories fit one layout only: the train one when ``config`` splits
+    as the trained policy does, else the infer one.
+    """
+    return weights.train if mesh_of(config) == mesh_of(job.train) else weights.infer
 
 
 def job_runs(job: JobConfig) -> dict[str, RunConfig]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 
-from mindrlhf.trainer.builder import WeightPaths
+from mindrlhf.configs.schema import JobConfig, ParallelConfig, RunConfig
+from mindrlhf.trainer.builder import WeightPaths, policy_weights_for
 from mindrlhf.utils.errors import MindRLHFError
 
 
@@ -48,3 +49,17 @@ def test_all_paths_that_are_not_there_are_named_at_once(files: dict[str, Path], 
     paths = WeightPaths(infer=files["infer"], reward=tmp_path / "no_reward", critic=tmp_path / "no_critic")
     with pytest.raises(MindRLHFError, match=r"(?s)reward: .*no_reward.*critic: .*no_critic"):
         paths.checked()
+
+
+@pytest.mark.parametrize(("mp", "chosen"), [(1, "infer"), (2, "train"), (4, "infer")])
+def test_a_model_without_weights_starts_from_the_policy_of_its_own_split(
+    files: dict[str, Path], tiny_job: JobConfig, mp: int, chosen: str
+) -> None:
+    """The tutorial's critic splits as the infer policy does; train rank directories would not fit it."""
+
+    def split(config: RunConfig, size: int) -> RunConfig:
+        return replace(config, parallel=ParallelConfig(data_parallel=4 // size, model_parallel=size))
+
+    job = replace(tiny_job, infer=split(tiny_job.infer, 4), train=split(tiny_job.train, 2))
+    weights = WeightPaths(infer=files["infer"], train=files["train"])
+    assert policy_weights_for(split(tiny_job.critic, mp), job, weights) == files[chosen]
