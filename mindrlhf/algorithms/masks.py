@@ -6,8 +6,6 @@ A mask is True where a position counts.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
 
@@ -94,26 +92,3 @@ def value_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarra
         ValueError: a length does not fit the columns.
     """
     return policy_mask(response_lengths, response_columns)
-
-
-def cut_after_stop(
-    response_ids: np.ndarray, stop_token_ids: Collection[int], pad_token_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keeps each response up to and with its first stop token and pads the rest.
-
-    Args:
-        response_ids: (B, R) sampled tokens.
-        stop_token_ids: every id that ends a response.
-        pad_token_id: what to write after the stop token; may itself be a stop token.
-
-    Returns:
-        ids (B, R) of the same dtype, lengths (B,) int32 with the stop token counted (R where there is
-        none), stopped (B,) bool.
-    """
-    response_ids = np.asarray(response_ids)
-    columns = response_ids.shape[1]
-    is_stop = np.isin(response_ids, list(stop_token_ids))
-    stopped = is_stop.any(axis=1)
-    lengths = np.where(stopped, is_stop.argmax(axis=1) + 1, columns).astype(np.int32)
-    kept = policy_mask(lengths, columns)
-    return np.where(kept, response_ids, pad_token_id).astype(response_ids.dtype), lengths, stopped

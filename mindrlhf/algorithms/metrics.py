@@ -5,17 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 
-def masked_mean(x: np.ndarray, mask: np.ndarray) -> float:
-    """Mean of the unmasked entries, 0 when there are none.
-
-    Args:
-        x: any shape, for instance (B, R).
-        mask: same shape, True where an entry counts.
-    """
-    entries = np.asarray(x)[np.asarray(mask, dtype=bool)]
-    return float(entries.mean(dtype=np.float64)) if entries.size else 0.0
-
-
 def masked_var(x: np.ndarray, mask: np.ndarray) -> float:
     """Population variance of the unmasked entries, 0 when there are none.
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from mindrlhf.algorithms.masks import (
     attention_mask,
-    cut_after_stop,
     policy_mask,
     position_ids,
     value_mask,
@@ -62,41 +61,3 @@ def test_lengths_that_cannot_be(lengths: np.ndarray) -> None:
         policy_mask(lengths, 3)
     with pytest.raises(ValueError, match="prompt_lengths"):
         attention_mask(lengths, np.array([0]), 3, 3)
-
-
-def test_cut_after_first_stop_token() -> None:
-    ids = np.array([[5, IM_END, 7, IM_END], [5, 6, 7, 8], [PAD_AND_EOS, 1, 2, 3]], dtype=np.int32)
-    cut, lengths, stopped = cut_after_stop(ids, (IM_END, PAD_AND_EOS), pad_token_id=0)
-    np.testing.assert_array_equal(cut, [[5, IM_END, 0, 0], [5, 6, 7, 8], [PAD_AND_EOS, 0, 0, 0]])
-    assert lengths.tolist() == [2, 4, 1]
-    assert stopped.tolist() == [True, False, True]
-    assert (cut.dtype, lengths.dtype, stopped.dtype) == (np.int32, np.int32, np.bool_)
-
-
-def test_stop_token_is_counted_when_pad_is_eos() -> None:
-    """Masks come from lengths: comparing with the pad token would drop the end-of-text token."""
-    ids = np.array([[5, PAD_AND_EOS, PAD_AND_EOS]], dtype=np.int32)
-    cut, lengths, stopped = cut_after_stop(ids, (IM_END, PAD_AND_EOS), PAD_AND_EOS)
-    np.testing.assert_array_equal(cut, ids)
-    np.testing.assert_array_equal(policy_mask(lengths, 3), [[True, True, False]])
-    assert stopped.all()
-
-
-def test_no_stop_tokens_at_all() -> None:
-    ids = np.array([[1, 2]], dtype=np.int64)
-    cut, lengths, stopped = cut_after_stop(ids, (), 0)
-    assert (cut.tolist(), lengths.tolist(), stopped.tolist()) == ([[1, 2]], [2], [False])
-
-
-@given(st.lists(st.lists(st.integers(0, 4), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_cut_against_a_plain_loop(rows: list[list[int]]) -> None:
-    cut, lengths, stopped = cut_after_stop(np.array(rows), (2, 4), 9)
-    for row, ids, length, end in zip(rows, cut.tolist(), lengths.tolist(), stopped.tolist(), strict=True):
-        kept = []
-        for token in row:
-            kept.append(token)
-            if token in (2, 4):
-                break
-        assert ids == kept + [9] * (5 - len(kept))
-        assert length == len(kept)
-        assert end == (kept[-1] in (2, 4))
