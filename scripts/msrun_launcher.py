@@ -10,6 +10,7 @@ the job fails, runs out of time or is interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -153,7 +154,7 @@ def _wait(
         alone_since = (alone_since or now) if alone and _WORKER_FAILED in _tail(msrun_log) else None
         if alone_since is not None and now - alone_since > _SCHEDULER_GRACE_SECONDS:
             for child in children:
-                child.kill()
+                _kill(child)
         time.sleep(_POLL_SECONDS)
 
 
@@ -175,7 +176,20 @@ def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         children = psutil.Process(process.pid).children()
     except psutil.NoSuchProcess:
         return []
-    return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in children if _is_alive(child)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """A process may end between any two looks at it; psutil then says so by an exception."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
 
 
 def _is_scheduler(process: psutil.Process) -> bool:
@@ -194,10 +208,7 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
     for child in started:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+        _kill(child)
     psutil.wait_procs(started, timeout=10)
     process.wait()
 

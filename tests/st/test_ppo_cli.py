@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -82,7 +83,8 @@ class Command:
             # Workers of msrun lead sessions of their own: a process group is not enough.
             started = psutil.Process(self.process.pid).children(recursive=True)
             for process in (*started, self.process):
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             stdout, stderr = self.process.communicate()
             seconds = time.monotonic() - self.begin
             result = Finished(-1, stdout, stderr, seconds, self.directory, self.temporary)
