@@ -7,7 +7,14 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
+# What the quick start needs to run on a real language model: its weights' format and a rule for the reward.
+DEMO = [
+    "gguf==0.19.0",
+    "vaderSentiment==3.3.2",
+]
+
 TEST = [
+    *DEMO,
     # torch and transformers are the reference that numerics are compared with. Keep torch pinned
     # exactly: another version brings gigabytes of CUDA libraries.
     "torch==2.13.0",
@@ -50,9 +57,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mindrlhf", "mindrlhf.*"]),
+    package_data={"mindrlhf.report": ["assets/*"]},
     python_requires=">=3.11,<3.12",
     install_requires=requirements(),
-    extras_require={"test": TEST},
+    extras_require={"demo": DEMO, "test": TEST},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -60,8 +60,8 @@ is_installed() {
     [[ -f "$stamp" && "$(cat "$stamp")" == "$(install_key "$1")" ]]
 }
 
-# ensure_venv EXTRA: makes .venv when missing and installs the package with EXTRA ("" or "test"),
-# unless that was done before; the test extra includes everything "" needs.
+# ensure_venv EXTRA: makes .venv when missing and installs the package with EXTRA ("", "demo" or "test"),
+# unless that was done before; the test extra includes all the others.
 ensure_venv() {
     local extra="$1" target="$REPO_ROOT"
     command -v "$PYTHON" >/dev/null && "$PYTHON" -m pip --version >/dev/null 2>&1 || make_venv

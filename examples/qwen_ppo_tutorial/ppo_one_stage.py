@@ -51,6 +51,16 @@ def parse_arguments() -> argparse.Namespace:
     files.add_argument(
         "--mind_dataset_dir", type=optional_path, help="MindRecord of prompts from rlhf_data.py"
     )
+    files.add_argument(
+        "--eval_dataset_dir",
+        type=optional_path,
+        help="MindRecord of held-out prompts to evaluate on (eval_interval); default: no evaluation",
+    )
+    files.add_argument(
+        "--ptx_dataset_dir",
+        type=optional_path,
+        help="MindRecord of texts for the pre-training loss (ptx_coef); default: --mind_dataset_dir",
+    )
     files.add_argument("--save_ckpt_dir", type=optional_path, help="checkpoints, metrics, samples, curves")
     files.add_argument(
         "--save_data_file", type=optional_path, help="store each iteration's experience as MindRecord"

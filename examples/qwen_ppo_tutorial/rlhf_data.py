@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 
 from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
+from mindrlhf.data.rows import RowCounts
 from mindrlhf.data.tokenizers import load_tokenizer
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.cli import run_main, str_to_bool
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,11 +42,29 @@ def parse_arguments() -> argparse.Namespace:
         "--overlong",
         choices=("drop", "truncate"),
         default="drop",
-        help="prompts longer than max_prompt_length: leave out, or cut at the front (default: drop)",
+        help="prompts longer than max_prompt_length: leave out, or cut at the front; with --pairs, pairs "
+        "with a response that does not fit in seq_length: leave out, or cut at the end (default: drop)",
     )
     add("--skip_bad_lines", action="store_true", help="count bad lines and go on, instead of stopping")
     add("--prompt_only", action="store_true", help="the lines have a prompt and no responses")
+    add(
+        "--pairs",
+        type=str_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="write neg_resp too, as rejected_ids and rejected_mask, for reward_model.py; sft.py and "
+        "ppo_one_stage.py read such a file as any other",
+    )
     add("--overwrite", action="store_true", help="replace an existing output file")
+    add("--eval_output_path", help="hold prompts out and write them to this MindRecord file instead")
+    add(
+        "--eval_fraction",
+        type=float,
+        default=0.05,
+        help="with --eval_output_path: how many of the different prompts, chosen by a hash of their text "
+        "(default: 0.05)",
+    )
     add("--batch", type=int, default=256, help="lines encoded and rows written at a time (default: 256)")
     return parser.parse_args()
 
@@ -57,17 +76,29 @@ def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
     chat = f"ChatML, system prompt {system_prompt!r}" if options.chat_template else "none (raw prompts)"
     lines = {
         "rows written": f"{counts.rows:,}",
+        **({} if summary.eval_counts is None else {"rows held out": f"{summary.eval_counts.rows:,}"}),
         "prompts dropped": f"{counts.dropped_prompts:,} (longer than {options.max_prompt_length} tokens)",
         "prompts truncated": f"{counts.truncated_prompts:,}",
         "responses truncated": f"{counts.truncated_responses:,} (at {options.seq_length} tokens in all)",
+        **({} if not options.pairs else pair_lines(counts)),
         "bad lines skipped": f"{summary.bad_lines:,}",
-        "tokens": f"{counts.prompt_tokens:,} in prompts, {counts.response_tokens:,} in responses",
+        "tokens": f"{counts.prompt_tokens:,} in prompts, {counts.response_tokens:,} in responses"
+        + (f", {counts.rejected_tokens:,} in rejected responses" if options.pairs else ""),
         "chat template": chat,
         "speed": f"{summary.rows_per_second:,.0f} rows/s ({summary.seconds:.1f} s)",
         "file": f"{options.output_path} (index: {options.output_path}.db)",
+        **({} if options.eval_output_path is None else {"held-out file": str(options.eval_output_path)}),
     }
     for name, value in lines.items():
         print(f"{name:<20} {value}")
+
+
+def pair_lines(counts: RowCounts) -> dict[str, str]:
+    """What became of the pairs."""
+    return {
+        "pairs dropped": f"{counts.dropped_pairs:,} (a response does not fit), "
+        f"{counts.equal_pairs:,} (both responses are the same)"
+    }
 
 
 def main() -> int:
@@ -83,7 +114,10 @@ def main() -> int:
         overlong=arguments.overlong,
         skip_bad_lines=arguments.skip_bad_lines,
         prompt_only=arguments.prompt_only,
+        pairs=arguments.pairs,
         overwrite=arguments.overwrite,
+        eval_output_path=Path(arguments.eval_output_path) if arguments.eval_output_path else None,
+        eval_fraction=arguments.eval_fraction,
         batch=arguments.batch,
     )
     tokenizer = load_tokenizer(

@@ -1,4 +1,4 @@
-"""PPO's clipped losses, for compiled graphs.
+"""PPO's clipped losses, and the two that may be mixed in, for compiled graphs.
 
 They return SUMS over the masked tokens: the caller divides by the token count of the GLOBAL batch, so
 that micro-batches and data-parallel ranks add up exactly to the loss of the whole batch.
@@ -107,3 +107,33 @@ def value_loss_terms(
         ops.stop_gradient(_count(clipped > unclipped)),
         ops.stop_gradient(_sum(unclipped)),
     )
+
+
+def entropy_sum(entropy: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the mask of the policy's entropy, to be taken off the loss times ``entropy_coef``.
+
+    Source: Schulman et al., arXiv 1707.06347, equation 9; Mnih et al., arXiv 1602.01783.
+
+    Args:
+        entropy: (B, R) of the distribution each token was drawn from.
+        mask: (B, R) policy mask; entropies outside it may be anything, their gradient is 0.
+
+    Returns:
+        scalar float32.
+    """
+    return _sum(_masked(entropy, ops.cast(mask, ms.bool_)))
+
+
+def cross_entropy_sum(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the mask of ``-logprobs``: the language-model loss that PPO-ptx mixes in.
+
+    Source: InstructGPT, arXiv 2203.02155, equation 2.
+
+    Args:
+        logprobs: (B, S) log-prob of each token of a text that was not sampled.
+        mask: (B, S), where a token is to be learnt.
+
+    Returns:
+        scalar float32.
+    """
+    return -_sum(_masked(logprobs, ops.cast(mask, ms.bool_)))

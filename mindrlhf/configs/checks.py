@@ -118,6 +118,27 @@ def check_ppo(ppo: PPODraft, faults: Faults) -> None:
                 f"never sampled ({', '.join(map(str, never))})",
                 f"ids must be below valid_vocab_size ({ids[1]})",
             )
+    _check_critic_warm_up(ppo, faults)
+
+
+def _check_critic_warm_up(ppo: PPODraft, faults: Faults) -> None:
+    settings = ppo.get("critic_warmup_iterations", "total_iterations", "critic")
+    if not settings or not settings[0]:
+        return
+    warm_up, total, critic = settings
+    where = ppo.where("critic_warmup_iterations")
+    if warm_up >= total:
+        faults.add(
+            where,
+            f"the policy never learns ({warm_up} of {total} iterations)",
+            "choose fewer than total_iterations",
+        )
+    if critic == "shared":
+        faults.add(
+            where,
+            f"not possible with critic: shared ({warm_up})",
+            "a shared backbone cannot learn values without changing the policy: use critic: separate, or 0",
+        )
 
 
 def check_job(roles: Mapping[str, RunDraft], ppo: PPODraft, world_size: int | None, faults: Faults) -> None:
@@ -239,11 +260,11 @@ def _check_part(ppo: PPODraft, key: str, rows: int, what: str, faults: Faults) -
 
 
 def _check_warm_up(roles: Mapping[str, RunDraft], ppo: PPODraft, faults: Faults) -> None:
-    counts = ppo.get("total_iterations", "ppo_epochs", "num_minibatches")
-    if not counts:
+    counts = ppo.get("total_iterations", "ppo_epochs", "num_minibatches", "critic_warmup_iterations")
+    if not counts or counts[3] >= counts[0]:
         return
-    steps = counts[0] * counts[1] * counts[2]
-    for role in ("train", "critic"):
+    for role, iterations in (("train", counts[0] - counts[3]), ("critic", counts[0])):
+        steps = iterations * counts[1] * counts[2]
         schedule = roles[role].lr_schedule
         warm_up = schedule.get("warmup_steps", 0)
         if warm_up > steps and "warmup_ratio" not in schedule:

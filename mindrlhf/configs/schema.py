@@ -122,6 +122,9 @@ class PPOConfig:
     save_interval: int = 0  # iterations between checkpoints; 0: only at the end
     keep_checkpoints: int = 2
     log_samples: int = 2  # sample texts an iteration
+    eval_interval: int = 0  # iterations between evaluations; 0: only before the first and after the last
+    eval_prompts: int = 0  # held-out prompts that are used; 0: all
+    eval_samples: int = 4  # of them, kept as texts and shown before and after
     # batches
     rollout_batch_size: int = 64  # global prompts an iteration
     generation_batch_size: int = 0  # rows a generate call; 0: all at once
@@ -153,11 +156,18 @@ class PPOConfig:
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     missing_eos_penalty: float = 0.0  # off the score of a response without a stop token
+    scale_rewards: bool = False  # scores over their running standard deviation
+    center_rewards: bool = False  # scores less their running mean
+    score_clip: float = 0.0  # bound of the absolute score that is paid; 0: off
     # loss
     critic: str = "separate"  # "shared" | "separate"
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
+    entropy_coef: float = 0.0  # entropy bonus in the policy loss; 0: off
+    ptx_coef: float = 0.0  # pre-training loss mixed in; 0: off
+    target_kl: float = 0.0  # ends an iteration's steps when approxkl is 1.5 times it; 0: off
+    critic_warmup_iterations: int = 0  # first iterations that train the critic alone
     log_ratio_clamp: float = 20.0
     max_grad_norm: float = 1.0
 
@@ -177,6 +187,12 @@ class PPOConfig:
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole job."""
         return self.total_iterations * self.ppo_epochs * self.num_minibatches
+
+    @property
+    def policy_optimizer_steps(self) -> int:
+        """Optimizer steps of the policy: all but those of the critic's warm-up."""
+        iterations = self.total_iterations - self.critic_warmup_iterations
+        return iterations * self.ppo_epochs * self.num_minibatches
 
 
 @dataclass(frozen=True, kw_only=True)

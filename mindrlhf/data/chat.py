@@ -62,6 +62,9 @@ class _HasTexts(Protocol):
     @property
     def response(self) -> str | None: ...
 
+    @property
+    def rejected(self) -> str | None: ...
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -70,10 +73,12 @@ class EncodedSample:
     Attributes:
         text: ids of lead and prompt text, without prefix and suffix.
         response: ids of the response without its stop token, ``None`` for a prompt alone.
+        rejected: the same of the rejected response, ``None`` when there is none.
     """
 
     text: list[int]
     response: list[int] | None
+    rejected: list[int] | None = None
 
 
 def default_system_prompt(chat_template: str | None) -> str:
@@ -142,10 +147,11 @@ def encode_samples(
     tokenizer: Tokenizer, prompt_format: PromptFormat, samples: Sequence[_HasTexts]
 ) -> list[EncodedSample]:
     """Ids of every sample, in one call of the tokenizer."""
-    answered = [sample.response for sample in samples if sample.response is not None]
-    encoded = tokenizer.encode_batch([prompt_format.lead + sample.prompt for sample in samples] + answered)
-    responses = iter(encoded[len(samples) :])
+    pairs = [(sample.response, sample.rejected) for sample in samples]
+    answers = [answer for pair in pairs for answer in pair if answer is not None]
+    encoded = tokenizer.encode_batch([prompt_format.lead + sample.prompt for sample in samples] + answers)
+    ids = iter(encoded[len(samples) :])
     return [
-        EncodedSample(text, None if sample.response is None else next(responses))
-        for sample, text in zip(samples, encoded, strict=False)
+        EncodedSample(text, *(None if answer is None else next(ids) for answer in pair))
+        for pair, text in zip(pairs, encoded, strict=False)
     ]

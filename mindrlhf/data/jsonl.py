@@ -22,11 +22,13 @@ class Sample(NamedTuple):
         prompt: the user's text.
         response: the preferred answer, ``None`` when only prompts are read.
         line: its line number, counted from 1.
+        rejected: the other answer, ``None`` unless pairs are read.
     """
 
     prompt: str
     response: str | None
     line: int
+    rejected: str | None = None
 
 
 class CValuesReader:
@@ -38,6 +40,7 @@ class CValuesReader:
     Args:
         path: the file.
         prompt_only: ask for ``prompt`` alone.
+        pairs: read ``neg_resp`` too, which may then not be empty.
         skip_bad_lines: count bad lines and go on, instead of raising.
 
     Raises:
@@ -45,10 +48,18 @@ class CValuesReader:
             off, in which case the rest of the file is checked too and all bad lines are named at once.
     """
 
-    def __init__(self, path: str | Path, *, prompt_only: bool = False, skip_bad_lines: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        prompt_only: bool = False,
+        pairs: bool = False,
+        skip_bad_lines: bool = False,
+    ) -> None:
         self.path = Path(path)
         self.bad_lines = 0
         self._keys = PAIR_KEYS[:1] if prompt_only else PAIR_KEYS
+        self._pairs = pairs
         self._skip_bad_lines = skip_bad_lines
 
     def __iter__(self) -> Iterator[Sample]:
@@ -95,18 +106,19 @@ class CValuesReader:
             raise ValueError(f"not JSON ({error}){hint}") from error
         if not isinstance(row, dict):
             raise ValueError(f"a JSON {type(row).__name__}, an object is wanted")
-        values = [_string(row, key) for key in self._keys]
-        return Sample(values[0], values[1] if len(values) > 1 else None, number)
+        # An answer that is not used may be empty.
+        values = [_string(row, key, self._pairs or key != PAIR_KEYS[2]) for key in self._keys]
+        response = values[1] if len(values) > 1 else None
+        return Sample(values[0], response, number, values[2] if self._pairs else None)
 
 
-def _string(row: dict[str, object], key: str) -> str:
+def _string(row: dict[str, object], key: str, is_used: bool) -> str:
     if key not in row:
         raise ValueError(f"key {key!r} is missing (there are {', '.join(map(repr, row)) or 'none'})"[:300])
     value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is {type(value).__name__}, a string is wanted")
-    # The rejected answer is not used, so it may be empty.
-    if key != PAIR_KEYS[2] and not value.strip():
+    if is_used and not value.strip():
         raise ValueError(f"{key!r} is empty")
     try:
         value.encode()

@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 from mindrlhf.data.chat import PromptFormat, chatml_format, encode_samples, raw_format
-from mindrlhf.data.jsonl import CValuesReader, count_lines
-from mindrlhf.data.mindrecord import Batch, check_output, write_mindrecord
+from mindrlhf.data.held_out import is_held_out
+from mindrlhf.data.jsonl import CValuesReader, Sample, count_lines
+from mindrlhf.data.mindrecord import Batch, check_output, index_path, write_mindrecord
 from mindrlhf.data.rows import Overlong, RowBuilder, RowCounts
 from mindrlhf.data.schema import prompt_schema
 from mindrlhf.data.tokenizers import Tokenizer
@@ -30,10 +31,13 @@ class PreprocessOptions:
         seq_length: columns of ``pretrain_ids`` and ``loss_mask``.
         chat_template: put prompts into ChatML; otherwise they are taken as they are.
         system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
-        overlong: what to do with a prompt longer than P.
+        overlong: what to do with a prompt longer than P, and with a pair longer than ``seq_length``.
         skip_bad_lines: count bad lines and go on.
         prompt_only: the file has prompts alone.
+        pairs: write the rejected responses too, for a reward model.
         overwrite: replace an existing output.
+        eval_output_path: a second MindRecord file, for held-out prompts, which ``output_path`` then lacks.
+        eval_fraction: of all different prompts, how many are held out; a hash of the text chooses them.
         batch: lines encoded and rows written at a time.
     """
 
@@ -46,7 +50,10 @@ class PreprocessOptions:
     overlong: Overlong = "drop"
     skip_bad_lines: bool = False
     prompt_only: bool = False
+    pairs: bool = False
     overwrite: bool = False
+    eval_output_path: Path | None = None
+    eval_fraction: float = 0.05
     batch: int = 256
 
 
@@ -59,17 +66,20 @@ class PreprocessSummary:
         bad_lines: lines passed over.
         seconds: time for reading, encoding and writing.
         prompt_format: what stands around each prompt.
+        eval_counts: the same as ``counts`` of the held-out file, ``None`` without one.
     """
 
     counts: RowCounts
     bad_lines: int
     seconds: float
     prompt_format: PromptFormat
+    eval_counts: RowCounts | None = None
 
     @property
     def rows_per_second(self) -> float:
         """Rows written in a second."""
-        return self.counts.rows / max(self.seconds, 1e-9)
+        rows = self.counts.rows + (self.eval_counts.rows if self.eval_counts else 0)
+        return rows / max(self.seconds, 1e-9)
 
 
 def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSummary:
@@ -85,19 +95,28 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
     """
     if options.batch < 1:
         raise DataError(f"batch is {options.batch}; it must be at least 1")
+    if options.pairs and options.prompt_only:
+        raise DataError("--pairs asks for two responses and --prompt_only for none; leave one of them out")
     prompt_format = (
         chatml_format(tokenizer, options.system_prompt) if options.chat_template else raw_format(tokenizer)
     )
-    builder = RowBuilder(
-        prompt_format,
-        pad_id=tokenizer.special.pad,
-        max_prompt_length=options.max_prompt_length,
-        seq_length=options.seq_length,
-        overlong=options.overlong,
-    )
-    check_output(options.output_path, overwrite=options.overwrite)
+    builders = [
+        RowBuilder(
+            prompt_format,
+            pad_id=tokenizer.special.pad,
+            max_prompt_length=options.max_prompt_length,
+            seq_length=options.seq_length,
+            overlong=options.overlong,
+            pairs=options.pairs,
+        )
+        for _ in _parts(options)
+    ]
+    _check_outputs(options)
     reader = CValuesReader(
-        options.file_path, prompt_only=options.prompt_only, skip_bad_lines=options.skip_bad_lines
+        options.file_path,
+        prompt_only=options.prompt_only,
+        pairs=options.pairs,
+        skip_bad_lines=options.skip_bad_lines,
     )
     lines = count_lines(options.file_path)
     if lines == 0:
@@ -105,32 +124,91 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
     # The two seconds that MindSpore takes to import are not the speed of the work.
     importlib.import_module("mindspore.mindrecord")
     started = time.perf_counter()
-    with ProgressBar("tokenising", lines) as bar:
-        write_mindrecord(
-            options.output_path,
-            prompt_schema(options.max_prompt_length, options.seq_length),
-            _batches(tokenizer, prompt_format, reader, builder, options.batch, bar),
-            overwrite=options.overwrite,
+    written: list[Path] = []
+    try:
+        with ProgressBar("tokenising", lines * len(builders)) as bar:
+            for (path, held_out), builder in zip(_parts(options), builders, strict=True):
+                samples = _samples(reader, held_out, options.eval_fraction)
+                write_mindrecord(
+                    path,
+                    prompt_schema(options.max_prompt_length, options.seq_length, pairs=options.pairs),
+                    _batches(tokenizer, prompt_format, reader, samples, builder, options.batch, bar),
+                    overwrite=options.overwrite,
+                )
+                written.append(path)
+    except BaseException:
+        for path in written:
+            index_path(path).unlink()
+            path.unlink()
+        raise
+    return PreprocessSummary(
+        builders[-1].counts,
+        reader.bad_lines,
+        time.perf_counter() - started,
+        prompt_format,
+        builders[0].counts if len(builders) > 1 else None,
+    )
+
+
+def _parts(options: PreprocessOptions) -> list[tuple[Path, bool | None]]:
+    """Files to write; each with whether it takes the held-out prompts, the others, or (``None``) all.
+
+    Each is a pass of its own over the jsonl, so that memory does not grow with what is held out.
+    """
+    if options.eval_output_path is None:
+        return [(options.output_path, None)]
+    return [(options.eval_output_path, True), (options.output_path, False)]
+
+
+def _check_outputs(options: PreprocessOptions) -> None:
+    paths = [path for path, _ in _parts(options)]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise DataError(f"{options.output_path}: is the output and the held-out output; give two names")
+    if not 0 < options.eval_fraction < 1:
+        raise DataError(f"eval_fraction is {options.eval_fraction}; it must be above 0 and below 1")
+    for path in paths:
+        check_output(path, overwrite=options.overwrite)
+
+
+def _samples(reader: CValuesReader, held_out: bool | None, fraction: float) -> Iterator[Sample]:
+    """The samples of one part."""
+    if held_out is None:
+        yield from reader
+        return
+    is_empty = True
+    for sample in reader:
+        if is_held_out(sample.prompt, fraction) == held_out:
+            is_empty = False
+            yield sample
+    if is_empty:
+        raise DataError(
+            f"{reader.path}: {'no prompt is held out' if held_out else 'all prompts are held out'} at "
+            f"--eval_fraction {fraction:g}; choose another one, or give more prompts"
         )
-    return PreprocessSummary(builder.counts, reader.bad_lines, time.perf_counter() - started, prompt_format)
 
 
 def _batches(
     tokenizer: Tokenizer,
     prompt_format: PromptFormat,
     reader: CValuesReader,
+    samples: Iterator[Sample],
     builder: RowBuilder,
     size: int,
     bar: ProgressBar,
 ) -> Iterator[Batch]:
-    samples = iter(reader)
     line = 0
     while batch := list(islice(samples, size)):
         yield builder.build(encode_samples(tokenizer, prompt_format, batch))
         bar.update(batch[-1].line - line)
         line = batch[-1].line
     if builder.counts.rows == 0:
+        counts = builder.counts
+        pairs = (
+            f"{counts.dropped_pairs} pairs longer than seq_length and "
+            f"{counts.equal_pairs} with equal responses dropped, "
+        )
         raise DataError(
-            f"{reader.path}: no row is left to write ({builder.counts.dropped_prompts} prompts longer than "
-            f"max_prompt_length dropped, {reader.bad_lines} bad lines)"
+            f"{reader.path}: no row is left to write ({counts.dropped_prompts} prompts longer than "
+            f"max_prompt_length dropped, {pairs if counts.dropped_pairs or counts.equal_pairs else ''}"
+            f"{reader.bad_lines} bad lines)"
         )

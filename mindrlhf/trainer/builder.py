@@ -104,11 +104,11 @@ def build_models(
         trained = replace(job.critic.model, param_init_type="float32")
         critic = CriticModel(trained, groups["critic"], prompt_length=ppo.max_prompt_length)
 
-    infer.load(_shards(weights.infer, job_layouts(job)["infer_policy"], rank, "infer policy"))
-    _fill(train, weights.train, ppo.seed, rank, "train policy", "critic")
-    _fill(ref, weights.ref, ppo.seed, rank, "reference")
+    infer.load(load_shards(weights.infer, job_layouts(job)["infer_policy"], rank, "infer policy"))
+    fill_model(train, weights.train, ppo.seed, rank, "train policy", "critic")
+    fill_model(ref, weights.ref, ppo.seed, rank, "reference")
     if reward is not None:
-        _fill(
+        fill_model(
             reward,
             weights.reward or policy_weights_for(job.reward, job, weights),
             ppo.seed,
@@ -117,7 +117,7 @@ def build_models(
             "reward",
         )
     if critic is not None:
-        _fill(
+        fill_model(
             critic,
             weights.critic or policy_weights_for(job.critic, job, weights),
             ppo.seed,
@@ -190,10 +190,12 @@ def _policy(
     )
 
 
-def _fill(model: SequenceModel, path: Path | None, seed: int, rank: int, what: str, head: str = "") -> None:
+def fill_model(
+    model: SequenceModel, path: Path | None, seed: int, rank: int, what: str, head: str = ""
+) -> None:
     """Loads a model; a scalar head that the checkpoint lacks starts fresh, and that is said."""
     assert path is not None
-    shards = _shards(path, model.layouts, rank, what)
+    shards = load_shards(path, model.layouts, rank, what)
     if SCORE_HEAD[0] in model.layouts and not set(SCORE_HEAD) <= shards.keys():
         logger.log(
             logging.WARNING if rank == 0 else logging.DEBUG,  # every rank does the same; once is enough
@@ -204,7 +206,8 @@ def _fill(model: SequenceModel, path: Path | None, seed: int, rank: int, what: s
     model.load(shards)
 
 
-def _shards(path: Path | None, layouts: dict[str, Layout], rank: int, what: str) -> dict[str, np.ndarray]:
+def load_shards(path: Path | None, layouts: dict[str, Layout], rank: int, what: str) -> dict[str, np.ndarray]:
+    """This rank's shards of ``layouts``, logged as ``what``; heads that only one side has are left out."""
     assert path is not None
     ignore = {LM_HEAD} if LM_HEAD not in layouts and SCORE_HEAD[0] in layouts else set()
     ignore |= set() if SCORE_HEAD[0] in layouts else set(SCORE_HEAD)

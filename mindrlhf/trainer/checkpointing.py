@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -18,11 +18,36 @@ from mindrlhf.models.train import SequenceModel
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.runtime import HostExchange
+from mindrlhf.trainer.start import check_writable
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.logging import get_logger
 
 STATE_FILE = "state.json"
+
+logger = get_logger(__name__)
+
+
+class Stateful(Protocol):
+    """What is neither weight nor moment and must go on where it stood: a cursor, a controller."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a checkpoint must keep, as plain numbers and texts."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        ...
+
+
+def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any], directory: Path) -> None:
+    """Gives each part its own of a checkpoint's ``state``; one that has none there starts anew."""
+    for name, part in parts.items():
+        if name in state:
+            part.load_state_dict(state[name])
+        else:
+            logger.warning("%s has no state of %s, which starts anew", directory, name)
 
 
 class TrainingCheckpoints:
@@ -45,16 +70,7 @@ class TrainingCheckpoints:
         self.directory = directory
         self.rank = rank
         self.keep = keep
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".write_test_{rank}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise CheckpointError(
-                f"--save_ckpt_dir {directory}: cannot be written ({error.strerror}); give a directory "
-                "that can"
-            ) from error
+        check_writable(directory, rank)
 
     def save(
         self,

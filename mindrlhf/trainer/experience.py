@@ -14,8 +14,9 @@ import numpy as np
 from mindrlhf.algorithms.advantages import gae, whiten
 from mindrlhf.algorithms.kl import token_kl
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids, value_mask
-from mindrlhf.algorithms.rewards import penalize_missing_stop, token_rewards
+from mindrlhf.algorithms.rewards import token_rewards
 from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.trainer.reward_scale import RewardShaping
 
 
 class Rollout(NamedTuple):
@@ -59,7 +60,7 @@ class Experience(NamedTuple):
     advantages: np.ndarray  # (B, R) float32, whitened, 0 outside the mask
     returns: np.ndarray  # (B, R) float32, taken before whitening
     kl: np.ndarray  # (B, R) float32, the estimator that the reward uses, 0 outside the mask
-    rewards: np.ndarray  # (B, R) float32, -kl_coef * kl plus the score at the last token
+    rewards: np.ndarray  # (B, R) float32, -kl_coef * kl plus the shaped score at the last token
 
 
 def sequence_inputs(rollout: Rollout) -> SequenceInputs:
@@ -72,7 +73,13 @@ def sequence_inputs(rollout: Rollout) -> SequenceInputs:
     return SequenceInputs(rollout.tokens, valid.astype(np.int32), position_ids(valid))
 
 
-def make_experience(rollout: Rollout, scores: Scores, kl_coef: float, config: PPOConfig) -> Experience:
+def make_experience(
+    rollout: Rollout,
+    scores: Scores,
+    kl_coef: float,
+    config: PPOConfig,
+    shaping: RewardShaping | None = None,
+) -> Experience:
     """Rewards, advantages and returns of a scored rollout.
 
     Args:
@@ -80,13 +87,14 @@ def make_experience(rollout: Rollout, scores: Scores, kl_coef: float, config: PP
         scores: reference log-probs, values and reward-model scores of the same rows.
         kl_coef: coefficient in force for this rollout.
         config: discount, lambda, estimator and what to whiten.
+        shaping: keeps the running moments of the scores; ``None``: those of this batch alone.
     """
     columns = rollout.logprobs.shape[1]
     mask = policy_mask(rollout.response_lengths, columns)
     values_count = value_mask(rollout.response_lengths, columns)
     old_values = np.where(values_count, scores.values, 0.0).astype(np.float32)
     kl = token_kl(rollout.logprobs, scores.ref_logprobs, mask, config.kl_estimator)
-    paid = penalize_missing_stop(scores.scores, rollout.stopped, config.missing_eos_penalty)
+    paid = (shaping or RewardShaping(config))(scores.scores, rollout.stopped)
     rewards = token_rewards(kl, paid, rollout.response_lengths, kl_coef)
     learnt_from = whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
     advantages, returns = gae(learnt_from, old_values, values_count, config.gamma, config.lam)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +10,14 @@ from typing import TYPE_CHECKING
 from mindrlhf.checkpoint.hf_export import check_hf_output
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.data.tokenizers import Tokenizer
 from mindrlhf.parallel.parameters import mesh_of
+from mindrlhf.trainer.start import (
+    count_workers,
+    litter_directory,
+    load_model_tokenizer,
+    serve_as_scheduler,
+)
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
@@ -44,6 +47,8 @@ class JobOptions:
     load_rm_checkpoint: Path | None = None
     load_critic_checkpoint: Path | None = None
     mind_dataset_dir: Path | None = None
+    eval_dataset_dir: Path | None = None
+    ptx_dataset_dir: Path | None = None
     save_ckpt_dir: Path | None = None
     save_data_file: Path | None = None
     export_hf_dir: Path | None = None
@@ -121,9 +126,7 @@ def run_ppo(options: JobOptions) -> Path:
     job = _read_job_of_workers(options)
     if is_scheduler():
         # Checked like a worker, so that it ends with them on a fault; from here on it only serves them.
-        from mindspore.communication import init
-
-        init()
+        serve_as_scheduler()
         return save
     trainer = _make_trainer(options, job, data, save)
     if options.resume_from is not None:
@@ -136,13 +139,7 @@ def run_ppo(options: JobOptions) -> Path:
 
 def _read_job_of_workers(options: JobOptions) -> JobConfig:
     """The configuration, checked against the number of workers that msrun has started."""
-    world_size = env_world_size()
-    if not options.use_parallel and world_size > 1:
-        raise MindRLHFError(
-            f"--use_parallel False, but msrun started {world_size} workers; pass --use_parallel True, or "
-            "start the script without msrun"
-        )
-    return read_job(options, world_size)
+    return read_job(options, count_workers(use_parallel=options.use_parallel))
 
 
 def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -> PPOTrainer:
@@ -151,7 +148,7 @@ def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -
     from mindrlhf.trainer.records import check_fresh
     from mindrlhf.trainer.runtime import check_device, start_runtime
 
-    litter = _litter_directory()
+    litter = litter_directory()
     weights = _weight_paths(options)
     if options.resume_from is None:
         check_fresh(save)
@@ -159,6 +156,10 @@ def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -
     reward_function = _reward_function(options)
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
+    if job.ppo.eval_interval and options.eval_dataset_dir is None:
+        logger.warning("eval_interval is %d, but there is no --eval_dataset_dir", job.ppo.eval_interval)
+    if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:
+        logger.warning("--ptx_dataset_dir is not used: ptx_coef is 0")
     check_device(job.train.context)
     if options.enable_compile_cache:
         # Measured with MindSpore 2.9.0 on CPU: graphs from the cache keep parameters of their own, so an
@@ -176,7 +177,9 @@ def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -
         trainer = PPOTrainer(
             job,
             weights,
-            TrainerPaths(data, save, options.save_data_file),
+            TrainerPaths(
+                data, save, options.save_data_file, options.eval_dataset_dir, options.ptx_dataset_dir
+            ),
             runtime,
             tokenizer=tokenizer,
             verify_sync=options.verify_sync,
@@ -198,15 +201,6 @@ def _weight_paths(options: JobOptions) -> WeightPaths:
     ).checked()
 
 
-def _litter_directory() -> str:
-    """A temporary directory, removed at exit, for what MindSpore and MindFormers write unasked."""
-    litter = tempfile.mkdtemp(prefix="mindrlhf_")
-    atexit.register(shutil.rmtree, litter, ignore_errors=True)
-    os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)  # MindFormers' log, made when it is imported
-    os.environ.setdefault("MS_OM_PATH", litter)  # what a failed compilation leaves
-    return litter
-
-
 def _required(options: JobOptions, flag: str) -> Path:
     path = getattr(options, flag)
     if path is None:
@@ -218,13 +212,7 @@ def _tokenizer(options: JobOptions, job: JobConfig) -> Tokenizer | None:
     """The tokenizer of ``--tokenizer_path``, checked against the model's vocabulary."""
     if options.tokenizer_path is None:
         return None
-    tokenizer = load_tokenizer(options.tokenizer_path)
-    if tokenizer.size > job.infer.model.vocab_size:
-        raise MindRLHFError(
-            f"--tokenizer_path {options.tokenizer_path} has {tokenizer.size} tokens, more than the "
-            f"model.model_config.vocab_size {job.infer.model.vocab_size} of {job.infer.path}; give the "
-            "model's own"
-        )
+    tokenizer = load_model_tokenizer(options.tokenizer_path, job.infer)
     limit = job.ppo.valid_vocab_size
     if limit and limit > tokenizer.size:
         raise MindRLHFError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.algorithms.losses import policy_loss_terms, value_loss_terms
+from mindrlhf.algorithms.losses import entropy_sum, policy_loss_terms, value_loss_terms
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.models.train import CriticModel, PPOModelTrain
 from mindrlhf.trainer.experience import Experience
@@ -22,7 +22,10 @@ VALUE_STATISTICS = ("value_loss", "clipfrac", "error", "value")
 
 
 class PolicyLoss(nn.Cell):
-    """Clipped policy loss of a policy; adds the value loss when the backbone is shared with the critic."""
+    """Clipped policy loss of a policy, less ``entropy_coef`` times the entropy when that is not 0.
+
+    Adds the value loss when the backbone is shared with the critic.
+    """
 
     def __init__(self, policy: PPOModelTrain, config: PPOConfig) -> None:
         super().__init__(auto_prefix=False)
@@ -30,6 +33,7 @@ class PolicyLoss(nn.Cell):
         self.cliprange = config.cliprange
         self.cliprange_value = config.cliprange_value
         self.log_ratio_clamp = config.log_ratio_clamp
+        self.entropy_coef = config.entropy_coef
         self.vf_coef = config.vf_coef
         self.shared = policy.value_head
 
@@ -55,6 +59,8 @@ class PolicyLoss(nn.Cell):
             logprobs, old_logprobs, advantages, mask, self.cliprange, self.log_ratio_clamp
         )
         total = policy_sum
+        if self.entropy_coef > 0:  # decided when compiling: without a bonus no gradient runs through it
+            total = total - self.entropy_coef * entropy_sum(entropy, mask)
         statistics = (policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum())
         if self.shared:
             value_sum, *value_sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mindrlhf.algorithms.kl import sequence_kl
 from mindrlhf.algorithms.metrics import explained_variance
+from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Experience, Rollout, Scores
 from mindrlhf.trainer.losses import POLICY_STATISTICS, VALUE_STATISTICS
 from mindrlhf.trainer.update import UpdateResult
@@ -19,8 +20,9 @@ def rollout_metrics(
     """What is known before the update.
 
     ``objective/kl``: per-sequence sum of the KL estimate, batch mean, in nats. ``objective/entropy``:
-    per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/rlhf_reward``: sum of the
-    token rewards, so score plus ``objective/non_score_reward``, less the penalty of a missing stop.
+    per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/scores``: as the reward model
+    or function gave them. ``objective/rlhf_reward``: sum of the token rewards, so
+    ``objective/non_score_reward`` plus the score after penalty, centring, scaling and clipping.
     ``value/explained_var``: of the returns, by the values before the update.
     """
     non_score = -kl_coef * experience.kl.sum(axis=1, dtype=np.float64)
@@ -38,35 +40,44 @@ def rollout_metrics(
     }
 
 
-def update_metrics(result: UpdateResult, vf_coef: float) -> dict[str, float]:
-    """What the optimizer steps report: token means over all minibatches of the iteration.
+def update_metrics(result: UpdateResult, config: PPOConfig) -> dict[str, float]:
+    """What the minibatches report: token means over all minibatches of the iteration.
 
-    ``policy/ratio_var`` is the variance of the ratio over tokens. ``loss/*`` are means over optimizer
-    steps, each a mean over its minibatch's tokens. ``loss/pretrain`` is 0: this loop mixes no pre-training
-    loss in.
+    ``policy/ratio_var`` is the variance of the ratio over tokens. ``loss/*`` are means over minibatches, each
+    a mean over its tokens; ``loss/pretrain`` is the cross-entropy before ``ptx_coef``, 0 without it.
+    ``policy/steps``: optimizer steps of the policy, fewer than minibatches when ``target_kl`` ended them, 0
+    while the critic warms up; ``lr`` and ``grad_norm`` are then 0 too.
     """
     policy = _named(POLICY_STATISTICS, result.policy)
     value = _named(VALUE_STATISTICS, result.value)
     tokens = result.tokens.sum()
+    # A separate critic does not see the minibatch that ended the iteration.
+    value_counts = result.tokens[: len(result.value)]
+    value_tokens = value_counts.sum()
     ratio = policy["ratio"].sum() / tokens
     policy_loss = (policy["policy_loss"] / result.tokens).mean()
-    value_loss = (value["value_loss"] / result.tokens).mean()
+    value_loss = (value["value_loss"] / value_counts).mean()
+    pretrain_loss = _mean(result.pretrain_loss)
+    total = policy_loss + config.vf_coef * value_loss + config.ptx_coef * pretrain_loss
+    if config.entropy_coef:
+        total -= config.entropy_coef * (policy["entropy"] / result.tokens).mean()
     return {
         "policy/approxkl": policy["approxkl"].sum() / tokens,
         "policy/clipfrac": policy["clipfrac"].sum() / tokens,
         "policy/entropy": policy["entropy"].sum() / tokens,
         "policy/ratio": ratio,
         "policy/ratio_var": max(policy["ratio_squared"].sum() / tokens - ratio**2, 0.0),
+        "policy/steps": len(result.grad_norm),
         "loss/policy": policy_loss,
         "loss/value": value_loss,
-        "loss/pretrain": 0.0,
-        "loss/total": policy_loss + vf_coef * value_loss,
-        "value/clipfrac": value["clipfrac"].sum() / tokens,
-        "value/error": value["error"].sum() / tokens,
-        "value/mean": value["value"].sum() / tokens,
+        "loss/pretrain": pretrain_loss,
+        "loss/total": total,
+        "value/clipfrac": value["clipfrac"].sum() / value_tokens,
+        "value/error": value["error"].sum() / value_tokens,
+        "value/mean": value["value"].sum() / value_tokens,
         "lr": result.learning_rate,
-        "grad_norm": float(result.grad_norm.mean()),
-        "grad_norm/critic": float(result.critic_grad_norm.mean()),
+        "grad_norm": _mean(result.grad_norm),
+        "grad_norm/critic": _mean(result.critic_grad_norm),
     }
 
 
@@ -84,3 +95,8 @@ def time_metrics(
 def _named(names: tuple[str, ...], sums: np.ndarray) -> dict[str, np.ndarray]:
     """Columns of (steps, len(names)) by name, in float64."""
     return {name: sums[:, index].astype(np.float64) for index, name in enumerate(names)}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean, 0 of nothing."""
+    return float(values.mean()) if len(values) else 0.0

@@ -20,12 +20,15 @@ from mindrlhf.data.prompts import PromptBatch, PromptStream
 from mindrlhf.data.tokenizers import Tokenizer
 from mindrlhf.parallel.groups import create_groups
 from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models, valid_vocab_size
-from mindrlhf.trainer.checkpointing import TrainingCheckpoints
+from mindrlhf.trainer.checkpointing import Stateful, TrainingCheckpoints, load_states
+from mindrlhf.trainer.evaluation import HeldOutEvaluation, held_out_prompts
 from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
 from mindrlhf.trainer.layouts import job_layouts
 from mindrlhf.trainer.metrics import rollout_metrics, time_metrics, update_metrics
-from mindrlhf.trainer.records import RunRecords, choose_rows, save_experience, summary_line
+from mindrlhf.trainer.pretraining import open_pretraining
+from mindrlhf.trainer.records import RunRecords, choose_rows, sample_texts, save_experience, summary_line
 from mindrlhf.trainer.reward_function import RewardFunction, function_scores
+from mindrlhf.trainer.reward_scale import RewardShaping
 from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.scoring import score_rollout
@@ -48,6 +51,10 @@ class TrainerPaths:
     """Checkpoints, metrics, samples and curves."""
     experience: Path | None = None
     """When given, each iteration's experience goes to a MindRecord named after it."""
+    eval_data: Path | None = None
+    """MindRecord of held-out prompts; ``None``: no evaluation."""
+    ptx_data: Path | None = None
+    """MindRecord of texts for ``ptx_coef``; ``None``: ``data``."""
 
 
 class PPOTrainer:
@@ -79,8 +86,12 @@ class PPOTrainer:
         self.tokenizer, self.verify_sync = tokenizer, verify_sync
         # Cheap and likely to fail, so before any model is built.
         self.prompts = _prompt_stream(paths.data, job)
+        pretraining = open_pretraining(paths.ptx_data or paths.data, job)
         self.checkpoints = TrainingCheckpoints(paths.save, runtime.rank, self.config.keep_checkpoints)
         self.exchange = HostExchange(runtime)
+        held_out = None
+        if paths.eval_data is not None:
+            held_out = held_out_prompts(paths.eval_data, paths.data, job, self.exchange)
         self.reward_function = reward_function
         self.models: PPOModels = build_models(
             job,
@@ -99,25 +110,50 @@ class PPOTrainer:
             infer_layouts,
             create_groups(self.infer_mesh, runtime.rank),
         )
-        self.ppo_update = PPOUpdate(self.models, job, self.exchange)
+        self.ppo_update = PPOUpdate(self.models, job, self.exchange, pretraining)
         self.kl_controller = _kl_controller(self.config)
+        self.reward_shaping = RewardShaping(self.config)
+        self.stateful: dict[str, Stateful] = {
+            "kl_controller": self.kl_controller,
+            "prompts": self.prompts,
+            "reward_shaping": self.reward_shaping,
+        }
+        if pretraining is not None:
+            self.stateful["pretraining"] = pretraining
         self.iteration = 0
         self.timer = PhaseTimer()
         self.records = RunRecords(paths.save) if runtime.is_main else None
+        self.evaluation: HeldOutEvaluation | None = None
+        if held_out is not None:
+            self.evaluation = HeldOutEvaluation(
+                held_out,
+                self.models,
+                self.infer_mesh,
+                self.exchange,
+                self.config,
+                records=self.records,
+                tokenizer=tokenizer,
+                extra_scores=None if reward_function is None else self._function_scores,
+            )
 
     def train(self) -> Path:
         """Runs the remaining iterations and returns the directory of the last checkpoint.
 
         1. draw prompts; 2. roll out on ``ppo_model_infer``; 3. score: reference, critic, reward model;
         4. rewards and advantages; 5. PPO epochs on ``ppo_model_train``; 6. sync weights to
-        ``ppo_model_infer``; 7. adapt the KL coefficient, record, save.
+        ``ppo_model_infer``; 7. adapt the KL coefficient, record, save; 8. evaluate on held-out prompts,
+        before the first iteration too.
         """
         self.start_from_equal_policies()
+        self._evaluate_if_due()
         last = self.paths.save
         while self.iteration < self.config.total_iterations:
             self.run_iteration(self.prompts.next_batch())
             if self._is_save_due():
                 last = self.save()
+            self._evaluate_if_due()
+        if self.evaluation is not None:
+            self.evaluation.report()
         if self.records is not None and (picture := self.records.plot()):
             logger.info("curves: %s", picture)
         return last
@@ -147,7 +183,7 @@ class PPOTrainer:
         with self.timer.phase("score"):
             scores = self.score(rollout)
         kl_coef = self.kl_controller.value
-        experience = make_experience(rollout, scores, kl_coef, self.config)
+        experience = make_experience(rollout, scores, kl_coef, self.config, self.reward_shaping)
         with self.timer.phase("train"):
             result = self.update(experience)
         with self.timer.phase("sync"):
@@ -200,10 +236,8 @@ class PPOTrainer:
 
     def save(self) -> Path:
         """Saves the whole training state; collective. Returns its directory."""
-        state = {
-            "iteration": self.iteration,
-            "kl_controller": self.kl_controller.state_dict(),
-            "prompts": self.prompts.state_dict(),
+        state = {"iteration": self.iteration} | {
+            name: part.state_dict() for name, part in self.stateful.items()
         }
         directory = self.checkpoints.save(self.iteration, self.models, self.ppo_update, state, self.exchange)
         logger.info("checkpoint: %s", directory)
@@ -217,12 +251,15 @@ class PPOTrainer:
         """
         state = self.checkpoints.load(directory, self.models, self.ppo_update)
         self.iteration = int(state["iteration"])
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        self.prompts.load_state_dict(state["prompts"])
+        load_states(self.stateful, state, directory)
         if self.records is not None:
             self.records.rewind(self.iteration)
         self.sync()
         logger.info("resumed from %s after iteration %d", directory, self.iteration)
+
+    def _evaluate_if_due(self) -> None:
+        if self.evaluation is not None:
+            self.evaluation.run_if_due(self.iteration)
 
     def _is_save_due(self) -> bool:
         interval = self.config.save_interval
@@ -245,7 +282,7 @@ class PPOTrainer:
             "epoch": self.prompts.epoch,
         }
         metrics |= rollout_metrics(rollout, scores, experience, kl_coef)
-        metrics |= update_metrics(result, self.config.vf_coef)
+        metrics |= update_metrics(result, self.config)
         metrics |= time_metrics(self.timer.seconds, int(rollout.response_lengths.sum()), seconds)
         return metrics
 
@@ -260,21 +297,13 @@ class PPOTrainer:
         logger.info("%s", summary_line(metrics, self.config.total_iterations))
 
     def _sample(self, row: int, rollout: Rollout, scores: Scores, experience: Experience) -> dict[str, Any]:
-        """One prompt and its response, as text when there is a tokenizer."""
-        columns = self.config.max_prompt_length
-        prompt = rollout.tokens[row, columns - rollout.prompt_lengths[row] : columns]
-        response = rollout.tokens[row, columns : columns + rollout.response_lengths[row]]
+        """One prompt and its response."""
         return {
             "iteration": self.iteration,
-            "sample_id": rollout.sample_ids[row],
-            "prompt": self._text(prompt),
-            "response": self._text(response),
+            **sample_texts(rollout, row, self.tokenizer),
             "score": scores.scores[row],
             "kl": experience.kl[row].sum(),
         }
-
-    def _text(self, ids: np.ndarray) -> Any:
-        return ids.tolist() if self.tokenizer is None else self.tokenizer.decode(ids.tolist())
 
 
 def _prompt_stream(path: Path, job: JobConfig) -> PromptStream:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,80 +13,83 @@ import numpy as np
 
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.schema import Column
+from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.experience import Experience, Rollout, Scores
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-
-CURVES = (
-    ("objective/scores", "score"),
-    ("objective/kl", "KL to the reference (nats per sequence)"),
-    ("response/length", "response length (tokens)"),
-    ("loss/policy", "policy loss"),
-    ("loss/value", "value loss"),
-    ("policy/entropy", "entropy (nats per token)"),
-)
+EVALUATIONS_FILE = "evaluations.jsonl"
+EVAL_SAMPLES_FILE = "eval_samples.jsonl"
 
 
 class RunRecords:
-    """Appends to ``metrics.jsonl`` and ``samples.jsonl`` in one folder; only the main rank makes one."""
+    """Appends to the JSON lines of one folder; only the main rank makes one.
+
+    Args:
+        directory: made when missing.
+
+    Attributes:
+        metrics, evaluations, eval_samples: the lines of ``metrics.jsonl``, ``evaluations.jsonl`` and
+            ``eval_samples.jsonl``; those of ``samples.jsonl`` are not kept.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self.metrics: list[dict[str, float]] = []
+        self.metrics: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.eval_samples: list[dict[str, Any]] = []
 
     def rewind(self, iteration: int) -> None:
         """Goes on after ``iteration``: keeps the lines up to it, drops those of a run that was cut short."""
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            path = self.directory / name
-            text = path.read_text(encoding="utf-8") if path.is_file() else ""
-            lines = text.split("\n")[:-1]  # not splitlines: a sample may hold other line ends, U+2028
-            kept = [line for line in lines if _iteration_of(line) <= iteration]
-            with atomic_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            if name == METRICS_FILE:
-                self.metrics = [json.loads(line) for line in kept]
+        done = partial(operator.ge, iteration)
+        self._rewind(SAMPLES_FILE, done)
+        self.metrics = self._rewind(METRICS_FILE, done)
+        self.evaluations = self._rewind(EVALUATIONS_FILE, done)
+        # Samples without their evaluation's line are of one that was cut short, and comes again.
+        evaluated = {line["iteration"] for line in self.evaluations}
+        self.eval_samples = self._rewind(EVAL_SAMPLES_FILE, evaluated.__contains__)
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """One line of ``metrics.jsonl``."""
-        plain = {name: _plain(value) for name, value in metrics.items()}
-        self.metrics.append(plain)
-        self._append(METRICS_FILE, plain)
+        self.metrics.append(self._append(METRICS_FILE, metrics))
 
     def add_sample(self, sample: Mapping[str, Any]) -> None:
         """One line of ``samples.jsonl``."""
-        self._append(SAMPLES_FILE, {name: _plain(value) for name, value in sample.items()})
+        self._append(SAMPLES_FILE, sample)
+
+    def add_evaluation(self, evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        """The samples' lines of ``eval_samples.jsonl``, then the line of ``evaluations.jsonl``."""
+        self.eval_samples += [self._append(EVAL_SAMPLES_FILE, sample) for sample in samples]
+        self.evaluations.append(self._append(EVALUATIONS_FILE, evaluation))
 
     def plot(self) -> Path | None:
         """Draws ``curves.png`` from all metrics so far; ``None`` when there are none."""
         if not self.metrics:
             return None
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        figure = Figure(figsize=(12, 6), layout="constrained")
-        FigureCanvasAgg(figure)
-        iterations = [line["iteration"] for line in self.metrics]
-        for index, (name, title) in enumerate(CURVES, start=1):
-            axis = figure.add_subplot(2, 3, index)
-            axis.plot(iterations, [line[name] for line in self.metrics], marker="o", markersize=3)
-            axis.set_title(title, fontsize=10)
-            axis.set_xlabel("iteration")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.ticklabel_format(useOffset=False)
-            axis.grid(alpha=0.3)
         path = self.directory / "curves.png"
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+        draw_curves(path, self.metrics, self.evaluations)
         return path
 
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+    def _append(self, name: str, line: Mapping[str, Any]) -> dict[str, Any]:
+        plain = {key: _plain(value) for key, value in line.items()}
         with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        return plain
+
+    def _rewind(self, name: str, stays: Callable[[float], bool]) -> list[dict[str, Any]]:
+        """Takes the lines of other iterations out of one file and returns those that stay."""
+        path = self.directory / name
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a sample may hold U+2028
+        kept = [line for line in lines if stays(_iteration_of(line))]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return [json.loads(line) for line in kept]
 
 
 def summary_line(metrics: Mapping[str, float], iterations: int) -> str:
@@ -96,6 +101,27 @@ def summary_line(metrics: Mapping[str, float], iterations: int) -> str:
         f"value loss {metrics['loss/value']:.5f}  ratio {metrics['policy/ratio']:.4f}  "
         f"{metrics['tokens_per_second']:.0f} tok/s  {metrics['time/iteration']:.1f} s"
     )
+
+
+def sample_texts(
+    rollout: Rollout, row: int, tokenizer: Tokenizer | None, *, skip_special: bool = False
+) -> dict[str, Any]:
+    """``sample_id``, ``prompt`` and ``response`` of one row, as text when there is a tokenizer, else ids.
+
+    Args:
+        rollout: has the row.
+        row: which.
+        tokenizer: decodes.
+        skip_special: leave control tokens out of the response; the prompt keeps its markup.
+    """
+    columns = rollout.tokens.shape[1] - rollout.logprobs.shape[1]
+    tokens = rollout.tokens[row].tolist()
+    prompt: Any = tokens[columns - rollout.prompt_lengths[row] : columns]
+    response: Any = tokens[columns : columns + rollout.response_lengths[row]]
+    if tokenizer is not None:
+        prompt = tokenizer.decode(prompt)
+        response = tokenizer.decode(response, skip_special=skip_special)
+    return {"sample_id": rollout.sample_ids[row], "prompt": prompt, "response": response}
 
 
 def save_experience(
@@ -143,13 +169,14 @@ def check_fresh(directory: Path) -> None:
     """Refuses a results directory that an earlier run has used, so that two runs cannot mix.
 
     Raises:
-        MindRLHFError: it holds metrics.
+        MindRLHFError: it holds metrics or evaluations.
     """
-    if (directory / METRICS_FILE).exists():
-        raise MindRLHFError(
-            f"--save_ckpt_dir {directory} holds the results of an earlier run ({METRICS_FILE}); give another "
-            "directory, or go on with --resume_from one of its iteration_NNNNNN directories"
-        )
+    for name in (METRICS_FILE, EVALUATIONS_FILE, EVAL_SAMPLES_FILE):
+        if (directory / name).exists():
+            raise MindRLHFError(
+                f"--save_ckpt_dir {directory} holds the results of an earlier run ({name}); give another "
+                "directory, or go on with --resume_from one of its iteration_NNNNNN directories"
+            )
 
 
 def _iteration_of(line: str) -> float:

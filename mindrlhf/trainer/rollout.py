@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mindrlhf.data.prompts import PromptBatch
@@ -29,12 +31,27 @@ def generate_rollout(
         seed: of the job.
         iteration: counted from 0.
     """
+    return sample_responses(
+        model, batch, mesh, exchange, lambda row: random_stream("rollout", seed, iteration, row)
+    )
+
+
+def sample_responses(
+    model: PPOModelInfer,
+    batch: PromptBatch,
+    mesh: Mesh,
+    exchange: HostExchange,
+    stream: Callable[[int], np.random.Generator],
+) -> Rollout:
+    """One response a prompt, with random numbers of the caller's choice.
+
+    Args:
+        model, batch, mesh, exchange: as for :func:`generate_rollout`.
+        stream: row of the global batch -> where its random numbers come from; the same on every rank.
+    """
     rows = local_rows(len(batch.prompt_ids), mesh, exchange.runtime.rank)
     columns = model.generation.max_response_length
-    draws = [
-        random_stream("rollout", seed, iteration, row).random(columns, np.float32)
-        for row in range(rows.start, rows.stop)
-    ]
+    draws = [stream(row).random(columns, np.float32) for row in range(rows.start, rows.stop)]
     output = model.generate(batch.prompt_ids[rows], batch.prompt_lengths[rows], np.stack(draws))
     everyone = exchange.gather_rows(
         {

@@ -8,9 +8,8 @@ import numpy as np
 from mindspore import Tensor
 
 from mindrlhf.models.train import SequenceModel
-from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.experience import Rollout, Scores, SequenceInputs, sequence_inputs
+from mindrlhf.trainer.experience import Rollout, Scores, sequence_inputs
 from mindrlhf.trainer.runtime import HostExchange, local_rows
 
 Forward = Callable[..., np.ndarray]
@@ -33,27 +32,27 @@ def score_rollout(
         rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
         extra_scores: gives (B,) float32 that are added to the reward model's, or stand alone without one.
     """
-    inputs = sequence_inputs(rollout)
+    passes = _Passes(rollout, exchange, rows_per_pass)
     critic = models.critic
-
-    def run(model: SequenceModel, forward: Forward, *extra: np.ndarray) -> np.ndarray:
-        return _on_replicas(forward, inputs, extra, model.groups.mesh, exchange, rows_per_pass)
-
     if critic is None:
-        values = run(models.train, lambda *arrays: policy_outputs(models.train, *arrays)[2])
+        values = passes.run(models.train, lambda *arrays: policy_outputs(models.train, *arrays)[2])
     else:
-        values = run(critic, lambda *arrays: critic(*map(Tensor, arrays)).asnumpy())
-    scores = np.zeros(len(rollout.tokens), np.float32)
-    reward = models.reward
-    if reward is not None:
-        scores = run(reward, lambda *arrays: reward(*map(Tensor, arrays)).asnumpy(), rollout.response_lengths)
+        values = passes.run(critic, lambda *arrays: critic(*map(Tensor, arrays)).asnumpy())
+    scores = _reward_scores(models, passes)
     if extra_scores is not None:
         scores = scores + extra_scores(rollout)
-    return Scores(
-        ref_logprobs=run(models.ref, lambda *arrays: policy_outputs(models.ref, *arrays)[0]),
-        values=values,
-        scores=scores,
-    )
+    return Scores(ref_logprobs=_ref_logprobs(models, passes), values=values, scores=scores)
+
+
+def judge_rollout(
+    models: PPOModels, rollout: Rollout, exchange: HostExchange, *, rows_per_pass: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reference log-probs (B, R) and the reward model's scores (B,), without values; equal on every rank.
+
+    Scores are 0 without a reward model.
+    """
+    passes = _Passes(rollout, exchange, rows_per_pass)
+    return _ref_logprobs(models, passes), _reward_scores(models, passes)
 
 
 def policy_logprobs(
@@ -63,15 +62,8 @@ def policy_logprobs(
 
     The check on the rollout's own log-probs: before the first update and after every sync the two agree.
     """
-    inputs = sequence_inputs(rollout)
-    logprobs = _on_replicas(
-        lambda *arrays: policy_outputs(model, *arrays)[0],
-        inputs,
-        (),
-        model.groups.mesh,
-        exchange,
-        rows_per_pass,
-    )
+    passes = _Passes(rollout, exchange, rows_per_pass)
+    logprobs = passes.run(model, lambda *arrays: policy_outputs(model, *arrays)[0])
     columns = np.arange(logprobs.shape[1])
     return np.where(columns < rollout.response_lengths[:, None], logprobs, 0.0).astype(np.float32)
 
@@ -82,19 +74,37 @@ def policy_outputs(model: SequenceModel, *arrays: np.ndarray) -> tuple[np.ndarra
     return logprobs.asnumpy(), entropy.asnumpy(), values.asnumpy()
 
 
-def _on_replicas(
-    forward: Forward,
-    inputs: SequenceInputs,
-    extra: tuple[np.ndarray, ...],
-    mesh: Mesh,
-    exchange: HostExchange,
-    rows_per_pass: int,
-) -> np.ndarray:
-    """Runs ``forward`` over this replica's rows, pass by pass, and gathers the global result."""
-    mine = local_rows(len(inputs.tokens), mesh, exchange.runtime.rank)
-    step = rows_per_pass or (mine.stop - mine.start)
-    parts = []
-    for first in range(mine.start, mine.stop, step):
-        rows = slice(first, first + step)
-        parts.append(forward(*inputs.rows(rows), *(array[rows] for array in extra)))
-    return exchange.gather_rows({"x": np.concatenate(parts).astype(np.float32)}, mesh)["x"]
+def _ref_logprobs(models: PPOModels, passes: _Passes) -> np.ndarray:
+    return passes.run(models.ref, lambda *arrays: policy_outputs(models.ref, *arrays)[0])
+
+
+def _reward_scores(models: PPOModels, passes: _Passes) -> np.ndarray:
+    reward, lengths = models.reward, passes.rollout.response_lengths
+    if reward is None:
+        return np.zeros(len(lengths), np.float32)
+    return passes.run(reward, lambda *arrays: reward(*map(Tensor, arrays)).asnumpy(), lengths)
+
+
+class _Passes:
+    """Forward passes over a global rollout, each on the replicas of its own model.
+
+    Args:
+        rollout: the global batch.
+        exchange: gathers the replicas' rows.
+        rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
+    """
+
+    def __init__(self, rollout: Rollout, exchange: HostExchange, rows_per_pass: int) -> None:
+        self.rollout, self.exchange, self.rows_per_pass = rollout, exchange, rows_per_pass
+        self.inputs = sequence_inputs(rollout)
+
+    def run(self, model: SequenceModel, forward: Forward, *extra: np.ndarray) -> np.ndarray:
+        """Runs ``forward`` over this replica's rows, pass by pass, and gathers the global result."""
+        mesh = model.groups.mesh
+        mine = local_rows(len(self.inputs.tokens), mesh, self.exchange.runtime.rank)
+        step = self.rows_per_pass or (mine.stop - mine.start)
+        parts = []
+        for first in range(mine.start, mine.stop, step):
+            rows = slice(first, first + step)
+            parts.append(forward(*self.inputs.rows(rows), *(array[rows] for array in extra)))
+        return self.exchange.gather_rows({"x": np.concatenate(parts).astype(np.float32)}, mesh)["x"]

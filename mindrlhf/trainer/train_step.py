@@ -113,6 +113,8 @@ class TrainStep:
         layouts: canonical name -> layout of those parameters.
         groups: this rank's groups.
         max_grad_norm: bound of the global gradient norm.
+        mixed_in: another loss cell over the same parameters, whose gradients :meth:`accumulate` can add to
+            the same step; compiled when it is first used.
     """
 
     def __init__(
@@ -122,10 +124,13 @@ class TrainStep:
         layouts: Mapping[str, Layout],
         groups: Groups,
         max_grad_norm: float,
+        mixed_in: nn.Cell | None = None,
     ) -> None:
         names = [parameter.name for parameter in loss.trainable_params()]
         self.optimizer = optimizer
         self._backward = Backward(loss)
+        self._mixed_in = None if mixed_in is None else Backward(mixed_in)
+        self._total: tuple[Tensor, ...] = ()
         self._accumulate = Accumulate()
         self._update = Update(optimizer, [layouts[name].is_split for name in names], groups, max_grad_norm)
 
@@ -135,12 +140,36 @@ class TrainStep:
         Returns:
             statistics summed over the micro-batches (k,), gradient norm before clipping, learning rate.
         """
+        statistics = self.accumulate(micro_batches)
+        return statistics, *self.update()
+
+    def accumulate(
+        self, micro_batches: Sequence[tuple[np.ndarray, ...]], *, mixed_in: bool = False
+    ) -> np.ndarray:
+        """Adds the gradients of some micro-batches to those that :meth:`update` will take.
+
+        Args:
+            micro_batches: of this rank.
+            mixed_in: whether they are for the loss that is mixed in.
+
+        Returns:
+            statistics summed over the micro-batches (k,).
+        """
+        backward = self._mixed_in if mixed_in else self._backward
+        assert backward is not None
         statistics = []
-        total: tuple[Tensor, ...] = ()
         for arrays in micro_batches:
-            part, gradients = self._backward(*(Tensor(array) for array in arrays))
+            part, gradients = backward(*(Tensor(array) for array in arrays))
             statistics.append(part)
-            total = self._accumulate(*total, *gradients) if total else gradients
-        norm, rate = self._update(*total)
-        summed = np.sum([part.asnumpy() for part in statistics], axis=0)
-        return summed, float(norm.asnumpy()[0]), float(rate.asnumpy()[0])
+            self._total = self._accumulate(*self._total, *gradients) if self._total else gradients
+        return np.sum([part.asnumpy() for part in statistics], axis=0)
+
+    def update(self) -> tuple[float, float]:
+        """Steps the optimizer with the gradients so far; returns their norm and the learning rate."""
+        norm, rate = self._update(*self._total)
+        self.discard()
+        return float(norm.asnumpy()[0]), float(rate.asnumpy()[0])
+
+    def discard(self) -> None:
+        """Forgets the gradients so far."""
+        self._total = ()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from mindrlhf.configs.schema import JobConfig, PPOConfig
+from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
 from mindrlhf.models.train import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
@@ -22,22 +23,45 @@ from mindrlhf.trainer.losses import (
     value_inputs,
 )
 from mindrlhf.trainer.optimizer import build_optimizer
+from mindrlhf.trainer.pretraining import PretrainLoss, PretrainStream, pretrain_inputs
 from mindrlhf.trainer.runtime import HostExchange, local_rows
 from mindrlhf.trainer.train_step import TrainStep
+from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
+
+logger = get_logger(__name__)
 
 Inputs = Callable[[Experience, np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
 
 
-class UpdateResult(NamedTuple):
-    """What the optimizer steps of one iteration report; one row a step, sums over ALL ranks' tokens."""
+KL_MARGIN = 1.5
+"""How far ``policy/approxkl`` may go above ``target_kl``."""
 
-    tokens: np.ndarray  # (steps,) real response tokens of each minibatch
-    policy: np.ndarray  # (steps, len(POLICY_STATISTICS))
-    value: np.ndarray  # (steps, len(VALUE_STATISTICS))
-    grad_norm: np.ndarray  # (steps,) of the policy, before clipping
-    critic_grad_norm: np.ndarray  # (steps,) of a separate critic; zeros when shared
-    learning_rate: float  # of the last step
+
+class UpdateResult(NamedTuple):
+    """What the optimizer steps of one iteration report; one row a minibatch, sums over ALL ranks' tokens."""
+
+    tokens: np.ndarray  # (minibatches,) real response tokens
+    policy: np.ndarray  # (minibatches, len(POLICY_STATISTICS)), that which ended the iteration included
+    value: np.ndarray  # (minibatches, len(VALUE_STATISTICS)), without that last one for a separate critic
+    grad_norm: np.ndarray  # (policy steps,) of the policy, before clipping
+    critic_grad_norm: np.ndarray  # (critic steps,) of a separate critic; zeros when shared
+    learning_rate: float  # of the policy's last step; 0 when there was none
+    pretrain_loss: np.ndarray = np.zeros(0)  # (policy steps,) mean over tokens; empty without ptx
+
+
+@dataclass
+class _Log:
+    """What :class:`UpdateResult` is made of while steps are taken; sums over this replica's tokens."""
+
+    tokens: list[float] = field(default_factory=list)
+    policy: list[np.ndarray] = field(default_factory=list)
+    value: list[np.ndarray] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    critic_norms: list[float] = field(default_factory=list)
+    pretrain: list[np.ndarray] = field(default_factory=list)
+    pretrain_tokens: list[float] = field(default_factory=list)
+    rate: float = 0.0
 
 
 class PPOUpdate:
@@ -47,57 +71,117 @@ class PPOUpdate:
         models: of this rank.
         job: hyper-parameters, and the YAMLs whose optimizers are used.
         exchange: sums statistics over replicas.
+        pretraining: texts of the loss that is mixed in; needed when ``ptx_coef`` is not 0.
     """
 
-    def __init__(self, models: PPOModels, job: JobConfig, exchange: HostExchange) -> None:
-        self.config = job.ppo
+    def __init__(
+        self,
+        models: PPOModels,
+        job: JobConfig,
+        exchange: HostExchange,
+        pretraining: PretrainStream | None = None,
+    ) -> None:
+        self.config = config = job.ppo
         self.exchange = exchange
+        self.pretraining = pretraining
         self.policy_mesh = models.train.groups.mesh
-        steps = job.ppo.optimizer_steps
-
-        def train_step(loss: PolicyLoss | ValueLoss, model: SequenceModel, optimizer_of: str) -> TrainStep:
-            config = job.train if optimizer_of == "train" else job.critic
-            optimizer = build_optimizer(config, loss.trainable_params(), steps)
-            return TrainStep(loss, optimizer, model.layouts, model.groups, job.ppo.max_grad_norm)
-
-        self.policy_step = train_step(PolicyLoss(models.train, job.ppo), models.train, "train")
+        self.policy_step = _train_step(
+            PolicyLoss(models.train, config),
+            job.train,
+            config.policy_optimizer_steps,
+            models.train,
+            config.max_grad_norm,
+            PretrainLoss(models.train, config.ptx_coef) if pretraining is not None else None,
+        )
         self.critic_step: TrainStep | None = None
         if models.critic is not None:
             self.critic_mesh = models.critic.groups.mesh
-            self.critic_step = train_step(ValueLoss(models.critic, job.ppo), models.critic, "critic")
+            self.critic_step = _train_step(
+                ValueLoss(models.critic, config),
+                job.critic,
+                config.optimizer_steps,
+                models.critic,
+                config.max_grad_norm,
+            )
 
     def run(self, experience: Experience, iteration: int, on_step: Callable[[], None]) -> UpdateResult:
         """``ppo_epochs`` passes over the experience, a fresh permutation each (checklist 18).
 
+        In the first ``critic_warmup_iterations`` the policy is only measured. With a ``target_kl`` the steps
+        of policy and critic end before the first minibatch whose approxkl is above 1.5 times it, which is
+        the rule of Spinning Up and Stable-Baselines3; the first minibatch of an iteration, where the policy
+        has not moved yet, is always learnt from. The sum is over all ranks, so all end together.
+
         Args:
             experience: the global batch, equal on every rank.
             iteration: counted from 0; keys the permutations.
-            on_step: called after each optimizer step.
+            on_step: called after each minibatch.
         """
-        tokens, policy, value, norms, critic_norms = [], [], [], [], []
-        rate = 0.0
+        log = _Log()
+        is_warm_up = iteration < self.config.critic_warmup_iterations
         for rows in minibatches(len(experience.mask), self.config, iteration):
             inverse_count = inverse_token_count(experience.mask[rows])
-            tokens.append(float(experience.mask[rows].sum()))
+            log.tokens.append(float(experience.mask[rows].sum()))
             micro = self._micro_batches(experience, rows, inverse_count, self.policy_mesh, policy_inputs)
-            statistics, norm, rate = self.policy_step.step(micro)
-            policy.append(statistics[: len(POLICY_STATISTICS)])
-            critic_norm, value_statistics = 0.0, statistics[len(POLICY_STATISTICS) :]
+            statistics = self.policy_step.accumulate(micro)
+            log.policy.append(statistics[: len(POLICY_STATISTICS)])
+            if self.critic_step is None:
+                log.value.append(statistics[len(POLICY_STATISTICS) :])
+                log.critic_norms.append(0.0)
+            if is_warm_up:
+                self.policy_step.discard()
+            elif log.norms and self._has_moved_too_far(log):
+                self.policy_step.discard()
+                break
+            else:
+                self._step_policy(log)
             if self.critic_step is not None:
                 micro = self._micro_batches(experience, rows, inverse_count, self.critic_mesh, value_inputs)
-                value_statistics, critic_norm, _ = self.critic_step.step(micro)
-            value.append(value_statistics)
-            norms.append(norm)
-            critic_norms.append(critic_norm)
+                statistics, norm, _ = self.critic_step.step(micro)
+                log.value.append(statistics)
+                log.critic_norms.append(norm)
             on_step()
+        return self._result(log)
+
+    def _has_moved_too_far(self, log: _Log) -> bool:
+        """Whether the last minibatch's approxkl, over all ranks, ends the iteration."""
+        target = self.config.target_kl
+        if not target:
+            return False
+        total = self.exchange.sum(log.policy[-1], self.policy_mesh)
+        approxkl = float(total[POLICY_STATISTICS.index("approxkl")]) / log.tokens[-1]
+        if approxkl <= KL_MARGIN * target:
+            return False
+        logger.info(
+            "optimizer steps end after %d: approxkl %.4g is above %g x target_kl %g",
+            *(len(log.norms), approxkl, KL_MARGIN, target),
+        )
+        return True
+
+    def _step_policy(self, log: _Log) -> None:
+        """One optimizer step with the gradients so far, and those of a batch of texts when there are any."""
+        if self.pretraining is not None:
+            batch = self.pretraining.next_batch()
+            mine = local_rows(len(batch.mask), self.policy_mesh, self.exchange.runtime.rank)
+            micro = pretrain_inputs(batch, mine, self.config.micro_batch_size)
+            log.pretrain.append(self.policy_step.accumulate(micro, mixed_in=True))
+            log.pretrain_tokens.append(float(batch.mask.sum(dtype=np.float64)))
+        norm, log.rate = self.policy_step.update()
+        log.norms.append(norm)
+
+    def _result(self, log: _Log) -> UpdateResult:
         value_mesh = self.policy_mesh if self.critic_step is None else self.critic_mesh
+        pretrain = np.zeros(0)
+        if log.pretrain:
+            pretrain = self.exchange.sum(np.concatenate(log.pretrain), self.policy_mesh) / log.pretrain_tokens
         return UpdateResult(
-            tokens=np.array(tokens),
-            policy=self.exchange.sum(np.stack(policy), self.policy_mesh),
-            value=self.exchange.sum(np.stack(value), value_mesh),
-            grad_norm=np.array(norms),
-            critic_grad_norm=np.array(critic_norms),
-            learning_rate=rate,
+            tokens=np.array(log.tokens),
+            policy=self.exchange.sum(np.stack(log.policy), self.policy_mesh),
+            value=self.exchange.sum(np.stack(log.value), value_mesh),
+            grad_norm=np.array(log.norms),
+            critic_grad_norm=np.array(log.critic_norms),
+            learning_rate=log.rate,
+            pretrain_loss=pretrain,
         )
 
     def _micro_batches(
@@ -110,6 +194,18 @@ class PPOUpdate:
             inputs(experience, mine[first : first + size], inverse_count)
             for first in range(0, len(mine), size)
         ]
+
+
+def _train_step(
+    loss: PolicyLoss | ValueLoss,
+    config: RunConfig,
+    steps: int,
+    model: SequenceModel,
+    max_grad_norm: float,
+    mixed_in: PretrainLoss | None = None,
+) -> TrainStep:
+    optimizer = build_optimizer(config, loss.trainable_params(), steps)
+    return TrainStep(loss, optimizer, model.layouts, model.groups, max_grad_norm, mixed_in)
 
 
 def minibatches(count: int, config: PPOConfig, iteration: int) -> Iterator[np.ndarray]:

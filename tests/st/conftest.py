@@ -118,6 +118,11 @@ class PPOInputs:
         return self.directory / "prompts.mindrecord"
 
     @property
+    def held_out(self) -> Path:
+        """11 prompts for evaluation: one whole batch, and one that is not."""
+        return self.directory / "held_out.mindrecord"
+
+    @property
     def ppo(self) -> Path:
         """The hyper-parameters."""
         return self.directory / "ppo_small.yaml"
@@ -184,7 +189,8 @@ def ppo_inputs(tmp_path_factory: pytest.TempPathFactory) -> PPOInputs:
     _write_random_weights(inputs.policy, model, seed=1)
     _write_random_weights(inputs.stale, model, seed=2)
     _write_random_weights(inputs.reward, model, seed=3, lm_head=False, score_head=True)
-    _write_prompts(inputs.data, rows=20)
+    _write_prompts(inputs.data, rows=20, seed=0)
+    _write_prompts(inputs.held_out, rows=11, seed=1)
     return inputs
 
 
@@ -218,19 +224,23 @@ def _write_random_weights(path: Path, model: Any, *, seed: int, **heads: bool) -
     write_weights(path, ArraySource(arrays))
 
 
-def _write_prompts(path: Path, rows: int) -> None:
+def _write_prompts(path: Path, rows: int, seed: int) -> None:
     from mindrlhf.data.mindrecord import write_mindrecord
     from mindrlhf.data.schema import prompt_schema
 
     columns, sequence = PPOInputs.PROMPT_COLUMNS, SMALL_MODEL["seq_length"]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     prompts = np.full((rows, columns), PPOInputs.PAD, np.int32)
     pretrain = np.full((rows, sequence), PPOInputs.PAD, np.int32)
+    learnt = np.zeros_like(pretrain)
+    responses = np.random.default_rng(1).integers(3, PPOInputs.VALID_VOCAB, (rows, sequence))
     for row in range(rows):
         ids = rng.integers(3, PPOInputs.VALID_VOCAB, row % columns + 1)
         if row == 5:
             ids[2] = PPOInputs.PAD
         prompts[row, columns - len(ids) :] = ids
-        pretrain[row, : len(ids)] = ids
-    batch = {"prompt_ids": prompts, "pretrain_ids": pretrain, "loss_mask": np.zeros_like(pretrain)}
+        end = len(ids) + row % 8 + 1
+        pretrain[row, :end] = [*ids, *responses[row, len(ids) : end]]
+        learnt[row, len(ids) : end] = 1
+    batch = {"prompt_ids": prompts, "pretrain_ids": pretrain, "loss_mask": learnt}
     write_mindrecord(path, prompt_schema(columns, sequence), [batch])

@@ -220,6 +220,7 @@ def jobs(ppo_inputs: Any, tokenizer: Path, tmp_path_factory: pytest.TempPathFact
         *("--set", "total_iterations=2", "--set", "log_samples=2"),
         *("--save_data_file", "results/experience.mindrecord", "--export_hf_dir", "exported"),
         *("--tokenizer_path", str(tokenizer), "--verify_sync", "True"),
+        *("--eval_dataset_dir", str(ppo_inputs.held_out)),
     ]
     directory = tmp_path_factory.mktemp("jobs")
     alone = Command([sys.executable, str(SCRIPT), *flags, "--use_parallel", "False"], directory / "alone")
@@ -257,6 +258,7 @@ def test_job_leaves_what_was_asked_for_and_nothing_else(trained: Finished) -> No
     experience = [f"experience_iteration_{i:06d}.mindrecord{end}" for i in (1, 2) for end in ("", ".db")]
     assert {path.name for path in results.iterdir()} == {
         *("iteration_000001", "iteration_000002", "metrics.jsonl", "samples.jsonl", "curves.png"),
+        *("evaluations.jsonl", "eval_samples.jsonl", "evaluation_summary.json", "before_after.md"),
         *experience,
     }
     models = ("policy", "policy_optimizer", "critic", "critic_optimizer")
@@ -288,6 +290,24 @@ def test_metrics_and_samples(trained: Finished, ppo_inputs: Any) -> None:
     samples = read_lines(trained.directory / "results" / "samples.jsonl")
     assert [sample["iteration"] for sample in samples] == [1, 1, 2, 2]
     assert all(isinstance(sample["response"], str) and sample["response"] for sample in samples)
+
+
+@pytest.mark.msrun
+def test_evaluations(jobs: dict[str, Finished]) -> None:
+    """Before and after, the same on 4 workers as in one process; the log ends with what came of it."""
+    alone, four = (jobs[how].directory / "results" for how in ("alone", "four"))
+    lines = read_lines(four / "evaluations.jsonl")
+    assert [line["iteration"] for line in lines] == [0, 2]
+    for one, other in zip(read_lines(alone / "evaluations.jsonl"), lines, strict=True):
+        assert one.pop("seconds") > 0 < other.pop("seconds")
+        assert one.pop("prompts_digest") == other.pop("prompts_digest")
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    texts = [[line["response"] for line in read_lines(path / "eval_samples.jsonl")] for path in (alone, four)]
+    assert texts[0] == texts[1]
+    summary = json.loads((alone / "evaluation_summary.json").read_text())
+    assert summary["prompts"] == 11
+    said = next(line for line in jobs["alone"].stderr.splitlines() if "held-out score" in line)
+    assert f"{summary['score_before']:+.4f} -> {summary['score_after']:+.4f} (" in said
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

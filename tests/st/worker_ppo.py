@@ -24,6 +24,7 @@ from worker_support import results_directory, write_results
 
 from mindrlhf.configs.load import load_job
 from mindrlhf.data.prompts import PromptBatch
+from mindrlhf.trainer.evaluation import Evaluation
 from mindrlhf.trainer.experience import Experience, Rollout
 from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
 from mindrlhf.trainer.scoring import policy_logprobs
@@ -82,8 +83,10 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     )
     weights = {model: Path(path) for model, path in case["weights"].items()}
     save = results_directory() / name
-    trainer = WatchedTrainer(job, WeightPaths(**weights), TrainerPaths(Path(case["data"]), save), runtime)
+    paths = TrainerPaths(Path(case["data"]), save, eval_data=Path(case["held_out"]))
+    trainer = WatchedTrainer(job, WeightPaths(**weights), paths, runtime)
     trainer.seen, trainer.history = {}, []
+    evaluations = watch_evaluations(trainer)
     report: dict[str, Any] = {"different_at_start": len(trainer.weight_sync.differences())}
     # MindSpore collects garbage before each compilation: 0.3 s a time over all that imports have made.
     gc.freeze()
@@ -91,6 +94,7 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     report["last"] = str(trainer.train())
     report["seconds/train"] = time.perf_counter() - begin
     report["metrics"] = plain(trainer.history)
+    report["evaluations"] = plain(evaluations)
     report["shards"] = digests(trainer)
     report["different_at_end"] = trainer.weight_sync.differences()
     seen = dict(trainer.seen)
@@ -104,6 +108,23 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     np.savez(results_directory() / f"{name}_rank{runtime.rank}.npz", **seen)
     report["seconds/all"] = time.perf_counter() - begin
     return report
+
+
+def watch_evaluations(trainer: WatchedTrainer) -> list[dict[str, float]]:
+    """Metrics of each evaluation from here on; what they are of goes to ``trainer.seen``."""
+    evaluation = trainer.evaluation
+    assert evaluation is not None
+    run, found = evaluation.run, []
+
+    def watched(iteration: int) -> Evaluation:
+        result = run(iteration)
+        found.append({"iteration": iteration, **result.metrics()})
+        arrays = {"scores": result.scores, "kl": result.kl, **result.rollout._asdict()}
+        trainer.seen |= {f"evaluation/{iteration}/{name}": array for name, array in arrays.items()}
+        return result
+
+    evaluation.run = watched  # type: ignore[method-assign]
+    return found
 
 
 def resume(trainer: WatchedTrainer, checkpoint: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ ALLOWED = {
     "checkpoint": {"utils", "configs", "parallel", "checkpoint"},
     "models": {"utils", "configs", "parallel", "models"},
     "data": {"utils", "configs", "data"},
+    "report": {"utils", "report"},
     "trainer": {
         "utils",
         "configs",
@@ -37,7 +38,7 @@ ALLOWED = {
 }
 HEAVY = {"mindspore", "mindformers", "torch", "transformers"}
 # Packages that scripts without a model use: they must start at once.
-LIGHT = {"utils", "configs", "__init__"}
+LIGHT = {"utils", "configs", "report", "__init__"}
 # Called by MindSpore, not by people; MindSpore documents them.
 FRAMEWORK_METHODS = {"construct", "bprop"}
 

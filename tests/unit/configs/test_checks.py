@@ -144,6 +144,9 @@ RANGES = {
     "save_interval": [-1],
     "keep_checkpoints": [0],
     "log_samples": [-1],
+    "eval_interval": [-1],
+    "eval_prompts": [-1],
+    "eval_samples": [-1],
     "rollout_batch_size": [0],
     "generation_batch_size": [-1],
     "score_batch_size": [-1],
@@ -165,6 +168,11 @@ RANGES = {
     "gamma": [-0.01, 1.01],
     "lam": [-0.01, 1.01],
     "missing_eos_penalty": [-0.1],
+    "score_clip": [-0.1],
+    "entropy_coef": [-0.1],
+    "ptx_coef": [-0.1],
+    "target_kl": [-0.1],
+    "critic_warmup_iterations": [-1],
     "cliprange": [0, 1],
     "cliprange_value": [0],
     "vf_coef": [-0.1],
@@ -220,7 +228,9 @@ def test_every_ppo_key_has_a_bad_value() -> None:
     assert {key for key, rule in PPO_RULES.items() if rule.required} == set(REQUIRED)
 
 
-@pytest.mark.parametrize("key", ["do_sample", "shuffle", "whiten_advantages", "whiten_rewards"])
+@pytest.mark.parametrize(
+    "key", ["do_sample", "shuffle", "whiten_advantages", "whiten_rewards", "scale_rewards", "center_rewards"]
+)
 def test_ppo_flags(key: str, job: Any) -> None:
     job.edit("ppo", key, "true")
     (fault,) = job.faults()
@@ -251,6 +261,25 @@ def test_critic_split_does_not_matter_when_it_is_shared(job: Any) -> None:
     (fault,) = job.faults()
     assert "a minibatch of 2 rows is not divisible by data_parallel of critic.yaml (4)" in fault
     job.load(overrides=["critic=shared"])
+
+
+def test_critic_warm_up_needs_a_critic_of_its_own_and_an_end(job: Any) -> None:
+    assert job.load(overrides=["critic_warmup_iterations=1"]).ppo.critic_warmup_iterations == 1
+    (fault,) = job.faults(overrides=["critic_warmup_iterations=1", "critic=shared"])
+    assert fault.startswith("--set critic_warmup_iterations: not possible with critic: shared (1)")
+    total = job.load().ppo.total_iterations
+    (fault,) = job.faults(overrides=[f"critic_warmup_iterations={total}"])
+    assert f"the policy never learns ({total} of {total} iterations)" in fault
+
+
+def test_critic_warm_up_leaves_the_policy_fewer_optimizer_steps(job: Any) -> None:
+    whole = job.load().ppo
+    assert whole.policy_optimizer_steps == whole.optimizer_steps == 16
+    assert job.load(overrides=["critic_warmup_iterations=1"]).ppo.policy_optimizer_steps == 12
+    job.edit("train", "lr_schedule", {"type": "linear", "learning_rate": 1.0, "warmup_steps": 13})
+    job.load()
+    (fault,) = job.faults(overrides=["critic_warmup_iterations=1"])
+    assert "(13 steps of warm-up, 12 optimizer steps in the job)" in fault
 
 
 def test_batch_sizes_that_divide_are_taken(job: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor
 
-from mindrlhf.models.heads import last_token, new_score_head
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.heads import ScoreHead, last_token, new_score_head
 
 
 def test_a_fresh_score_head_is_normal_with_variance_1_over_h_plus_1_and_bias_0() -> None:
@@ -31,3 +32,21 @@ def test_last_token_picks_one_column_a_row_though_others_are_huge() -> None:
     hidden[1, 2] = 1e30
     found = last_token(Tensor(hidden), Tensor(np.array([2, 0], np.int32))).asnumpy()
     np.testing.assert_array_equal(found, [[4, 5], [6, 7]])
+
+
+def test_a_score_is_linear_in_the_hidden_state_and_in_float32() -> None:
+    config = ModelConfig(
+        vocab_size=8,
+        hidden_size=4,
+        num_layers=1,
+        num_heads=1,
+        n_kv_heads=1,
+        intermediate_size=4,
+        compute_dtype="float16",
+    )
+    head = ScoreHead(config)
+    head.weight.set_data(Tensor(np.array([[1, -2, 0.5, 1000]], np.float32)))
+    head.bias.set_data(Tensor(np.array([-3], np.float32)))
+    hidden = np.array([[[1, 1, 2, 0], [0, 0, 0, 100]], [[0, 4, 0, 0], [0, 0, 0, 0.001]]], np.float32)
+    # No sigmoid or other bound, and nothing that float16 would cut: 100,000 is beyond its range.
+    np.testing.assert_allclose(head(Tensor(hidden)).asnumpy(), [[-3, 99_997], [-11, -2]], rtol=1e-6)

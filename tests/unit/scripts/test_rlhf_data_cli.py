@@ -51,3 +51,19 @@ def test_demo_to_mindrecord(repo_root: Path, demo: Path, tmp_path: Path) -> None
     assert "--overwrite" in again.stderr
     assert "Traceback" not in again.stderr
     assert output.read_bytes() == before
+
+
+def test_prompts_are_held_out(repo_root: Path, demo: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "train.mindrecord", tmp_path / "held_out.mindrecord"]
+    arguments = ["--file_path", demo / "cvalues_demo.jsonl", "--tokenizer_path", demo / "tokenizer"]
+    arguments += ["--output_path", paths[0], "--eval_output_path", paths[1], "--eval_fraction", "0.3"]
+    arguments += ["--max_prompt_length", "32", "--seq_length", "128"]
+    done = run(repo_root, "examples/qwen_ppo_tutorial/rlhf_data.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = [
+        len(PromptStream(path, batch_size=1, max_prompt_length=32, pad_token_id=1021, seed=0))
+        for path in paths
+    ]
+    assert sum(rows) == 30
+    assert f"rows written         {rows[0]}\nrows held out        {rows[1]}\n" in done.stdout
+    assert f"held-out file        {paths[1]}\n" in done.stdout

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import astuple, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mindrlhf.checkpoint.save import save_shard
 from mindrlhf.configs.schema import JobConfig, ParallelConfig, RunConfig
-from mindrlhf.trainer.builder import WeightPaths, policy_weights_for
+from mindrlhf.parallel.parameters import SCORE_HEAD, mesh_of, parameter_layouts
+from mindrlhf.trainer.builder import WeightPaths, build_models, policy_weights_for
 from mindrlhf.utils.errors import MindRLHFError
 
 
@@ -63,3 +66,30 @@ def test_a_model_without_weights_starts_from_the_policy_of_its_own_split(
     job = replace(tiny_job, infer=split(tiny_job.infer, 4), train=split(tiny_job.train, 2))
     weights = WeightPaths(infer=files["infer"], train=files["train"])
     assert policy_weights_for(split(tiny_job.critic, mp), job, weights) == files[chosen]
+
+
+def random_checkpoint(directory: Path, job: JobConfig, seed: int, **heads: bool) -> Path:
+    rng = np.random.default_rng(seed)
+    layouts = parameter_layouts(job.infer.model, mesh_of(job.infer), **heads)
+    arrays = {name: rng.standard_normal(layout.shape).astype(np.float32) for name, layout in layouts.items()}
+    save_shard(directory, 0, arrays)
+    return directory
+
+
+def test_a_critic_starts_from_the_reward_model_head_and_all(tiny_job: JobConfig, tmp_path: Path) -> None:
+    weights = WeightPaths(
+        infer=random_checkpoint(tmp_path / "policy", tiny_job, 1),
+        reward=random_checkpoint(tmp_path / "reward", tiny_job, 2, lm_head=False, score_head=True),
+    )
+    models = build_models(tiny_job, weights, rank=0)
+    assert models.reward is not None
+    assert models.critic is not None
+    reward, critic, policy = (dict(m.shards()) for m in (models.reward, models.critic, models.train))
+    assert critic.keys() == reward.keys() >= set(SCORE_HEAD)
+    for name, array in reward.items():
+        np.testing.assert_array_equal(critic[name], array, err_msg=name)
+        assert name not in policy or (policy[name] != array).any(), "the policy is another model"
+    own = random_checkpoint(tmp_path / "critic", tiny_job, 3, lm_head=False, score_head=True)
+    models = build_models(tiny_job, replace(weights, critic=own), rank=0)
+    assert models.critic is not None
+    assert all((array != reward[name]).any() for name, array in models.critic.shards())

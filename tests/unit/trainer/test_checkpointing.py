@@ -19,7 +19,7 @@ from mindrlhf.models.train import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.checkpointing import TrainingCheckpoints
+from mindrlhf.trainer.checkpointing import TrainingCheckpoints, load_states
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
@@ -168,3 +168,15 @@ def test_moments_lie_beside_the_weights_they_belong_to(training: Training, tmp_p
     assert "global_step" in names
     assert not names & weights
     assert json.loads((directory / "state.json").read_text()) == {"iteration": 1}
+
+
+def test_parts_that_a_checkpoint_does_not_know_start_anew_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mindrlhf.algorithms.moments import RunningMoments
+
+    parts = {"old": RunningMoments(), "new": RunningMoments()}
+    load_states(parts, {"iteration": 3, "old": {"count": 2, "mean": 1.5, "m2": 0.5}}, tmp_path)
+    assert parts["old"].state_dict() == {"count": 2, "mean": 1.5, "m2": 0.5}
+    assert parts["new"].count == 0
+    assert "no state of new" in caplog.text

@@ -44,6 +44,8 @@ OVERRIDES = [
     *(f"max_prompt_length={PROMPT}", f"max_response_length={RESPONSE}", "decode_steps_per_call=2"),
     # One in five of the tokenizer's ids ends a response.
     *(f"valid_vocab_size={VALID}", "temperature=0.8", f"stop_token_ids={list(range(0, VALID, 5))}"),
+    # What has a state of its own must come back when a run is resumed.
+    *("scale_rewards=True", "center_rewards=True", "ptx_coef=0.1", "entropy_coef=0.01"),
 ]
 TIMES = ("time/", "tokens_per_second")
 
@@ -222,6 +224,8 @@ def test_metrics_of_both_iterations(run: Run) -> None:
         assert line["value/error"] > 0
         assert line["grad_norm"] > 0
         assert line["grad_norm/critic"] > 0
+        assert line["loss/pretrain"] > 1
+        assert line["policy/steps"] == 4
         assert 0 < line["time/rollout"] + line["time/train"] < line["time/iteration"]
     # The cosine over 8 steps, without warm-up: 0.1 of 8 steps is none. Steps are counted from 0.
     angles = np.pi * np.array([3, 7]) / 8
@@ -254,6 +258,8 @@ def test_what_a_run_leaves_behind(run: Run) -> None:
     assert run.last == run.save / "iteration_000002"
     state = json.loads((run.last / "state.json").read_text())
     assert state["iteration"] == 2
+    assert state["reward_shaping"]["count"] == 2 * BATCH
+    assert state["pretraining"]["drawn"] == 2 * 4 * 2, "two texts in each of 4 steps"
     saved = load_shard(run.last / "policy", run.trainer.ppo_model_train.layouts, 0)
     start = load_shard(run.model, run.trainer.ppo_model_train.layouts, 0)
     for name, array in saved.items():

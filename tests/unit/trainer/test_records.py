@@ -10,13 +10,22 @@ import pytest
 
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
+from mindrlhf.trainer.curves import CURVES, EVALUATION_CURVES
 from mindrlhf.trainer.experience import Rollout, Scores, make_experience
-from mindrlhf.trainer.records import CURVES, RunRecords, check_fresh, choose_rows, save_experience
+from mindrlhf.trainer.records import RunRecords, check_fresh, choose_rows, save_experience
 from mindrlhf.utils.errors import MindRLHFError
 
 
 def metrics(iteration: int) -> dict[str, float]:
     return {"iteration": iteration, **{name: np.float32(iteration / 4) for name, _ in CURVES}}
+
+
+def evaluation(iteration: int) -> dict[str, float]:
+    return {
+        "iteration": iteration,
+        "eval/scores_std": 0.5,
+        **{name: iteration / 4 for name, _ in EVALUATION_CURVES},
+    }
 
 
 def test_metrics_and_samples_are_json_lines(tmp_path: Path) -> None:
@@ -41,6 +50,49 @@ def test_curves_are_a_png(tmp_path: Path) -> None:
     assert picture == tmp_path / "curves.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def test_evaluations_get_curves_of_their_own(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    records.add_metrics(metrics(1))
+    records.add_evaluation(evaluation(0), [])
+    records.add_evaluation(evaluation(1), [])
+    picture = records.plot()
+    assert picture is not None
+    assert int.from_bytes(picture.read_bytes()[20:24], "big") == 9 * 110, "three rows high, not two"
+
+
+def test_evaluations_are_kept_with_their_samples_and_rewound(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    for iteration in (0, 2, 4):
+        samples = [
+            {"iteration": iteration, "sample_id": np.int64(row), "response": "\u2028"} for row in (1, 5)
+        ]
+        records.add_evaluation(evaluation(iteration), samples)
+    # Killed after the first sample of the evaluation after iteration 3.
+    with (tmp_path / "eval_samples.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "sample_id": 1}\n')
+
+    resumed = RunRecords(tmp_path)
+    resumed.rewind(3)
+
+    assert resumed.evaluations == [evaluation(0), evaluation(2)]
+    assert [(line["iteration"], line["sample_id"]) for line in resumed.eval_samples] == [
+        (0, 1),
+        (0, 5),
+        (2, 1),
+        (2, 5),
+    ]
+    for name, lines in (("evaluations", resumed.evaluations), ("eval_samples", resumed.eval_samples)):
+        text = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8")
+        assert [json.loads(line) for line in text.split("\n")[:-1]] == lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval_samples.jsonl", "evaluations.jsonl"]
+
+
+def test_a_directory_with_an_evaluation_is_used(tmp_path: Path) -> None:
+    RunRecords(tmp_path).add_evaluation(evaluation(0), [])
+    with pytest.raises(MindRLHFError, match=r"earlier run \(evaluations.jsonl\)"):
+        check_fresh(tmp_path)
 
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def experience() -> Experience:
 
 def test_every_name_of_the_checklist_is_there_and_is_json() -> None:
     metrics = rollout_metrics(ROLLOUT, SCORES, experience(), 0.5)
-    metrics |= update_metrics(RESULT, 0.1) | time_metrics(SECONDS, 4, 8.0)
+    metrics |= update_metrics(RESULT, PPOConfig(vf_coef=0.1)) | time_metrics(SECONDS, 4, 8.0)
     assert metrics.keys() >= NAMES, NAMES - metrics.keys()
     json.dumps({name: float(value) for name, value in metrics.items()}, allow_nan=False)
     assert "iteration 2/5" in summary_line({**metrics, "iteration": 2}, 5)
@@ -78,7 +78,7 @@ def test_rollout_metrics_by_hand() -> None:
 
 
 def test_update_metrics_by_hand() -> None:
-    metrics = update_metrics(RESULT, 0.1)
+    metrics = update_metrics(RESULT, PPOConfig(vf_coef=0.1))
     assert metrics["loss/policy"] == pytest.approx((6 / 3 + 4 / 1) / 2)
     assert metrics["loss/value"] == pytest.approx((9 / 3 + 1 / 1) / 2)
     assert metrics["loss/total"] == pytest.approx(3.0 + 0.1 * 2.0)
@@ -91,6 +91,27 @@ def test_update_metrics_by_hand() -> None:
     assert metrics["value/error"] == pytest.approx(2.0)
     assert metrics["value/mean"] == pytest.approx(-0.5)
     assert (metrics["grad_norm"], metrics["grad_norm/critic"], metrics["lr"]) == (2.0, 5.5, 1e-3)
+
+
+def test_extras_enter_the_total_loss_and_what_was_not_done_counts_as_nothing() -> None:
+    config = PPOConfig(vf_coef=0.1, entropy_coef=0.5, ptx_coef=2.0)
+    metrics = update_metrics(RESULT._replace(pretrain_loss=np.array([3.0, 5.0])), config)
+    assert metrics["loss/pretrain"] == pytest.approx(4.0)
+    # Entropy by minibatch: 9 / 3 and 1 / 1.
+    assert metrics["loss/total"] == pytest.approx(3.0 + 0.1 * 2.0 - 0.5 * 2.0 + 2.0 * 4.0)
+    # A separate critic did not see the minibatch that ended the steps.
+    ended = RESULT._replace(
+        value=RESULT.value[:1], grad_norm=np.array([1.0]), critic_grad_norm=np.array([5.0])
+    )
+    metrics = update_metrics(ended, PPOConfig(vf_coef=0.1))
+    assert (metrics["policy/steps"], metrics["grad_norm"], metrics["grad_norm/critic"]) == (1, 1, 5)
+    assert metrics["loss/value"] == pytest.approx(9 / 3)
+    assert metrics["value/mean"] == pytest.approx(-1.0)
+    assert metrics["loss/policy"] == pytest.approx(3.0), "the policy did see it"
+    warm_up = RESULT._replace(grad_norm=np.zeros(0), learning_rate=0.0)
+    metrics = update_metrics(warm_up, PPOConfig())
+    assert (metrics["policy/steps"], metrics["grad_norm"], metrics["lr"]) == (0, 0, 0)
+    assert metrics["grad_norm/critic"] == 5.5
 
 
 def test_time_metrics() -> None:

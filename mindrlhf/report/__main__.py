@@ -1,0 +1,69 @@
+"""``python -m mindrlhf.report RUN_DIR [RUN_DIR ...]``: one HTML page about one run or several."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindrlhf.report.page import render
+from mindrlhf.report.reading import ReportError, read_runs
+from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.logging import get_logger
+
+DEFAULT_NAME = "report.html"
+
+logger = get_logger("mindrlhf.report")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mindrlhf.report",
+        description="Writes one self-contained HTML page about a run, or about several side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN_DIR", help="--save_ckpt_dir of a run (holds metrics.jsonl)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"the page; default: {DEFAULT_NAME} in RUN_DIR, or in the current directory for several runs",
+    )
+    return parser.parse_args(arguments)
+
+
+def write_report(directories: Sequence[Path], output: Path | None = None) -> Path:
+    """Writes the page about runs and returns its path.
+
+    Args:
+        directories: one ``--save_ckpt_dir`` or several.
+        output: the page; by default ``report.html`` in the directory of the only run, or here.
+
+    Raises:
+        ReportError: a run cannot be read, or the page cannot be written.
+    """
+    runs = read_runs(directories)
+    path = output or (directories[0] / DEFAULT_NAME if len(directories) == 1 else Path(DEFAULT_NAME))
+    if path.is_dir():
+        raise ReportError(f"--output {path} is a directory; give the name of a file in it")
+    page = render(runs)
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"--output {path}: cannot be written ({error.strerror}); give another") from error
+    return path
+
+
+def main() -> None:
+    """Parses, writes, says where."""
+    arguments = parse_arguments()
+    path = write_report(arguments.runs, arguments.output)
+    logger.info("report: %s (%.1f MB)", path, path.stat().st_size / 1e6)
+
+
+if __name__ == "__main__":
+    run_main(main)

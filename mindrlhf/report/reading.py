@@ -1,0 +1,296 @@
+"""Reads what a run left in its ``--save_ckpt_dir``: tolerant of absent files, strict about broken lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.logging import get_logger
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+EVAL_SAMPLES_FILE = "eval_samples.jsonl"
+CONFIG_FILE = "config.json"
+STATE_FILE = "state.json"
+
+Line = dict[str, Any]
+
+logger = get_logger(__name__)
+
+
+class ReportError(MindRLHFError):
+    """A run's files cannot be read, or the page cannot be written."""
+
+
+class Series(NamedTuple):
+    """One metric over a run.
+
+    Attributes:
+        iterations: (n,) int64, rising.
+        values: (n,) float64; may hold NaN and infinities, as the run wrote them.
+    """
+
+    iterations: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that one run left.
+
+    Attributes:
+        name: short name, different from those of the other runs on the page.
+        directory: as given.
+        metrics: one mapping an iteration, iterations rising.
+        samples: sampled replies of the training prompts.
+        evaluations: like ``metrics``, of the iterations that were evaluated.
+        eval_samples: replies to the evaluation prompts.
+        config: content of ``config.json``; empty when there is none.
+        state: content of the newest checkpoint's ``state.json``; empty when there is none.
+        checkpoint: name of that checkpoint.
+    """
+
+    name: str
+    directory: Path
+    metrics: list[Line]
+    samples: list[Line] = field(default_factory=list)
+    evaluations: list[Line] = field(default_factory=list)
+    eval_samples: list[Line] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+
+    @property
+    def iterations(self) -> np.ndarray:
+        """(n,) int64, those of ``metrics``."""
+        return np.array([line["iteration"] for line in self.metrics], dtype=np.int64)
+
+    def series(self, name: str) -> Series:
+        """A metric, of the iterations that have it."""
+        if name not in self._metrics_by_name:
+            self._metrics_by_name[name] = _series(self.metrics, name)
+        return self._metrics_by_name[name]
+
+    @cached_property
+    def _metrics_by_name(self) -> dict[str, Series]:
+        """Those that were asked for: a long run's take time."""
+        return {}
+
+    def evaluation_series(self, name: str) -> Series:
+        """A metric of the evaluations, of those that have it."""
+        return _series(self.evaluations, name)
+
+    def metric_names(self) -> list[str]:
+        """Names of all metrics in the order in which they appear."""
+        return list(dict.fromkeys(name for line in self.metrics for name in line))
+
+    def setting(self, name: str) -> Any:
+        """A PPO hyper-parameter from ``config.json``, ``None`` when it is not recorded."""
+        return _find(self.config, name)
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """Reads every run.
+
+    Raises:
+        ReportError: no run is given, one is given twice, or one cannot be read.
+    """
+    if not directories:
+        raise ReportError("no run directory given; give the --save_ckpt_dir of at least one run")
+    seen: dict[Path, Path] = {}
+    for directory in directories:
+        if directory.resolve() in seen:
+            raise ReportError(f"{directory} is given twice; give each run once")
+        seen[directory.resolve()] = directory
+    names = short_names(list(seen))
+    return [read_run(path, name) for path, name in zip(directories, names, strict=True)]
+
+
+def read_run(directory: Path, name: str | None = None) -> Run:
+    """Reads one run.
+
+    Raises:
+        ReportError: the directory holds no metrics, or a file of it is broken; names file and line.
+    """
+    metrics_file = directory / METRICS_FILE
+    if not metrics_file.is_file():
+        raise ReportError(
+            f"{directory}: no {METRICS_FILE}, so no results of a run.{_did_you_mean(directory)}"
+        )
+    metrics = read_lines(metrics_file, _check_metrics)
+    if not metrics:
+        raise ReportError(f"{metrics_file} is empty: the run has finished no iteration yet; try again later")
+    _check_rising(metrics_file, metrics)
+    evaluations = read_lines(directory / EVALUATIONS_FILE, _check_evaluation)
+    checkpoints = sorted(directory.glob(f"iteration_*/{STATE_FILE}"))
+    return Run(
+        name=name or directory.resolve().name,
+        directory=directory,
+        metrics=metrics,
+        samples=read_lines(directory / SAMPLES_FILE, _check_sample),
+        evaluations=sorted(evaluations, key=lambda line: line["iteration"]),
+        eval_samples=read_lines(directory / EVAL_SAMPLES_FILE, _check_sample),
+        config=_read_object(directory / CONFIG_FILE),
+        state=_read_object(checkpoints[-1]) if checkpoints else {},
+        checkpoint=checkpoints[-1].parent.name if checkpoints else None,
+    )
+
+
+def read_lines(path: Path, check: Callable[[Line], str | None]) -> list[Line]:
+    """The JSON objects of a JSON-lines file; none when there is no such file.
+
+    A last line without a line end that is no JSON is one that a run is writing just now, or was killed at:
+    it is left out with a log line. Everything else that is broken is an error.
+
+    Args:
+        path: the file.
+        check: what is wrong with an object, or ``None``.
+
+    Raises:
+        ReportError: names the file and the number of the first broken line.
+    """
+    text = _read_text(path)
+    if text is None:
+        return []
+    found: list[Line] = []
+    *whole, rest = text.split("\n")  # not splitlines: a sample may hold other line ends, U+2028
+    for number, line in enumerate([*whole, rest] if rest else whole, start=1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number > len(whole):
+                logger.warning("%s:%d is half written and left out", path, number)
+                break
+            raise ReportError(
+                f"{path}:{number}: not JSON ({error}); remove the line, or give another run"
+            ) from None
+        fault = check(value) if isinstance(value, dict) else f"expected a JSON object, found {_short(value)}"
+        if fault is not None:
+            raise ReportError(f"{path}:{number}: {fault}")
+        found.append(value)
+    return found
+
+
+def short_names(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart, ``a/ppo`` and ``b/ppo``; the last part for one."""
+    for length in range(1, max(len(path.parts) for path in directories) + 1):
+        names = [str(Path(*path.parts[-length:])) for path in directories]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in directories]
+
+
+def _series(lines: Sequence[Line], name: str) -> Series:
+    pairs = [(line["iteration"], line[name]) for line in lines if line.get(name) is not None]
+    return Series(
+        np.array([iteration for iteration, _ in pairs], dtype=np.int64),
+        np.array([value for _, value in pairs], dtype=np.float64),
+    )
+
+
+def _find(settings: Mapping[str, Any], name: str) -> Any:
+    """Value of a key in ``configuration.ppo`` or, for other forms of the file, at the first place it is."""
+    for section in (_child(_child(settings, "configuration"), "ppo"), _child(settings, "ppo"), settings):
+        if name in section:
+            return section[name]
+    return None
+
+
+def _child(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = settings.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _check_metrics(line: Line) -> str | None:
+    fault = _check_iteration(line)
+    if fault is not None:
+        return fault
+    for name, value in line.items():
+        if value is not None and not _is_number(value):
+            return f"{name} is {_short(value)}, not a number"
+    return None
+
+
+def _check_evaluation(line: Line) -> str | None:
+    """The metrics must be numbers; what else the line says about the evaluation need not be."""
+    return _check_metrics({name: line[name] for name in line if name == "iteration" or "/" in name})
+
+
+def _check_sample(line: Line) -> str | None:
+    fault = _check_iteration(line)
+    if fault is not None:
+        return fault
+    for name in ("score", "kl"):
+        if line.get(name) is not None and not _is_number(line[name]):
+            return f"{name} is {_short(line[name])}, not a number"
+    return None
+
+
+def _check_iteration(line: Line) -> str | None:
+    if "iteration" not in line:
+        return "no iteration"
+    value = line["iteration"]
+    whole = _is_number(value) and math.isfinite(value) and int(value) == value and 0 <= value < 2**53
+    return None if whole else f"iteration is {_short(value)}, not a whole number"
+
+
+def _check_rising(path: Path, lines: Sequence[Line]) -> None:
+    for number, (before, after) in enumerate(pairwise(lines), start=2):
+        if after["iteration"] <= before["iteration"]:
+            raise ReportError(
+                f"{path}:{number}: iteration {after['iteration']} after iteration {before['iteration']}; "
+                "two runs have written here: give each run a --save_ckpt_dir of its own"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def _read_object(path: Path) -> Line:
+    text = _read_text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path}: not JSON ({error}); mend or remove the file") from None
+    if not isinstance(value, dict):
+        raise ReportError(f"{path}: expected a JSON object, found {_short(value)}; mend or remove the file")
+    return value
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ReportError(f"{path}:{line}: not UTF-8 ({error.reason}); mend or remove the line") from None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _did_you_mean(directory: Path) -> str:
+    if not directory.is_dir():
+        return " There is no such directory; give the --save_ckpt_dir of a run"
+    inside = sorted(path.parent for path in directory.glob(f"*/{METRICS_FILE}"))
+    if inside:
+        return f" Did you mean {' or '.join(str(path) for path in inside[:3])}?"
+    return " Give the --save_ckpt_dir of a run"

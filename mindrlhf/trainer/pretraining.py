@@ -1,0 +1,203 @@
+"""PPO-ptx: the pre-training loss that InstructGPT adds to the policy's, and the texts it is taken on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindrlhf.algorithms.losses import cross_entropy_sum
+from mindrlhf.algorithms.masks import position_ids
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.data.mindrecord import read_rows, read_schema
+from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS
+from mindrlhf.models.train import PPOModelTrain
+from mindrlhf.trainer.builder import valid_vocab_size
+from mindrlhf.trainer.experience import SequenceInputs
+from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.seeds import random_stream
+
+FEWEST_COLUMNS = 16
+_CHECKED_AT_START = 64
+_REMEDY = "give --ptx_dataset_dir a file of rlhf_data.py with responses, or set ptx_coef=0"
+
+
+class PretrainBatch(NamedTuple):
+    """Texts to be learnt, one row a text; column t predicts the token at t + 1."""
+
+    inputs: SequenceInputs  # (B, S)
+    targets: np.ndarray  # (B, S) int32
+    mask: np.ndarray  # (B, S) float32, 1 where the target is to be learnt
+
+    def rows(self, rows: slice) -> PretrainBatch:
+        """The given rows of every field."""
+        return PretrainBatch(self.inputs.rows(rows), self.targets[rows], self.mask[rows])
+
+
+class PretrainStream:
+    """Draws batches of texts without end, each epoch in a fresh order; every rank draws the same.
+
+    A batch has as many columns as the next power of two above its longest text, so that few graphs are
+    compiled and short texts cost little; columns behind a text's last target change nothing.
+
+    Args:
+        path: MindRecord file with ``pretrain_ids`` and ``loss_mask`` (S,), see :mod:`mindrlhf.data.schema`.
+        batch_size: B, texts of a global batch.
+        max_length: most columns of the network, the model's ``seq_length``; longer texts are cut.
+        vocab_size: every token must be below it.
+        seed: of the orders.
+
+    Raises:
+        DataError: the file is missing, damaged or of another schema; a row has nothing to learn (the first
+            rows are checked here, the others when they are drawn) or was made by another tokenizer.
+    """
+
+    def __init__(
+        self, path: str | Path, *, batch_size: int, max_length: int, vocab_size: int, seed: int
+    ) -> None:
+        self._path = Path(path)
+        self._batch_size = batch_size
+        self._max_length = max_length
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._rows = self._check_file()
+        self._drawn = 0
+        self._batch(np.arange(min(self._rows, _CHECKED_AT_START)))
+
+    def next_batch(self) -> PretrainBatch:
+        """The next B texts.
+
+        Raises:
+            DataError: a row does not hold what it should; the message names the row.
+        """
+        places = np.arange(self._drawn, self._drawn + self._batch_size)
+        epochs, columns = np.divmod(places, self._rows)
+        orders = {int(epoch): self._order(int(epoch)) for epoch in np.unique(epochs)}
+        self._drawn += self._batch_size
+        return self._batch(np.array([orders[int(e)][c] for e, c in zip(epochs, columns, strict=True)]))
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands."""
+        return {"drawn": self._drawn, "rows": self._rows, "seed": self._seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        Raises:
+            DataError: the state is of another data set or seed.
+        """
+        for key, mine in (("rows", self._rows), ("seed", self._seed)):
+            if state.get(key) != mine:
+                raise DataError(
+                    f"{self._path}: cannot resume the pre-training texts: {key} was {state.get(key)}, is "
+                    f"{mine}; use the data set and seed of the run that was saved"
+                )
+        self._drawn = int(state["drawn"])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return random_stream("pretraining", self._seed, epoch).permutation(self._rows)
+
+    def _check_file(self) -> int:
+        """Columns and number of rows; the latter is returned."""
+        columns, rows = read_schema(self._path)
+        wrong = [name for name in (PRETRAIN_IDS, LOSS_MASK) if columns.get(name, ("",))[0] != "int32"]
+        if wrong:
+            raise DataError(f"{self._path}: no int32 column {', '.join(wrong)} to pre-train on; {_REMEDY}")
+        return rows
+
+    def _batch(self, numbers: np.ndarray) -> PretrainBatch:
+        # MindSpore's sampler reads no more rows at once than there are, so none is asked for twice.
+        different, place = np.unique(numbers, return_inverse=True)
+        read = read_rows(self._path, different, (PRETRAIN_IDS, LOSS_MASK))
+        rows = [read[i] for i in place]
+        lengths = [self._check_row(int(i), row) for i, row in zip(numbers, rows, strict=True)]
+        longest = max(lengths)
+        columns = min(max(1 << (longest - 1).bit_length(), FEWEST_COLUMNS), self._max_length)
+        tokens = np.zeros((len(rows), columns), np.int32)
+        targets, mask = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            tokens[i, :length] = row[PRETRAIN_IDS][:length]
+            targets[i, :length] = row[PRETRAIN_IDS][1 : length + 1]
+            mask[i, :length] = row[LOSS_MASK][1 : length + 1]
+        valid = (np.arange(columns) < np.array(lengths)[:, None]).astype(np.int32)
+        return PretrainBatch(SequenceInputs(tokens, valid, position_ids(valid)), targets, mask)
+
+    def _check_row(self, number: int, row: Mapping[str, np.ndarray]) -> int:
+        """Columns that a row needs: those up to the one that predicts its last target."""
+        ids, mask = row[PRETRAIN_IDS][: self._max_length + 1], row[LOSS_MASK][: self._max_length + 1]
+        learnt = np.flatnonzero(mask)
+        if row[LOSS_MASK].shape != row[PRETRAIN_IDS].shape or not np.isin(mask, (0, 1)).all():
+            raise DataError(f"{self._path}: row {number}: loss_mask must be 0 or 1 for each token; {_REMEDY}")
+        if not learnt.size or not learnt[-1]:
+            raise DataError(
+                f"{self._path}: row {number}: no token to pre-train on among the first {len(ids)} "
+                f"(ptx_coef is not 0); {_REMEDY}"
+            )
+        real = ids[: learnt[-1] + 1]
+        if not 0 <= int(real.min()) <= int(real.max()) < self._vocab_size:
+            raise DataError(
+                f"{self._path}: row {number}: token {int(real.max())} is not below the model's vocab_size "
+                f"{self._vocab_size}; the data was made with another tokenizer"
+            )
+        return int(learnt[-1])
+
+
+def open_pretraining(path: Path, job: JobConfig) -> PretrainStream | None:
+    """The texts of a job, as many an optimizer step as a minibatch has prompts; ``None`` without ptx."""
+    if not job.ppo.ptx_coef:
+        return None
+    return PretrainStream(
+        path,
+        batch_size=job.ppo.minibatch_size,
+        max_length=job.train.model.seq_length,
+        vocab_size=valid_vocab_size(job),
+        seed=job.ppo.seed,
+    )
+
+
+class PretrainLoss(nn.Cell):
+    """``ptx_coef`` times the mean cross-entropy of a text's tokens under the policy, at temperature 1."""
+
+    def __init__(self, policy: PPOModelTrain, ptx_coef: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.policy = policy
+        self.ptx_coef = ptx_coef
+        self.temperature = 1.0 / policy.inverse_temperature
+
+    def construct(
+        self,
+        tokens: Tensor,
+        valid: Tensor,
+        position_ids: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        inverse_count: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One micro-batch, fields as in :class:`PretrainBatch`; ``inverse_count`` (1,) is 1 / global targets.
+
+        Returns:
+            the loss, and (1,) the sum of the cross-entropy.
+        """
+        hidden = self.policy.model(tokens, valid, position_ids)
+        # The rollout's temperature belongs to sampling; the text is no sample.
+        logits = self.policy.logits(hidden) * self.temperature
+        logprobs, _ = self.policy.log_probs(logits, targets)
+        total = cross_entropy_sum(logprobs, mask)
+        return (self.ptx_coef * total * inverse_count).sum(), ops.stop_gradient(total.reshape((1,)))
+
+
+def pretrain_inputs(batch: PretrainBatch, mine: slice, size: int) -> Sequence[tuple[np.ndarray, ...]]:
+    """The arguments of :meth:`PretrainLoss.construct`, a micro-batch each.
+
+    Args:
+        batch: the global batch.
+        mine: rows of this replica.
+        size: rows of a micro-batch; 0 for all.
+    """
+    inverse_count = np.array([1.0 / batch.mask.sum(dtype=np.float64)], np.float32)
+    step = size or (mine.stop - mine.start)
+    parts = [batch.rows(slice(first, first + step)) for first in range(mine.start, mine.stop, step)]
+    return [(*part.inputs, part.targets, part.mask, inverse_count) for part in parts]

@@ -1,0 +1,113 @@
+"""The flags that ``sft.py`` and ``reward_model.py`` share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mindrlhf.utils.cli import str_to_bool
+
+
+def optional_path(text: str) -> Path | None:
+    """A path; an empty string means none, as scripts pass it for an unused flag."""
+    return Path(text) if text else None
+
+
+def add_stage_flags(
+    parser: argparse.ArgumentParser, *, config_flag: str, data: str, result: str
+) -> argparse._ArgumentGroup:
+    """Adds the flags of :class:`mindrlhf.trainer.stages.options.StageOptions`.
+
+    Args:
+        parser: of the script.
+        config_flag: name of the flag for the YAML.
+        data: what the data set is.
+        result: what the weights that come out are.
+
+    Returns:
+        the group of files, for more of them.
+    """
+    files = parser.add_argument_group("model, data and results")
+    add = files.add_argument
+    add(
+        config_flag,
+        dest="config_path",
+        type=Path,
+        required=True,
+        help="finetune_X.yaml: sizes, split, optimizer and schedule, runner_config",
+    )
+    add(
+        "--load_sft_checkpoint",
+        type=Path,
+        required=True,
+        help="language model to start from: a full .ckpt/.safetensors file, a Hugging Face directory, or "
+        "rank_0/ rank_1/ ... of this YAML's split",
+    )
+    add("--mind_dataset_dir", type=Path, required=True, help=data)
+    add(
+        "--save_ckpt_dir",
+        type=Path,
+        required=True,
+        help=f"final/rank_i: {result} where its YAML has the same split; metrics and curves",
+    )
+    add(
+        "--save_full_ckpt",
+        type=optional_path,
+        help="write the weights to this .ckpt or .safetensors file too, merged: any split reads it",
+    )
+    _add_training_flags(parser)
+    return files
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--epochs", type=int, help="passes over the data (default: runner_config.epochs)")
+    add(
+        "--batch_size",
+        type=int,
+        help="rows an optimizer step, over all ranks (default: runner_config.batch_size x data_parallel)",
+    )
+    add(
+        "--micro_batch_size",
+        type=int,
+        default=0,
+        help="rows a forward/backward on a rank; changes memory, not the result; 0: all (default: 0)",
+    )
+    add(
+        "--learning_rate",
+        type=float,
+        help="peak of the YAML's lr_schedule, whose shape stays (default: the YAML's, which is for PPO)",
+    )
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm; 0: off (default: 1.0)")
+    add(
+        "--valid_vocab_size",
+        type=int,
+        default=0,
+        help="length of the tokenizer: ids from here on have probability 0; 0: the YAML's vocab_size",
+    )
+    add(
+        "--eval_fraction",
+        type=float,
+        default=0.1,
+        help="prompts held out of training and evaluated on; 0: none (default: 0.1)",
+    )
+    add("--max_eval_rows", type=int, default=512, help="most prompts held out; 0: no bound (default: 512)")
+    add(
+        "--eval_interval",
+        type=int,
+        default=50,
+        help="steps between evaluations; 0: before and after training only (default: 50)",
+    )
+    add(
+        "--save_interval",
+        type=int,
+        default=0,
+        help="steps between weights kept in step_NNNNNN, the newest two; 0: at the end only (default: 0)",
+    )
+    add("--seed", type=int, default=1, help="of the split, the order and a new head (default: 1)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--use_parallel", type=str_to_bool, default=True, help="False: one process, no msrun")
+    run.add_argument(
+        "--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAML's device_target"
+    )

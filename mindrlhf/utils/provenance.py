@@ -1,0 +1,180 @@
+"""What a run was made with: resolved configuration, versions, git revision, machine. Never the environment.
+
+No environment variable, host or user name, command line or git remote goes in: those hold secrets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from mindrlhf.utils.files import atomic_file
+
+CONFIG_FILE = "config.json"
+PACKAGES = ("mindrlhf", "mindspore", "mindformers", "numpy")
+HIDDEN = "(hidden)"
+
+# Not plain "token": pad_token_id and stop_token_ids are no secrets.
+_SECRET_KEY = re.compile(
+    r"passw(or)?d|secret|credential|api_?key|private_?key|(access|auth|bearer|hf|hub)_?token|^token$",
+    re.IGNORECASE,
+)
+_CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+_GIT_SECONDS = 10
+
+
+def provenance(
+    configuration: Any, *, package_directory: Path | None = None, now: datetime | None = None
+) -> dict[str, Any]:
+    """Everything that ``config.json`` holds, as plain JSON values.
+
+    Args:
+        configuration: the resolved configuration: a dataclass such as ``JobConfig``, or a mapping.
+        package_directory: whose git revision counts; that of the imported ``mindrlhf`` by default.
+        now: time of recording; the clock's by default.
+
+    Returns:
+        keys ``created`` (UTC, ISO 8601), ``versions``, ``git`` (``None`` outside a git tree), ``machine``
+        and ``configuration``.
+    """
+    directory = Path(__file__).resolve().parents[1] if package_directory is None else package_directory
+    return {
+        "created": (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git": git_revision(directory),
+        "machine": machine(),
+        "configuration": plain(configuration),
+    }
+
+
+def write_provenance(directory: Path, record: Mapping[str, Any]) -> Path:
+    """Writes ``config.json`` of a run whole or not at all; returns the file.
+
+    Args:
+        directory: results of the run; made when missing.
+        record: from :func:`provenance`.
+    """
+    path = directory / CONFIG_FILE
+    with atomic_file(path) as temporary:
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python, of this library and of what it stands on; ``None`` for what is not installed.
+
+    Read from the packages' metadata: importing them takes seconds.
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = installed_version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision(directory: Path) -> dict[str, Any] | None:
+    """Commit of the git tree that tracks the package in ``directory``, and whether files differ from it.
+
+    A package installed into a virtual environment inside somebody's git tree is not tracked there, so that
+    tree's commit is not taken for ours.
+
+    Returns:
+        ``{"revision": 40 hex digits, "modified": bool}``, or ``None`` when there is no git or no such tree.
+    """
+    if _git(directory, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    revision = _git(directory, "rev-parse", "HEAD")
+    if revision is None:
+        return None
+    changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    return {"revision": revision, "modified": bool(changes)}
+
+
+def machine() -> dict[str, Any]:
+    """Kind of machine: system, processor, CPUs (those this process may use, too) and bytes of memory."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "cpu_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+    }
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON takes it: dataclasses and mappings as dicts, paths and the unknown as strings.
+
+    Values of keys that name a secret are replaced by ``(hidden)``, as is who logs in in a URL; a float
+    that is not finite becomes its name, because JSON has none.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return {
+            str(key): HIDDEN if _SECRET_KEY.search(str(key)) else plain(entry) for key, entry in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(entry) for entry in value), key=str)
+    if isinstance(value, float) and value - value != 0.0:
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _CREDENTIALS_IN_URL.sub(f"{HIDDEN}@", str(value))
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """Output of a git command in ``directory``; ``None`` when it fails or there is no git."""
+    # GIT_DIR of a surrounding hook would name another tree.
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_GIT_SECONDS,
+            env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str | None:
+    """Name of the processor, from Linux's /proc/cpuinfo where that names one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or None
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.processor() or None
+
+
+def _memory_bytes() -> int | None:
+    """Memory of the machine, or of its container where that is less."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(name).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return total

@@ -1,0 +1,83 @@
+"""Writes everyday requests for the demo of PPO on a real language model, made by rule.
+
+    python scripts/demo_prompts.py --train_path prompts.jsonl --held_out_path held_out.jsonl
+
+Each line is {"prompt": ...}. Topics of held-out prompts never occur in the training prompts. Same arguments,
+same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.seeds import random_stream
+
+TEMPLATES = (
+    "Describe {topic} in one sentence.",
+    "Write one sentence about {topic}.",
+    "Give me one short remark on {topic}.",
+    "What is {topic} like? Answer in one sentence.",
+    "Complete the sentence: I think {topic} is",
+    "Tell me in one short sentence how you feel about {topic}.",
+    "What do you think of {topic}? Answer briefly.",
+    "In one sentence, how does {topic} make you feel?",
+)
+"""Requests whose answers are short and may be cheerful or not."""
+
+TOPICS = (
+    "a rainy Monday", "the morning bus", "an old bicycle", "a long meeting", "a dentist visit",
+    "the first snow", "a lost umbrella", "a noisy neighbour", "a cup of tea", "the school holidays",
+    "a broken phone", "a walk in the park", "cooking for one", "a train delay", "the night shift",
+    "a small garden", "moving house", "a job interview", "a tax form", "the village market",
+    "an empty fridge", "a birthday letter", "a cold shower", "washing the dishes", "a rented flat",
+    "learning to swim", "the last day of summer", "a chess game", "a traffic jam", "a borrowed book",
+    "the office printer", "a stray cat", "a power cut", "a new pair of shoes", "waiting in a queue",
+    "a long flight", "the city library", "a failed cake", "a school exam", "an early alarm",
+    "a muddy field", "the evening news", "a football match", "a quiet beach", "a crowded lift",
+    "growing tomatoes", "a late parcel", "the corner shop", "a hospital corridor", "a camping trip",
+)  # fmt: skip
+"""What training prompts are about."""
+
+HELD_OUT_TOPICS = (
+    "a foggy harbour", "the school bus", "a squeaky door", "a piano lesson", "an overdue bill",
+    "a mountain path", "a burnt dinner", "the family dog",
+)  # fmt: skip
+"""What evaluation prompts are about."""
+
+
+def prompts(topics: Iterable[str], seed: int) -> list[str]:
+    """Every template with every topic, shuffled."""
+    every = [template.format(topic=topic) for topic in topics for template in TEMPLATES]
+    return [every[index] for index in random_stream(seed, "demo_prompts").permutation(len(every))]
+
+
+def write_jsonl(path: Path, texts: Iterable[str]) -> None:
+    """One {"prompt": text} a line."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"prompt": text}) + "\n")
+
+
+def main() -> int:
+    """Writes both files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--train_path", type=Path, required=True, help="jsonl of training prompts")
+    parser.add_argument("--held_out_path", type=Path, required=True, help="jsonl of evaluation prompts")
+    parser.add_argument("--seed", type=int, default=0, help="order of the lines")
+    args = parser.parse_args()
+    for path, topics in ((args.train_path, TOPICS), (args.held_out_path, HELD_OUT_TOPICS)):
+        texts = prompts(topics, args.seed)
+        write_jsonl(path, texts)
+        print(f"{path}: {len(texts)} prompts")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

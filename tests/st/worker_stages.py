@@ -1,0 +1,50 @@
+"""Runs ``sft.py``'s and ``reward_model.py``'s job with the options of a JSON file; under msrun or alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from worker_support import write_results
+
+from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
+from mindrlhf.trainer.start import serve_as_scheduler
+from mindrlhf.utils.ranks import env_rank, is_scheduler
+
+PATHS = ("config_path", "load_sft_checkpoint", "mind_dataset_dir", "save_ckpt_dir", "save_full_ckpt")
+
+
+def main(file: str) -> None:
+    """One stage after the other; the second starts from the first one's rank directories."""
+    from mindrlhf.trainer.runtime import start_runtime
+    from mindrlhf.trainer.stages import runner
+    from mindrlhf.trainer.stages.reward import run_reward
+    from mindrlhf.trainer.stages.sft import run_sft
+
+    started: list[Any] = []
+
+    def start_once(*arguments: Any, **options: Any) -> Any:
+        """A process chooses its device and joins the others once only."""
+        started[:] = started or [start_runtime(*arguments, **options)]
+        return started[0]
+
+    runner.start_runtime = start_once
+
+    def options(name: str) -> dict[str, Any]:
+        given = json.loads(Path(file).read_text())[name]
+        return {key: Path(value) if key in PATHS else value for key, value in given.items()}
+
+    results = {
+        "sft": str(run_sft(SFTOptions(**options("sft")))),
+        "reward": str(run_reward(RewardOptions(**options("reward")))),
+    }
+    write_results(env_rank(), results)
+
+
+if __name__ == "__main__":
+    if is_scheduler():
+        serve_as_scheduler()
+    else:
+        main(sys.argv[1])

@@ -1,0 +1,210 @@
+"""Warnings of hand-worked runs: each rule fires where it must, names its iteration, and else is silent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindrlhf.report import diagnostics as d
+from mindrlhf.report.reading import Series, read_run
+from mindrlhf.report.trends import count_since, running_median, score_change, since_iteration, standard_error
+from tests.unit.report.conftest import CONFIG, plain_line, synthetic_metrics
+
+MakeRun = Callable[..., Path]
+
+
+def series(values: Sequence[float], first: int = 1, step: int = 1) -> Series:
+    """Iterations ``first, first + step, ...``."""
+    return Series(np.arange(first, first + step * len(values), step), np.array(values, dtype=np.float64))
+
+
+def test_running_median_by_hand() -> None:
+    # Windows of 5: [1,9,2] [1,9,2,3] [1,9,2,3,4] [9,2,3,4] [2,3,4]
+    assert running_median(np.array([1.0, 9, 2, 3, 4])).tolist() == [2.0, 2.5, 3.0, 3.5, 3.0]
+    assert running_median(np.array([])).tolist() == []
+    assert running_median(np.array([7.0])).tolist() == [7.0]
+
+
+def test_running_median_leaves_out_what_is_not_finite() -> None:
+    found = running_median(np.array([math.nan, 1, math.inf, 3, math.nan, math.nan, math.nan, math.nan]))
+    assert found[:6].tolist() == [1.0, 2.0, 2.0, 2.0, 3.0, 3.0]
+    assert np.isnan(found[6:]).all()
+
+
+def test_since_is_the_start_of_the_last_stretch() -> None:
+    run = series([0] * 6, first=10, step=5)
+    assert since_iteration(run, np.array([1, 0, 1, 1, 1, 1], dtype=bool)) == 20
+    assert since_iteration(run, np.array([1, 1, 1, 1, 1, 0], dtype=bool)) is None
+    assert since_iteration(run, np.ones(6, dtype=bool)) == 10
+    assert since_iteration(series([]), np.zeros(0, dtype=bool)) is None
+    assert count_since(run, 20) == 4
+
+
+def test_standard_error_by_hand() -> None:
+    # Variances 2 and 8 of two values each: sqrt(2/2 + 8/2) = sqrt(5)
+    assert standard_error(np.array([1.0, 3.0]), np.array([0.0, 4.0])) == pytest.approx(math.sqrt(5))
+
+
+def test_score_change_by_hand() -> None:
+    first, last, errors = score_change(series([0, 2, *[9] * 6, 3, 5])) or (0, 0, 0)
+    # Means 1 and 4; each variance 2, so the error is sqrt(2/2 + 2/2).
+    assert (first, last) == (1.0, 4.0)
+    assert errors == pytest.approx(3 / math.sqrt(2))
+    assert score_change(series([1] * 9)) is None
+    assert score_change(series([1] * 10)) == (1.0, 1.0, 0.0)
+
+
+def test_kl_above_target() -> None:
+    # 1.2 x 6 = 7.2 is the limit.
+    settings = {"kl_controller": "adaptive", "kl_target": 6.0}
+    found = d.kl_above_target(series([1.0] * 11 + [8.0] * 9), settings)
+    assert found is not None
+    assert (found.text, found.level, found.since) == ("KL above target since iteration 12", "warning", 12)
+    assert found.threshold == 6.0
+    assert found.detail == "Last 8 nats a sequence; target is 6."
+    assert d.kl_above_target(series([7.1] * 20), settings) is None
+    assert d.kl_above_target(series([8.0] * 10 + [1.0] * 10), settings) is None
+
+
+def test_a_spike_is_no_stretch() -> None:
+    assert d.kl_above_target(series([1.0, 1, 1, 99, 99, 1, 1, 1]), {}) is None
+    found = d.kl_above_target(series([9.0] * 5 + [1.0, 1.0] + [9.0] * 5), {})
+    assert found is not None
+    assert found.since == 1
+
+
+def test_kl_with_a_fixed_coefficient_is_a_note() -> None:
+    found = d.kl_above_target(series([8.0] * 5), {"kl_controller": "fixed", "kl_target": "wrong"})
+    assert found is not None
+    assert (found.level, found.text) == ("note", "KL above the usual target since iteration 1")
+
+
+def test_kl_negative_needs_a_long_stretch() -> None:
+    assert d.kl_negative(series([1.0] * 5 + [-0.1] * 9)) is None
+    found = d.kl_negative(series([1.0] * 5 + [-0.1] * 10))
+    assert found is not None
+    assert found.text == "KL below 0 since iteration 6"
+
+
+def test_clip_fraction() -> None:
+    found = d.clip_fraction_high(series([0.1] * 4 + [0.31] * 6))
+    assert found is not None
+    assert found.text == "Clip fraction over 0.3 since iteration 5: lower the learning rate"
+    assert d.clip_fraction_high(series([0.3] * 10)) is None
+
+
+@pytest.mark.parametrize(("value", "fires"), [(2.1, True), (0.4, True), (1.9, False), (0.6, False)])
+def test_ratio(value: float, fires: bool) -> None:
+    found = d.ratio_far_from_one(series([1.0] * 5 + [value] * 5))
+    assert (found is not None) == fires
+    if found:
+        assert found.since == 6
+
+
+def test_entropy_collapsed() -> None:
+    found = d.entropy_collapsed(series([2.0, 2.0, 2.0, 2.0, 1.0, 0.39, 0.39, 0.39]))
+    assert found is not None
+    # At 6 the window is [2, 1, .39, .39, .39].
+    assert found.text == "Entropy collapsed since iteration 6"
+    assert d.entropy_collapsed(series([2.0, 2.0, 2.0, 0.41, 0.41, 0.41])) is None
+    assert d.entropy_collapsed(series([0.0] * 9)) is None
+    assert d.entropy_collapsed(series([2.0, 0.1])) is None
+
+
+def test_stop_rate_falling() -> None:
+    found = d.stop_rate_falling(series([0.5, 0.9, 0.9, 0.9, 0.9, 0.9, 0.6, 0.6, 0.6]))
+    assert found is not None
+    assert (found.text, found.since) == ("Stop rate falling since iteration 7", 7)
+    assert found.detail == "Last 60% of the replies stopped, before up to 90%."
+    assert d.stop_rate_falling(series([0.9] * 5 + [0.75] * 5)) is None
+    assert d.stop_rate_falling(series([0.2] * 5 + [0.9] * 5)) is None
+
+
+def test_never_stops() -> None:
+    found = d.never_stops(series([0.0] * 4))
+    assert found is not None
+    assert (found.level, found.since) == ("note", 1)
+    assert d.never_stops(series([0.0, 0.0])) is None
+    assert d.never_stops(series([0.0] * 4 + [0.5] * 4)) is None
+
+
+def test_explained_variance() -> None:
+    found = d.explained_variance_negative(series([0.5] * 6 + [-0.2] * 6))
+    assert found is not None
+    assert found.text == "Explained variance below 0 since iteration 7"
+    assert d.explained_variance_negative(series([-0.2] * 10)) is None  # a fresh critic may
+    assert d.explained_variance_negative(series([-0.2] * 6 + [0.1] * 6)) is None
+
+
+def test_no_progress() -> None:
+    flat = [0.0, 1.0] * 10
+    found = d.no_progress(series(flat))
+    assert found is not None
+    assert found.text == "No progress in score since iteration 1"
+    assert d.no_progress(series([value + 0.5 * place for place, value in enumerate(flat)])) is None
+    assert d.no_progress(series(flat[:9])) is None
+
+
+def test_score_falling() -> None:
+    up_and_down = [0.0, 0.1, 1.0, 1.1, 2.0, 2.1, 1.0, 1.1, 0.0, 0.1]
+    found = d.score_falling(series(up_and_down))
+    assert found is not None
+    # Stretches of two: the best mean is that of iterations 5 and 6.
+    assert (found.text, found.since) == ("Score falling since iteration 6", 6)
+    assert found.detail == "Mean 2.05 up to there, 0.05 in the last fifth."
+    assert d.score_falling(series(sorted(up_and_down))) is None
+    assert d.score_falling(series([0.0, 1.0] * 10)) is None
+
+
+def test_scores_equal() -> None:
+    found = d.scores_equal(series([0.5, 0.5, 0.0, 0.0, 0.0, 0.0]))
+    assert found is not None
+    assert found.text == "All scores of an iteration equal since iteration 3"
+    assert d.scores_equal(series([0.0, 0.0])) is None
+
+
+def test_not_finite_names_the_first() -> None:
+    found = d.not_finite(
+        {
+            "a": series([1, 2, math.nan, 4]),
+            "b": series([1, math.inf, 3]),
+            "c": series([1, math.nan, math.nan]),
+            "d": series([1, 2, 3]),
+        }
+    )
+    assert found is not None
+    assert (found.text, found.level) == ("NaN or infinity in b, c since iteration 2", "error")
+    assert found.detail == "3 metric(s) hold such values: a, b, c."
+    assert d.not_finite({"d": series([1, 2, 3]), "e": series([])}) is None
+
+
+def test_rules_bear_missing_metrics_and_nan(make_run: MakeRun) -> None:
+    assert d.diagnose(read_run(make_run("few", metrics=[{"iteration": 1}]))) == []
+    lines = [
+        {"iteration": number, "objective/kl": math.nan, "policy/clipfrac": None} for number in range(1, 30)
+    ]
+    (found,) = d.diagnose(read_run(make_run("nan", metrics=lines)))
+    assert found.kind == "nan"
+
+
+def test_a_run_that_learns(make_run: MakeRun) -> None:
+    lines = synthetic_metrics(300, seed=1)
+    kinds = {found.kind: found for found in d.diagnose(read_run(make_run("a", metrics=lines, config=CONFIG)))}
+    assert set(kinds) == {"kl", "clip_fraction"}
+    # 9.5 x part^0.8 passes 7.2 at part 0.707.
+    assert abs(kinds["kl"].since - 212) < 15
+    calm = [plain_line(number, **{"objective/scores": number / 50}) for number in range(1, 101)]
+    assert d.diagnose(read_run(make_run("calm", metrics=calm))) == []
+
+
+def test_the_worst_comes_first(make_run: MakeRun) -> None:
+    lines = [
+        plain_line(number, **{"objective/kl": 9.0, "policy/clipfrac": 0.5, "loss/value": math.nan})
+        for number in range(1, 6)
+    ]
+    levels = [found.level for found in d.diagnose(read_run(make_run(metrics=lines)))]
+    assert levels == ["error", "warning", "note"]

@@ -1,0 +1,185 @@
+"""Reading a run: tolerant of absent files, strict about broken lines, which are named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindrlhf.report.reading import ReportError, read_run, read_runs, short_names
+
+MakeRun = Callable[..., Path]
+LINE = '{"iteration": 1, "objective/scores": 0.5}'
+
+
+def test_metrics_alone_are_enough(make_run: MakeRun) -> None:
+    run = read_run(
+        make_run("only", metrics=[{"iteration": 1, "a/b": 2.0}, {"iteration": 3, "a/b": 4, "c": None}])
+    )
+    assert (run.name, run.samples, run.evaluations, run.eval_samples) == ("only", [], [], [])
+    assert (run.config, run.state, run.checkpoint) == ({}, {}, None)
+    assert run.iterations.tolist() == [1, 3]
+    assert run.series("a/b").values.tolist() == [2.0, 4.0]
+    assert run.series("c").values.tolist() == []
+    assert run.metric_names() == ["iteration", "a/b", "c"]
+
+
+def test_everything_is_read(whole_run: Path) -> None:
+    run = read_run(whole_run)
+    assert (len(run.metrics), len(run.samples), len(run.evaluations), len(run.eval_samples)) == (
+        60,
+        120,
+        4,
+        24,
+    )
+    assert run.evaluation_series("eval/scores").iterations.tolist() == [0, 20, 40, 60]
+    assert run.checkpoint == "iteration_000060"
+    assert run.state["kl_controller"] == {"kl_coef": 0.05}
+
+
+def test_the_newest_checkpoint_counts(make_run: MakeRun) -> None:
+    directory = make_run(state={"iteration": 2})
+    older = directory / "iteration_000001"
+    older.mkdir()
+    (older / "state.json").write_text('{"iteration": 1}')
+    (directory / "iteration_000009").mkdir()  # no state.json: not whole
+    assert read_run(directory).checkpoint == "iteration_000002"
+
+
+@pytest.mark.parametrize(
+    ("config", "value"),
+    [
+        ({"configuration": {"ppo": {"kl_target": 4.0}}, "kl_target": 1.0}, 4.0),
+        ({"ppo": {"kl_target": 5.0}}, 5.0),
+        ({"kl_target": 6.0}, 6.0),
+        ({"configuration": ["no mapping"]}, None),
+        (None, None),
+    ],
+)
+def test_settings_are_found(make_run: MakeRun, config: dict | None, value: float | None) -> None:
+    assert read_run(make_run(config=config)).setting("kl_target") == value
+
+
+def test_nan_is_a_number_of_a_run(make_run: MakeRun) -> None:
+    directory = make_run()
+    (directory / "metrics.jsonl").write_text('{"iteration": 1, "x": NaN}\n{"iteration": 2, "x": -Infinity}\n')
+    values = read_run(directory).series("x").values
+    assert math.isnan(values[0])
+    assert values[1] == -np.inf
+
+
+@pytest.mark.parametrize(
+    ("file", "broken", "fault"),
+    [
+        ("metrics.jsonl", '{"iteration": 2', "not JSON"),
+        ("metrics.jsonl", "", "not JSON"),
+        ("metrics.jsonl", "[1]", "expected a JSON object, found [1]"),
+        ("metrics.jsonl", '{"objective/kl": 1}', "no iteration"),
+        ("metrics.jsonl", '{"iteration": 1.5}', "iteration is 1.5, not a whole number"),
+        ("metrics.jsonl", '{"iteration": true}', "iteration is true, not a whole number"),
+        ("metrics.jsonl", '{"iteration": NaN}', "iteration is NaN, not a whole number"),
+        ("metrics.jsonl", '{"iteration": 2, "objective/kl": "1"}', 'objective/kl is "1", not a number'),
+        ("metrics.jsonl", '{"iteration": 1}', "iteration 1 after iteration 1"),
+        ("samples.jsonl", '{"iteration": 2, "score": []}', "score is [], not a number"),
+        ("samples.jsonl", '{"prompt": "x"}', "no iteration"),
+        ("evaluations.jsonl", '{"iteration": 2, "eval/kl": {}}', "eval/kl is {}, not a number"),
+        ("eval_samples.jsonl", "nothing", "not JSON"),
+        pytest.param("samples.jsonl", "[" * 100_000, "not JSON", id="deep"),
+    ],
+)
+def test_a_broken_line_is_named(make_run: MakeRun, file: str, broken: str, fault: str) -> None:
+    directory = make_run()
+    (directory / file).write_text(f"{LINE}\n{broken}\n", encoding="utf-8")
+    with pytest.raises(ReportError) as caught:
+        read_run(directory)
+    assert str(caught.value).startswith(f"{directory / file}:2: {fault}")
+
+
+def test_bytes_that_are_no_text_are_named(make_run: MakeRun) -> None:
+    directory = make_run()
+    (directory / "samples.jsonl").write_bytes(
+        f"{LINE}\n{LINE}\n".encode() + b'{"iteration": 3, "a": "\xff"}\n'
+    )
+    with pytest.raises(ReportError, match=r"samples\.jsonl:3: not UTF-8"):
+        read_run(directory)
+
+
+def test_the_line_that_is_being_written_is_left_out(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mindrlhf"), "propagate", True)
+    directory = make_run()
+    path = directory / "metrics.jsonl"
+    path.write_text(f'{LINE}\n{{"iteration": 2, "object')
+    assert read_run(directory).iterations.tolist() == [1]
+    assert f"{path}:2 is half written" in caplog.text
+    path.write_text(f'{LINE}\n{{"iteration": 2}}')  # whole, but for the line end
+    assert read_run(directory).iterations.tolist() == [1, 2]
+    path.write_text(f'{LINE}\n{{"iteration": 1}}')  # JSON, and wrong
+    with pytest.raises(ReportError, match=r"metrics\.jsonl:2: iteration 1 after"):
+        read_run(directory)
+
+
+def test_line_separators_inside_a_sample_end_no_line(make_run: MakeRun) -> None:
+    text = "a\u2028b\x85c\x0bd"
+    directory = make_run(samples=[{"iteration": 1, "prompt": text, "response": text}])
+    assert read_run(directory).samples[0]["prompt"] == text
+
+
+def test_evaluations_may_say_more_than_numbers(make_run: MakeRun) -> None:
+    lines = [{"iteration": 4, "eval/kl": 1.0, "prompts_digest": "ab"}, {"iteration": 0, "eval/kl": 0.0}]
+    assert read_run(make_run(evaluations=lines)).evaluation_series("eval/kl").iterations.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("name", ["config.json", "iteration_000002/state.json"])
+@pytest.mark.parametrize(("text", "fault"), [("{", "not JSON"), ("[1]", "expected a JSON object")])
+def test_a_broken_object_is_named(make_run: MakeRun, name: str, text: str, fault: str) -> None:
+    directory = make_run(state={})
+    (directory / name).write_text(text)
+    with pytest.raises(ReportError) as caught:
+        read_run(directory)
+    assert str(caught.value).startswith(f"{directory / name}: {fault}")
+
+
+def test_what_is_no_run_is_refused_with_a_hint(make_run: MakeRun, tmp_path: Path) -> None:
+    inside = make_run("job/ppo")
+    with pytest.raises(ReportError, match="no such directory"):
+        read_run(tmp_path / "absent")
+    with pytest.raises(ReportError) as caught:
+        read_run(inside.parent)
+    assert str(caught.value).endswith(f"Did you mean {inside}?")
+    (inside / "metrics.jsonl").write_text("")
+    with pytest.raises(ReportError, match="finished no iteration yet"):
+        read_run(inside)
+
+
+def test_a_run_is_given_once(make_run: MakeRun) -> None:
+    directory = make_run()
+    with pytest.raises(ReportError, match="given twice"):
+        read_runs([directory, directory / ".." / directory.name])
+    with pytest.raises(ReportError, match="no run directory"):
+        read_runs([])
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/r/a"], ["a"]),
+        (["/r/a", "/r/b"], ["a", "b"]),
+        (["/r/a/ppo", "/r/b/ppo"], ["a/ppo", "b/ppo"]),
+        (["/x/a/ppo", "/y/a/ppo", "/y/b"], ["x/a/ppo", "y/a/ppo", "/y/b"]),
+    ],
+)
+def test_names_are_short_and_different(paths: list[str], names: list[str]) -> None:
+    assert short_names([Path(path) for path in paths]) == names
+
+
+def test_lone_surrogates_do_not_end_the_reading(make_run: MakeRun) -> None:
+    directory = make_run()
+    (directory / "samples.jsonl").write_text('{"iteration": 1, "response": "\\ud800"}\n')
+    assert read_run(directory).samples[0]["response"] == json.loads('"\\ud800"')

@@ -1,0 +1,304 @@
+"""Stages before PPO: what flags they refuse, their arithmetic by hand, and the loop's order."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.data.sequences import Sequences
+from mindrlhf.models.heads import new_score_head
+from mindrlhf.models.train import RewardModel
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.trainer.runtime import HostExchange, Runtime
+from mindrlhf.trainer.stages.calibration import calibrate, fold, gain_and_bias
+from mindrlhf.trainer.stages.options import (
+    RewardOptions,
+    StageOptions,
+    StagePlan,
+    check_paths,
+    read_plan,
+    with_peak,
+)
+from mindrlhf.trainer.stages.records import StageRecords
+from mindrlhf.trainer.stages.reward import PairLoss, RewardStage
+from mindrlhf.trainer.stages.sft import SFTLoss, SFTStage
+from mindrlhf.trainer.stages.stage import network_inputs, over_rows
+from mindrlhf.utils.errors import ConfigError, MindRLHFError
+
+
+@pytest.fixture
+def yaml(repo_root: Path) -> Path:
+    return repo_root / "model_configs" / "qwen_ppo" / "finetune_qwen2_tiny.yaml"
+
+
+def options(yaml: Path, tmp_path: Path, **changes: Any) -> RewardOptions:
+    weights = tmp_path / "weights.ckpt"
+    weights.touch()
+    given: dict[str, Any] = {
+        "config_path": yaml,
+        "load_sft_checkpoint": weights,
+        "mind_dataset_dir": tmp_path / "data",
+        "save_ckpt_dir": tmp_path / "save",
+        "use_parallel": False,
+    }
+    return RewardOptions(**given | changes)
+
+
+def test_plan_from_the_yaml_and_from_flags(yaml: Path, tmp_path: Path) -> None:
+    plan = read_plan(options(yaml, tmp_path), 1)
+    assert (plan.epochs, plan.batch_size, plan.micro_batch_size) == (1, 2, 2)
+    split = read_plan(options(yaml, tmp_path, use_parallel=True), 4)
+    assert (split.batch_size, split.micro_batch_size) == (4, 2)  # 2 rows on each of 2 replicas
+    flags = options(yaml, tmp_path, use_parallel=True, epochs=3, batch_size=12, micro_batch_size=3)
+    plan = read_plan(flags, 4)
+    assert (plan.epochs, plan.batch_size, plan.micro_batch_size) == (3, 12, 3)
+    assert plan.total_steps(35) == 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs: not allowed .0. - must be at least 1"),
+        ({"batch_size": 0}, "--batch_size: not allowed .0. - must be at least 1"),
+        ({"micro_batch_size": -1}, "--micro_batch_size: not allowed"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "--micro_batch_size: 4 does not divide the 6 rows"),
+        ({"eval_fraction": 1.0}, "--eval_fraction: not allowed .1.0. - must be at least 0 and below 1"),
+        ({"eval_fraction": math.nan}, "--eval_fraction: not allowed"),
+        ({"learning_rate": 0.0}, "--learning_rate: not allowed"),
+        ({"max_grad_norm": math.nan}, "--max_grad_norm: not allowed"),
+        ({"center_coef": -0.1}, "--center_coef: not allowed"),
+        ({"calibrate": "on"}, "--calibrate: not allowed .on. - must be one of sft, data, off"),
+        ({"calibration_samples": 1}, "--calibration_samples: not allowed"),
+        ({"valid_vocab_size": 1025}, "--valid_vocab_size: 1025 is above the vocabulary"),
+        ({"seed": -1}, "--seed: not allowed"),
+    ],
+)
+def test_flags_out_of_range(yaml: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_plan(options(yaml, tmp_path, **changes), 1)
+
+
+def test_faults_of_flags_and_yaml_come_together(yaml: Path, tmp_path: Path) -> None:
+    generate = yaml.with_name("generate_qwen2_tiny.yaml")
+    wrong = options(generate, tmp_path, use_parallel=True, batch_size=3, epochs=0)
+    with pytest.raises(ConfigError) as caught:
+        read_plan(wrong, 2)
+    message = str(caught.value)
+    for fault in ("--epochs", "optimizer: missing", "lr_schedule: missing", "= 4 ranks, but there are 2"):
+        assert fault in message
+    with pytest.raises(ConfigError, match=r"--batch_size: 3 is not divisible by data_parallel \(2\)"):
+        read_plan(options(yaml, tmp_path, use_parallel=True, batch_size=3), 4)
+
+
+def test_steps(yaml: Path, tmp_path: Path) -> None:
+    plan = read_plan(options(yaml, tmp_path, batch_size=8), 1)
+    with pytest.raises(ConfigError, match="--batch_size: 8 rows, but there are only 7 to train on"):
+        plan.total_steps(7)
+    slow = {"type": "ConstantWarmUpLR", "learning_rate": 1.0, "warmup_steps": 9, "total_steps": -1}
+    never = StagePlan(replace(plan.config, lr_schedule=slow), 1, 8, 8)
+    with pytest.raises(ConfigError, match=r"warm-up never ends \(9 steps of warm-up, 8 optimizer steps"):
+        never.total_steps(64)
+    assert never.total_steps(72) == 9
+
+
+def test_another_peak_keeps_the_shape(yaml: Path, tmp_path: Path) -> None:
+    plan = read_plan(options(yaml, tmp_path, learning_rate=1e-3), 1)
+    assert plan.config.lr_schedule["learning_rate"] == 1e-3
+    assert plan.config.lr_schedule["lr_end"] == pytest.approx(1e-4)
+    assert with_peak({"base_lr": 2.0, "eta_min": 1.0, "t_max": 3}, 4.0) == {
+        "base_lr": 4.0,
+        "eta_min": 2.0,
+        "t_max": 3,
+    }
+
+
+def test_paths(yaml: Path, tmp_path: Path) -> None:
+    good: StageOptions = options(yaml, tmp_path)
+    check_paths(good)
+    with pytest.raises(MindRLHFError, match=r"--load_sft_checkpoint .*none does not exist"):
+        check_paths(replace(good, load_sft_checkpoint=tmp_path / "none"))
+    with pytest.raises(MindRLHFError, match=r"--save_full_ckpt .*: name a .ckpt or .safetensors file"):
+        check_paths(replace(good, save_full_ckpt=tmp_path / "full"))
+    with pytest.raises(MindRLHFError, match=r"--save_full_ckpt .* exists"):
+        check_paths(replace(good, save_full_ckpt=good.load_sft_checkpoint))
+    for name in ("metrics.jsonl", "final"):
+        used = tmp_path / f"used_{name}"
+        (used / name).mkdir(parents=True)
+        with pytest.raises(MindRLHFError, match=f"holds the results of an earlier run .{name}"):
+            check_paths(replace(good, save_ckpt_dir=used))
+
+
+class Fixed(nn.Cell):
+    """A policy or reward model that says what it is told, times a parameter."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        super().__init__()
+        self.scale = Parameter(Tensor(1.0, ms.float32), name="scale")
+        self.numbers = Tensor(numbers.astype(np.float32))
+
+
+class FixedPolicy(Fixed):
+    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.numbers * self.scale, self.numbers, self.numbers
+
+
+class FixedReward(Fixed):
+    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor, lengths: Tensor) -> Tensor:
+        return self.numbers * self.scale
+
+
+UNUSED = Tensor(np.zeros((1, 1), np.int32))
+
+
+def test_sft_loss_by_hand() -> None:
+    """-(-1 - 2 - 4) over 5 tokens of the whole step; what is masked may be anything."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    logprobs = np.array([[-1.0, -2.0, np.nan], [-4.0, -1e30, 3.0]])
+    mask = Tensor(np.array([[1, 1, 0], [1, 0, 0]], np.float32))
+    loss, sums = SFTLoss(FixedPolicy(logprobs))(UNUSED, UNUSED, UNUSED, mask, Tensor([0.2], ms.float32))
+    assert float(loss) == pytest.approx(7 / 5, rel=1e-6)
+    assert sums.asnumpy().tolist() == pytest.approx([7.0])
+
+
+@pytest.mark.parametrize("center_coef", [0.0, 0.5])
+def test_pair_loss_against_a_loop(center_coef: float) -> None:
+    """Scores far apart in both directions, and equal ones, where the derivative is -1/2."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    chosen, rejected = [0.5, -1.0, 60.0, -80.0, 2.0], [0.2, 1.5, -60.0, 80.0, 2.0]
+    expected_loss = correct = margin_sum = center = derivative = 0.0
+    for good, bad in zip(chosen, rejected, strict=True):
+        margin = good - bad
+        # log(1 + exp(-m)), whichever way does not overflow
+        expected_loss += math.log1p(math.exp(-margin)) if margin > -50 else -margin
+        correct += margin > 0
+        margin_sum += margin
+        center += (good + bad) ** 2
+        derivative += -margin / (1 + math.exp(margin)) + center_coef * 2 * (good + bad) ** 2
+    cell = PairLoss(FixedReward(np.array(chosen + rejected)), center_coef)
+    inverse = Tensor([0.1], ms.float32)
+    arguments = (UNUSED, UNUSED, UNUSED, UNUSED, inverse)
+    gradient = ms.value_and_grad(cell, None, cell.trainable_params(), has_aux=True)
+    (loss, sums), (slope,) = gradient(*arguments)
+    assert float(loss) == pytest.approx(0.1 * (expected_loss + center_coef * center), rel=1e-5)
+    assert sums.asnumpy().tolist() == pytest.approx([expected_loss, correct, margin_sum], rel=1e-5)
+    assert float(slope) == pytest.approx(0.1 * derivative, rel=1e-5)
+
+
+def test_equal_scores_pull_apart() -> None:
+    """The gradient of -log sigmoid at 0 is -1/2 and not 0."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+
+    class Two(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = Parameter(Tensor(np.zeros(2, np.float32)), name="scores")
+
+        def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor, lengths: Tensor) -> Tensor:
+            return self.scores * 1.0
+
+    cell = PairLoss(Two(), 0.0)
+    gradient = ms.value_and_grad(cell, None, cell.trainable_params(), has_aux=True)
+    _, (slope,) = gradient(UNUSED, UNUSED, UNUSED, UNUSED, Tensor([1.0], ms.float32))
+    assert slope.asnumpy().tolist() == pytest.approx([-0.5, 0.5])
+
+
+def test_gain_and_bias() -> None:
+    scores = np.array([1.0, 3.0, 5.0, 11.0], np.float32)  # mean 5, variance 14
+    gain, bias = gain_and_bias(scores)
+    assert gain == pytest.approx(1 / math.sqrt(14))
+    assert bias == pytest.approx(-5 / math.sqrt(14))
+    scaled = gain * scores.astype(np.float64) + bias
+    assert scaled.mean() == pytest.approx(0, abs=1e-12)
+    assert scaled.std() == pytest.approx(1)
+    assert gain_and_bias(np.full(4, 3.0, np.float32)) == (1.0, -3.0)
+
+
+@pytest.fixture(scope="module")
+def reward(tiny_job: JobConfig) -> RewardModel:
+    model = RewardModel(tiny_job.train.model, Groups(Mesh(), 0), prompt_length=4)
+    rng = np.random.default_rng(0)
+    shards = {
+        name: rng.normal(0, 0.3, layout.shape).astype(np.float32) for name, layout in model.layouts.items()
+    }
+    model.load(shards | new_score_head(16, 0, "reward") | {"score_head.bias": np.array([0.7], np.float32)})
+    return model
+
+
+def some_sequences(count: int) -> Sequences:
+    rng = np.random.default_rng(1)
+    return Sequences(
+        rng.integers(2, 24, (count, 7)).astype(np.int32),
+        rng.integers(1, 5, count).astype(np.int32),
+        rng.integers(1, 4, count).astype(np.int32),
+    )
+
+
+def scores_of(model: RewardModel, part: Sequences) -> np.ndarray:
+    inputs = (*network_inputs(part, 4), part.response_lengths)
+    exchange = HostExchange(Runtime(0, 1))
+    forward = lambda *arrays: model(*map(Tensor, arrays)).asnumpy()  # noqa: E731
+    return over_rows(forward, inputs, Mesh(), exchange, rows_per_pass=4)
+
+
+def test_folded_head_gives_mean_0_and_std_1(reward: RewardModel, yaml: Path, tmp_path: Path) -> None:
+    """Also after the weights went through a file's float32; other sequences move by the same line."""
+    responses, others = some_sequences(10), some_sequences(13)
+    before, before_others = scores_of(reward, responses), scores_of(reward, others)
+    assert abs(before.mean()) > 0.1
+    result = calibrate(reward, lambda part: scores_of(reward, part), responses, options(yaml, tmp_path))
+    after = scores_of(reward, responses)
+    assert after.mean() == pytest.approx(0, abs=1e-5)
+    assert after.std() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(
+        scores_of(reward, others), result.gain * before_others + result.bias, atol=1e-5
+    )
+    assert (result.source, result.samples) == ("sft", 10)
+    assert result.mean_before == pytest.approx(before.mean(), rel=1e-5)
+    fold(reward, 1 / result.gain, -result.bias / result.gain)
+    np.testing.assert_allclose(scores_of(reward, responses), before, atol=1e-5)
+
+
+def test_rows_that_do_not_fill_a_pass_are_neither_lost_nor_counted_twice() -> None:
+    seen: list[int] = []
+
+    def forward(numbers: np.ndarray) -> np.ndarray:
+        seen.append(len(numbers))
+        return numbers * 2.0
+
+    exchange = HostExchange(Runtime(0, 1))
+    for count in (1, 3, 4, 9):
+        result = over_rows(forward, (np.arange(count),), Mesh(), exchange, rows_per_pass=4)
+        assert result.tolist() == [2.0 * i for i in range(count)]
+    assert set(seen) == {4}
+
+
+def test_positions_stay_inside_the_model(tiny_job: JobConfig) -> None:
+    """A text of seq_length tokens has pads behind it, in rows as wide as the longest prompt and response."""
+    part = Sequences(np.zeros((2, 7), np.int32), np.array([4, 1], np.int32), np.array([1, 3], np.int32))
+    inputs = network_inputs(part, 4)
+    assert inputs.valid.tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0], [0, 0, 0, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("stage", [SFTStage, RewardStage])
+def test_picture_and_summary_take_lines_without_an_evaluation(stage: Any, tmp_path: Path) -> None:
+    records = StageRecords(tmp_path, stage.curves)
+    assert records.plot() is None
+    lines = [{"step": 0, "eval/loss": 2.0}, {"step": 1, "loss/train": np.float32(1.5)}]
+    for line in lines:
+        records.add_metrics(line)
+    picture = records.plot()
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines
+    assert stage.summary(stage, lines[0]) == "held-out loss 2.0000"

@@ -1,0 +1,232 @@
+"""Which optimizer steps an iteration takes: critic warm-up, early stop by KL, the loss that is mixed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.schema import Column
+from mindrlhf.models.train import CriticModel, PPOModelTrain
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.trainer.builder import PPOModels
+from mindrlhf.trainer.experience import Experience, SequenceInputs
+from mindrlhf.trainer.metrics import update_metrics
+from mindrlhf.trainer.pretraining import PretrainStream
+from mindrlhf.trainer.runtime import HostExchange, Runtime
+from mindrlhf.trainer.update import PPOUpdate, UpdateResult
+
+GROUPS = Groups(Mesh(), 0)
+RESPONSE_LENGTHS = np.array([3, 1, 2, 3])
+STEPS = 4  # 2 epochs of 2 minibatches
+APPROXKL = 1
+
+
+def texts(path: Path) -> PretrainStream:
+    ids = np.random.default_rng(3).integers(0, 24, (6, 8)).astype(np.int32)
+    write_mindrecord(
+        path,
+        {name: Column("int32", 8) for name in ("pretrain_ids", "loss_mask")},
+        [{"pretrain_ids": ids, "loss_mask": np.ones_like(ids)}],
+    )
+    return PretrainStream(path, batch_size=2, max_length=16, vocab_size=24, seed=0)
+
+
+@dataclass
+class Training:
+    """Models, their update, and experience; :meth:`run` starts from the same weights every time."""
+
+    models: PPOModels
+    update: PPOUpdate
+    experience: Experience
+    start: dict[str, dict[str, np.ndarray]]
+
+    def run(self, iteration: int = 0, **changes: Any) -> tuple[UpdateResult, dict[str, np.ndarray]]:
+        """One iteration; its result, and all weights after it by role and name."""
+        trained = self.trained()
+        for role, (model, step) in trained.items():
+            model.load(self.start[role])
+            optimizer = step.optimizer
+            for state in (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.global_step):
+                state.set_data(Tensor(np.zeros(state.shape), state.dtype))
+        original = self.update.config
+        self.update.config = replace(original, **changes)
+        try:
+            result = self.update.run(self.experience, iteration, lambda: None)
+        finally:
+            self.update.config = original
+        weights = {
+            f"{role}/{name}": array.copy()
+            for role, (model, _) in trained.items()
+            for name, array in model.shards()
+        }
+        return result, weights
+
+    def trained(self) -> dict[str, Any]:
+        found = {"policy": (self.models.train, self.update.policy_step)}
+        if self.models.critic is not None:
+            found["critic"] = (self.models.critic, self.update.critic_step)
+        return found
+
+    def steps_counted(self) -> dict[str, int]:
+        return {
+            role: int(step.optimizer.global_step.asnumpy()[0]) for role, (_, step) in self.trained().items()
+        }
+
+    def moved(self, weights: dict[str, np.ndarray], role: str) -> list[str]:
+        return [
+            name for name, array in self.start[role].items() if (weights[f"{role}/{name}"] != array).any()
+        ]
+
+
+@pytest.fixture(scope="module")
+def training(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    config = replace(tiny_job.ppo, ppo_epochs=2, ptx_coef=0.5)
+    job = replace(tiny_job, ppo=config)
+    train = PPOModelTrain(job.train.model, GROUPS, prompt_length=4, temperature=1.0, valid_vocab_size=24)
+    critic = CriticModel(job.critic.model, GROUPS, prompt_length=4)
+    rng = np.random.default_rng(0)
+    start = {
+        role: {
+            name: rng.normal(0, 0.3, p.shape).astype(np.float32)
+            for name, p in model.parameters_dict().items()
+        }
+        for role, model in (("policy", train), ("critic", critic))
+    }
+    valid = attention_mask(np.array([4, 2, 3, 1]), RESPONSE_LENGTHS, 4, 3)
+    tokens = rng.integers(0, 24, (4, 7)).astype(np.int32)
+    inputs = SequenceInputs(tokens, valid.astype(np.int32), position_ids(valid))
+    mask = policy_mask(RESPONSE_LENGTHS, 3).astype(np.float32)
+    train.load(start["policy"])
+    fields = {
+        name: (mask * rng.normal(0, 1, mask.shape)).astype(np.float32) for name in Experience._fields[3:]
+    }
+    fields["old_logprobs"] = mask * train(*map(Tensor, inputs))[0].asnumpy()
+    models = PPOModels(infer=None, train=train, ref=None, reward=None, critic=critic)  # type: ignore[arg-type]
+    update = PPOUpdate(
+        models,
+        job,
+        HostExchange(Runtime(0, 1)),
+        texts(tmp_path_factory.mktemp("texts") / "texts.mindrecord"),
+    )
+    update.pretraining, update.texts = None, update.pretraining  # type: ignore[attr-defined]
+    return Training(models, update, Experience(inputs=inputs, mask=mask, **fields), start)
+
+
+@pytest.fixture(scope="module")
+def whole(training: Training) -> tuple[UpdateResult, dict[str, np.ndarray]]:
+    return training.run()
+
+
+def test_all_steps_by_default(training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]) -> None:
+    result, weights = whole
+    assert [len(field) for field in (result.tokens, result.policy, result.value)] == [STEPS] * 3
+    assert [len(result.grad_norm), len(result.critic_grad_norm), len(result.pretrain_loss)] == [
+        STEPS,
+        STEPS,
+        0,
+    ]
+    for role in ("policy", "critic"):
+        assert training.moved(weights, role) == list(training.start[role])
+    assert update_metrics(result, training.update.config)["policy/steps"] == STEPS
+
+
+def test_only_the_critic_learns_while_it_warms_up(
+    training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]
+) -> None:
+    result, weights = training.run(iteration=0, critic_warmup_iterations=1)
+    assert training.moved(weights, "policy") == []
+    assert training.steps_counted() == {"policy": 0, "critic": STEPS}
+    # The critic learns as it does without a warm-up: it has its own backbone.
+    for name, array in whole[1].items():
+        if name.startswith("critic/"):
+            np.testing.assert_allclose(weights[name], array, atol=1e-6, err_msg=name)
+    metrics = update_metrics(result, training.update.config)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert (metrics["policy/steps"], metrics["lr"], metrics["grad_norm"]) == (0, 0, 0)
+    assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics["policy/entropy"] > 0
+    assert metrics["grad_norm/critic"] > 0
+
+
+def test_after_the_warm_up_both_learn(training: Training) -> None:
+    _, weights = training.run(iteration=1, critic_warmup_iterations=1)
+    assert training.moved(weights, "policy") == list(training.start["policy"])
+
+
+def test_steps_end_before_the_minibatch_that_is_too_far(
+    training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]
+) -> None:
+    approxkl = whole[0].policy[:, APPROXKL] / whole[0].tokens
+    assert approxkl[0] < 1e-8
+    assert approxkl[2] > approxkl[1] > 1e-4, "the case must be one in which the policy moves away"
+    # 1.5 times the target lies between the approxkl of the second and the third minibatch.
+    target = (approxkl[1] + approxkl[2]) / 2 / 1.5
+    result, weights = training.run(target_kl=target)
+    assert training.steps_counted() == {"policy": 2, "critic": 2}
+    assert [len(field) for field in (result.tokens, result.policy, result.value)] == [3, 3, 2]
+    assert [len(result.grad_norm), len(result.critic_grad_norm)] == [2, 2]
+    np.testing.assert_allclose(result.policy, whole[0].policy[:3], atol=1e-5)
+    np.testing.assert_allclose(result.value, whole[0].value[:2], atol=1e-5)
+    # Two steps and nothing of a third: what one epoch gives.
+    _, one_epoch = training.run(ppo_epochs=1)
+    for name, array in one_epoch.items():
+        np.testing.assert_allclose(weights[name], array, atol=1e-6, err_msg=name)
+    metrics = update_metrics(result, training.update.config)
+    assert metrics["policy/steps"] == 2
+    assert metrics["policy/approxkl"] == pytest.approx(
+        (approxkl[:3] * result.tokens).sum() / result.tokens.sum(), rel=1e-4
+    )
+    assert metrics["value/mean"] == pytest.approx(result.value[:, 3].sum() / result.tokens[:2].sum())
+
+
+def test_the_margin_is_one_and_a_half(
+    training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]
+) -> None:
+    largest = (whole[0].policy[:, APPROXKL] / whole[0].tokens).max()
+    training.run(target_kl=largest / 1.5 * 1.01)
+    assert training.steps_counted()["policy"] == STEPS
+    training.run(target_kl=largest / 1.5 * 0.99)
+    assert training.steps_counted()["policy"] < STEPS
+
+
+def test_the_first_minibatch_is_always_learnt_from(training: Training) -> None:
+    result, _ = training.run(target_kl=1e-30)
+    assert training.steps_counted()["policy"] == 1
+    assert len(result.grad_norm) == 1
+
+
+def test_texts_are_learnt_in_the_same_steps(
+    training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]
+) -> None:
+    texts_ = training.update.texts  # type: ignore[attr-defined]
+    training.update.pretraining = texts_
+    try:
+        result, weights = training.run()
+        assert texts_.state_dict()["drawn"] == 2 * STEPS
+        stopped, _ = training.run(target_kl=1e-30)
+        assert texts_.state_dict()["drawn"] == 2 * STEPS + 2, "a step that is not taken draws nothing"
+        training.run(critic_warmup_iterations=1)
+        assert texts_.state_dict()["drawn"] == 2 * STEPS + 2
+    finally:
+        training.update.pretraining = None
+    assert training.steps_counted()["critic"] == STEPS
+    assert (result.pretrain_loss.shape, stopped.pretrain_loss.shape) == ((STEPS,), (1,))
+    # The first minibatch's losses are those of the same weights; the gradient has another part.
+    np.testing.assert_allclose(result.policy[0], whole[0].policy[0], atol=1e-5)
+    assert abs(result.grad_norm[0] - whole[0].grad_norm[0]) > 1e-3
+    assert any(
+        (weights[name] != array).any() for name, array in whole[1].items() if name.startswith("policy/")
+    )
+    metrics = update_metrics(result, training.update.config)
+    plain = update_metrics(result._replace(pretrain_loss=np.zeros(0)), training.update.config)
+    assert metrics["loss/pretrain"] == pytest.approx(result.pretrain_loss.mean())
+    assert metrics["loss/total"] - plain["loss/total"] == pytest.approx(0.5 * metrics["loss/pretrain"])
