@@ -99,7 +99,8 @@ def value_loss_terms(
     values = _masked(values, mask)
     old_values = ops.stop_gradient(_masked(old_values, mask))
     returns = ops.stop_gradient(_masked(returns, mask))
-    clipped_values = old_values + ops.clip_by_value(values - old_values, -cliprange_value, cliprange_value)
+    # Not old + clip(V - old): that is V only up to rounding, and values inside would count as clipped.
+    clipped_values = ops.clip_by_value(values, old_values - cliprange_value, old_values + cliprange_value)
     unclipped = ops.square(values - returns)
     clipped = ops.square(clipped_values - returns)
     return (

@@ -64,6 +64,7 @@ PPO_RULES: dict[str, Rule] = {
     "cliprange": Rule(kind="float", above=0, below=1),
     "cliprange_value": _POSITIVE,
     "vf_coef": _NOT_NEGATIVE,
+    "value_head_init_scale": _NOT_NEGATIVE,
     "entropy_coef": _NOT_NEGATIVE,
     "ptx_coef": _NOT_NEGATIVE,
     "target_kl": _NOT_NEGATIVE,

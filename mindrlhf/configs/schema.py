@@ -164,6 +164,7 @@ class PPOConfig:
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
+    value_head_init_scale: float = 1.0  # of a fresh value head, N(0, 1/sqrt(H+1)); 0: values start at 0
     entropy_coef: float = 0.0  # entropy bonus in the policy loss; 0: off
     ptx_coef: float = 0.0  # pre-training loss mixed in; 0: off
     target_kl: float = 0.0  # ends an iteration's steps when approxkl is 1.5 times it; 0: off

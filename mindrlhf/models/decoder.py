@@ -8,10 +8,10 @@ report, arXiv 2407.10671). Cells are nested so that parameter names are the cano
 from __future__ import annotations
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.decoder_parts import RMSNorm, Rotary, SharedInputs, SwiGLU
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
@@ -19,48 +19,8 @@ from mindrlhf.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    empty_parameter,
 )
 from mindrlhf.utils.sizes import exact_div
-
-MASKED_SCORE = -1.0e9
-"""Added to the attention score of a key that must not be seen. Finite, so that a row whose keys are all
-masked (a pad) gives a harmless average and not NaN; its exponential is exactly 0 beside any real score."""
-
-
-class RMSNorm(nn.Cell):
-    """``x / sqrt(mean(x^2) + eps) * weight`` in ``compute_dtype`` (Zhang and Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, hidden_size: int, eps: float, compute_dtype: ms.dtype, param_dtype: ms.dtype) -> None:
-        super().__init__()
-        self.eps = eps
-        self.compute_dtype = compute_dtype
-        self.weight = empty_parameter((hidden_size,), param_dtype, "weight")
-
-    def construct(self, x: Tensor) -> Tensor:
-        """``x`` (..., H) -> the same shape and type."""
-        wide = ops.cast(x, self.compute_dtype)
-        wide = wide * ops.rsqrt(ops.square(wide).mean(axis=-1, keep_dims=True) + self.eps)
-        return ops.cast(wide * ops.cast(self.weight, self.compute_dtype), x.dtype)
-
-
-def rotary_tables(head_dim: int, length: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the rotary angles (Su et al., arXiv 2104.09864), half-split as in Qwen2.
-
-    Returns:
-        two float32 arrays (length, head_dim); the halves of the last axis are equal.
-    """
-    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
-    angles = np.concatenate([angles, angles], axis=-1)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x * cos + rotate_half(x) * sin`` for ``x`` (B, heads, T, D) and tables (B, 1, T, D)."""
-    half = x.shape[-1] // 2
-    rotated = ops.concat((-x[..., half:], x[..., :half]), axis=-1)
-    return x * cos + rotated * sin
 
 
 class Attention(nn.Cell):
@@ -78,7 +38,7 @@ class Attention(nn.Cell):
         self.compute_dtype = ms_dtype(config.compute_dtype)
         self.softmax_dtype = ms_dtype(config.softmax_compute_type)
         self.rotary_dtype = ms_dtype(config.rotary_dtype)
-        self.scale = self.head_dim**-0.5
+        self.rotary = Rotary()
         self.flash = config.use_flash_attention
         heads, hidden = config.num_heads, config.hidden_size
 
@@ -104,45 +64,52 @@ class Attention(nn.Cell):
             param_dtype=ms_dtype(config.param_init_type),
         )
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, masked: Tensor) -> Tensor:
-        """``x`` (B, T, H), tables (B, 1, T, D), ``masked`` (B, 1, T, T), 1 at hidden keys -> (B, T, H)."""
-        batch, length = x.shape[0], x.shape[1]
+    def construct(self, x: Tensor, hidden: Tensor, *tables: Tensor) -> Tensor:
+        """``x`` (B * T, H); ``hidden`` and the four ``tables`` of :class:`SharedInputs` -> (B * T, H)."""
+        query_cos, query_sin, key_cos, key_sin = tables
         x = self.copy_to_group(x)
-        query = self._heads(self.wq(x), self.kv_heads * self.group_size)
-        key = self._heads(self.wk(x), self.kv_heads)
-        value = self._heads(self.wv(x), self.kv_heads)
-        query = ops.cast(rotate(ops.cast(query, self.rotary_dtype), cos, sin), self.compute_dtype)
-        key = ops.cast(rotate(ops.cast(key, self.rotary_dtype), cos, sin), self.compute_dtype)
-        if self.flash:
-            mixed = self._flash(query, key, value, masked)
-        else:
-            mixed = self._plain(query, key, value, masked)
-        return self.wo(ops.transpose(mixed, (0, 2, 1, 3)).reshape((batch, length, -1)))
+        query = self._turn(self.wq(x), query_cos, query_sin)
+        key = self._turn(self.wk(x), key_cos, key_sin)
+        length = hidden.shape[-1]
+        query = self._heads(query, length, self.kv_heads * self.group_size)
+        key = self._heads(key, length, self.kv_heads)
+        value = self._heads(self.wv(x), length, self.kv_heads)
+        mixed = (
+            self._flash(query, key, value, hidden) if self.flash else self._plain(query, key, value, hidden)
+        )
+        return self.wo(ops.transpose(mixed, (0, 2, 1, 3)).reshape((x.shape[0], -1)))
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        """(B, T, heads * D) -> (B, heads, T, D)."""
-        return ops.transpose(x.reshape((x.shape[0], x.shape[1], heads, self.head_dim)), (0, 2, 1, 3))
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary positions of (B * T, heads * D), head by head."""
+        turned = self.rotary(ops.cast(x, self.rotary_dtype).reshape((-1, self.head_dim)), cos, sin)
+        return ops.cast(turned, self.compute_dtype).reshape(x.shape)
 
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, masked: Tensor) -> Tensor:
+    def _heads(self, x: Tensor, length: int, heads: int) -> Tensor:
+        """(B * T, heads * D) -> (B, heads, T, D)."""
+        return ops.transpose(x.reshape((-1, length, heads, self.head_dim)), (0, 2, 1, 3))
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
         """Attention from plain operators: (B, heads, T, D) and (B, kv heads, T, D) -> (B, heads, T, D)."""
-        batch, heads, length, dim = query.shape
+        batch, _, length, dim = query.shape
         rows = (batch * self.kv_heads, self.group_size * length, dim)
         keys = (batch * self.kv_heads, length, dim)
         scores = ops.BatchMatMul(transpose_b=True)(query.reshape(rows), key.reshape(keys))
-        scores = ops.cast(scores.reshape((batch, heads, length, length)), self.softmax_dtype)
-        weights = ops.softmax(scores * self.scale + masked * MASKED_SCORE, axis=-1)
-        weights = ops.cast(weights, self.compute_dtype).reshape((*rows[:2], length))
-        return ops.BatchMatMul()(weights, value.reshape(keys)).reshape(query.shape)
+        # Rows of one matrix: reductions of CPU are many times slower over more dimensions.
+        scores = ops.cast(scores.reshape((-1, length)), self.softmax_dtype)
+        weights = ops.cast(ops.softmax(scores + hidden, axis=-1), self.compute_dtype)
+        return ops.BatchMatMul()(weights.reshape((*rows[:2], length)), value.reshape(keys)).reshape(
+            query.shape
+        )
 
-    def _flash(self, query: Tensor, key: Tensor, value: Tensor, masked: Tensor) -> Tensor:
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
         """Attention by the Ascend kernel (FlashAttention, arXiv 2205.14135); there is none on CPU."""
         return ops.flash_attention_score(
             query,
             key,
             value,
             query.shape[1],
-            attn_mask=ops.cast(masked, ms.uint8),
-            scalar_value=self.scale,
+            attn_mask=ops.cast(hidden, ms.uint8),
+            scalar_value=1.0,
             input_layout="BNSD",
         )
 
@@ -161,12 +128,12 @@ class FeedForward(nn.Cell):
         self.w1 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
         self.w3 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
         self.w2 = RowParallelLinear(inner, hidden, groups, **dtypes)
+        self.swiglu = SwiGLU()
 
     def construct(self, x: Tensor) -> Tensor:
-        """``x`` (B, T, H) -> (B, T, H)."""
+        """``x`` (B * T, H) -> (B * T, H)."""
         x = self.copy_to_group(x)
-        gate = self.w1(x)
-        return self.w2(gate * ops.sigmoid(gate) * self.w3(x))
+        return self.w2(self.swiglu(self.w1(x), self.w3(x)))
 
 
 class DecoderLayer(nn.Cell):
@@ -185,9 +152,9 @@ class DecoderLayer(nn.Cell):
         self.ffn_norm = RMSNorm(*norm)
         self.feed_forward = FeedForward(config, groups)
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, masked: Tensor) -> Tensor:
-        """``x`` (B, T, H) -> (B, T, H)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, masked)
+    def construct(self, x: Tensor, hidden: Tensor, *tables: Tensor) -> Tensor:
+        """``x`` (B * T, H), the rest from :class:`SharedInputs` -> (B * T, H)."""
+        x = x + self.attention(self.attention_norm(x), hidden, *tables)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -212,11 +179,7 @@ class Qwen2Decoder(nn.Cell):
             ms_dtype(config.layernorm_compute_type),
             ms_dtype(config.param_init_type),
         )
-        cos, sin = rotary_tables(config.head_dim, config.seq_length, config.theta)
-        rotary_dtype = ms_dtype(config.rotary_dtype)
-        self.cos_table = Tensor(cos).astype(rotary_dtype)
-        self.sin_table = Tensor(sin).astype(rotary_dtype)
-        self.softmax_dtype = ms_dtype(config.softmax_compute_type)
+        self.shared_inputs = SharedInputs(config, groups)
 
     def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states after the last norm.
@@ -229,26 +192,9 @@ class Qwen2Decoder(nn.Cell):
         Returns:
             (B, T, H) in the compute type; what stands at pads is finite and meaningless.
         """
-        cos = ops.expand_dims(ops.gather(self.cos_table, position_ids, 0), 1)
-        sin = ops.expand_dims(ops.gather(self.sin_table, position_ids, 0), 1)
-        masked = hidden_keys(valid, self.softmax_dtype)
-        x = ops.cast(self.tok_embeddings(tokens), self.compute_dtype)
+        batch, columns = tokens.shape
+        shared = self.shared_inputs(valid, position_ids)
+        x = ops.cast(self.tok_embeddings(tokens.reshape((-1,))), self.compute_dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, masked)
-        return self.norm_out(x)
-
-
-def hidden_keys(valid: Tensor, dtype: ms.dtype) -> Tensor:
-    """Which keys a query must not see: later ones and pads.
-
-    Args:
-        valid: (B, T) int32, 1 on real tokens.
-        dtype: type of the result.
-
-    Returns:
-        (B, 1, T, T), 1 where key ``k`` is hidden from query ``q``, else 0.
-    """
-    columns = ops.arange(valid.shape[1])
-    later = ops.expand_dims(columns, 0) > ops.expand_dims(columns, 1)
-    padding = ops.expand_dims(valid == 0, 1)
-    return ops.cast(ops.expand_dims(ops.logical_or(ops.expand_dims(later, 0), padding), 1), dtype)
+            x = layer(x, *shared)
+        return self.norm_out(x).reshape((batch, columns, -1))

@@ -130,7 +130,8 @@ class PPOModelTrain(SequenceModel):
             logits = rows_matmul(hidden, self.model.tok_embeddings.embedding_weight, self.compute_dtype)
         else:
             logits = self.lm_head(hidden)
-        return logits.astype(ms.float32) * self.inverse_temperature
+        logits = logits.astype(ms.float32)
+        return logits if self.inverse_temperature == 1.0 else logits * self.inverse_temperature
 
 
 class CriticModel(SequenceModel):

@@ -142,21 +142,25 @@ class VocabParallelLogProbs(nn.Cell):
 
     def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Local ``logits`` (B, R, V / mp), ``tokens`` (B, R) -> log-probs (B, R), entropy (B, R), float32."""
-        logits = ops.cast(logits, ms.float32)
+        # Rows of one matrix, and the maximum spelled out: on CPU, reductions over more dimensions and
+        # broadcasting in an operation are many times slower.
+        shape = tokens.shape
+        logits = ops.cast(logits, ms.float32).reshape((-1, self.rows))
         if self.has_padding:
             logits = logits + self.padding_bias
-        shifted = logits - ops.expand_dims(self.group_max(logits.max(axis=-1)), -1)
+        largest = self.group_max(logits.max(axis=-1)).reshape((-1, 1))
+        shifted = logits - ops.tile(largest, (1, self.rows))
         exp = ops.exp(shifted)
         total = self.reduce(exp.sum(axis=-1))
         log_total = ops.log(total)
-        local, held = local_ids(tokens, self.first, self.rows)
-        chosen = ops.gather_elements(shifted, 2, ops.expand_dims(local, -1)).squeeze(-1)
-        logprobs = self.reduce(chosen * ops.cast(held, ms.float32)) - log_total
+        local, held = local_ids(tokens.reshape((-1, 1)), self.first, self.rows)
+        chosen = ops.gather_elements(shifted, 1, local) * ops.cast(held, ms.float32)
+        logprobs = self.reduce(chosen.reshape((-1,))) - log_total
         if self.with_entropy:
             entropy = log_total - self.reduce((exp * shifted).sum(axis=-1)) / total
         else:
             entropy = ops.zeros_like(logprobs)
-        return logprobs, entropy
+        return logprobs.reshape(shape), entropy.reshape(shape)
 
 
 PADDED_LOGIT = -1.0e9

@@ -105,7 +105,8 @@ def build_models(
         critic = CriticModel(trained, groups["critic"], prompt_length=ppo.max_prompt_length)
 
     infer.load(load_shards(weights.infer, job_layouts(job)["infer_policy"], rank, "infer policy"))
-    fill_model(train, weights.train, ppo.seed, rank, "train policy", "critic")
+    scale = ppo.value_head_init_scale
+    fill_model(train, weights.train, ppo.seed, rank, "train policy", "critic", scale)
     fill_model(ref, weights.ref, ppo.seed, rank, "reference")
     if reward is not None:
         fill_model(
@@ -124,6 +125,7 @@ def build_models(
             rank,
             "critic",
             "critic",
+            scale,
         )
     return PPOModels(infer, train, ref, reward, critic)
 
@@ -191,18 +193,34 @@ def _policy(
 
 
 def fill_model(
-    model: SequenceModel, path: Path | None, seed: int, rank: int, what: str, head: str = ""
+    model: SequenceModel,
+    path: Path | None,
+    seed: int,
+    rank: int,
+    what: str,
+    head: str = "",
+    head_scale: float = 1.0,
 ) -> None:
-    """Loads a model; a scalar head that the checkpoint lacks starts fresh, and that is said."""
+    """Loads a model; a scalar head that the checkpoint lacks starts fresh, and that is said.
+
+    Args:
+        model: to fill.
+        path: its checkpoint.
+        seed, rank: of the job.
+        what: the model's name in messages.
+        head: purpose of a fresh head, so that those of two models differ.
+        head_scale: factor of its weights.
+    """
     assert path is not None
     shards = load_shards(path, model.layouts, rank, what)
     if SCORE_HEAD[0] in model.layouts and not set(SCORE_HEAD) <= shards.keys():
         logger.log(
             logging.WARNING if rank == 0 else logging.DEBUG,  # every rank does the same; once is enough
-            "%s: %s has no scalar head; a new one is initialised with N(0, 1/sqrt(H+1)) (head %r, seed %d)",
-            what, path, head, seed,
+            "%s: %s has no scalar head; a new one is initialised "
+            "with N(0, 1/sqrt(H+1)) (head %r, seed %d, scale %g)",
+            what, path, head, seed, head_scale,
         )  # fmt: skip
-        shards |= new_score_head(model.config.hidden_size, seed, head)
+        shards |= new_score_head(model.config.hidden_size, seed, head, scale=head_scale)
     model.load(shards)
 
 

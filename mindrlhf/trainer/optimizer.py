@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mindspore import Parameter
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.nn import Optimizer
 
 from mindrlhf.configs.optimizer import with_total_steps
@@ -59,6 +60,70 @@ def _build(
         return build_optim(optimizer, default_args={"params": groups, "learning_rate": schedule})
     except (TypeError, ValueError) as error:
         raise ConfigError([f"{config.path}: optimizer: {error}"]) from error
+
+
+class FusedAdamW(nn.Cell):
+    """A step of MindFormers' ``AdamW`` by one kernel a parameter, on its own state and schedule.
+
+    The kernel of ``ops.AdamWeightDecay`` corrects no bias, ``w -= lr (m / (sqrt(v) + eps) + decay w)``; with
+    ``c = sqrt(1 - beta2^t) / (1 - beta1^t)``, ``lr c`` for its ``lr``, ``eps sqrt(1 - beta2^t)`` for its
+    ``eps`` and ``decay / c`` for its ``decay`` it is AdamW (Loshchilov and Hutter, arXiv 1711.05101), bias
+    corrected.
+
+    Args:
+        optimizer: a MindFormers ``AdamW`` for which :meth:`fits` holds; its state stays where it is.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+        self.beta1 = float(optimizer.beta1.asnumpy()[0])
+        self.beta2 = float(optimizer.beta2.asnumpy()[0])
+        self.eps = float(optimizer.eps.asnumpy()[0])
+        self.count = len(optimizer.parameters)
+        self.parameters_in_order = optimizer.parameters
+        self.first_moments = optimizer.exp_avg
+        self.second_moments = optimizer.exp_avg_sq
+        self.kernel = ops.AdamWeightDecay()
+
+    @staticmethod
+    def fits(optimizer: Optimizer) -> bool:
+        """Whether it is an ``AdamW`` over float32 parameters, on CPU, with one learning rate."""
+        return (
+            ms.get_context("device_target") == "CPU"
+            and type(optimizer).__name__ == "AdamW"
+            and hasattr(optimizer, "exp_avg_sq")
+            and not optimizer.is_group_lr
+            and all(parameter.dtype == ms.float32 for parameter in optimizer.parameters)
+        )
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """One gradient a parameter -> something that depends on all of the step."""
+        decays = self.optimizer.get_weight_decay()
+        rate = self.optimizer.get_lr()
+        step = ops.assign_add(self.optimizer.global_step, self.optimizer.global_step_increase_tensor)
+        step = ops.cast(step, ms.float32)
+        root = ops.sqrt(1.0 - ops.pow(self.beta2, step))
+        correction = (root / (1.0 - ops.pow(self.beta1, step))).reshape(())
+        fused_rate = rate.reshape(()) * correction
+        fused_eps = (self.eps * root).reshape(())
+        done: tuple[Tensor, ...] = ()
+        for index in range(self.count):
+            decay = decays[index] if self.optimizer.is_group else decays
+            done += (
+                self.kernel(
+                    self.parameters_in_order[index],
+                    self.first_moments[index],
+                    self.second_moments[index],
+                    fused_rate,
+                    self.beta1,
+                    self.beta2,
+                    fused_eps,
+                    decay / correction,
+                    gradients[index],
+                ),
+            )
+        return ops.depend(fused_rate, done)
 
 
 @contextmanager

@@ -8,13 +8,12 @@ bandwidth, which is measured here too (a copy by as many threads as there are co
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from common import MODELS, copy_bandwidth
 
 from mindrlhf.configs.schema import ModelConfig
 
@@ -43,25 +42,8 @@ def parse_args() -> argparse.Namespace:
         "--greedy", action="store_true", help="take the most likely token instead of sampling"
     )
     parser.add_argument("--tied", action="store_true", help="tie the embeddings")
+    parser.add_argument("--model", choices=MODELS, help="sizes by name; they replace the six flags of sizes")
     return parser.parse_args()
-
-
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second read and written by a copy, best of 7."""
-    workers = os.cpu_count() or 1
-    size = megabytes * 2**20 // 4 // workers
-    pairs = [(np.ones(size, np.float32), np.zeros(size, np.float32)) for _ in range(workers)]
-
-    def copy(pair: tuple[np.ndarray, np.ndarray]) -> None:
-        np.copyto(pair[1], pair[0])
-
-    seconds = []
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in range(7):
-            start = time.perf_counter()
-            list(pool.map(copy, pairs))
-            seconds.append(time.perf_counter() - start)
-    return 2 * 4 * size * workers / min(seconds)
 
 
 def build(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, int]:
@@ -78,7 +60,7 @@ def build(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, int]:
         do_sample=not args.greedy,
         top_k=args.top_k,
         top_p=args.top_p,
-        valid_vocab_size=args.vocab,
+        valid_vocab_size=config.vocab_size,
     )
     model = PPOModelInfer(
         config,
@@ -105,20 +87,22 @@ def main() -> None:
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
-    config = ModelConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        num_layers=args.layers,
-        num_heads=args.heads,
-        n_kv_heads=args.kv_heads,
-        intermediate_size=args.intermediate,
-        tie_word_embeddings=args.tied,
-    )
+    ms.set_recursion_limit(10_000)
+    sizes = MODELS.get(args.model) or {
+        "vocab_size": args.vocab,
+        "hidden_size": args.hidden,
+        "num_layers": args.layers,
+        "num_heads": args.heads,
+        "n_kv_heads": args.kv_heads,
+        "intermediate_size": args.intermediate,
+        "tie_word_embeddings": args.tied,
+    }
+    config = ModelConfig(**sizes)
     model, weight_bytes = build(args, config)
     columns = args.prompt + args.response
-    cache_bytes = 2 * 4 * args.layers * args.batch * args.kv_heads * config.head_dim * columns
+    cache_bytes = 2 * 4 * config.num_layers * args.batch * config.n_kv_heads * config.head_dim * columns
     rng = np.random.default_rng(1)
-    ids = rng.integers(0, args.vocab, (args.batch, args.prompt))
+    ids = rng.integers(0, config.vocab_size, (args.batch, args.prompt))
     lengths = np.full(args.batch, args.prompt)
     uniforms = rng.random((args.batch, args.response)).astype(np.float32)
 

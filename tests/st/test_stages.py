@@ -214,7 +214,7 @@ def test_layouts_do_not_change_the_stages(
             "batch_size": 8,
             "epochs": 1,
             "eval_interval": 4,
-            "max_eval_rows": 9,
+            "max_eval_prompts": 9,
             "learning_rate": 3e-3,
             "micro_batch_size": 2 if name == "four" else 0,
         }

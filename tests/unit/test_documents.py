@@ -100,6 +100,18 @@ def _help_flags(script: str) -> set[str]:
 
 
 @cache
+def shell_flags() -> set[str]:
+    """Flags in the usage lines of the shell scripts."""
+    usages = [
+        line
+        for path in sorted((ROOT / "scripts").glob("*.sh"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith('usage="')
+    ]
+    return {flag for line in usages for flag in _FLAG.findall(line)}
+
+
+@cache
 def msrun_flags() -> set[str]:
     """Flags of ``msrun``, from its source: importing MindSpore takes seconds."""
     spec = importlib.util.find_spec("mindspore")
@@ -169,7 +181,7 @@ def test_commands_run_scripts_with_flags_they_have(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_in_the_text_exist(document: str) -> None:
-    known = msrun_flags().union(*flags_by_script().values(), {"--help"})
+    known = (msrun_flags() | shell_flags()).union(*flags_by_script().values(), {"--help"})
     named = {flag for code in _INLINE.findall(prose(document)) for flag in _FLAG.findall(code)}
     # "--load_..." stands for every flag that starts so
     wrong = [
@@ -228,6 +240,7 @@ def test_glossary_has_every_metric(document: str, header: str) -> None:
     written |= {f"time/{phase}" for phase in re.findall(r'timer\.phase\("(\w+)"\)', trainer)}
     written -= {
         "kl_controller",
+        "reward_shaping",
         "prompts",
         "sample_id",
         "prompt",

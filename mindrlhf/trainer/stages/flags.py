@@ -92,7 +92,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="prompts held out of training and evaluated on; 0: none (default: 0.1)",
     )
-    add("--max_eval_rows", type=int, default=512, help="most prompts held out; 0: no bound (default: 512)")
+    add("--max_eval_prompts", type=int, default=512, help="most prompts held out; 0: no bound (default: 512)")
     add(
         "--eval_interval",
         type=int,

@@ -34,7 +34,7 @@ class StageOptions:
     max_grad_norm: float = 1.0
     valid_vocab_size: int = 0
     eval_fraction: float = 0.1
-    max_eval_rows: int = 512
+    max_eval_prompts: int = 512
     eval_interval: int = 50
     save_interval: int = 0
     seed: int = 1
@@ -173,7 +173,7 @@ def check_paths(options: StageOptions) -> None:
 
 def _range_faults(options: StageOptions) -> Iterator[str]:
     lowest: dict[str, float] = {
-        "epochs": 1, "batch_size": 1, "micro_batch_size": 0, "valid_vocab_size": 0, "max_eval_rows": 0,
+        "epochs": 1, "batch_size": 1, "micro_batch_size": 0, "valid_vocab_size": 0, "max_eval_prompts": 0,
         "eval_interval": 0, "save_interval": 0, "seed": 0, "max_grad_norm": 0, "center_coef": 0,
         "calibration_samples": 2, "max_response_length": 0,
     }  # fmt: skip

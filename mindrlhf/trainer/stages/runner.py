@@ -68,7 +68,7 @@ def start_job(options: StageOptions, plan: StagePlan, *, pairs: bool) -> Job:
         max_length=config.model.seq_length,
         pairs=pairs,
     )
-    train_rows, held_out_rows = data.split(options.eval_fraction, options.max_eval_rows, options.seed)
+    train_rows, held_out_rows = data.split(options.eval_fraction, options.max_eval_prompts, options.seed)
     steps = plan.total_steps(len(train_rows))
     check_device(config.context)
     runtime = start_runtime(config.context, use_parallel=config.parallel.world_size > 1, litter_dir=litter)

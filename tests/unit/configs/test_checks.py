@@ -176,6 +176,7 @@ RANGES = {
     "cliprange": [0, 1],
     "cliprange_value": [0],
     "vf_coef": [-0.1],
+    "value_head_init_scale": [-1.0],
     "log_ratio_clamp": [0, 81],
     "max_grad_norm": [0],
 }

@@ -37,7 +37,8 @@ def test_every_yaml_is_loaded(path: Path) -> None:
 
 
 def test_every_shipped_yaml_belongs_to_a_known_model() -> None:
-    expected = {f"{kind}_qwen2_{size}.yaml" for kind in ("generate", "finetune", "ppo") for size in SIZES}
+    models = [f"qwen2_{size}" for size in SIZES] + ["smollm2_135m"]
+    expected = {f"{kind}_{model}.yaml" for kind in ("generate", "finetune", "ppo") for model in models}
     assert {path.name for path in (ROOT / "model_configs").rglob("*.yaml")} == expected
 
 
@@ -67,6 +68,25 @@ def test_shipped_jobs(size: str, device_target: str | None, model_configs: Path)
         assert run.model.pad_token_id == job.ppo.pad_token_id
     assert job.infer.model.param_init_type == ("float32" if on_cpu else "bfloat16")
     assert job.train.model.param_init_type == "float32"
+
+
+def test_job_of_the_quick_start(model_configs: Path) -> None:
+    infer, train = (model_configs / f"{kind}_smollm2_135m.yaml" for kind in ("generate", "finetune"))
+    job = load_job(
+        sft_path_infer=infer,
+        sft_path_train=train,
+        reward_path=infer,
+        critic_path=infer,
+        ppo_config=model_configs / "ppo_smollm2_135m.yaml",
+        world_size=1,
+    )
+    model = job.train.model
+    sizes = (model.hidden_size, model.num_layers, model.num_heads, model.n_kv_heads, model.intermediate_size)
+    assert sizes == (576, 30, 9, 3, 1536)
+    assert (model.vocab_size, model.theta, model.rms_norm_eps) == (49152, 1e5, 1e-5)
+    assert job.infer.context.device_target == job.train.context.device_target == "CPU"
+    assert model.eos_token_id == job.ppo.stop_token_ids == (2, 0)
+    assert job.ppo.critic == "shared"
 
 
 def test_ppo_settings_of_the_issue(model_configs: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+import pytest
+from mindspore import Tensor, nn, ops
 
-from mindrlhf.models.decoder import RMSNorm, hidden_keys, rotary_tables, rotate
+from mindrlhf.models.decoder_parts import RMSNorm, Rotary, SwiGLU, hidden_keys, rotary_tables, rotate
+
+torch = pytest.importorskip("torch")
 
 
 def test_rotary_tables_and_rotation_turn_pairs_of_the_two_halves() -> None:
@@ -37,3 +42,54 @@ def test_rms_norm() -> None:
     # mean of squares (1 + 49) / 2 = 25, with eps 1: divide by sqrt(26).
     found = norm(Tensor([[1.0, 7.0]], ms.float32)).asnumpy()
     np.testing.assert_allclose(found, [[2 / 26**0.5, -7 / 26**0.5]], rtol=1e-6)
+
+
+def gradients(cell: nn.Cell, weighted_by: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
+    """Of ``sum(cell(*inputs) * weighted_by)``, in graph mode: inputs first, then parameters."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    parameters = cell.trainable_params()
+
+    def total(*tensors: Tensor) -> Tensor:
+        return (cell(*tensors) * Tensor(weighted_by)).sum()
+
+    places = tuple(range(len(inputs)))
+    found = ops.grad(total, places, parameters or None)(*map(Tensor, inputs))
+    by_input, by_parameter = found if parameters else (found, ())
+    by_input = by_input if isinstance(by_input, tuple) else (by_input,)
+    return [gradient.asnumpy() for gradient in (*by_input, *by_parameter)]
+
+
+def torch_gradients(function: Any, weighted_by: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
+    tensors = [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in inputs]
+    (function(*tensors) * torch.tensor(weighted_by)).sum().backward()
+    return [tensor.grad.numpy() for tensor in tensors]
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def test_gradients_of_rms_norm_equal_torch() -> None:
+    x, weight, weighted_by = normal(2, 5, 8), normal(8), normal(2, 5, 8)[::-1].copy()
+    norm = RMSNorm(8, 1e-3, ms.float32, ms.float32)
+    norm.weight.set_data(Tensor(weight))
+    expected = torch_gradients(
+        lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-3) * w, weighted_by, x, weight
+    )
+    for found, wanted in zip(gradients(norm, weighted_by, x), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_swiglu_equal_torch() -> None:
+    gate, up, weighted_by = 4 * normal(6, 7), normal(7, 6).reshape(6, 7), normal(6, 7)[::-1].copy()
+    expected = torch_gradients(lambda g, u: torch.nn.functional.silu(g) * u, weighted_by, gate, up)
+    for found, wanted in zip(gradients(SwiGLU(), weighted_by, gate, up), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_the_rotation_turns_back() -> None:
+    cos, sin = rotary_tables(8, 5, 100.0)
+    x, weighted_by = normal(5, 8), normal(8, 5).reshape(5, 8)
+    found = gradients(Rotary(), weighted_by, x, cos, sin)[0]
+    back = rotate(Tensor(weighted_by), Tensor(cos), Tensor(-sin)).asnumpy()
+    np.testing.assert_allclose(found, back, atol=1e-6)

@@ -27,6 +27,12 @@ def test_heads_differ_by_seed_and_purpose_and_are_equal_on_every_rank() -> None:
     np.testing.assert_array_equal(heads[0], heads[3])
 
 
+def test_scale_multiplies_the_weights_and_0_starts_at_0() -> None:
+    whole, half, none = (new_score_head(8, 1, "critic", scale=scale) for scale in (1.0, 0.5, 0.0))
+    np.testing.assert_allclose(half["score_head.weight"], whole["score_head.weight"] / 2, rtol=1e-7)
+    assert not none["score_head.weight"].any()
+
+
 def test_last_token_picks_one_column_a_row_though_others_are_huge() -> None:
     hidden = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
     hidden[1, 2] = 1e30
