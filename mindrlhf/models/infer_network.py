@@ -182,6 +182,7 @@ class PrefillAttention(nn.Cell):
         values = ops.slice(values, (0, 0, 0), (heads, last, head_dim))
         visible = ops.slice(visible, (0, 0, first, 0), (sizes.rows, 1, size, last))
         bias = ops.cast(ops.logical_not(visible), sizes.softmax_dtype) * _MASKED_SCORE
+        bias = ops.tile(bias, (1, sizes.kv_heads * sizes.queries, 1, 1))  # see RMSNorm on broadcasting
         scores = self.scores(ops.reshape(queries, (heads, -1, head_dim)), keys)
         scores = ops.reshape(ops.cast(scores, sizes.softmax_dtype), (sizes.rows, -1, size, last)) + bias
         weights = ops.cast(self.softmax(scores), sizes.compute_dtype)

@@ -134,6 +134,20 @@ class PPOModelTrain(SequenceModel):
         return logits if self.inverse_temperature == 1.0 else logits * self.inverse_temperature
 
 
+class PolicyValues(nn.Cell):
+    """The values of a policy that is its own critic, without the logits that values do not need."""
+
+    def __init__(self, policy: PPOModelTrain) -> None:
+        super().__init__(auto_prefix=False)
+        self.policy = policy
+        self.prompt_length = policy.prompt_length
+
+    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
+        """(B, T) int32 each -> values (B, R) float32; see :class:`PPOModelTrain`."""
+        hidden = self.policy.model(tokens, valid, position_ids)
+        return self.policy.score_head(hidden[:, self.prompt_length - 1 : -1])
+
+
 class CriticModel(SequenceModel):
     """A separate critic: the value before each response token."""
 

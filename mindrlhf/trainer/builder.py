@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from mindrlhf.checkpoint.load import load_shard
 from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
 from mindrlhf.models.heads import new_score_head
 from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
-from mindrlhf.models.train import CriticModel, PPOModelTrain, RewardModel, SequenceModel
+from mindrlhf.models.train import CriticModel, PolicyValues, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD, mesh_of
@@ -72,6 +73,11 @@ class PPOModels:
     ref: PPOModelTrain
     reward: RewardModel | None  # None: rewards come from a function alone
     critic: CriticModel | None  # None: the train policy's backbone is shared
+
+    @cached_property
+    def values(self) -> CriticModel | PolicyValues:
+        """The network that gives the values before an update; one object, so that it compiles once."""
+        return PolicyValues(self.train) if self.critic is None else self.critic
 
 
 def build_models(

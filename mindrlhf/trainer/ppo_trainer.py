@@ -36,6 +36,7 @@ from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.progress import ProgressBar
+from mindrlhf.utils.provenance import provenance, write_provenance
 from mindrlhf.utils.timers import PhaseTimer
 
 logger = get_logger(__name__)
@@ -144,6 +145,8 @@ class PPOTrainer:
         ``ppo_model_infer``; 7. adapt the KL coefficient, record, save; 8. evaluate on held-out prompts,
         before the first iteration too.
         """
+        if self.records is not None:
+            write_provenance(self.paths.save, provenance(self.job))
         self.start_from_equal_policies()
         self._evaluate_if_due()
         last = self.paths.save

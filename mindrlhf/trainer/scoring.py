@@ -33,11 +33,8 @@ def score_rollout(
         extra_scores: gives (B,) float32 that are added to the reward model's, or stand alone without one.
     """
     passes = _Passes(rollout, exchange, rows_per_pass)
-    critic = models.critic
-    if critic is None:
-        values = passes.run(models.train, lambda *arrays: policy_outputs(models.train, *arrays)[2])
-    else:
-        values = passes.run(critic, lambda *arrays: critic(*map(Tensor, arrays)).asnumpy())
+    on = models.train if models.critic is None else models.critic
+    values = passes.run(on, lambda *arrays: models.values(*map(Tensor, arrays)).asnumpy())
     scores = _reward_scores(models, passes)
     if extra_scores is not None:
         scores = scores + extra_scores(rollout)
