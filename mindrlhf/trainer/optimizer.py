@@ -80,11 +80,11 @@ class FusedAdamW(nn.Cell):
         self.beta1 = float(optimizer.beta1.asnumpy()[0])
         self.beta2 = float(optimizer.beta2.asnumpy()[0])
         self.eps = float(optimizer.eps.asnumpy()[0])
-        self.count = len(optimizer.parameters)
         self.parameters_in_order = optimizer.parameters
         self.first_moments = optimizer.exp_avg
         self.second_moments = optimizer.exp_avg_sq
         self.kernel = ops.AdamWeightDecay()
+        self.map = ops.HyperMap()
 
     @staticmethod
     def fits(optimizer: Optimizer) -> bool:
@@ -97,8 +97,8 @@ class FusedAdamW(nn.Cell):
             and all(parameter.dtype == ms.float32 for parameter in optimizer.parameters)
         )
 
-    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """One gradient a parameter -> something that depends on all of the step."""
+    def construct(self, gradients: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+        """One gradient a parameter, and the factor () of all -> something that depends on all of the step."""
         decays = self.optimizer.get_weight_decay()
         rate = self.optimizer.get_lr()
         step = ops.assign_add(self.optimizer.global_step, self.optimizer.global_step_increase_tensor)
@@ -107,23 +107,38 @@ class FusedAdamW(nn.Cell):
         correction = (root / (1.0 - ops.pow(self.beta1, step))).reshape(())
         fused_rate = rate.reshape(()) * correction
         fused_eps = (self.eps * root).reshape(())
-        done: tuple[Tensor, ...] = ()
-        for index in range(self.count):
-            decay = decays[index] if self.optimizer.is_group else decays
-            done += (
-                self.kernel(
-                    self.parameters_in_order[index],
-                    self.first_moments[index],
-                    self.second_moments[index],
-                    fused_rate,
-                    self.beta1,
-                    self.beta2,
-                    fused_eps,
-                    decay / correction,
-                    gradients[index],
-                ),
-            )
+        step_one = ops.partial(self._step_one, fused_rate, fused_eps, correction, scale)
+        state = (self.parameters_in_order, self.first_moments, self.second_moments, gradients)
+        if self.optimizer.is_group:
+            done = self.map(step_one, decays, *state)
+        else:
+            done = self.map(ops.partial(step_one, decays), *state)
         return ops.depend(fused_rate, done)
+
+    def _step_one(
+        self,
+        rate: Tensor,
+        eps: Tensor,
+        correction: Tensor,
+        scale: Tensor,
+        decay: float | Tensor,
+        parameter: Parameter,
+        first_moment: Parameter,
+        second_moment: Parameter,
+        gradient: Tensor,
+    ) -> Tensor:
+        """One parameter's step; scalars are as the kernel wants them, but for ``decay``; ``scale`` clips."""
+        return self.kernel(
+            parameter,
+            first_moment,
+            second_moment,
+            rate,
+            self.beta1,
+            self.beta2,
+            eps,
+            decay / correction,
+            gradient * scale,
+        )
 
 
 @contextmanager

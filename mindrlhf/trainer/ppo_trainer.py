@@ -35,6 +35,7 @@ from mindrlhf.trainer.scoring import score_rollout
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.memory import release_freed_memory
 from mindrlhf.utils.progress import ProgressBar
 from mindrlhf.utils.provenance import provenance, write_provenance
 from mindrlhf.utils.timers import PhaseTimer
@@ -100,6 +101,7 @@ class PPOTrainer:
             runtime.rank,
             with_reward_model=reward_function is None or weights.reward is not None,
         )
+        release_freed_memory()
         # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
         gc.freeze()
         self.ppo_model_infer, self.ppo_model_train = self.models.infer, self.models.train
@@ -150,8 +152,11 @@ class PPOTrainer:
         self.start_from_equal_policies()
         self._evaluate_if_due()
         last = self.paths.save
+        first = self.iteration
         while self.iteration < self.config.total_iterations:
             self.run_iteration(self.prompts.next_batch())
+            if self.iteration == first + 1:
+                release_freed_memory()  # all graphs are compiled now
             if self._is_save_due():
                 last = self.save()
             self._evaluate_if_due()

@@ -18,7 +18,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.stages.reward import PairLoss
 from mindrlhf.trainer.stages.sft import SFTLoss
 from mindrlhf.trainer.stages.stage import network_inputs
-from mindrlhf.trainer.train_step import Accumulate, Backward
+from mindrlhf.trainer.train_step import Backward, add_gradients
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -90,12 +90,12 @@ def gradients_of(
     loss: nn.Cell, micro_batches: list[tuple[np.ndarray, ...]]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Statistics summed over micro-batches, and the accumulated gradient of every parameter."""
-    backward, accumulate = Backward(loss), Accumulate()
-    sums, total = [], ()
+    backward = Backward(loss)
+    sums, total = [], []
     for arrays in micro_batches:
         part, gradients = backward(*map(ms.Tensor, arrays))
         sums.append(part.asnumpy())
-        total = accumulate(*total, *gradients) if total else gradients
+        total = add_gradients(total, gradients) if total else list(gradients)
     names = [parameter.name for parameter in loss.trainable_params()]
     return np.sum(sums, axis=0), {name: g.asnumpy() for name, g in zip(names, total, strict=True)}
 
