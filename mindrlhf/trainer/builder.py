@@ -222,9 +222,8 @@ def fill_model(
     if SCORE_HEAD[0] in model.layouts and not set(SCORE_HEAD) <= shards.keys():
         logger.log(
             logging.WARNING if rank == 0 else logging.DEBUG,  # every rank does the same; once is enough
-            "%s: %s has no scalar head; a new one is initialised "
-            "with N(0, 1/sqrt(H+1)) (head %r, seed %d, scale %g)",
-            what, path, head, seed, head_scale,
+            "%s: %s has no scalar head; a new one is initialised with N(0, 1/sqrt(H+1)) (head %r, seed %d%s)",
+            what, path, head, seed, "" if head_scale == 1 else f", scale {head_scale:g}",
         )  # fmt: skip
         shards |= new_score_head(model.config.hidden_size, seed, head, scale=head_scale)
     model.load(shards)
