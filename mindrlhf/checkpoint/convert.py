@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mindrlhf.checkpoint.names import canonical_to_hf, count_layers
 from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.shards import open_full, rank_directories
 from mindrlhf.checkpoint.source import WeightSource
-from mindrlhf.checkpoint.views import CastSource, RenamedSource
+from mindrlhf.checkpoint.views import CastSource, RenamedSource, SelectedSource
 from mindrlhf.checkpoint.writing import check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
@@ -143,6 +143,7 @@ def model_to_hf(
     mesh: Mesh | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
+    leave_out: Collection[str] = (),
 ) -> ConversionReport:
     """:func:`mindspore_to_hf` once the sizes are known.
 
@@ -157,6 +158,7 @@ def model_to_hf(
         mesh: layout of the rank directories.
         max_shard_bytes: larger models are written as several files with an index.
         overwrite: whether a former export may be replaced.
+        leave_out: canonical names that are not exported.
 
     Raises:
         CheckpointError: as :func:`mindspore_to_hf`.
@@ -166,8 +168,8 @@ def model_to_hf(
         raise CheckpointError(f"{output_dir} holds the input {input_path}: write elsewhere")
     _check_tokenizer_dir(tokenizer_dir)
     base = _base_config(model, hf_config, tokenizer_dir)
-    full, _ = open_full(input_path, model, mesh)
-    with full:
+    stored, _ = open_full(input_path, model, mesh)
+    with SelectedSource(stored, [name for name in stored.tensors if name not in leave_out]) as full:
         hf_names = canonical_to_hf(model.num_layers)
         renamed = RenamedSource(full, {hf_names[name]: name for name in full.tensors})
         source = CastSource(renamed, dtype)

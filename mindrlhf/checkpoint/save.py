@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def export_hf(
     mesh: Mesh | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = True,
+    leave_out: Collection[str] = (),
 ) -> None:
     """Writes a directory that transformers loads.
 
@@ -83,6 +84,7 @@ def export_hf(
         mesh: the layout of the rank directories.
         max_shard_bytes: larger models are written as several files with an index.
         overwrite: whether a former export may be replaced.
+        leave_out: canonical names that are not exported, such as a policy's value head.
 
     Raises:
         CheckpointError: weights that do not fit ``model``, or an output that holds other files.
@@ -96,4 +98,5 @@ def export_hf(
         mesh=mesh,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
+        leave_out=leave_out,
     )

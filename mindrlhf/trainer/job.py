@@ -11,7 +11,7 @@ from mindrlhf.checkpoint.hf_export import check_hf_output
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizers import Tokenizer
-from mindrlhf.parallel.parameters import mesh_of
+from mindrlhf.parallel.parameters import SCORE_HEAD, mesh_of
 from mindrlhf.trainer.start import (
     count_workers,
     litter_directory,
@@ -247,6 +247,7 @@ def _export(options: JobOptions, trainer: PPOTrainer, checkpoint: Path) -> None:
             train.model,
             mesh=mesh_of(train),
             tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
+            leave_out=SCORE_HEAD,  # the value head of a shared critic is no part of the language model
         )
         logger.info("final policy in Hugging Face format: %s", options.export_hf_dir)
     trainer.exchange.barrier()

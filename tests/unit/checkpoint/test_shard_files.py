@@ -243,6 +243,14 @@ def test_ranks_export_to_hugging_face(tmp_path, full, model, hf):
         mindspore_to_hf(tmp_path / "ranks", tmp_path / "back2")
 
 
+def test_a_value_head_can_be_left_out_of_the_export(tmp_path, full, model, hf):
+    layouts = parameter_layouts(model, Mesh(1, 2), score_head=True)
+    head = {name: np.ones(layouts[name].shape, np.float32) for name in SCORE_HEAD}
+    save_all(tmp_path / "ranks", full | head, layouts)
+    export_hf(tmp_path / "ranks", tmp_path / "back", model, mesh=Mesh(1, 2), leave_out=SCORE_HEAD)
+    assert hf.read(tmp_path / "back") == hf.read(tmp_path / "hf")
+
+
 def test_splitting_over_foreign_files_is_refused(tmp_path, full, model):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.txt").write_text("x")
