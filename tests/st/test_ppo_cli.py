@@ -257,7 +257,8 @@ def test_job_leaves_what_was_asked_for_and_nothing_else(trained: Finished) -> No
     assert {path.name for path in trained.directory.iterdir()} == {"results", "exported", "ppo_log"}
     experience = [f"experience_iteration_{i:06d}.mindrecord{end}" for i in (1, 2) for end in ("", ".db")]
     assert {path.name for path in results.iterdir()} == {
-        *("iteration_000001", "iteration_000002", "metrics.jsonl", "samples.jsonl", "curves.png"),
+        *("iteration_000001", "iteration_000002", "config.json"),
+        *("metrics.jsonl", "samples.jsonl", "curves.png"),
         *("evaluations.jsonl", "eval_samples.jsonl", "evaluation_summary.json", "before_after.md"),
         *experience,
     }

@@ -253,8 +253,12 @@ def test_samples_are_text(run: Run) -> None:
 
 def test_what_a_run_leaves_behind(run: Run) -> None:
     assert sorted(path.name for path in run.save.iterdir()) == [
-        *("curves.png", "iteration_000001", "iteration_000002", "metrics.jsonl", "samples.jsonl"),
+        *("config.json", "curves.png", "iteration_000001", "iteration_000002"),
+        *("metrics.jsonl", "samples.jsonl"),
     ]
+    recorded = json.loads((run.save / "config.json").read_text())
+    assert recorded["configuration"]["ppo"]["total_iterations"] == 2
+    assert recorded["versions"]["mindspore"]
     assert run.last == run.save / "iteration_000002"
     state = json.loads((run.last / "state.json").read_text())
     assert state["iteration"] == 2
