@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.memory import release_freed_memory
-from mindrlhf.utils.progress import ProgressBar
 from mindrlhf.utils.provenance import provenance, write_provenance
-from mindrlhf.utils.timers import PhaseTimer
+from mindrlhf.utils.timers import PhaseListener, PhaseTimer
 
 logger = get_logger(__name__)
 
@@ -71,6 +71,7 @@ class PPOTrainer:
         verify_sync: compare checksums of all parameters after each weight sync.
         reward_function: scores texts; needs a tokenizer. Added to the reward model's scores when
             ``weights.reward`` is given, else used alone, and no reward model is built.
+        listeners: hear of the phases: load, rollout, score, train, sync, save, evaluate.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class PPOTrainer:
         tokenizer: Tokenizer | None = None,
         verify_sync: bool = False,
         reward_function: RewardFunction | None = None,
+        listeners: Iterable[PhaseListener] = (),
     ) -> None:
         self.job, self.config, self.paths, self.runtime = job, job.ppo, paths, runtime
         self.tokenizer, self.verify_sync = tokenizer, verify_sync
+        self.timer = PhaseTimer(listeners)
         # Cheap and likely to fail, so before any model is built.
         self.prompts = _prompt_stream(paths.data, job)
         pretraining = open_pretraining(paths.ptx_data or paths.data, job)
@@ -95,12 +98,13 @@ class PPOTrainer:
         if paths.eval_data is not None:
             held_out = held_out_prompts(paths.eval_data, paths.data, job, self.exchange)
         self.reward_function = reward_function
-        self.models: PPOModels = build_models(
-            job,
-            weights,
-            runtime.rank,
-            with_reward_model=reward_function is None or weights.reward is not None,
-        )
+        with self.timer.phase("load"):
+            self.models: PPOModels = build_models(
+                job,
+                weights,
+                runtime.rank,
+                with_reward_model=reward_function is None or weights.reward is not None,
+            )
         release_freed_memory()
         # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
         gc.freeze()
@@ -124,7 +128,6 @@ class PPOTrainer:
         if pretraining is not None:
             self.stateful["pretraining"] = pretraining
         self.iteration = 0
-        self.timer = PhaseTimer()
         self.records = RunRecords(paths.save) if runtime.is_main else None
         self.evaluation: HeldOutEvaluation | None = None
         if held_out is not None:
@@ -192,7 +195,7 @@ class PPOTrainer:
             scores = self.score(rollout)
         kl_coef = self.kl_controller.value
         experience = make_experience(rollout, scores, kl_coef, self.config, self.reward_shaping)
-        with self.timer.phase("train"):
+        with self.timer.phase("train", self.config.ppo_epochs * self.config.num_minibatches, "minibatches"):
             result = self.update(experience)
         with self.timer.phase("sync"):
             self.sync()
@@ -231,10 +234,8 @@ class PPOTrainer:
         return function_scores(self.reward_function, self.tokenizer, rollout, self.exchange)
 
     def update(self, experience: Experience) -> UpdateResult:
-        """All optimizer steps of one iteration, with a progress bar."""
-        steps = self.config.ppo_epochs * self.config.num_minibatches
-        with ProgressBar(f"iteration {self.iteration + 1}: update", steps) as bar:
-            return self.ppo_update.run(experience, self.iteration, bar.update)
+        """All optimizer steps of one iteration."""
+        return self.ppo_update.run(experience, self.iteration, self.timer.advance)
 
     def sync(self) -> None:
         """Brings the trained weights to ``ppo_model_infer``."""
@@ -247,7 +248,10 @@ class PPOTrainer:
         state = {"iteration": self.iteration} | {
             name: part.state_dict() for name, part in self.stateful.items()
         }
-        directory = self.checkpoints.save(self.iteration, self.models, self.ppo_update, state, self.exchange)
+        with self.timer.phase("save"):
+            directory = self.checkpoints.save(
+                self.iteration, self.models, self.ppo_update, state, self.exchange
+            )
         logger.info("checkpoint: %s", directory)
         return directory
 
@@ -267,7 +271,8 @@ class PPOTrainer:
 
     def _evaluate_if_due(self) -> None:
         if self.evaluation is not None:
-            self.evaluation.run_if_due(self.iteration)
+            with self.timer.phase("evaluate"):
+                self.evaluation.run_if_due(self.iteration)
 
     def _is_save_due(self) -> bool:
         interval = self.config.save_interval

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 
 class Timer:
@@ -31,21 +32,57 @@ class Timer:
         return self._elapsed if self._started is None else time.perf_counter() - self._started
 
 
-class PhaseTimer:
-    """Adds up the seconds spent in each named phase of a loop."""
+class PhaseListener(Protocol):
+    """Hears of the phases of a loop as they happen: a console, a watchdog."""
 
-    def __init__(self) -> None:
+    def phase_started(self, name: str, total: int | None, unit: str) -> None:
+        """A phase begins; ``total`` units of work when that is known."""
+        ...
+
+    def phase_advanced(self, done: int) -> None:
+        """The phase has done ``done`` more units."""
+        ...
+
+    def phase_ended(self, name: str) -> None:
+        """The phase is over, or has failed."""
+        ...
+
+
+class PhaseTimer:
+    """Adds up the seconds spent in each named phase of a loop, and tells listeners of them.
+
+    Args:
+        listeners: told in this order.
+    """
+
+    def __init__(self, listeners: Iterable[PhaseListener] = ()) -> None:
         self.seconds: dict[str, float] = {}
+        self.listeners = list(listeners)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to ``name``, also when the block raises."""
+    def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[None]:
+        """Adds the time of the block to ``name``, also when the block raises.
+
+        Args:
+            name: of the phase.
+            total: units of work in it, when known; :meth:`advance` counts them.
+            unit: what is counted, in the plural.
+        """
+        for listener in self.listeners:
+            listener.phase_started(name, total, unit)
         started = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            for listener in self.listeners:
+                listener.phase_ended(name)
+
+    def advance(self, done: int = 1) -> None:
+        """``done`` more units of the running phase are finished."""
+        for listener in self.listeners:
+            listener.phase_advanced(done)
 
     def reset(self) -> None:
-        """Forgets all phases."""
+        """Forgets all phases; the listeners stay."""
         self.seconds = {}

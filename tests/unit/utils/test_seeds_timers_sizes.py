@@ -82,3 +82,31 @@ def test_exact_div() -> None:
         exact_div(14, 4, "heads by mp")
     with pytest.raises(ValueError, match="3 is not divisible by 0"):
         exact_div(3, 0, "x")
+
+
+def test_listeners_hear_of_phases_in_order_and_of_one_that_fails() -> None:
+    heard: list[tuple[object, ...]] = []
+
+    class Listener:
+        def phase_started(self, name: str, total: int | None, unit: str) -> None:
+            heard.append(("started", name, total, unit))
+
+        def phase_advanced(self, done: int) -> None:
+            heard.append(("advanced", done))
+
+        def phase_ended(self, name: str) -> None:
+            heard.append(("ended", name))
+
+    timer = PhaseTimer([Listener()])
+    with timer.phase("rollout", 64, "tokens"):
+        timer.advance(8)
+    timer.reset()
+    with pytest.raises(RuntimeError), timer.phase("train"):
+        raise RuntimeError
+    assert heard == [
+        ("started", "rollout", 64, "tokens"),
+        ("advanced", 8),
+        ("ended", "rollout"),
+        ("started", "train", None, ""),
+        ("ended", "train"),
+    ]
