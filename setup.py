@@ -25,6 +25,17 @@ TEST = [
     "types-PyYAML==6.0.12.20261113",
 ]
 
+# Commands and the modules whose ``command`` they call; the scripts of the tutorial call the same.
+COMMANDS = {
+    "chat": "mindrlhf.cli.chat",
+    "convert": "mindrlhf.cli.convert",
+    "data": "mindrlhf.cli.data",
+    "ppo": "mindrlhf.cli.ppo",
+    "report": "mindrlhf.report.__main__",
+    "reward": "mindrlhf.cli.reward",
+    "sft": "mindrlhf.cli.sft",
+}
+
 
 def requirements() -> list[str]:
     """The pinned packages of requirements.txt, comments and blank lines left out."""
@@ -58,6 +69,9 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["mindrlhf", "mindrlhf.*"]),
     package_data={"mindrlhf.report": ["assets/*"]},
+    entry_points={
+        "console_scripts": [f"mindrlhf-{name} = {home}:command" for name, home in COMMANDS.items()]
+    },
     python_requires=">=3.11,<3.12",
     install_requires=requirements(),
     extras_require={"demo": DEMO, "test": TEST},

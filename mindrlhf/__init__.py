@@ -1,5 +1,149 @@
-"""Reinforcement learning from human feedback on MindSpore: weights in, data in, PPO, checkpoints out."""
+"""Reinforcement learning from human feedback on MindSpore: weights in, data in, PPO, checkpoints out.
+
+The public names below are imported when they are first used, so that ``import mindrlhf`` costs nothing and
+no name costs more than its own module needs; none of them imports MindFormers.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mindrlhf.algorithms.advantages import gae, whiten
+    from mindrlhf.algorithms.kl import AdaptiveKLController, FixedKLController
+    from mindrlhf.algorithms.rewards import token_rewards
+    from mindrlhf.chat.options import ChatOptions
+    from mindrlhf.chat.run import run_chat
+    from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
+    from mindrlhf.checkpoint.load import load_shard
+    from mindrlhf.checkpoint.save import export_hf, merge_shards, save_shard
+    from mindrlhf.checkpoint.transform import transform_checkpoint
+    from mindrlhf.configs.load import load_job, load_ppo_config, load_run_config
+    from mindrlhf.configs.schema import JobConfig, ModelConfig, PPOConfig, RunConfig
+    from mindrlhf.data.preprocess import PreprocessOptions, preprocess
+    from mindrlhf.data.prompts import PromptBatch, PromptStream
+    from mindrlhf.data.sequences import SequenceData
+    from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+    from mindrlhf.models.infer import GenerationConfig, GenerationOutput, PPOModelInfer
+    from mindrlhf.models.train import CriticModel, PPOModelTrain, RewardModel
+    from mindrlhf.parallel.groups import Groups, create_groups
+    from mindrlhf.parallel.layout import Layout, Mesh
+    from mindrlhf.parallel.parameters import parameter_layouts
+    from mindrlhf.parallel.reshard import Resharder
+    from mindrlhf.parallel.strategy import write_strategies
+    from mindrlhf.report.__main__ import write_report
+    from mindrlhf.trainer.job import JobOptions, run_ppo
+    from mindrlhf.trainer.ppo_trainer import PPOTrainer
+    from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
+    from mindrlhf.trainer.stages.reward import run_reward
+    from mindrlhf.trainer.stages.sft import run_sft
+    from mindrlhf.utils.errors import CheckpointError, ConfigError, DataError, MindRLHFError
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveKLController",
+    "ChatOptions",
+    "CheckpointError",
+    "ConfigError",
+    "CriticModel",
+    "DataError",
+    "FixedKLController",
+    "GenerationConfig",
+    "GenerationOutput",
+    "Groups",
+    "JobConfig",
+    "JobOptions",
+    "Layout",
+    "Mesh",
+    "MindRLHFError",
+    "ModelConfig",
+    "PPOConfig",
+    "PPOModelInfer",
+    "PPOModelTrain",
+    "PPOTrainer",
+    "PreprocessOptions",
+    "PromptBatch",
+    "PromptStream",
+    "Resharder",
+    "RewardModel",
+    "RewardOptions",
+    "RunConfig",
+    "SFTOptions",
+    "SequenceData",
+    "Tokenizer",
+    "__version__",
+    "create_groups",
+    "export_hf",
+    "gae",
+    "hf_to_mindspore",
+    "load_job",
+    "load_ppo_config",
+    "load_run_config",
+    "load_shard",
+    "load_tokenizer",
+    "merge_shards",
+    "mindspore_to_hf",
+    "parameter_layouts",
+    "preprocess",
+    "run_chat",
+    "run_ppo",
+    "run_reward",
+    "run_sft",
+    "save_shard",
+    "token_rewards",
+    "transform_checkpoint",
+    "whiten",
+    "write_report",
+    "write_strategies",
+]
+
+# Where each name lives; test_public_names.py holds this against the imports above.
+_MODULES = {
+    "algorithms.advantages": "gae whiten",
+    "algorithms.kl": "AdaptiveKLController FixedKLController",
+    "algorithms.rewards": "token_rewards",
+    "chat.options": "ChatOptions",
+    "chat.run": "run_chat",
+    "checkpoint.convert": "hf_to_mindspore mindspore_to_hf",
+    "checkpoint.load": "load_shard",
+    "checkpoint.save": "export_hf merge_shards save_shard",
+    "checkpoint.transform": "transform_checkpoint",
+    "configs.load": "load_job load_ppo_config load_run_config",
+    "configs.schema": "JobConfig ModelConfig PPOConfig RunConfig",
+    "data.preprocess": "PreprocessOptions preprocess",
+    "data.prompts": "PromptBatch PromptStream",
+    "data.sequences": "SequenceData",
+    "data.tokenizers": "Tokenizer load_tokenizer",
+    "models.infer": "GenerationConfig GenerationOutput PPOModelInfer",
+    "models.train": "CriticModel PPOModelTrain RewardModel",
+    "parallel.groups": "Groups create_groups",
+    "parallel.layout": "Layout Mesh",
+    "parallel.parameters": "parameter_layouts",
+    "parallel.reshard": "Resharder",
+    "parallel.strategy": "write_strategies",
+    "report.__main__": "write_report",
+    "trainer.job": "JobOptions run_ppo",
+    "trainer.ppo_trainer": "PPOTrainer",
+    "trainer.stages.options": "RewardOptions SFTOptions",
+    "trainer.stages.reward": "run_reward",
+    "trainer.stages.sft": "run_sft",
+    "utils.errors": "CheckpointError ConfigError DataError MindRLHFError",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name at its first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """What is there, and what would be imported."""
+    return sorted({*globals(), *__all__})

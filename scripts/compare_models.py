@@ -5,7 +5,6 @@ python scripts/compare_models.py BEFORE_DIR AFTER_DIR
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,15 @@ from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.source import WeightSource
 from mindrlhf.utils.cli import run_main
 from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.parsers import new_parser
 
 
 def main() -> None:
     """Prints how many tensors differ and by how much; an error when the tensors are not the same set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser = new_parser(__doc__)
+    files = parser.add_argument_group("files: .ckpt, .safetensors, or Hugging Face directories")
+    files.add_argument("before", type=Path, help="weights that are compared with")
+    files.add_argument("after", type=Path, help="weights that may differ")
     arguments = parser.parse_args()
     with open_weights(arguments.before) as before, open_weights(arguments.after) as after:
         shapes = [{name: info.shape for name, info in source.tensors.items()} for source in (before, after)]

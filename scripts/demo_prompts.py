@@ -8,13 +8,13 @@ same bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from mindrlhf.utils.cli import run_main
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.parsers import new_parser
 from mindrlhf.utils.seeds import random_stream
 
 TEMPLATES = (
@@ -65,12 +65,11 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> None:
 
 def main() -> int:
     """Writes both files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--train_path", type=Path, required=True, help="jsonl of training prompts")
-    parser.add_argument("--held_out_path", type=Path, required=True, help="jsonl of evaluation prompts")
-    parser.add_argument("--seed", type=int, default=0, help="order of the lines")
+    parser = new_parser(__doc__)
+    add = parser.add_argument_group("files").add_argument
+    add("--train_path", type=Path, required=True, help="jsonl of training prompts")
+    add("--held_out_path", type=Path, required=True, help="jsonl of evaluation prompts")
+    add("--seed", type=int, default=0, help="number that decides the order of the lines")
     args = parser.parse_args()
     for path, topics in ((args.train_path, TOPICS), (args.held_out_path, HELD_OUT_TOPICS)):
         texts = prompts(topics, args.seed)

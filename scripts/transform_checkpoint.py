@@ -16,24 +16,20 @@ from pathlib import Path
 
 from mindrlhf.checkpoint.transform import transform_checkpoint
 from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.parsers import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--input", type=Path, required=True, help="full file or directory of rank_i")
-    parser.add_argument("--output", type=Path, required=True, help="full file or directory of rank_i")
-    parser.add_argument("--input_config", type=Path, help="YAML that split the input")
-    parser.add_argument("--output_config", type=Path, help="YAML to split the output for")
-    parser.add_argument(
-        "--format",
-        choices=["ckpt", "safetensors"],
-        default="ckpt",
-        help="of rank files",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser = new_parser(__doc__)
+    add = parser.add_argument_group("input").add_argument
+    add("--input", type=Path, required=True, help="full file or directory of rank_i")
+    add("--input_config", type=Path, help="YAML that split the input")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, required=True, help="full file or directory of rank_i")
+    add("--output_config", type=Path, help="YAML to split the output for")
+    add("--format", choices=["ckpt", "safetensors"], default="ckpt", help="of rank files")
+    add("--overwrite", action="store_true", help="replace an output that exists")
     return parser
 
 

@@ -1,87 +1,10 @@
-"""Converts Qwen2 weights between a Hugging Face directory and one MindSpore file.
-
-    python convert_weight.py --torch_ckpt_dir DIR --mindspore_ckpt_path FILE --dtype bf16
-    python convert_weight.py --model qwen2 --input_path DIR --output_path FILE --dtype bf16
-
-and back with --reversed (the first spelling keeps its meaning, the second is still input and output):
-
-    python convert_weight.py --reversed --mindspore_ckpt_path FILE --torch_ckpt_dir OUT_DIR --config DIR
-    python convert_weight.py --reversed --input_path FILE --output_path OUT_DIR --config DIR
-
-A file name that ends with .safetensors instead of .ckpt chooses that format.
-"""
+"""Qwen2 weights between Hugging Face and MindSpore; its flags are in mindrlhf/cli/convert.py."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from mindrlhf.cli.convert import command, main
 
-from mindrlhf.checkpoint.convert import ConversionReport, hf_to_mindspore, mindspore_to_hf
-from mindrlhf.checkpoint.dtypes import OUTPUT_DTYPES, parse_dtype
-from mindrlhf.checkpoint.hf_export import parse_size
-from mindrlhf.utils.cli import run_main, str_to_bool
-from mindrlhf.utils.errors import MindRLHFError
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Both spellings of the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", choices=["qwen2"], default="qwen2", help="model family")
-    parser.add_argument("--torch_ckpt_dir", type=Path, help="Hugging Face directory")
-    parser.add_argument("--mindspore_ckpt_path", type=Path, help="MindSpore file, or rank directories")
-    parser.add_argument("--input_path", type=Path, help="what is read, in either direction")
-    parser.add_argument("--output_path", type=Path, help="what is written, in either direction")
-    parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help="type of the weights; default: as they are")
-    parser.add_argument(
-        "--reversed", type=str_to_bool, nargs="?", const=True, default=False, help="MindSpore to Hugging Face"
-    )
-    parser.add_argument("--config", type=Path, help="reversed: config.json, its directory, or a model YAML")
-    parser.add_argument("--tokenizer_dir", type=Path, help="reversed: where tokenizer files are copied from")
-    parser.add_argument("--max_shard_size", default="5GB", help="reversed: limit of one weights file")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    return parser
-
-
-def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace, first: str, second: str) -> Path:
-    """The path given under one of two flags, or under both alike."""
-    given = {path for path in (getattr(args, first), getattr(args, second)) if path is not None}
-    if len(given) == 1:
-        return Path(given.pop())
-    problem = "are different" if given else "are both missing: give one of them"
-    return parser.error(f"--{first} and --{second} {problem}")
-
-
-def convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ConversionReport:
-    """Calls the conversion that the flags ask for."""
-    dtype = parse_dtype(args.dtype) if args.dtype else None
-    if args.reversed:
-        return mindspore_to_hf(
-            chosen(parser, args, "mindspore_ckpt_path", "input_path"),
-            chosen(parser, args, "torch_ckpt_dir", "output_path"),
-            config=args.config,
-            tokenizer_dir=args.tokenizer_dir,
-            dtype=dtype,
-            max_shard_bytes=parse_size(args.max_shard_size),
-            overwrite=args.overwrite,
-        )
-    if args.config or args.tokenizer_dir:
-        raise MindRLHFError("--config and --tokenizer_dir go with --reversed; forward, config.json is read")
-    return hf_to_mindspore(
-        chosen(parser, args, "torch_ckpt_dir", "input_path"),
-        chosen(parser, args, "mindspore_ckpt_path", "output_path"),
-        dtype=dtype,
-        overwrite=args.overwrite,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses, converts, reports."""
-    parser = build_parser()
-    print(convert(parser, parser.parse_args(argv)))
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    run_main(main)
+    command()

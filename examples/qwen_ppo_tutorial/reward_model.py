@@ -1,64 +1,8 @@
-"""Reward model on pairs of responses: Bradley-Terry loss, scores of the SFT model with mean 0 and std 1.
-
-    python reward_model.py --use_parallel False --reward_path finetune_X.yaml \\
-        --load_sft_checkpoint sft/final --mind_dataset_dir pairs.mindrecord --save_ckpt_dir reward
-
-Under msrun the YAML's data_parallel x model_parallel workers share the work.
-"""
+"""Reward model on pairs of responses, the second stage of RLHF; its flags are in mindrlhf/cli/reward.py."""
 
 from __future__ import annotations
 
-import argparse
-
-from mindrlhf.trainer.stages.flags import add_stage_flags
-from mindrlhf.trainer.stages.options import CALIBRATIONS, RewardOptions
-from mindrlhf.utils.cli import run_main
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_stage_flags(
-        parser,
-        config_flag="--reward_path",
-        data="MindRecord of rlhf_data.py --pairs",
-        result="a reward model for --load_rm_checkpoint and --load_critic_checkpoint of ppo_one_stage.py",
-    )
-    reward = parser.add_argument_group("reward model")
-    reward.add_argument(
-        "--center_coef",
-        type=float,
-        default=0.0,
-        help="coefficient of the mean (chosen + rejected score)^2 in the loss (default: 0, off)",
-    )
-    reward.add_argument(
-        "--calibrate",
-        choices=CALIBRATIONS,
-        default="sft",
-        help="whose scores get mean 0 and std 1: responses that --load_sft_checkpoint samples for training "
-        "prompts, the data's preferred responses, or nobody's (default: sft)",
-    )
-    reward.add_argument(
-        "--calibration_samples", type=int, default=256, help="responses for that (default: 256)"
-    )
-    reward.add_argument(
-        "--max_response_length",
-        type=int,
-        default=0,
-        help="most tokens of a sampled response; 0: the data's longest (default: 0)",
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Parses, then trains."""
-    options = RewardOptions(**vars(parse_arguments()))
-    from mindrlhf.trainer.stages.reward import run_reward
-
-    run_reward(options)
-
+from mindrlhf.cli.reward import command
 
 if __name__ == "__main__":
-    run_main(main)
+    command()

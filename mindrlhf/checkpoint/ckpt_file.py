@@ -26,6 +26,8 @@ from mindrlhf.utils.progress import track
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_MARK, _CRC_LENGTH = b"crc_num", 17
 _TEXT_TYPE = "str"
+# Far above what a model has; nothing larger is read into memory.
+_MAX_DIMS_BYTES, _MAX_TEXT_BYTES = 1024, 65536
 
 
 def open_ckpt(path: Path) -> FileSource:
@@ -88,6 +90,8 @@ class _Index:
         type_name, content = "", Extent(tensor.offset, 0)
         for field, extent in self._reader.fields(tensor.offset, tensor.offset + tensor.length):
             if field == 1:
+                if len(dims) + extent.length > _MAX_DIMS_BYTES:
+                    raise _DamagedError(f"{tag} has too many dimensions")
                 dims.extend(self._reader.varints(extent))
             elif field == 2:
                 type_name = self._reader.text(extent)
@@ -148,6 +152,8 @@ class _Reader:
 
     def text(self, extent: Extent) -> str:
         """A short string field."""
+        if extent.length > _MAX_TEXT_BYTES:
+            raise _DamagedError(f"a name of {extent.length} bytes at byte {extent.offset}")
         try:
             return os.pread(self._descriptor, extent.length, extent.offset).decode()
         except UnicodeDecodeError as error:

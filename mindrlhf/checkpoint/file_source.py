@@ -6,6 +6,7 @@ the whole file.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mindrlhf.checkpoint.source import Slices, TensorInfo, WeightSource, bounded
+from mindrlhf.configs.faults import shown
 from mindrlhf.utils.errors import CheckpointError
+
+_MAX_DIMENSIONS = 32
+_MAX_BYTES = 2**62
 
 
 class Extent(NamedTuple):
@@ -31,12 +36,20 @@ class FileSource(WeightSource):
         path: the file.
         tensors: name -> shape and type.
         extents: name -> the runs that together hold the tensor's bytes in row-major order.
+
+    Raises:
+        CheckpointError: the file cannot be opened, or a tensor has a shape that no array can have.
     """
 
     def __init__(
         self, path: Path, tensors: Mapping[str, TensorInfo], extents: Mapping[str, Sequence[Extent]]
     ) -> None:
         self.where = str(path)
+        for name, info in tensors.items():
+            if not _is_possible(info):
+                raise CheckpointError(
+                    f"{path}: {shown(name)} has the impossible shape {shown(info.shape)}: copy it again"
+                )
         self.tensors = tensors
         self._extents = extents
         self._descriptor = open_for_reading(path)
@@ -88,6 +101,12 @@ class FileSource(WeightSource):
             self._descriptor = -1
 
 
+def _is_possible(info: TensorInfo) -> bool:
+    """Whether NumPy can make the array: dimensions of 0 do not excuse the others."""
+    size = math.prod(max(part, 1) for part in info.shape) * info.dtype.itemsize
+    return len(info.shape) <= _MAX_DIMENSIONS and size <= _MAX_BYTES
+
+
 def _strides(info: TensorInfo) -> list[int]:
     """Bytes from one index to the next, per dimension."""
     strides = [info.dtype.itemsize] * len(info.shape)
@@ -105,4 +124,6 @@ def open_for_reading(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; name a file that can be read"
+        ) from error

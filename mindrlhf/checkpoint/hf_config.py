@@ -9,6 +9,8 @@ from typing import Any
 
 from mindrlhf.checkpoint.dtypes import ElementType
 from mindrlhf.checkpoint.views import bullet_list
+from mindrlhf.configs.faults import shown
+from mindrlhf.configs.rules import MAX_INT
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError
@@ -26,6 +28,15 @@ SIZE_KEYS = {
     "intermediate_size": "intermediate_size",
 }
 
+# Field of ModelConfig -> Hugging Face key and its default for Qwen2.
+_VALUES: dict[str, tuple[str, Any]] = {
+    "seq_length": ("max_position_embeddings", 32768),
+    "rms_norm_eps": ("rms_norm_eps", 1e-6),
+    "theta": ("rope_theta", 10_000.0),
+    "initializer_range": ("initializer_range", 0.02),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+}
+
 CAUSAL_LM = "Qwen2ForCausalLM"
 SEQUENCE_CLASSIFICATION = "Qwen2ForSequenceClassification"
 
@@ -40,7 +51,8 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"{file}: model_type is {config.get('model_type')!r}, only {MODEL_TYPE!r} is supported"
+            f"{file}: model_type is {shown(config.get('model_type'))}, only {MODEL_TYPE!r} is supported: "
+            "give a Qwen2 model"
         )
     return config
 
@@ -52,14 +64,27 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing or no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; copy it again from the model"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): mend it or copy it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise CheckpointError(
+            f"{path}: expected a JSON object, got {type(content).__name__}: copy it again from the model"
+        )
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, Python would silently take the second value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
+    return found
 
 
 def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
@@ -70,25 +95,35 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """
     sizes: dict[str, Any] = {field: config.get(key) for key, field in SIZE_KEYS.items()}
     faults = [
-        f"{key}: expected a positive integer, got {sizes[field]!r}"
+        f"{key}: expected a positive integer, got {shown(sizes[field])}"
         for key, field in SIZE_KEYS.items()
-        if not isinstance(sizes[field], int) or isinstance(sizes[field], bool) or sizes[field] < 1
+        if type(sizes[field]) is not int or not 0 < sizes[field] <= MAX_INT
     ]
     if not faults:
         faults = _misfits(config, sizes)
+    values = {field: _value(config, field, faults) for field in _VALUES}
+    ids = _token_ids(config, faults)
     if faults:
-        raise CheckpointError(f"{where}:" + bullet_list(faults))
-    rope = config.get("rope_parameters") or {}
-    return ModelConfig(
-        **sizes,
-        seq_length=config.get("max_position_embeddings") or 32768,
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        theta=config.get("rope_theta", rope.get("rope_theta", 10_000.0)),
-        initializer_range=config.get("initializer_range", 0.02),
-        qkv_has_bias=True,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        **_token_ids(config),
-    )
+        raise CheckpointError(f"{where}: mend it, or take the model's own:" + bullet_list(faults))
+    return ModelConfig(**sizes, **values, **ids, qkv_has_bias=True)
+
+
+def _value(config: Mapping[str, Any], field: str, faults: list[str]) -> Any:
+    """A value that may be left out, in the type of its default; adds a fault when it has another."""
+    key, default = _VALUES[field]
+    rope = config.get("rope_parameters")
+    places = [config, rope] if field == "theta" and isinstance(rope, Mapping) else [config]
+    value = next((place[key] for place in places if place.get(key) is not None), default)
+    if isinstance(default, bool):
+        wanted, good = "true or false", isinstance(value, bool)
+    elif isinstance(default, int):
+        wanted, good = "a positive integer", type(value) is int and 0 < value <= MAX_INT
+    else:
+        wanted, good = "a positive number", type(value) in (int, float) and 0 < value < 1e30
+    if not good:
+        faults.append(f"{key}: expected {wanted}, got {shown(value)}")
+        return default
+    return type(default)(value)
 
 
 def _misfits(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
@@ -99,20 +134,25 @@ def _misfits(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
     if heads % kv_heads:
         faults.append(f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
     head_dim = config.get("head_dim")
-    if head_dim is not None and head_dim * heads != hidden:
-        faults.append(f"head_dim {head_dim} is not hidden_size / num_attention_heads = {hidden}/{heads}")
+    if head_dim is not None and (type(head_dim) is not int or head_dim * heads != hidden):
+        wanted = f"hidden_size / num_attention_heads = {hidden}/{heads}"
+        faults.append(f"head_dim {shown(head_dim)} is not {wanted}")
     return faults
 
 
-def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    eos = config.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos if isinstance(eos, int) else 0,)
-    pad, bos = config.get("pad_token_id"), config.get("bos_token_id")
-    return {
-        "eos_token_id": eos_ids,
-        "pad_token_id": pad if isinstance(pad, int) else eos_ids[0],
-        "bos_token_id": bos if isinstance(bos, int) else eos_ids[0],
-    }
+def _token_ids(config: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Ids of the end (0 when none is stated), padding and begin (the end's) tokens."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = config.get(key)
+        listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        ids = tuple(entry for entry in listed if type(entry) is int and 0 <= entry <= MAX_INT)
+        if value is not None and (len(ids) < len(listed) or not ids):
+            faults.append(f"{key}: expected a token id, got {shown(value)}")
+        found[key] = ids
+    eos = found["eos_token_id"] or (0,)
+    pad, bos = found["pad_token_id"] or eos, found["bos_token_id"] or eos
+    return {"eos_token_id": eos, "pad_token_id": pad[0], "bos_token_id": bos[0]}
 
 
 def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:

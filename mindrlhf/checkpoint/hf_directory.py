@@ -9,11 +9,15 @@ from mindrlhf.checkpoint.safetensors_file import open_safetensors
 from mindrlhf.checkpoint.source import WeightSource
 from mindrlhf.checkpoint.torch_file import TorchSource
 from mindrlhf.checkpoint.views import UnitedSource, bullet_list
+from mindrlhf.configs.faults import shown
 from mindrlhf.utils.errors import CheckpointError
 
 SAFETENSORS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
+
+_MAX_NAME = 255
+"""Longest file name of common file systems; asking for a longer one is an error of the system's."""
 
 WEIGHT_FILES = (
     SAFETENSORS_NAME,
@@ -51,7 +55,9 @@ def _open_indexed(index: Path) -> WeightSource:
     shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
-        raise CheckpointError(f"{index} names shards that are not there:" + bullet_list(missing))
+        raise CheckpointError(
+            f"{index} names shards that are not there, copy them too:" + bullet_list(missing)
+        )
     source: WeightSource
     if index.name.startswith(TORCH_NAME):
         source = TorchSource(shards, str(index))
@@ -61,7 +67,9 @@ def _open_indexed(index: Path) -> WeightSource:
     faults += [f"{name} is stored but not in the index" for name in source.tensors if name not in weight_map]
     if faults:
         source.close()
-        raise CheckpointError(f"{index} does not fit its shards:" + bullet_list(faults))
+        raise CheckpointError(
+            f"{index} does not fit its shards, copy all of them again:" + bullet_list(faults)
+        )
     return source
 
 
@@ -81,9 +89,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is missing or empty")
+        raise CheckpointError(f"{index}: weight_map is missing or empty: copy it again from the model")
     faults = [
-        f"{name}: {file!r}"
+        f"{shown(name)}: {shown(file)}"
         for name, file in weight_map.items()
         if not isinstance(file, str) or not _is_plain_name(file)
     ]
@@ -95,4 +103,6 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_plain_name(file: str) -> bool:
-    return file not in ("", ".", "..") and PurePosixPath(file).name == file == PureWindowsPath(file).name
+    if file in ("", ".", "..") or len(file) > _MAX_NAME:
+        return False
+    return PurePosixPath(file).name == file == PureWindowsPath(file).name

@@ -125,7 +125,9 @@ def write_hf_directory(
                     if (tokenizer_dir / file).is_file():
                         shutil.copyfile(tokenizer_dir / file, temporary / file)
     except OSError as error:
-        raise CheckpointError(f"cannot write {output_dir}: {error}") from error
+        raise CheckpointError(
+            f"cannot write {output_dir}: {error.strerror or error}; free space, or write elsewhere"
+        ) from error
     return [output_dir / file for file in shards]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 from mindrlhf.checkpoint.checking import find_faults, full_shapes, local_shapes, raise_faults
 from mindrlhf.checkpoint.dtypes import element_type, to_numpy
 from mindrlhf.checkpoint.opening import open_weights
-from mindrlhf.checkpoint.shards import RESHARD_REMEDY, find_rank_file, rank_directories
+from mindrlhf.checkpoint.shards import RESHARD_REMEDY, find_rank_file, merge_parts, rank_directories
 from mindrlhf.checkpoint.source import WeightSource
 from mindrlhf.checkpoint.views import CastSource, LocalSource, SelectedSource
-from mindrlhf.parallel.layout import Layout
+from mindrlhf.parallel.layout import Layout, Mesh
 
 
 def load_shard(
@@ -47,6 +48,32 @@ def load_shard(
         arrays = {name: to_numpy(wanted.read(name), info.dtype) for name, info in wanted.tensors.items()}
         wanted.check_overflow()
         return arrays
+
+
+def load_resharded(
+    path: Path, layouts: Mapping[str, Layout], rank: int, stored: Mesh
+) -> dict[str, np.ndarray]:
+    """This rank's arrays from rank directories that were split over another mesh.
+
+    Of each tensor only the bytes of this rank's slice are read, from the files that have them.
+
+    Args:
+        path: holds ``rank_0/ rank_1/ ...``.
+        layouts: canonical name -> layout of everything the model wants, over the present mesh.
+        rank: whose part.
+        stored: the mesh of the rank directories.
+
+    Raises:
+        CheckpointError: ranks are missing, or do not fit the layouts, all faults in one error.
+    """
+    if stored == next(iter(layouts.values())).mesh:
+        return load_shard(path, layouts, rank)
+    before = {name: layout.on(stored) for name, layout in layouts.items()}
+    with ExitStack() as stack:
+        files = [find_rank_file(path, stored, part) for part in range(stored.mp)]
+        parts = [stack.enter_context(open_weights(file)) for file in files]
+        local = LocalSource(merge_parts(parts, before, str(path)), layouts, rank)
+        return {name: to_numpy(local.read(name), info.dtype) for name, info in local.tensors.items()}
 
 
 def _open_local(

@@ -47,7 +47,7 @@ def _open_stored(path: Path) -> WeightSource:
     if path.is_dir():
         return open_hf_directory(path) if has_hf_weights(path) else _open_file(only_weights_file(path))
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} does not exist: name a weights file, or a directory that holds one")
     return _open_file(path)
 
 
@@ -67,7 +67,10 @@ def only_weights_file(directory: Path) -> Path:
     files = sorted(file for suffix in MINDSPORE_SUFFIXES for file in directory.glob(f"*{suffix}"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise CheckpointError(f"{directory}: expected one .ckpt or .safetensors file, found {found}")
+        raise CheckpointError(
+            f"{directory}: expected one .ckpt or .safetensors file, found {found}; name the file, or a "
+            "directory with one"
+        )
     return files[0]
 
 

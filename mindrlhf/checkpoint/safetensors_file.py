@@ -43,7 +43,10 @@ def open_safetensors(path: Path) -> FileSource:
         tensors[name] = TensorInfo(tuple(entry["shape"]), dtype)
         extents[name] = [Extent(data_start + start, stop - start)]
     if unknown:
-        raise CheckpointError(f"{path}: unsupported element types: {', '.join(unknown)}")
+        raise CheckpointError(
+            f"{path}: unsupported element types: {', '.join(unknown)}; save it as one of "
+            + ", ".join(BY_SAFETENSORS)
+        )
     return FileSource(path, tensors, extents)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from mindrlhf.checkpoint.convert import model_to_hf
 from mindrlhf.checkpoint.dtypes import parse_dtype
 from mindrlhf.checkpoint.hf_export import DEFAULT_MAX_SHARD_BYTES
+from mindrlhf.checkpoint.manifest import Digest
 from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.shards import FILE_PREFIX, find_rank_file, merge_parts, rank_file_name
 from mindrlhf.checkpoint.source import ArraySource
@@ -20,7 +21,12 @@ from mindrlhf.parallel.layout import Layout, Mesh
 
 
 def save_shard(
-    directory: Path, rank: int, params: Mapping[str, np.ndarray], *, prefix: str = FILE_PREFIX
+    directory: Path,
+    rank: int,
+    params: Mapping[str, np.ndarray],
+    *,
+    prefix: str = FILE_PREFIX,
+    digest: Digest | None = None,
 ) -> Path:
     """Writes ``directory/rank_{rank}/{prefix}{rank}.ckpt``, which appears when whole.
 
@@ -29,6 +35,7 @@ def save_shard(
         rank: whose part.
         params: canonical name -> local array, MindSpore's bfloat16 included.
         prefix: of the file name.
+        digest: takes in the file's bytes.
 
     Returns:
         the file.
@@ -37,7 +44,7 @@ def save_shard(
         CheckpointError: an array's type cannot be stored, or the disk refuses.
     """
     path = Path(directory) / rank_file_name(rank, prefix)
-    write_weights(path, ArraySource(params))
+    write_weights(path, ArraySource(params), digest=digest)
     return path
 
 

@@ -162,15 +162,20 @@ def split_to_ranks(
     check_output_directory(output_dir, _is_rank_directory, overwrite=overwrite)
     mesh = next(iter(layouts.values())).mesh
     names = [rank_file_name(rank, prefix, suffix) for rank in range(mesh.size)]
-    with atomic_directory(output_dir) as temporary:
-        for rank, name in enumerate(names):
-            first = mesh.mp_index(rank)
-            if rank == first:
-                shown = None if description is None else f"{description}, rank {rank}"
-                write_weights(temporary / name, LocalSource(source, layouts, rank), description=shown)
-            else:
-                (temporary / name).parent.mkdir()
-                shutil.copyfile(temporary / names[first], temporary / name)
+    try:
+        with atomic_directory(output_dir) as temporary:
+            for rank, name in enumerate(names):
+                first = mesh.mp_index(rank)
+                if rank == first:
+                    shown = None if description is None else f"{description}, rank {rank}"
+                    write_weights(temporary / name, LocalSource(source, layouts, rank), description=shown)
+                else:
+                    (temporary / name).parent.mkdir()
+                    shutil.copyfile(temporary / names[first], temporary / name)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {output_dir}: {error.strerror or error}; free space, or write elsewhere"
+        ) from error
     return [output_dir / name for name in names]
 
 

@@ -82,6 +82,7 @@ def _common_model(source: RunConfig | None, target: RunConfig | None) -> ModelCo
     ]
     if faults:
         raise CheckpointError(
-            f"{runs[0].path} and {runs[-1].path} describe different models:" + bullet_list(faults)
+            f"{runs[0].path} and {runs[-1].path} describe different models, give two YAMLs of one model:"
+            + bullet_list(faults)
         )
     return first

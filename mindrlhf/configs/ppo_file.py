@@ -71,6 +71,7 @@ PPO_RULES: dict[str, Rule] = {
     "critic_warmup_iterations": _COUNT_OR_ZERO,
     "log_ratio_clamp": Rule(kind="float", above=0, at_most=80),  # exp(88.7) overflows float32
     "max_grad_norm": _POSITIVE,
+    "max_skipped_updates": _COUNT,
 }
 
 

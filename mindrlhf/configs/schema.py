@@ -171,6 +171,7 @@ class PPOConfig:
     critic_warmup_iterations: int = 0  # first iterations that train the critic alone
     log_ratio_clamp: float = 20.0
     max_grad_norm: float = 1.0
+    max_skipped_updates: int = 3  # in a row, for a NaN or infinite loss, gradient or reward: the job stops
 
     @property
     def max_length(self) -> int:

@@ -82,7 +82,7 @@ class CValuesReader:
                     if self._skip_bad_lines or not self.bad_lines:
                         yield sample
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise _unreadable(self.path, error) from error
         if self.bad_lines and not self._skip_bad_lines:
             raise DataError(self._message(shown))
 
@@ -127,6 +127,10 @@ def _string(row: dict[str, object], key: str, is_used: bool) -> str:
     return value
 
 
+def _unreadable(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror}); give the path of a jsonl file")
+
+
 def count_lines(path: str | Path) -> int:
     """Number of lines of a file, a last one without its line end included.
 
@@ -140,5 +144,5 @@ def count_lines(path: str | Path) -> int:
                 lines += block.count(b"\n")
                 last = block[-1:]
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise _unreadable(path, error) from error
     return lines + (last != b"\n")

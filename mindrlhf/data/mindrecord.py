@@ -11,6 +11,7 @@ import numpy as np
 
 from mindrlhf.data.schema import Column
 from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.files import parents_of, probe_directory
 
 Batch = Mapping[str, np.ndarray]
 
@@ -37,6 +38,12 @@ def check_output(path: str | Path, *, overwrite: bool) -> None:
             raise DataError(f"{file}: is a directory, a file name is wanted")
         if file.exists() and not overwrite:
             raise DataError(f"{file}: exists already; give another output path, or --overwrite")
+    try:
+        probe_directory(path.absolute().parent)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}); give another path"
+        ) from error
 
 
 def write_mindrecord(
@@ -65,18 +72,21 @@ def write_mindrecord(
     check_output(path, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        # The index holds the file's own name, which is why the temporary one differs in its directory.
-        rows = _write(temporary / path.name, schema, batches)
-        if rows == 0:
-            raise DataError(f"{path}: no row to write")
-        _move_pair(temporary / path.name, path)
+        with parents_of(path):
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                # The index holds the file's own name, so the temporary one differs in its directory.
+                rows = _write(temporary / path.name, schema, batches)
+                if rows == 0:
+                    raise DataError(f"{path}: no row to write")
+                _move_pair(temporary / path.name, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}); free space, or give another path"
+        ) from error
     return rows
 
 
@@ -158,7 +168,7 @@ def read_schema(path: str | Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]
     except RuntimeError as error:
         raise DataError(
             f"{path}: cannot be read as MindRecord; it is damaged, or was renamed after it was made "
-            f"({_first_line(error)[:200]})"
+            f"({_first_line(error)[:200]}); make it again with rlhf_data.py"
         ) from error
     try:
         columns = {

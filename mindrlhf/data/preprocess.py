@@ -120,7 +120,7 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
     )
     lines = count_lines(options.file_path)
     if lines == 0:
-        raise DataError(f"{options.file_path}: is empty")
+        raise DataError(f"{options.file_path}: is empty; give a file with one JSON object a line")
     # The two seconds that MindSpore takes to import are not the speed of the work.
     importlib.import_module("mindspore.mindrecord")
     started = time.perf_counter()
@@ -210,5 +210,5 @@ def _batches(
         raise DataError(
             f"{reader.path}: no row is left to write ({counts.dropped_prompts} prompts longer than "
             f"max_prompt_length dropped, {pairs if counts.dropped_pairs or counts.equal_pairs else ''}"
-            f"{reader.bad_lines} bad lines)"
+            f"{reader.bad_lines} bad lines); give other data, or raise --max_prompt_length and --seq_length"
         )

@@ -73,7 +73,7 @@ class RowBuilder:
         if max_prompt_length <= prompt_format.overhead:
             faults.append(
                 f"max_prompt_length is {max_prompt_length}, but the template around a prompt alone "
-                f"takes {prompt_format.overhead} tokens"
+                f"takes {prompt_format.overhead} tokens: raise it"
             )
         if seq_length <= max_prompt_length:
             faults.append(

@@ -43,9 +43,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the tokenizer's file") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); copy it again") from error
 
 
 def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
 
     try:
         content = json.loads(read_text(path), object_pairs_hook=pairs_to_dict if unique_keys else None)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a JSON {type(content).__name__}, a JSON object is wanted")
     return content

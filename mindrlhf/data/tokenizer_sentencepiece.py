@@ -28,7 +28,7 @@ class SentencePieceTokenizer:
         try:
             self._core.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{path}: not a sentencepiece model ({error})") from error
+            raise DataError(f"{path}: not a sentencepiece model ({error}); copy it again") from error
         if self._core.eos_id() < 0:
             raise DataError(f"{path}: the model has no end-of-text piece (</s>), which responses need")
         self._special_tokens = {

@@ -122,7 +122,7 @@ def load_tokenizer(
 def _existing(path: str | Path, what: str) -> Path:
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such {what}")
+        raise DataError(f"{path}: no such {what}; give the path of one that is there")
     return path
 
 

@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.decoder_parts import RMSNorm, Rotary, SharedInputs, SwiGLU
+from mindrlhf.models.decoder_parts import Columns, RMSNorm, Rotary, SharedInputs, SwiGLU, take_columns
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
@@ -64,20 +64,31 @@ class Attention(nn.Cell):
             param_dtype=ms_dtype(config.param_init_type),
         )
 
-    def construct(self, x: Tensor, hidden: Tensor, *tables: Tensor) -> Tensor:
-        """``x`` (B * T, H); ``hidden`` and the four ``tables`` of :class:`SharedInputs` -> (B * T, H)."""
+    def construct(self, x: Tensor, columns: Columns | None, hidden: Tensor, *tables: Tensor) -> Tensor:
+        """Attends from the queries of all columns, or of some.
+
+        Args:
+            x: (B * T, H).
+            columns: of the queries, Q of them; ``None``: all T.
+            hidden, tables: of :class:`SharedInputs`, cut to the queries' columns where they are the queries'.
+
+        Returns:
+            (B * Q, H).
+        """
         query_cos, query_sin, key_cos, key_sin = tables
         x = self.copy_to_group(x)
-        query = self._turn(self.wq(x), query_cos, query_sin)
-        key = self._turn(self.wk(x), key_cos, key_sin)
         length = hidden.shape[-1]
-        query = self._heads(query, length, self.kv_heads * self.group_size)
+        asking = x if columns is None else take_columns(x, length, columns)
+        asked = length if columns is None else columns[1] - columns[0]
+        query = self._turn(self.wq(asking), query_cos, query_sin)
+        key = self._turn(self.wk(x), key_cos, key_sin)
+        query = self._heads(query, asked, self.kv_heads * self.group_size)
         key = self._heads(key, length, self.kv_heads)
         value = self._heads(self.wv(x), length, self.kv_heads)
         mixed = (
             self._flash(query, key, value, hidden) if self.flash else self._plain(query, key, value, hidden)
         )
-        return self.wo(ops.transpose(mixed, (0, 2, 1, 3)).reshape((x.shape[0], -1)))
+        return self.wo(ops.transpose(mixed, (0, 2, 1, 3)).reshape((asking.shape[0], -1)))
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions of (B * T, heads * D), head by head."""
@@ -89,9 +100,10 @@ class Attention(nn.Cell):
         return ops.transpose(x.reshape((-1, length, heads, self.head_dim)), (0, 2, 1, 3))
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-        """Attention from plain operators: (B, heads, T, D) and (B, kv heads, T, D) -> (B, heads, T, D)."""
-        batch, _, length, dim = query.shape
-        rows = (batch * self.kv_heads, self.group_size * length, dim)
+        """Attention from plain operators: (B, heads, Q, D) and (B, kv heads, T, D) -> (B, heads, Q, D)."""
+        batch, _, asked, dim = query.shape
+        length = key.shape[2]
+        rows = (batch * self.kv_heads, self.group_size * asked, dim)
         keys = (batch * self.kv_heads, length, dim)
         scores = ops.BatchMatMul(transpose_b=True)(query.reshape(rows), key.reshape(keys))
         # Rows of one matrix: reductions of CPU are many times slower over more dimensions.
@@ -152,9 +164,10 @@ class DecoderLayer(nn.Cell):
         self.ffn_norm = RMSNorm(*norm)
         self.feed_forward = FeedForward(config, groups)
 
-    def construct(self, x: Tensor, hidden: Tensor, *tables: Tensor) -> Tensor:
-        """``x`` (B * T, H), the rest from :class:`SharedInputs` -> (B * T, H)."""
-        x = x + self.attention(self.attention_norm(x), hidden, *tables)
+    def construct(self, x: Tensor, columns: Columns | None, hidden: Tensor, *tables: Tensor) -> Tensor:
+        """``x`` (B * T, H), the rest as for :class:`Attention` -> (B * Q, H)."""
+        mixed = self.attention(self.attention_norm(x), columns, hidden, *tables)
+        x = mixed + (x if columns is None else take_columns(x, hidden.shape[-1], columns))
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -181,20 +194,27 @@ class Qwen2Decoder(nn.Cell):
         )
         self.shared_inputs = SharedInputs(config, groups)
 
-    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
+    def construct(
+        self, tokens: Tensor, valid: Tensor, position_ids: Tensor, columns: Columns | None = None
+    ) -> Tensor:
         """Hidden states after the last norm.
 
         Args:
             tokens: (B, T) int32 ids.
             valid: (B, T) int32, 1 on real tokens, 0 on padding (from lengths, never from ids).
             position_ids: (B, T) int32, 0 at a row's first real token.
+            columns: first and end of the Q columns that are wanted; ``None``: all T. The last layer then
+                computes keys and values of all columns, and everything else of these alone.
 
         Returns:
-            (B, T, H) in the compute type; what stands at pads is finite and meaningless.
+            (B, Q, H) in the compute type; what stands at pads is finite and meaningless.
         """
-        batch, columns = tokens.shape
         shared = self.shared_inputs(valid, position_ids)
         x = ops.cast(self.tok_embeddings(tokens.reshape((-1,))), self.compute_dtype)
-        for layer in self.layers:
-            x = layer(x, *shared)
-        return self.norm_out(x).reshape((batch, columns, -1))
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            if index == last and columns is not None:
+                x = layer(x, columns, *self.shared_inputs.of_queries(columns, *shared))
+            else:
+                x = layer(x, None, *shared)
+        return self.norm_out(x).reshape((tokens.shape[0], -1, x.shape[-1]))

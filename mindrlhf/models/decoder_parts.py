@@ -21,6 +21,9 @@ MASKED_SCORE = -1.0e9
 """Added to the attention score of a key that must not be seen. Finite, so that a row whose keys are all
 masked (a pad) gives a harmless average and not NaN; its exponential is exactly 0 beside any real score."""
 
+Columns = tuple[int, int]
+"""First and end of a run of columns."""
+
 
 class RMSNorm(nn.Cell):
     """``x / sqrt(mean(x^2) + eps) * weight`` in ``compute_dtype`` (Zhang and Sennrich, arXiv 1910.07467)."""
@@ -164,9 +167,28 @@ class SharedInputs(nn.Cell):
             self._for_heads(sin, self.kv_heads),
         )
 
+    def of_queries(self, columns: Columns, hidden: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`construct` gives, with masks and tables of the queries cut to their ``columns``."""
+        length = hidden.shape[-1]
+        hidden = (
+            hidden[:, :, columns[0] : columns[1]] if self.flash else take_columns(hidden, length, columns)
+        )
+        query_cos, query_sin, *key_tables = tables
+        by_column = (-1, self.heads * self.head_dim)
+        query_cos = take_columns(query_cos.reshape(by_column), length, columns)
+        query_sin = take_columns(query_sin.reshape(by_column), length, columns)
+        by_head = (-1, self.head_dim)
+        return hidden, query_cos.reshape(by_head), query_sin.reshape(by_head), *key_tables
+
     def _for_heads(self, table: Tensor, heads: int) -> Tensor:
         """(B * T, D) -> (B * T * heads, D)."""
         return ops.tile(table, (1, heads)).reshape((-1, self.head_dim))
+
+
+def take_columns(x: Tensor, length: int, columns: Columns) -> Tensor:
+    """(n * ``length``, k) -> (n * Q, k), the rows of the Q ``columns`` of each of n sequences."""
+    first, end = columns
+    return x.reshape((-1, length, x.shape[-1]))[:, first:end].reshape((-1, x.shape[-1]))
 
 
 def hidden_keys(valid: Tensor, dtype: ms.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -139,7 +139,11 @@ class PPOModelInfer:
         return self._weights.shards()
 
     def generate(
-        self, prompt_ids: np.ndarray, prompt_lengths: np.ndarray, uniforms: np.ndarray
+        self,
+        prompt_ids: np.ndarray,
+        prompt_lengths: np.ndarray,
+        uniforms: np.ndarray,
+        on_tokens: Callable[[int], None] = lambda count: None,
     ) -> GenerationOutput:
         """One response for each prompt.
 
@@ -147,6 +151,7 @@ class PPOModelInfer:
             prompt_ids: (B, P) integers, left-padded; B any multiple of ``batch_size``.
             prompt_lengths: (B,) real tokens of each prompt, 1 .. P. What stands before them is never seen.
             uniforms: (B, R) in [0, 1), one for each token that may be drawn; not used when greedy.
+            on_tokens: told how many more of the B x R are done; rows that have ended count as they go along.
 
         Raises:
             ValueError: shapes or numbers are not as above.
@@ -155,27 +160,65 @@ class PPOModelInfer:
         parts = []
         for first in range(0, len(prompt_ids), self.batch_size):
             rows = slice(first, first + self.batch_size)
-            parts.append(self._generate(prompt_ids[rows], prompt_lengths[rows], uniforms[rows]))
+            parts.append(self._generate((prompt_ids[rows], prompt_lengths[rows], uniforms[rows]), on_tokens))
         tokens = np.concatenate([part[0] for part in parts])
         logprobs = np.concatenate([part[1] for part in parts])
         return self._output(tokens, logprobs)
 
-    def _generate(
+    def stream(
         self, prompt_ids: np.ndarray, prompt_lengths: np.ndarray, uniforms: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """The tokens of :meth:`generate` as soon as they are drawn.
+
+        Args:
+            prompt_ids, prompt_lengths, uniforms: as for :meth:`generate`, of exactly ``batch_size`` prompts.
+
+        Yields:
+            (B, n) int32, the next n columns of ``response_ids``: the first token, then
+            ``decode_steps_per_call`` at a time; nothing more once all rows have ended.
+
+        Raises:
+            ValueError: shapes or numbers are not as above.
+        """
+        self._check_inputs(prompt_ids, prompt_lengths, uniforms)
+        if len(prompt_ids) != self.batch_size:
+            raise ValueError(f"{len(prompt_ids)} prompts, expected batch_size {self.batch_size}")
+        left = self.generation.max_response_length
+        for tokens, _ in self._parts(prompt_ids, prompt_lengths, uniforms):
+            yield tokens[:, :left]
+            left -= tokens.shape[1]
+
+    def _generate(
+        self, inputs: tuple[np.ndarray, ...], on_tokens: Callable[[int], None]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probs (b, R) of ``batch_size`` prompts."""
-        prompt, response = self.generation.max_prompt_length, self.generation.max_response_length
+        response = self.generation.max_response_length
         made = 1 + self._calls * self._steps
         tokens = np.full((self.batch_size, made), self.generation.pad_token_id, np.int32)
         logprobs = np.zeros((self.batch_size, made), np.float32)
-        draws = np.zeros((self.batch_size, made), np.float32)
+        first = 0
+        for new_tokens, new_logprobs in self._parts(*inputs):
+            new = slice(first, first + new_tokens.shape[1])
+            tokens[:, new], logprobs[:, new] = new_tokens, new_logprobs
+            on_tokens(self.batch_size * (min(new.stop, response) - first))
+            first = new.stop
+        on_tokens(self.batch_size * max(response - first, 0))
+        return tokens[:, :response], logprobs[:, :response]
+
+    def _parts(
+        self, prompt_ids: np.ndarray, prompt_lengths: np.ndarray, uniforms: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and log-probs (b, n) of one column, then of ``_steps`` each, until all rows have ended."""
+        prompt, response = self.generation.max_prompt_length, self.generation.max_response_length
+        draws = np.zeros((self.batch_size, 1 + self._calls * self._steps), np.float32)
         draws[:, :response] = uniforms
         starts = Tensor((prompt - prompt_lengths).astype(np.int32))
         with self.timer.phase("prefill"):
             token, logprob, done = self._prefill(
                 Tensor(prompt_ids.astype(np.int32)), starts, Tensor(draws[:, 0].copy())
             )
-            tokens[:, 0], logprobs[:, 0] = token.asnumpy(), logprob.asnumpy()
+            part = token.asnumpy()[:, None], logprob.asnumpy()[:, None]
+        yield part
         for call in range(self._calls):
             if done.asnumpy().all():
                 break
@@ -186,8 +229,8 @@ class PPOModelInfer:
                 token, new_tokens, new_logprobs, done = self._decode(
                     token, done, column, starts, Tensor(draws[:, new].copy())
                 )
-                tokens[:, new], logprobs[:, new] = new_tokens.asnumpy(), new_logprobs.asnumpy()
-        return tokens[:, :response], logprobs[:, :response]
+                part = new_tokens.asnumpy(), new_logprobs.asnumpy()
+            yield part
 
     def _output(self, tokens: np.ndarray, logprobs: np.ndarray) -> GenerationOutput:
         is_stop = np.isin(tokens, self.generation.stop_token_ids)

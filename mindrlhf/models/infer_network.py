@@ -68,31 +68,34 @@ class FusedLayer(nn.Cell):
         if self.split:
             self.all_reduce = ops.AllReduce(group=groups.mp_group)
 
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-        """One column.
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
+        """One column of each sequence.
 
         Args:
-            x: (B, H).
+            x: (H, B), a sequence a column, which is how :class:`Linear` likes few of them.
             cos, sin: (B, qkv).
-            rows: cache rows of the column, (B * N,).
+            entries: of the column in the cache, (B * N, 2).
             mask: 0 where a key may be seen, else a large negative number, (B * N, G, S).
+
+        Returns:
+            (H, B).
         """
         sizes = self.sizes
-        fused = self.rotary(self.qkv.few(self.attention_norm(x)), cos, sin)
+        fused = self.rotary(self.qkv.columns_to_rows(self.attention_norm.columns(x)), cos, sin)
         fused = ops.reshape(fused, (-1, sizes.slots, sizes.head_dim))
         heads = sizes.rows * sizes.kv_heads
         queries = ops.slice(fused, (0, 0, 0), (heads, sizes.queries, sizes.head_dim))
         new_key = ops.slice(fused, (0, sizes.queries, 0), (heads, 1, sizes.head_dim))
         new_value = ops.slice(fused, (0, sizes.queries + 1, 0), (heads, 1, sizes.head_dim))
         keys, values = self.cache.write(
-            rows, ops.reshape(new_key, (heads, -1)), ops.reshape(new_value, (heads, -1))
+            entries, ops.reshape(new_key, (heads, -1)), ops.reshape(new_value, (heads, -1))
         )
         scores = ops.cast(self.scores(queries, keys), sizes.softmax_dtype) + mask
         weights = ops.cast(self.softmax(scores), sizes.compute_dtype)
         mixed = ops.reshape(self.mix(weights, values), (-1, sizes.attention))
-        x = x + self._sum(self.out.few(mixed))
-        gate, up = self.split_rows(self.gate_up.to_columns(self.ffn_norm(x)))
-        return x + self._sum(self.down.from_columns(swiglu(gate, up)))
+        x = x + self._sum(self.out.rows_to_columns(mixed))
+        gate, up = self.split_rows(self.gate_up.columns(self.ffn_norm.columns(x)))
+        return x + self._sum(self.down.columns(swiglu(gate, up)))
 
     def prefill(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
         """All prompt columns, which also become the cache.
@@ -230,7 +233,7 @@ class FusedDecoder(nn.Cell):
         self.norm = RMSNorm(sizes, "infer.norm")
         if not self.tied:
             self.head = frozen_parameter((sizes.vocab, sizes.hidden), sizes.param_dtype, "infer.head.weight")
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul = ops.MatMul()
         self.cache_columns = Tensor(np.arange(sizes.columns, dtype=np.int32)[None])
         self.prompt_columns = Tensor(np.arange(sizes.prompt_columns, dtype=np.int32)[None])
 
@@ -246,7 +249,7 @@ class FusedDecoder(nn.Cell):
             x = layer.prefill(x, cos, sin, visible)
         x = ops.reshape(x, (sizes.rows, sizes.prompt_columns, sizes.hidden))
         x = ops.slice(x, (0, sizes.prompt_columns - 1, 0), (sizes.rows, 1, sizes.hidden))
-        return self._logits(ops.reshape(x, (sizes.rows, sizes.hidden)))
+        return self._logits(ops.transpose(ops.reshape(x, (sizes.rows, sizes.hidden)), (1, 0)))
 
     def decode(self, tokens: Tensor, column: Tensor, starts: Tensor) -> Tensor:
         """``tokens`` (B,) stand at ``column`` (scalar int32) -> logits of the next token (B, V / mp)."""
@@ -258,13 +261,13 @@ class FusedDecoder(nn.Cell):
         # is one addition a layer.
         mask = ops.tile(bias, (1, sizes.kv_heads * sizes.queries))
         mask = ops.reshape(mask, (-1, sizes.queries, sizes.columns))
-        rows = self.layers[0].cache.rows(column)
-        x = self.embedding(tokens)
+        entries = self.layers[0].cache.entries(column)
+        x = ops.transpose(self.embedding(tokens), (1, 0))
         for layer in self.layers:
-            x = layer.decode(x, cos, sin, rows, mask)
+            x = layer.decode(x, cos, sin, entries, mask)
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        """``x`` (B, H) -> (B, V / mp); see :class:`Linear` for the order of the factors."""
-        head = self.embedding.weight if self.tied else self.head
-        return ops.transpose(self.matmul(ops.cast(head, self.sizes.compute_dtype), self.norm(x)), (1, 0))
+        """``x`` (H, B) -> (B, V / mp); see :class:`Linear` for the order of the factors."""
+        head = ops.cast(self.embedding.weight if self.tied else self.head, self.sizes.compute_dtype)
+        return ops.transpose(self.matmul(head, self.norm.columns(x)), (1, 0))

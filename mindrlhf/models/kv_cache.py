@@ -1,9 +1,9 @@
-"""Key/value cache of one decoder layer, as two flat tables of head vectors.
+"""Key/value cache of one decoder layer: a table of head vectors for keys and one for values.
 
-Row ``(b * N + n) * S + c`` holds head ``n`` of sequence ``b`` at column ``c`` (N: this rank's key/value
-heads, S: columns of prompt and response, D: size of a head). Flat, because one new column is then one
-``ScatterUpdate`` of B * N rows, and because the whole table viewed as ``(B * N, S, D)`` is what
-``BatchMatMul`` wants, without a copy.
+Entry ``(b * N + n, c)`` holds head ``n`` of sequence ``b`` at column ``c`` (N: this rank's key/value
+heads, S: columns of prompt and response, D: size of a head). ``(B * N, S, D)`` is what ``BatchMatMul``
+wants, and one new column is one ``ScatterNdUpdate`` of B * N vectors. The shape must be the parameter's
+own: on CPU a reshape of an updated parameter copies the whole table, at every step.
 """
 
 from __future__ import annotations
@@ -31,35 +31,31 @@ class KVCache(nn.Cell):
     ) -> None:
         super().__init__()
         heads = sequences * kv_heads
-        self.table_shape = (heads * columns, head_dim)
-        self.cache_shape = (heads, columns, head_dim)
+        shape = (heads, columns, head_dim)
         self.columns = columns
-        self.first_rows = Tensor(np.arange(heads, dtype=np.int32) * columns)
-        self.keys = Parameter(
-            initializer("zeros", self.table_shape, dtype), name=f"{name}.keys", requires_grad=False
-        )
+        self.head_numbers = Tensor(np.stack([np.arange(heads), np.zeros(heads)], 1).astype(np.int32))
+        self.one_column = Tensor(np.array([[0, 1]] * heads, np.int32))
+        self.keys = Parameter(initializer("zeros", shape, dtype), name=f"{name}.keys", requires_grad=False)
         self.values = Parameter(
-            initializer("zeros", self.table_shape, dtype), name=f"{name}.values", requires_grad=False
+            initializer("zeros", shape, dtype), name=f"{name}.values", requires_grad=False
         )
-        self.scatter = ops.ScatterUpdate()
+        self.scatter = ops.ScatterNdUpdate()
 
-    def rows(self, column: Tensor) -> Tensor:
-        """Table rows of ``column`` (scalar int32) -> (B * N,) int32; the same for every layer."""
-        return self.first_rows + column
+    def entries(self, column: Tensor) -> Tensor:
+        """Where ``column`` (scalar int32) of each head is -> (B * N, 2) int32; the same for every layer."""
+        return self.head_numbers + self.one_column * column
 
-    def write(self, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, entries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one column and gives the caches with it in.
 
         Args:
-            rows: (B * N,) int32 from :meth:`rows`.
+            entries: (B * N, 2) int32 from :meth:`entries`.
             keys, values: (B * N, D).
 
         Returns:
             All keys and all values, (B * N, S, D) each.
         """
-        all_keys = self.scatter(self.keys, rows, keys)
-        all_values = self.scatter(self.values, rows, values)
-        return ops.reshape(all_keys, self.cache_shape), ops.reshape(all_values, self.cache_shape)
+        return self.scatter(self.keys, entries, keys), self.scatter(self.values, entries, values)
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Replaces everything: ``keys`` and ``values`` (B * N, P, D) become columns 0 .. P-1.
@@ -73,4 +69,4 @@ class KVCache(nn.Cell):
         missing = self.columns - heads.shape[1]
         if missing > 0:
             heads = ops.Pad(((0, 0), (0, missing), (0, 0)))(heads)
-        return ops.reshape(heads, self.table_shape)
+        return heads

@@ -116,8 +116,9 @@ class PPOModelTrain(SequenceModel):
             three (B, R) float32: log-prob of each response token, entropy of the distribution it was
             drawn from (zeros without ``with_entropy``), value before it (zeros without a value head).
         """
-        hidden = self.model(tokens, valid, position_ids)
-        before_response = hidden[:, self.prompt_length - 1 : -1]
+        before_response = self.model(
+            tokens, valid, position_ids, (self.prompt_length - 1, tokens.shape[1] - 1)
+        )
         logits = self.logits(before_response)
         logprobs, entropy = self.log_probs(logits, tokens[:, self.prompt_length :])
         values = self.score_head(before_response) if self.value_head else logprobs * 0.0
@@ -144,8 +145,8 @@ class PolicyValues(nn.Cell):
 
     def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
         """(B, T) int32 each -> values (B, R) float32; see :class:`PPOModelTrain`."""
-        hidden = self.policy.model(tokens, valid, position_ids)
-        return self.policy.score_head(hidden[:, self.prompt_length - 1 : -1])
+        columns = (self.prompt_length - 1, tokens.shape[1] - 1)
+        return self.policy.score_head(self.policy.model(tokens, valid, position_ids, columns))
 
 
 class CriticModel(SequenceModel):
@@ -157,8 +158,8 @@ class CriticModel(SequenceModel):
 
     def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
         """(B, T) int32 each -> values (B, R) float32; see :class:`PPOModelTrain`."""
-        hidden = self.model(tokens, valid, position_ids)
-        return self.score_head(hidden[:, self.prompt_length - 1 : -1])
+        columns = (self.prompt_length - 1, tokens.shape[1] - 1)
+        return self.score_head(self.model(tokens, valid, position_ids, columns))
 
 
 class RewardModel(SequenceModel):
@@ -180,5 +181,5 @@ class RewardModel(SequenceModel):
         Returns:
             (B,) float32.
         """
-        hidden = self.model(tokens, valid, position_ids)[:, self.prompt_length :]
+        hidden = self.model(tokens, valid, position_ids, (self.prompt_length, tokens.shape[1]))
         return self.score_head(last_token(hidden, response_lengths - 1))

@@ -33,16 +33,32 @@ rank's place in it follows from its number. How they are used (measured with Min
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.parallel.layout import Layout
+from mindrlhf.parallel.layout import Layout, Mesh
+from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_file
 
 # A tensor map counts mesh axes from the right: in [dp, mp] the model-parallel axis is number 0.
 _MP_AXIS = 0
 _NOT_SPLIT = -1
 _ONLY_STAGE = 0
+_MAX_FILE_BYTES = 64 << 20  # a model of 1,000 layers has 2 MB
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a strategy file says.
+
+    Attributes:
+        mesh: the grid of ranks.
+        split_dims: parameter name -> the dimension that is split, ``None`` for copies on every rank.
+    """
+
+    mesh: Mesh
+    split_dims: Mapping[str, int | None]
 
 
 def write_strategy(layouts: Mapping[str, Layout], path: Path) -> None:
@@ -73,8 +89,10 @@ def write_strategies(
 
     Raises:
         ValueError: a model has no layouts or mixes meshes, or a rank lies outside a model's mesh.
+        CheckpointError: the directory holds files of another layout, which MindSpore would mix with these.
     """
     wanted = list(ranks)
+    _check_former(Path(directory), models, wanted)
     written: list[Path] = []
     for model, layouts in models.items():
         content = _serialized(layouts)
@@ -91,9 +109,83 @@ def write_strategies(
     return written
 
 
+def read_strategy(path: Path) -> Strategy:
+    """Mesh and split of every parameter, as :func:`write_strategy` wrote them.
+
+    Raises:
+        CheckpointError: not there, damaged, or of a form that these files do not have (pipeline stages,
+            optimizer sharding, two split dimensions).
+    """
+    from google.protobuf.message import DecodeError
+    from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+
+    strategies = ParallelStrategyMap()
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes are too many for one")
+        strategies.ParseFromString(path.read_bytes())
+        return _as_strategy(strategies)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (DecodeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no strategy file of one model ({error}); write it again with "
+            "--only_save_strategy True"
+        ) from error
+
+
+def _as_strategy(strategies: Any) -> Strategy:
+    meshes: set[Mesh] = set()
+    split_dims: dict[str, int | None] = {}
+    for item in strategies.parallel_layout_item:
+        name, parallel = item.param_name, item.parallel_layouts
+        if not name or name in split_dims:
+            raise ValueError(f"parameter {name!r} stands twice" if name else "a parameter without name")
+        grids, maps = (
+            [list(entry.dim) for entry in part] for part in (parallel.dev_matrix, parallel.tensor_map)
+        )
+        if [len(grid) for grid in grids] != [2] or len(maps) != 1 or parallel.opt_weight_shard_size:
+            raise ValueError(f"{name} is not split over data and model parallel ranks alone")
+        if not set(maps[0]) <= {_MP_AXIS, _NOT_SPLIT} or maps[0].count(_MP_AXIS) > 1:
+            raise ValueError(f"{name} has the tensor map {maps[0][:8]}")
+        meshes.add(Mesh(*grids[0]))
+        split_dims[name] = maps[0].index(_MP_AXIS) if _MP_AXIS in maps[0] else None
+    if len(meshes) != 1:
+        raise ValueError(f"{len(meshes)} device matrices, one is wanted")
+    return Strategy(meshes.pop(), split_dims)
+
+
+def _check_former(directory: Path, models: Mapping[str, Mapping[str, Layout]], ranks: Iterable[int]) -> None:
+    """Refuses to put files beside, or in place of, those of another layout."""
+    faults: list[str] = []
+    for model, layouts in models.items():
+        folder = directory / f"{model}_strategy"
+        mesh = next((layout.mesh for layout in layouts.values()), Mesh())
+        wanted = {name: layout.split_dim if layout.is_split else None for name, layout in layouts.items()}
+        for path in map(folder.joinpath, (f"strategy_{rank}.ckpt" for rank in ranks)):
+            if path.exists() and read_strategy(path) != Strategy(mesh, wanted):
+                faults.append(f"{path} is of {read_strategy(path).mesh} or another model, not of {mesh}")
+        known = {f"strategy_{rank}.ckpt" for rank in range(mesh.size)}
+        faults += [
+            f"{path} is of a rank that {mesh} does not have"
+            for path in sorted(folder.glob("strategy_*.ckpt"))
+            if path.name not in known
+        ]
+    if faults:
+        raise CheckpointError(
+            f"{directory} holds strategy files of another job; remove it or work elsewhere:"
+            + "".join(f"\n  - {fault}" for fault in faults)
+        )
+
+
 def _write(content: bytes, path: Path) -> None:
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_bytes(content)
+    try:
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; work in a directory that can be written"
+        ) from error
 
 
 def _serialized(layouts: Mapping[str, Layout]) -> bytes:

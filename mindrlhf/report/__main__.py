@@ -1,38 +1,45 @@
-"""``python -m mindrlhf.report RUN_DIR [RUN_DIR ...]``: one HTML page about one run or several."""
+"""``python -m mindrlhf.report RUN_DIR [RUN_DIR ...]``: one HTML page about one run or several.
+
+``mindrlhf-report`` is the same.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mindrlhf.report.page import render
 from mindrlhf.report.reading import ReportError, read_runs
 from mindrlhf.utils.cli import run_main
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.parsers import new_parser
 
 DEFAULT_NAME = "report.html"
 
 logger = get_logger("mindrlhf.report")
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mindrlhf.report",
-        description="Writes one self-contained HTML page about a run, or about several side by side.",
-        allow_abbrev=False,
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    parser = new_parser(
+        "Writes one self-contained HTML page about a run, or about several side by side.",
+        prog="python -m mindrlhf.report" if as_module else None,
     )
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN_DIR", help="--save_ckpt_dir of a run (holds metrics.jsonl)"
     )
-    parser.add_argument(
+    files.add_argument(
         "--output",
         type=Path,
         help=f"the page; default: {DEFAULT_NAME} in RUN_DIR, or in the current directory for several runs",
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def write_report(directories: Sequence[Path], output: Path | None = None) -> Path:
@@ -58,12 +65,17 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
     return path
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses, writes, says where."""
-    arguments = parse_arguments()
+    arguments = build_parser().parse_args(argv)
     path = write_report(arguments.runs, arguments.output)
     logger.info("report: %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """``mindrlhf-report``."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    command()

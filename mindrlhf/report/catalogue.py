@@ -99,6 +99,10 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart("objective/non_score_reward", "KL penalty"),
             Chart("policy/steps", "Optimizer steps", "per iteration", "Fewer under target_kl.", "", 0.0),
             Chart("loss/pretrain", "Pre-training loss"),
+            Chart(
+                "update/skipped", "Skipped updates", "per iteration",
+                "A loss, gradient or reward was not finite; see skipped_updates.jsonl.", "", 0.0,
+            ),
         ),
     ),
     (

@@ -54,7 +54,9 @@ class WeightPaths:
             if (path := getattr(self, field.name)) and not path.exists()
         ]
         if missing:
-            raise MindRLHFError("these checkpoints do not exist:\n  " + "\n  ".join(missing))
+            raise MindRLHFError(
+                "these checkpoints do not exist, give paths that are there:\n  " + "\n  ".join(missing)
+            )
         policy = self.train or self.infer
         if policy is None:
             raise MindRLHFError(

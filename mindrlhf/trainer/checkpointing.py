@@ -1,8 +1,24 @@
-"""Checkpoints of a whole training state: ``iteration_NNNNNN/`` with one file per rank and model."""
+"""Checkpoints of a whole training state: ``iteration_NNNNNN/`` with one file per rank and model.
+
+======================================  ==========================================================
+``policy/``, ``critic/``                weights and heads, ``rank_0/ rank_1/ ...`` in each
+``policy_optimizer/``, ...              moments, and the step that the learning-rate schedule is at
+``random/rank_i.json``                  Python's and NumPy's global generators of each rank
+``state.json``                          iteration, data cursors, KL coefficient, reward statistics
+``config.json``                         the resolved configuration that made it, with the layouts
+``manifest.json``                       size and SHA-256 of all of these; written last
+======================================  ==========================================================
+
+Rollouts, permutations and data orders need no random state: their streams are keyed by the seed, the
+iteration and the row (:mod:`mindrlhf.utils.seeds`), so cursor and iteration are all of it. A shared critic
+is in ``policy/``. The generating policy and the reference are not kept: the first equals the trained one
+after its sync, the other comes from its own file.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +28,31 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn import Optimizer
 
-from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.checkpoint.load import load_resharded
+from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
 from mindrlhf.checkpoint.save import save_shard
+from mindrlhf.checkpoint.shards import rank_file_name
+from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.train import SequenceModel
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.trainer.builder import PPOModels
+from mindrlhf.trainer.compatibility import check_compatible, stored_meshes
 from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.trainer.start import check_writable
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
-from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.files import atomic_file, sync_to_disk
+from mindrlhf.utils.generators import generator_states, restore_generators
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.provenance import CONFIG_FILE, provenance, write_provenance
 
 STATE_FILE = "state.json"
+LEFT_PREFIX = "left_"
+"""Before the name of a checkpoint that is newer than the one a run went on from."""
+
+_NAME = re.compile(r"iteration_(\d+)")
+_RANDOM = "random"
+_SIZE_BYTES = 8
 
 logger = get_logger(__name__)
 
@@ -50,26 +78,43 @@ def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any], directo
             logger.warning("%s has no state of %s, which starts anew", directory, name)
 
 
+def checkpoint_iterations(directory: Path) -> list[int]:
+    """Iterations of the checkpoints below ``directory``, whole or not, newest first."""
+    found = (_NAME.fullmatch(path.name) for path in directory.glob("iteration_*") if path.is_dir())
+    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+
+
+def checkpoint_directory(directory: Path, iteration: int) -> Path:
+    """Where the checkpoint after ``iteration`` lies below ``directory``."""
+    return directory / f"iteration_{iteration:06d}"
+
+
 class TrainingCheckpoints:
     """Saves and loads the training state of one rank below a directory that all ranks share.
 
-    A checkpoint is ``policy/``, ``policy_optimizer/`` and, with a separate critic, ``critic/`` and
-    ``critic_optimizer/``, each with ``rank_0/ rank_1/ ...``, and ``state.json``. It is written under a
-    temporary name and renamed when every rank has finished, so a directory with the final name is whole.
+    A checkpoint is written under a temporary name, every file and directory of it is brought to the disk,
+    the manifest comes last, and then it is renamed: a directory with the final name is whole.
 
     Args:
         directory: where checkpoints go; made when missing.
         rank: this worker.
-        keep: how many checkpoints stay; older ones are removed after a newer one is whole.
+        keep: how many checkpoints stay; older ones are removed after a newer one is whole. 0 keeps all.
+        job: the configuration that makes them.
+
+    Attributes:
+        last: the checkpoint that this run has saved or loaded last, ``None`` before.
 
     Raises:
         CheckpointError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, rank: int, keep: int) -> None:
+    def __init__(self, directory: Path, rank: int, keep: int, job: JobConfig) -> None:
         self.directory = directory
         self.rank = rank
         self.keep = keep
+        self.job = job
+        self.last: Path | None = None
+        self.iteration = -1
         check_writable(directory, rank)
 
     def save(
@@ -80,57 +125,163 @@ class TrainingCheckpoints:
         state: Mapping[str, Any],
         exchange: HostExchange,
     ) -> Path:
-        """Writes this rank's part and makes the checkpoint appear; collective. Returns its directory."""
-        final = self.directory / f"iteration_{iteration:06d}"
-        temporary = self.directory / f".{final.name}.tmp"
+        """Writes this rank's part and makes the checkpoint appear; collective. Returns its directory.
+
+        Raises:
+            CheckpointError: a rank could not write its part; on all ranks, and nothing is left of it.
+        """
+        final = checkpoint_directory(self.directory, iteration)
+        temporary = _hidden(final)
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         exchange.barrier()
-        for name, model, optimizer in _trained(models, update):
-            save_shard(temporary / name, self.rank, dict(model.shards()))
-            save_shard(temporary / f"{name}_optimizer", self.rank, dict(_optimizer_arrays(optimizer, model)))
-        exchange.barrier()
-        if self.rank == 0:
-            with atomic_file(temporary / STATE_FILE) as file:
-                file.write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-            replaced = final.with_name(f".{final.name}.old")
-            shutil.rmtree(replaced, ignore_errors=True)
-            if final.exists():
-                final.rename(replaced)
-            temporary.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            self._remove_old(keep_always=final)
-        exchange.barrier()
+        mine: dict[str, FileRecord] = {}
+        fault: Exception | None = None
+        try:
+            mine = self._write_mine(temporary, models, update)
+        except (CheckpointError, OSError) as error:
+            fault = error
+        _raise_together(fault, temporary, exchange)
+        files = _gather_records(mine, exchange)
+        try:
+            if self.rank == 0:
+                self._finish(temporary, final, state, files)
+        except OSError as error:
+            fault = error
+        _raise_together(fault, temporary, exchange)
+        self.last = final
         return final
 
     def load(self, directory: Path, models: PPOModels, update: PPOUpdate) -> dict[str, Any]:
         """Fills this rank's models and optimizers from a checkpoint and returns its ``state``.
 
+        The checkpoint may be of another layout: this rank then reads its slices from the ranks that have
+        them. Its content is not checked here, see :func:`mindrlhf.trainer.resuming.find_faults`.
+
         Raises:
-            CheckpointError: the directory is no checkpoint, or one of other models or layouts.
+            CheckpointError: the directory is no checkpoint, or one of another model.
         """
         state_file = directory / STATE_FILE
-        if not state_file.is_file():
-            raise CheckpointError(
-                f"{directory}: no {STATE_FILE}, so this is no whole checkpoint; "
-                "name an iteration_NNNNNN directory"
-            )
         try:
             state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{state_file}: damaged ({error}); resume from another checkpoint"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{state_file}: damaged ({error}); resume from another one") from error
+        check_compatible(directory, self.job)
+        meshes = stored_meshes(directory)
         for name, model, optimizer in _trained(models, update):
-            model.load(load_shard(directory / name, model.layouts, self.rank))
-            _load_optimizer(directory / f"{name}_optimizer", optimizer, model, self.rank)
+            stored = meshes[name]
+            model.load(load_resharded(directory / name, model.layouts, self.rank, stored))
+            states = _optimizer_states(optimizer, model)
+            layouts = {key: _state_layout(key, parameter, model) for key, parameter in states.items()}
+            arrays = load_resharded(directory / f"{name}_optimizer", layouts, self.rank, stored)
+            for key, array in arrays.items():
+                states[key].set_data(Tensor(array).astype(states[key].dtype))
+        _load_generators(directory, self.rank)
+        self.last = directory
         return state
 
-    def _remove_old(self, keep_always: Path) -> None:
-        checkpoints = sorted(self.directory.glob("iteration_[0-9]*"))
-        for old in checkpoints[: -self.keep] if self.keep else []:
-            if old != keep_always:
-                shutil.rmtree(old)
+    def find(self, iteration: int) -> Path | None:
+        """The checkpoint of this run after ``iteration`` when it is the last one, in this directory."""
+        wanted = checkpoint_directory(self.directory, iteration)
+        return self.last if self.last is not None and self.last.resolve() == wanted.resolve() else None
+
+    def set_newer_aside(self, iteration: int) -> None:
+        """Renames checkpoints after ``iteration``, from which a run goes on: they are not of this run."""
+        for newer in checkpoint_iterations(self.directory):
+            if newer > iteration and self.rank == 0:
+                path = checkpoint_directory(self.directory, newer)
+                aside = path.with_name(LEFT_PREFIX + path.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                logger.warning("%s is newer than what this run goes on from: it is now %s", path, aside.name)
+
+    def _write_mine(self, temporary: Path, models: PPOModels, update: PPOUpdate) -> dict[str, FileRecord]:
+        """Writes the files of this rank; returns their records by part."""
+        records = {}
+        for name, model, optimizer in _trained(models, update):
+            for part, arrays in (
+                (name, dict(model.shards())),
+                (f"{name}_optimizer", _optimizer_arrays(optimizer, model)),
+            ):
+                digest = Digest()
+                save_shard(temporary / part, self.rank, arrays, digest=digest)
+                records[part] = digest.record
+        records[_RANDOM] = _write_json(temporary / _part_file(_RANDOM, self.rank), generator_states())
+        return records
+
+    def _finish(
+        self, temporary: Path, final: Path, state: Mapping[str, Any], files: dict[str, FileRecord]
+    ) -> None:
+        """What the main rank adds when all ranks have written; then the checkpoint appears."""
+        files[STATE_FILE] = _write_json(temporary / STATE_FILE, state)
+        files[CONFIG_FILE] = digest_file(write_provenance(temporary, provenance(self.job)))
+        write_manifest(temporary, files)
+        for directory in sorted({path.parent for path in temporary.rglob("*")}):
+            sync_to_disk(directory)
+        replaced = final.with_name(f".{final.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        sync_to_disk(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for number in checkpoint_iterations(self.directory)[self.keep :] if self.keep else []:
+            old = checkpoint_directory(self.directory, number)
+            # Renamed first: one that is removed by half must not have a checkpoint's name.
+            shutil.rmtree(old.rename(_hidden(old)))
+
+
+def _hidden(checkpoint: Path) -> Path:
+    """Its name while it is not whole, see :func:`mindrlhf.trainer.resuming.tidy`."""
+    return checkpoint.with_name(f".{checkpoint.name}.tmp")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(dict(content), indent=1), encoding="utf-8")
+    return digest_file(path)
+
+
+def _load_generators(directory: Path, rank: int) -> None:
+    """This rank's random generators; with more ranks than were saved, the others keep theirs."""
+    path = directory / _part_file(_RANDOM, rank)
+    if path.is_file():
+        restore_generators(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _raise_together(fault: Exception | None, temporary: Path, exchange: HostExchange) -> None:
+    """Raises on every rank when one of them has a fault, so that none waits for it; collective."""
+    failed = np.flatnonzero(exchange.every_rank(np.array([fault is not None], np.int32)))
+    if not len(failed):
+        return
+    if exchange.runtime.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    exchange.barrier()
+    if fault is None:
+        raise CheckpointError(f"{temporary}: rank {failed[0]} could not write its part; its log says why")
+    if isinstance(fault, OSError):
+        raise CheckpointError(f"cannot write {temporary}: {fault.strerror or fault}") from fault
+    raise fault
+
+
+def _part_file(part: str, rank: int) -> str:
+    """Where ``rank`` keeps a part of the state, below the checkpoint."""
+    return f"{part}/rank_{rank}.json" if part == _RANDOM else f"{part}/{rank_file_name(rank)}"
+
+
+def _gather_records(mine: Mapping[str, FileRecord], exchange: HostExchange) -> dict[str, FileRecord]:
+    """The records of every rank's parts by file; collective."""
+    rows = [
+        record.size.to_bytes(_SIZE_BYTES, "little") + bytes.fromhex(record.sha256) for record in mine.values()
+    ]
+    everyone = exchange.every_rank(np.frombuffer(b"".join(rows), np.int32))
+    files = {}
+    for rank, packet in enumerate(everyone):
+        for part, row in zip(mine, packet.reshape(len(rows), -1), strict=True):
+            content = row.tobytes()
+            size = int.from_bytes(content[:_SIZE_BYTES], "little")
+            files[_part_file(part, rank)] = FileRecord(size, content[_SIZE_BYTES:].hex())
+    return files
 
 
 def _trained(models: PPOModels, update: PPOUpdate) -> list[tuple[str, SequenceModel, Optimizer]]:
@@ -153,13 +304,6 @@ def _optimizer_states(optimizer: Optimizer, model: SequenceModel) -> dict[str, P
 
 def _optimizer_arrays(optimizer: Optimizer, model: SequenceModel) -> dict[str, np.ndarray]:
     return {name: parameter.asnumpy() for name, parameter in _optimizer_states(optimizer, model).items()}
-
-
-def _load_optimizer(directory: Path, optimizer: Optimizer, model: SequenceModel, rank: int) -> None:
-    states = _optimizer_states(optimizer, model)
-    layouts = {name: _state_layout(name, parameter, model) for name, parameter in states.items()}
-    for name, array in load_shard(directory, layouts, rank).items():
-        states[name].set_data(Tensor(array).astype(states[name].dtype))
 
 
 def _state_layout(name: str, parameter: Parameter, model: SequenceModel) -> Layout:

@@ -31,7 +31,6 @@ from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.trainer.scoring import judge_rollout
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.progress import track
 from mindrlhf.utils.seeds import random_stream
 from mindrlhf.utils.timers import Timer
 
@@ -101,6 +100,7 @@ def evaluate(
     exchange: HostExchange,
     config: PPOConfig,
     extra_scores: ExtraScores | None = None,
+    on_prompts: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Answers and scores all prompts, as many at a time as a rollout has, so that nothing is compiled anew.
 
@@ -112,10 +112,11 @@ def evaluate(
         exchange: gathers the replicas' rows.
         config: batch sizes.
         extra_scores: gives (N,) float32, added to the reward model's, or alone without one; called once.
+        on_prompts: told how many more are done.
     """
     total, size = len(prompts.sample_ids), config.rollout_batch_size
     parts: list[Evaluation] = []
-    for first in track(range(0, total, size), description="evaluation on held-out prompts"):
+    for first in range(0, total, size):
         rows = np.arange(first, first + size) % total
         batch = PromptBatch(*(field[rows] for field in prompts))
         rollout = sample_responses(models.infer, batch, mesh, exchange, partial(_stream, batch))
@@ -128,6 +129,7 @@ def evaluate(
                 Rollout(*(field[real] for field in rollout)), scores[real], kl[real].astype(np.float32)
             )
         )
+        on_prompts(real.stop)
     rollout = Rollout(*map(np.concatenate, zip(*(part.rollout for part in parts), strict=True)))
     scores = np.concatenate([part.scores for part in parts])
     if extra_scores is not None:
@@ -169,7 +171,9 @@ class HeldOutEvaluation:
         self.extra_scores = extra_scores
         self.digest = prompts_digest(prompts)
 
-    def run_if_due(self, iteration: int) -> Evaluation | None:
+    def run_if_due(
+        self, iteration: int, on_prompts: Callable[[int], None] = lambda count: None
+    ) -> Evaluation | None:
         """Evaluates the policy after ``iteration`` when nothing is recorded yet, at the end, and between.
 
         What the records hold already is not repeated, so a resumed run goes on where it was. Collective.
@@ -184,7 +188,7 @@ class HeldOutEvaluation:
                 "the evaluations in --save_ckpt_dir are of other held-out prompts; resume with their "
                 "--eval_dataset_dir and eval_prompts, or without --eval_dataset_dir"
             )
-        return self.run(iteration) if answer == _DUE else None
+        return self.run(iteration, on_prompts) if answer == _DUE else None
 
     def _answer(self, iteration: int) -> int:
         if self.records is None:
@@ -197,12 +201,13 @@ class HeldOutEvaluation:
         is_new = all(line["iteration"] != iteration for line in earlier)
         return _DUE if is_new and (is_time or not earlier) else _NOT_DUE
 
-    def run(self, iteration: int) -> Evaluation:
+    def run(self, iteration: int, on_prompts: Callable[[int], None] = lambda count: None) -> Evaluation:
         """Evaluates the policy as it is after ``iteration`` and records it; collective."""
         with Timer() as timer:
             try:
                 result = evaluate(
-                    self.models, self.prompts, self.mesh, self.exchange, self.config, self.extra_scores
+                    *(self.models, self.prompts, self.mesh, self.exchange, self.config, self.extra_scores),
+                    on_prompts=on_prompts,
                 )
             except MindRLHFError as error:
                 raise MindRLHFError(f"evaluation on held-out prompts: {error}") from error

@@ -73,6 +73,12 @@ def sequence_inputs(rollout: Rollout) -> SequenceInputs:
     return SequenceInputs(rollout.tokens, valid.astype(np.int32), position_ids(valid))
 
 
+def sequence_mask(rollout: Rollout) -> np.ndarray:
+    """(B, R) bool: the real response tokens of a rollout."""
+    mask: np.ndarray = np.arange(rollout.logprobs.shape[1]) < rollout.response_lengths[:, None]
+    return mask
+
+
 def make_experience(
     rollout: Rollout,
     scores: Scores,

@@ -11,13 +11,17 @@ from mindrlhf.checkpoint.hf_export import check_hf_output
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizers import Tokenizer
-from mindrlhf.parallel.parameters import SCORE_HEAD, mesh_of
+from mindrlhf.parallel.parameters import SCORE_HEAD
 from mindrlhf.trainer.start import (
+    check_experience_place,
     count_workers,
     litter_directory,
     load_model_tokenizer,
     serve_as_scheduler,
 )
+from mindrlhf.trainer.tokenizer_agreement import check_one_tokenizer
+from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, check_trackers
+from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT, rest, watchdog_of, watched
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
@@ -27,8 +31,15 @@ if TYPE_CHECKING:
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer
     from mindrlhf.trainer.reward_function import RewardFunction
+    from mindrlhf.trainer.stopping import StopRequest
+    from mindrlhf.trainer.watching import Watchers
 
 logger = get_logger(__name__)
+
+_WITH_TOKENIZER = (
+    "tokenizer_path", "load_sft_checkpoint_train", "load_sft_checkpoint_infer", "load_ref_checkpoint",
+    "load_rm_checkpoint", "load_critic_checkpoint",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,13 @@ class JobOptions:
     tokenizer_path: Path | None = None
     reward_fn: str | None = None
     resume_from: Path | None = None
+    resume_training: bool = False
+    trackers: tuple[str, ...] = DEFAULT_TRACKERS
     use_parallel: bool = True
     device_target: str | None = None
     enable_compile_cache: bool = False
     verify_sync: bool = False
+    watchdog_timeout: float = DEFAULT_TIMEOUT
     world_size: int | None = None
 
 
@@ -121,19 +135,31 @@ def run_ppo(options: JobOptions) -> Path:
         MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
             model is built.
     """
+    from mindrlhf.trainer.stopping import ignore_signals, stop_on_signals
+    from mindrlhf.trainer.watching import watch_ppo
+
     os.environ.setdefault("GLOG_v", "3")
     data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
+    _check_resume_flags(options)
+    check_trackers(options.trackers)
     job = _read_job_of_workers(options)
     if is_scheduler():
         # Checked like a worker, so that it ends with them on a fault; from here on it only serves them.
+        ignore_signals()
         serve_as_scheduler()
         return save
-    trainer = _make_trainer(options, job, data, save)
-    if options.resume_from is not None:
-        trainer.resume(options.resume_from)
-    last = trainer.train()
-    if options.export_hf_dir is not None:
-        _export(options, trainer, last)
+    with (
+        watched(options.watchdog_timeout),
+        stop_on_signals() as stop,
+        watch_ppo(job.ppo.total_iterations, options.trackers) as watchers,
+    ):
+        trainer = _make_trainer(options, job, data, save, stop, watchers)
+        last = trainer.train()
+        rest("export")
+        if stop.agreed:
+            stop.leave(last)
+        elif options.export_hf_dir is not None:
+            _export(options, trainer, last)
     return last
 
 
@@ -142,20 +168,41 @@ def _read_job_of_workers(options: JobOptions) -> JobConfig:
     return read_job(options, count_workers(use_parallel=options.use_parallel))
 
 
-def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -> PPOTrainer:
-    """Checks what the flags name, then takes the device, joins the other workers and builds the models."""
+def _check_resume_flags(options: JobOptions) -> None:
+    """Refuses two answers to where the run goes on, and a directory that is not there."""
+    if options.resume_from is None:
+        return
+    if options.resume_training:
+        raise MindRLHFError(
+            "--resume_training True takes the newest whole checkpoint of --save_ckpt_dir, --resume_from "
+            f"takes {options.resume_from}: give one of the two"
+        )
+    if not options.resume_from.is_dir():
+        raise MindRLHFError(
+            f"--resume_from {options.resume_from}: there is no such directory; name an iteration_NNNNNN "
+            "directory"
+        )
+
+
+def _make_trainer(
+    options: JobOptions, job: JobConfig, data: Path, save: Path, stop: StopRequest, watchers: Watchers
+) -> PPOTrainer:
+    """Checks what the flags name, takes the device, joins the other workers, builds the models, resumes."""
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
     from mindrlhf.trainer.records import check_fresh
-    from mindrlhf.trainer.runtime import check_device, start_runtime
+    from mindrlhf.trainer.resuming import choose_checkpoint
+    from mindrlhf.trainer.runtime import HostExchange, check_device, start_runtime
 
     litter = litter_directory()
     weights = _weight_paths(options)
-    if options.resume_from is None:
+    if options.resume_from is None and not options.resume_training:
         check_fresh(save)
     tokenizer = _tokenizer(options, job)
+    check_one_tokenizer({flag: getattr(options, flag) for flag in _WITH_TOKENIZER})
     reward_function = _reward_function(options)
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
+    check_experience_place(options.save_data_file)
     if job.ppo.eval_interval and options.eval_dataset_dir is None:
         logger.warning("eval_interval is %d, but there is no --eval_dataset_dir", job.ppo.eval_interval)
     if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:
@@ -173,6 +220,16 @@ def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -
         use_parallel=env_world_size() > 1,
         litter_dir=litter,
     )
+    checkpoint = choose_checkpoint(
+        save,
+        options.resume_from,
+        resume_training=options.resume_training,
+        job=job,
+        exchange=HostExchange(runtime),
+    )
+    watchdog = watchdog_of(
+        options.watchdog_timeout, job.train, has_reward_function=reward_function is not None
+    )
     with Timer() as timer:
         trainer = PPOTrainer(
             job,
@@ -184,8 +241,16 @@ def _make_trainer(options: JobOptions, job: JobConfig, data: Path, save: Path) -
             tokenizer=tokenizer,
             verify_sync=options.verify_sync,
             reward_function=reward_function,
+            stop=stop,
+            listeners=[watchers.console, watchdog],
+            trackers=watchers.trackers,
         )
     logger.info("models built and loaded in %.1f s", timer.seconds)
+    watchdog.follow(lambda: trainer.iteration + 1)
+    if checkpoint is not None:
+        trainer.resume(checkpoint, verified=True)
+    elif options.resume_training and trainer.records is not None:
+        trainer.records.rewind(-1)  # lines of a run that was cut short before its first checkpoint
     return trainer
 
 
@@ -236,6 +301,7 @@ def _reward_function(options: JobOptions) -> RewardFunction | None:
 def _export(options: JobOptions, trainer: PPOTrainer, checkpoint: Path) -> None:
     """The final policy in Hugging Face format, merged from all ranks' shards by the main rank."""
     from mindrlhf.checkpoint.save import export_hf
+    from mindrlhf.trainer.compatibility import stored_meshes
 
     assert options.export_hf_dir is not None
     if trainer.runtime.is_main:
@@ -245,7 +311,7 @@ def _export(options: JobOptions, trainer: PPOTrainer, checkpoint: Path) -> None:
             checkpoint / "policy",
             options.export_hf_dir,
             train.model,
-            mesh=mesh_of(train),
+            mesh=stored_meshes(checkpoint)["policy"],
             tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
             leave_out=SCORE_HEAD,  # the value head of a shared critic is no part of the language model
         )

@@ -14,7 +14,10 @@ from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.models.train import CriticModel, PPOModelTrain
 from mindrlhf.trainer.experience import Experience
 
-POLICY_STATISTICS = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared", "entropy")
+POLICY_SUMS = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared", "entropy")
+RATIO_EDGES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
+"""Inner edges of the bins in which ratios are counted. None at 1: rounding would choose the bin there."""
+POLICY_STATISTICS = (*POLICY_SUMS, *(f"ratio above {edge}" for edge in RATIO_EDGES))
 """What a policy loss sums over its tokens, in the order of its statistics."""
 
 VALUE_STATISTICS = ("value_loss", "clipfrac", "error", "value")
@@ -36,6 +39,7 @@ class PolicyLoss(nn.Cell):
         self.entropy_coef = config.entropy_coef
         self.vf_coef = config.vf_coef
         self.shared = policy.value_head
+        self.log_edges = Tensor(np.log(RATIO_EDGES).astype(np.float32))
 
     def construct(
         self,
@@ -61,12 +65,20 @@ class PolicyLoss(nn.Cell):
         total = policy_sum
         if self.entropy_coef > 0:  # decided when compiling: without a bonus no gradient runs through it
             total = total - self.entropy_coef * entropy_sum(entropy, mask)
-        statistics = (policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum())
+        policy_sums = ops.stack((policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum()))
+        statistics = (policy_sums, self._ratios_above(logprobs, old_logprobs, mask))
         if self.shared:
             value_sum, *value_sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
             total = total + self.vf_coef * value_sum
-            statistics += (value_sum, *value_sums, (ops.stop_gradient(values) * mask).sum())
-        return (total * inverse_count).sum(), ops.stop_gradient(ops.stack(statistics))
+            value_sums = (value_sum, *value_sums, (ops.stop_gradient(values) * mask).sum())
+            statistics += (ops.stack(value_sums),)
+        return (total * inverse_count).sum(), ops.stop_gradient(ops.concat(statistics))
+
+    def _ratios_above(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """Tokens whose ratio is above each of RATIO_EDGES, (edges,) float32."""
+        log_ratio = ops.stop_gradient(logprobs - old_logprobs).reshape((-1, 1))
+        above = ops.cast(log_ratio > self.log_edges, logprobs.dtype) * mask.reshape((-1, 1))
+        return above.sum(axis=0)
 
 
 class ValueLoss(nn.Cell):

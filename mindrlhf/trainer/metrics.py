@@ -10,8 +10,21 @@ from mindrlhf.algorithms.kl import sequence_kl
 from mindrlhf.algorithms.metrics import explained_variance
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Experience, Rollout, Scores
-from mindrlhf.trainer.losses import POLICY_STATISTICS, VALUE_STATISTICS
+from mindrlhf.trainer.losses import POLICY_STATISTICS, POLICY_SUMS, RATIO_EDGES, VALUE_STATISTICS
+from mindrlhf.trainer.trackers.base import Histogram
 from mindrlhf.trainer.update import UpdateResult
+
+
+def iteration_metrics(
+    rollout: Rollout,
+    scores: Scores,
+    experience: Experience,
+    result: UpdateResult,
+    kl_coef: float,
+    config: PPOConfig,
+) -> dict[str, float]:
+    """What an iteration made, before and in the update; see the two functions that it joins."""
+    return rollout_metrics(rollout, scores, experience, kl_coef) | update_metrics(result, config)
 
 
 def rollout_metrics(
@@ -46,21 +59,22 @@ def update_metrics(result: UpdateResult, config: PPOConfig) -> dict[str, float]:
     ``policy/ratio_var`` is the variance of the ratio over tokens. ``loss/*`` are means over minibatches, each
     a mean over its tokens; ``loss/pretrain`` is the cross-entropy before ``ptx_coef``, 0 without it.
     ``policy/steps``: optimizer steps of the policy, fewer than minibatches when ``target_kl`` ended them, 0
-    while the critic warms up; ``lr`` and ``grad_norm`` are then 0 too.
+    while the critic warms up; ``lr`` and ``grad_norm`` are then 0 too. ``update/skipped``: minibatches whose
+    step was skipped because something was not finite; those do not count here, and all is 0 without others.
     """
-    policy = _named(POLICY_STATISTICS, result.policy)
+    policy = _named(POLICY_SUMS, result.policy)
     value = _named(VALUE_STATISTICS, result.value)
-    tokens = result.tokens.sum()
+    tokens = max(result.tokens.sum(), 1.0)
     # A separate critic does not see the minibatch that ended the iteration.
     value_counts = result.tokens[: len(result.value)]
-    value_tokens = value_counts.sum()
+    value_tokens = max(value_counts.sum(), 1.0)
     ratio = policy["ratio"].sum() / tokens
-    policy_loss = (policy["policy_loss"] / result.tokens).mean()
-    value_loss = (value["value_loss"] / value_counts).mean()
+    policy_loss = _mean(policy["policy_loss"] / result.tokens)
+    value_loss = _mean(value["value_loss"] / value_counts)
     pretrain_loss = _mean(result.pretrain_loss)
     total = policy_loss + config.vf_coef * value_loss + config.ptx_coef * pretrain_loss
     if config.entropy_coef:
-        total -= config.entropy_coef * (policy["entropy"] / result.tokens).mean()
+        total -= config.entropy_coef * _mean(policy["entropy"] / result.tokens)
     return {
         "policy/approxkl": policy["approxkl"].sum() / tokens,
         "policy/clipfrac": policy["clipfrac"].sum() / tokens,
@@ -68,6 +82,7 @@ def update_metrics(result: UpdateResult, config: PPOConfig) -> dict[str, float]:
         "policy/ratio": ratio,
         "policy/ratio_var": max(policy["ratio_squared"].sum() / tokens - ratio**2, 0.0),
         "policy/steps": len(result.grad_norm),
+        "update/skipped": result.skipped,
         "loss/policy": policy_loss,
         "loss/value": value_loss,
         "loss/pretrain": pretrain_loss,
@@ -79,6 +94,20 @@ def update_metrics(result: UpdateResult, config: PPOConfig) -> dict[str, float]:
         "grad_norm": _mean(result.grad_norm),
         "grad_norm/critic": _mean(result.critic_grad_norm),
     }
+
+
+def ratio_histogram(result: UpdateResult) -> Histogram:
+    """Ratios of all response tokens in all minibatches of an iteration, which each measured before its step.
+
+    The bins are those of RATIO_EDGES; the last, which has no upper end, is drawn up to twice the last edge.
+    """
+    policy = _named(POLICY_STATISTICS, result.policy)
+    above = [policy[name].sum() for name in POLICY_STATISTICS[len(POLICY_SUMS) :]]
+    at_least = np.array([result.tokens.sum(), *above, 0.0])
+    edges = np.array([0.0, *RATIO_EDGES, 2 * RATIO_EDGES[-1]])
+    return Histogram(
+        edges, at_least[:-1] - at_least[1:], policy["ratio"].sum(), policy["ratio_squared"].sum()
+    )
 
 
 def time_metrics(

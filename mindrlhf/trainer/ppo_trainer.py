@@ -11,33 +11,37 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mindrlhf.algorithms.kl import AdaptiveKLController, FixedKLController, KLController, sequence_kl
-from mindrlhf.configs.schema import JobConfig, PPOConfig
-from mindrlhf.data.prompts import PromptBatch, PromptStream
+from mindrlhf.algorithms.kl import sequence_kl
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizers import Tokenizer
 from mindrlhf.parallel.groups import create_groups
-from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models, valid_vocab_size
+from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models
 from mindrlhf.trainer.checkpointing import Stateful, TrainingCheckpoints, load_states
 from mindrlhf.trainer.evaluation import HeldOutEvaluation, held_out_prompts
 from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
 from mindrlhf.trainer.layouts import job_layouts
-from mindrlhf.trainer.metrics import rollout_metrics, time_metrics, update_metrics
+from mindrlhf.trainer.metrics import iteration_metrics, time_metrics
+from mindrlhf.trainer.parts import make_kl_controller, open_prompts
 from mindrlhf.trainer.pretraining import open_pretraining
-from mindrlhf.trainer.records import RunRecords, choose_rows, sample_texts, save_experience, summary_line
+from mindrlhf.trainer.recording import IterationResults, record_iteration, start_records
+from mindrlhf.trainer.records import RunRecords, save_experience
+from mindrlhf.trainer.resuming import require_whole
 from mindrlhf.trainer.reward_function import RewardFunction, function_scores
 from mindrlhf.trainer.reward_scale import RewardShaping
 from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.runtime import HostExchange, Runtime
-from mindrlhf.trainer.scoring import score_rollout
+from mindrlhf.trainer.scoring import count_passes, score_rollout
+from mindrlhf.trainer.skipping import usable
+from mindrlhf.trainer.stopping import StopRequest
+from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.memory import release_freed_memory
-from mindrlhf.utils.provenance import provenance, write_provenance
 from mindrlhf.utils.timers import PhaseListener, PhaseTimer
 
 logger = get_logger(__name__)
@@ -72,6 +76,8 @@ class PPOTrainer:
         reward_function: scores texts; needs a tokenizer. Added to the reward model's scores when
             ``weights.reward`` is given, else used alone, and no reward model is built.
         listeners: hear of the phases: load, rollout, score, train, sync, save, evaluate.
+        trackers: get metrics, histograms and samples of the main rank.
+        stop: asked before each iteration whether to save and end.
     """
 
     def __init__(
@@ -85,26 +91,25 @@ class PPOTrainer:
         verify_sync: bool = False,
         reward_function: RewardFunction | None = None,
         listeners: Iterable[PhaseListener] = (),
+        trackers: Trackers | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.job, self.config, self.paths, self.runtime = job, job.ppo, paths, runtime
         self.tokenizer, self.verify_sync = tokenizer, verify_sync
         self.timer = PhaseTimer(listeners)
+        self.stop = stop or StopRequest()
         # Cheap and likely to fail, so before any model is built.
-        self.prompts = _prompt_stream(paths.data, job)
+        self.prompts = open_prompts(paths.data, job)
         pretraining = open_pretraining(paths.ptx_data or paths.data, job)
-        self.checkpoints = TrainingCheckpoints(paths.save, runtime.rank, self.config.keep_checkpoints)
+        self.checkpoints = TrainingCheckpoints(paths.save, runtime.rank, self.config.keep_checkpoints, job)
         self.exchange = HostExchange(runtime)
         held_out = None
         if paths.eval_data is not None:
             held_out = held_out_prompts(paths.eval_data, paths.data, job, self.exchange)
         self.reward_function = reward_function
         with self.timer.phase("load"):
-            self.models: PPOModels = build_models(
-                job,
-                weights,
-                runtime.rank,
-                with_reward_model=reward_function is None or weights.reward is not None,
-            )
+            with_reward = reward_function is None or weights.reward is not None
+            self.models: PPOModels = build_models(job, weights, runtime.rank, with_reward_model=with_reward)
         release_freed_memory()
         # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
         gc.freeze()
@@ -118,7 +123,7 @@ class PPOTrainer:
             create_groups(self.infer_mesh, runtime.rank),
         )
         self.ppo_update = PPOUpdate(self.models, job, self.exchange, pretraining)
-        self.kl_controller = _kl_controller(self.config)
+        self.kl_controller = make_kl_controller(self.config)
         self.reward_shaping = RewardShaping(self.config)
         self.stateful: dict[str, Stateful] = {
             "kl_controller": self.kl_controller,
@@ -128,7 +133,7 @@ class PPOTrainer:
         if pretraining is not None:
             self.stateful["pretraining"] = pretraining
         self.iteration = 0
-        self.records = RunRecords(paths.save) if runtime.is_main else None
+        self.records = RunRecords(paths.save, trackers) if runtime.is_main else None
         self.evaluation: HeldOutEvaluation | None = None
         if held_out is not None:
             self.evaluation = HeldOutEvaluation(
@@ -143,7 +148,7 @@ class PPOTrainer:
             )
 
     def train(self) -> Path:
-        """Runs the remaining iterations and returns the directory of the last checkpoint.
+        """Runs the remaining iterations, or those before a :class:`StopRequest`; returns the last checkpoint.
 
         1. draw prompts; 2. roll out on ``ppo_model_infer``; 3. score: reference, critic, reward model;
         4. rewards and advantages; 5. PPO epochs on ``ppo_model_train``; 6. sync weights to
@@ -151,23 +156,27 @@ class PPOTrainer:
         before the first iteration too.
         """
         if self.records is not None:
-            write_provenance(self.paths.save, provenance(self.job))
+            start_records(self.records, self.job, self.iteration)
         self.start_from_equal_policies()
-        self._evaluate_if_due()
-        last = self.paths.save
         first = self.iteration
-        while self.iteration < self.config.total_iterations:
+        while not self.stop.is_agreed(self.exchange):
+            self._evaluate_if_due()
+            if self.iteration >= self.config.total_iterations:
+                self._report()
+                break
             self.run_iteration(self.prompts.next_batch())
             if self.iteration == first + 1:
                 release_freed_memory()  # all graphs are compiled now
             if self._is_save_due():
-                last = self.save()
-            self._evaluate_if_due()
+                self.save()
+        return self.save_if_new()
+
+    def _report(self) -> None:
+        """What a run says when it has done all its iterations."""
         if self.evaluation is not None:
             self.evaluation.report()
         if self.records is not None and (picture := self.records.plot()):
             logger.info("curves: %s", picture)
-        return last
 
     def start_from_equal_policies(self) -> None:
         """Makes the generating policy the trained one before the first rollout, so that the ratio is 1."""
@@ -189,23 +198,40 @@ class PPOTrainer:
         """One iteration of the loop of :meth:`train`, without the save; returns its metrics."""
         started = time.perf_counter()
         self.timer.reset()
-        with self.timer.phase("rollout"):
+        with self.timer.phase("rollout", self._tokens_to_draw, "tokens"):
             rollout = self.rollout(batch)
-        with self.timer.phase("score"):
+        with self.timer.phase("score", count_passes(self.models, self.config), "passes"):
             scores = self.score(rollout)
+        rollout, scores, fault = usable(rollout, scores)
         kl_coef = self.kl_controller.value
-        experience = make_experience(rollout, scores, kl_coef, self.config, self.reward_shaping)
+        shaping = self.reward_shaping if fault is None else None
+        experience = make_experience(rollout, scores, kl_coef, self.config, shaping)
         with self.timer.phase("train", self.config.ppo_epochs * self.config.num_minibatches, "minibatches"):
-            result = self.update(experience)
-        with self.timer.phase("sync"):
+            result = self.update(experience) if fault is None else self.ppo_update.skip(fault)
+        results_directory = self.paths.save if self.runtime.is_main else None
+        self.ppo_update.skips.settle(self.iteration + 1, rollout.sample_ids, results_directory, self.save)
+        with self.timer.phase("sync", len(self.weight_sync.infer_layouts), "parameters"):
             self.sync()
-        self.kl_controller.update(sequence_kl(experience.kl), len(rollout.tokens))
+        if fault is None:
+            self.kl_controller.update(sequence_kl(experience.kl), len(rollout.tokens))
         self.iteration += 1
         if self.paths.experience is not None and self.runtime.is_main:
             save_experience(self.paths.experience, self.iteration, rollout, scores, experience)
-        metrics = self._metrics(rollout, scores, experience, result, kl_coef, time.perf_counter() - started)
-        self._record(metrics, rollout, scores, experience)
+        episodes = self.iteration * len(rollout.tokens)
+        metrics: dict[str, float] = {"iteration": self.iteration, "episode": episodes}
+        metrics["epoch"] = self.prompts.epoch
+        metrics |= iteration_metrics(rollout, scores, experience, result, kl_coef, self.config)
+        drawn = int(rollout.response_lengths.sum())
+        metrics |= time_metrics(self.timer.seconds, drawn, time.perf_counter() - started)
+        if self.records is not None:
+            made = IterationResults(rollout, scores, experience, result)
+            record_iteration(self.records, metrics, made, self.config, self.tokenizer)
         return metrics
+
+    @property
+    def _tokens_to_draw(self) -> int:
+        """Most tokens that this rank draws in a rollout."""
+        return self.config.rollout_batch_size // self.infer_mesh.dp * self.config.max_response_length
 
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Samples one response for each prompt of a global batch on ``ppo_model_infer``."""
@@ -216,6 +242,7 @@ class PPOTrainer:
             self.exchange,
             seed=self.config.seed,
             iteration=self.iteration,
+            on_tokens=self.timer.advance,
         )
 
     def score(self, rollout: Rollout) -> Scores:
@@ -225,6 +252,7 @@ class PPOTrainer:
             rollout,
             self.exchange,
             rows_per_pass=self.config.score_batch_size,
+            on_pass=self.timer.advance,
             extra_scores=None if self.reward_function is None else self._function_scores,
         )
 
@@ -239,7 +267,7 @@ class PPOTrainer:
 
     def sync(self) -> None:
         """Brings the trained weights to ``ppo_model_infer``."""
-        self.weight_sync.sync()
+        self.weight_sync.sync(self.timer.advance)
         if self.verify_sync:
             self.weight_sync.verify(self.exchange)
 
@@ -255,84 +283,38 @@ class PPOTrainer:
         logger.info("checkpoint: %s", directory)
         return directory
 
-    def resume(self, directory: Path) -> None:
-        """Goes on from a directory that :meth:`save` wrote with the same layouts.
+    def save_if_new(self) -> Path:
+        """The checkpoint of the present state, saved unless it is there; collective."""
+        return self.checkpoints.find(self.iteration) or self.save()
+
+    def resume(self, directory: Path, *, verified: bool = False) -> None:
+        """Goes on from a directory that :meth:`save` wrote, with these or other layouts; collective.
+
+        Args:
+            directory: the checkpoint.
+            verified: whether its files were held against its manifest already.
 
         Raises:
             CheckpointError: the directory is not a whole checkpoint of this job.
         """
+        if not verified:
+            require_whole(directory, self.exchange)
         state = self.checkpoints.load(directory, self.models, self.ppo_update)
         self.iteration = int(state["iteration"])
         load_states(self.stateful, state, directory)
         if self.records is not None:
             self.records.rewind(self.iteration)
         self.sync()
+        self.checkpoints.set_newer_aside(self.iteration)
         logger.info("resumed from %s after iteration %d", directory, self.iteration)
 
     def _evaluate_if_due(self) -> None:
         if self.evaluation is not None:
-            with self.timer.phase("evaluate"):
-                self.evaluation.run_if_due(self.iteration)
+            with self.timer.phase("evaluate", len(self.evaluation.prompts.sample_ids), "prompts"):
+                self.evaluation.run_if_due(self.iteration, self.timer.advance)
 
     def _is_save_due(self) -> bool:
         interval = self.config.save_interval
         return self.iteration == self.config.total_iterations or bool(
             interval and self.iteration % interval == 0
         )
-
-    def _metrics(
-        self,
-        rollout: Rollout,
-        scores: Scores,
-        experience: Experience,
-        result: UpdateResult,
-        kl_coef: float,
-        seconds: float,
-    ) -> dict[str, float]:
-        metrics: dict[str, float] = {
-            "iteration": self.iteration,
-            "episode": self.iteration * len(rollout.tokens),
-            "epoch": self.prompts.epoch,
-        }
-        metrics |= rollout_metrics(rollout, scores, experience, kl_coef)
-        metrics |= update_metrics(result, self.config)
-        metrics |= time_metrics(self.timer.seconds, int(rollout.response_lengths.sum()), seconds)
-        return metrics
-
-    def _record(
-        self, metrics: dict[str, float], rollout: Rollout, scores: Scores, experience: Experience
-    ) -> None:
-        if self.records is None:
-            return
-        self.records.add_metrics(metrics)
-        for row in choose_rows(len(rollout.tokens), self.config.log_samples):
-            self.records.add_sample(self._sample(row, rollout, scores, experience))
-        logger.info("%s", summary_line(metrics, self.config.total_iterations))
-
-    def _sample(self, row: int, rollout: Rollout, scores: Scores, experience: Experience) -> dict[str, Any]:
-        """One prompt and its response."""
-        return {
-            "iteration": self.iteration,
-            **sample_texts(rollout, row, self.tokenizer),
-            "score": scores.scores[row],
-            "kl": experience.kl[row].sum(),
-        }
-
-
-def _prompt_stream(path: Path, job: JobConfig) -> PromptStream:
-    config = job.ppo
-    return PromptStream(
-        path,
-        batch_size=config.rollout_batch_size,
-        max_prompt_length=config.max_prompt_length,
-        pad_token_id=config.pad_token_id,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        vocab_size=valid_vocab_size(job),
-    )
-
-
-def _kl_controller(config: PPOConfig) -> KLController:
-    if config.kl_controller == "fixed":
-        return FixedKLController(config.kl_coef)
-    return AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,12 @@ from mindrlhf.data.schema import Column
 from mindrlhf.data.tokenizers import Tokenizer
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.experience import Experience, Rollout, Scores
+from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -30,14 +35,17 @@ class RunRecords:
 
     Args:
         directory: made when missing.
+        trackers: told of all that is added.
 
     Attributes:
         metrics, evaluations, eval_samples: the lines of ``metrics.jsonl``, ``evaluations.jsonl`` and
             ``eval_samples.jsonl``; those of ``samples.jsonl`` are not kept.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, trackers: Trackers | None = None) -> None:
         self.directory = directory
+        self.trackers = Trackers() if trackers is None else trackers
+        self._curves_timer = RedrawTimer()
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -55,16 +63,37 @@ class RunRecords:
 
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """One line of ``metrics.jsonl``."""
-        self.metrics.append(self._append(METRICS_FILE, metrics))
+        line = self._append(METRICS_FILE, metrics)
+        self.metrics.append(line)
+        self.trackers.scalars(_step_of(line), _scalars(line))
 
-    def add_sample(self, sample: Mapping[str, Any]) -> None:
-        """One line of ``samples.jsonl``."""
-        self._append(SAMPLES_FILE, sample)
+    def add_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of ``samples.jsonl``, all of one iteration."""
+        lines = [self._append(SAMPLES_FILE, sample) for sample in samples]
+        if lines:
+            self.trackers.samples(_step_of(lines[0]), "samples", lines)
 
     def add_evaluation(self, evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """The samples' lines of ``eval_samples.jsonl``, then the line of ``evaluations.jsonl``."""
-        self.eval_samples += [self._append(EVAL_SAMPLES_FILE, sample) for sample in samples]
-        self.evaluations.append(self._append(EVALUATIONS_FILE, evaluation))
+        lines = [self._append(EVAL_SAMPLES_FILE, sample) for sample in samples]
+        self.eval_samples += lines
+        line = self._append(EVALUATIONS_FILE, evaluation)
+        self.evaluations.append(line)
+        self.trackers.scalars(_step_of(line), _scalars(line))
+        self.trackers.samples(_step_of(line), "held-out samples", lines)
+
+    def redraw(self) -> None:
+        """Draws ``curves.png`` anew when that costs next to nothing of the time since the last drawing.
+
+        A picture that cannot be drawn is worth a warning, not the training.
+        """
+        if not self._curves_timer.is_due():
+            return
+        try:
+            with self._curves_timer:
+                self.plot()
+        except Exception as error:  # matplotlib's, or of a full disk
+            logger.warning("curves.png could not be drawn: %s: %s", type(error).__name__, error)
 
     def plot(self) -> Path | None:
         """Draws ``curves.png`` from all metrics so far; ``None`` when there are none."""
@@ -175,8 +204,45 @@ def check_fresh(directory: Path) -> None:
         if (directory / name).exists():
             raise MindRLHFError(
                 f"--save_ckpt_dir {directory} holds the results of an earlier run ({name}); give another "
-                "directory, or go on with --resume_from one of its iteration_NNNNNN directories"
+                "directory, or go on with --resume_training True or --resume_from one of its iteration_NNNNNN"
             )
+
+
+class RedrawTimer:
+    """When it is time to draw again: at most about 2 % of a run goes into pictures of its curves."""
+
+    least_seconds = 30.0
+    share = 0.02
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._cost = 0.0
+        self._entered = 0.0
+
+    def is_due(self) -> bool:
+        """Whether the time since the last drawing is long against what it took."""
+        return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._last = time.monotonic()
+        self._cost = self._last - self._entered
+
+
+def _step_of(line: Mapping[str, Any]) -> int:
+    """An iteration of PPO, an optimizer step of a stage before it."""
+    return int(line["iteration"] if "iteration" in line else line["step"])
+
+
+def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line other than its step."""
+    return {
+        name: float(value)
+        for name, value in line.items()
+        if name not in ("iteration", "step") and isinstance(value, (int, float))
+    }
 
 
 def _iteration_of(line: str) -> float:

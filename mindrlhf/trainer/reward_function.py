@@ -36,7 +36,7 @@ def load_reward_function(name: str) -> RewardFunction:
     except (ImportError, AttributeError) as error:
         raise MindRLHFError(f"--reward_fn {name!r}: {error}; the module must be importable here") from error
     if not callable(function):
-        raise MindRLHFError(f"--reward_fn {name!r}: {function_name} is not a function")
+        raise MindRLHFError(f"--reward_fn {name!r}: {function_name} is not a function; name a function of it")
     return cast(RewardFunction, function)
 
 

@@ -15,7 +15,14 @@ from mindrlhf.utils.seeds import random_stream
 
 
 def generate_rollout(
-    model: PPOModelInfer, batch: PromptBatch, mesh: Mesh, exchange: HostExchange, *, seed: int, iteration: int
+    model: PPOModelInfer,
+    batch: PromptBatch,
+    mesh: Mesh,
+    exchange: HostExchange,
+    *,
+    seed: int,
+    iteration: int,
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Rollout:
     """Samples one response a prompt; each replica of ``mesh`` generates its own rows.
 
@@ -30,9 +37,10 @@ def generate_rollout(
         exchange: gathers the replicas' rows.
         seed: of the job.
         iteration: counted from 0.
+        on_tokens: see :meth:`PPOModelInfer.generate`.
     """
     return sample_responses(
-        model, batch, mesh, exchange, lambda row: random_stream("rollout", seed, iteration, row)
+        model, batch, mesh, exchange, lambda row: random_stream("rollout", seed, iteration, row), on_tokens
     )
 
 
@@ -42,17 +50,19 @@ def sample_responses(
     mesh: Mesh,
     exchange: HostExchange,
     stream: Callable[[int], np.random.Generator],
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Rollout:
     """One response a prompt, with random numbers of the caller's choice.
 
     Args:
         model, batch, mesh, exchange: as for :func:`generate_rollout`.
         stream: row of the global batch -> where its random numbers come from; the same on every rank.
+        on_tokens: see :meth:`PPOModelInfer.generate`.
     """
     rows = local_rows(len(batch.prompt_ids), mesh, exchange.runtime.rank)
     columns = model.generation.max_response_length
     draws = [stream(row).random(columns, np.float32) for row in range(rows.start, rows.stop)]
-    output = model.generate(batch.prompt_ids[rows], batch.prompt_lengths[rows], np.stack(draws))
+    output = model.generate(batch.prompt_ids[rows], batch.prompt_lengths[rows], np.stack(draws), on_tokens)
     everyone = exchange.gather_rows(
         {
             "response_ids": output.response_ids,

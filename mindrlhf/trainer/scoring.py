@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from mindspore import Tensor
 
+from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.models.train import SequenceModel
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Rollout, Scores, sequence_inputs
@@ -22,6 +23,7 @@ def score_rollout(
     *,
     rows_per_pass: int,
     extra_scores: Callable[[Rollout], np.ndarray] | None = None,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Scores:
     """What the scoring models say of a global rollout; equal on every rank.
 
@@ -31,14 +33,26 @@ def score_rollout(
         exchange: gathers the replicas' rows.
         rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
         extra_scores: gives (B,) float32 that are added to the reward model's, or stand alone without one.
+        on_pass: called after each of the :func:`count_passes` forward passes.
     """
-    passes = _Passes(rollout, exchange, rows_per_pass)
+    passes = _Passes(rollout, exchange, rows_per_pass, on_pass)
     on = models.train if models.critic is None else models.critic
     values = passes.run(on, lambda *arrays: models.values(*map(Tensor, arrays)).asnumpy())
     scores = _reward_scores(models, passes)
     if extra_scores is not None:
         scores = scores + extra_scores(rollout)
     return Scores(ref_logprobs=_ref_logprobs(models, passes), values=values, scores=scores)
+
+
+def count_passes(models: PPOModels, config: PPOConfig) -> int:
+    """Forward passes on this rank in which :func:`score_rollout` scores a rollout of the whole batch."""
+    value_model = models.train if models.critic is None else models.critic
+    rows = [
+        config.rollout_batch_size // model.groups.mesh.dp
+        for model in (value_model, models.reward, models.ref)
+        if model is not None
+    ]
+    return sum(-(-count // (config.score_batch_size or count)) for count in rows)
 
 
 def judge_rollout(
@@ -89,10 +103,18 @@ class _Passes:
         rollout: the global batch.
         exchange: gathers the replicas' rows.
         rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
+        on_pass: called after each.
     """
 
-    def __init__(self, rollout: Rollout, exchange: HostExchange, rows_per_pass: int) -> None:
+    def __init__(
+        self,
+        rollout: Rollout,
+        exchange: HostExchange,
+        rows_per_pass: int,
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> None:
         self.rollout, self.exchange, self.rows_per_pass = rollout, exchange, rows_per_pass
+        self.on_pass = on_pass
         self.inputs = sequence_inputs(rollout)
 
     def run(self, model: SequenceModel, forward: Forward, *extra: np.ndarray) -> np.ndarray:
@@ -104,4 +126,5 @@ class _Passes:
         for first in range(mine.start, mine.stop, step):
             rows = slice(first, first + step)
             parts.append(forward(*self.inputs.rows(rows), *(array[rows] for array in extra)))
+            self.on_pass()
         return self.exchange.gather_rows({"x": np.concatenate(parts).astype(np.float32)}, mesh)["x"]

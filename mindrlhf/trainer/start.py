@@ -5,13 +5,16 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+from mindrlhf.utils.files import probe_directory
 from mindrlhf.utils.ranks import env_world_size
+from mindrlhf.utils.supervision import membership
 
 
 def count_workers(*, use_parallel: bool) -> int:
@@ -30,15 +33,36 @@ def count_workers(*, use_parallel: bool) -> int:
 
 
 def serve_as_scheduler() -> None:
-    """What msrun's scheduler does: it serves the workers, and returns when they have ended."""
+    """What msrun's scheduler does: it serves the workers, and returns when they have ended.
+
+    Raises:
+        MindRLHFError: something else listens on its port; the workers would wait for minutes.
+    """
+    _check_port(os.environ.get("MS_SCHED_HOST", "127.0.0.1"), os.environ.get("MS_SCHED_PORT", ""))
     from mindspore.communication import init
 
     init()
 
 
+def _check_port(host: str, port: str) -> None:
+    if not port.isdecimal():
+        return  # MindSpore's own complaint names it
+    try:
+        with socket.socket() as listener:
+            # As the scheduler itself does: connections of an earlier job that linger are no hindrance.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, int(port)))
+    except (OSError, OverflowError) as error:
+        raise MindRLHFError(
+            f"the scheduler cannot listen on port {port} of {host} ({getattr(error, 'strerror', error)}); "
+            "give msrun another --master_port, or end the job that has it"
+        ) from error
+
+
 def litter_directory() -> str:
     """A temporary directory, removed at exit, for what MindSpore and MindFormers write unasked."""
-    litter = tempfile.mkdtemp(prefix="mindrlhf_")
+    member = membership()  # its folder goes even when this process is killed
+    litter = tempfile.mkdtemp(prefix="mindrlhf_", dir=None if member is None else member.directory)
     atexit.register(shutil.rmtree, litter, ignore_errors=True)
     os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)  # MindFormers' log, made when it is imported
     os.environ.setdefault("MS_OM_PATH", litter)  # what a failed compilation leaves
@@ -61,18 +85,31 @@ def load_model_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def check_writable(directory: Path, rank: int) -> None:
-    """Makes the directory of ``--save_ckpt_dir`` and refuses one that ``rank`` cannot write in.
+def check_experience_place(path: Path | None) -> None:
+    """Refuses a ``--save_data_file`` whose directory cannot be written; leaves nothing behind.
 
     Raises:
         CheckpointError: it cannot be made or written.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write_test_{rank}"
-        probe.touch()
-        probe.unlink()
+        if path is not None:
+            probe_directory(path.absolute().parent)
     except OSError as error:
         raise CheckpointError(
-            f"--save_ckpt_dir {directory}: cannot be written ({error.strerror}); give a directory that can"
+            f"--save_data_file {path}: cannot be written ({error.strerror}); give another path"
+        ) from error
+
+
+def check_writable(directory: Path, rank: int) -> None:
+    """Refuses a directory of ``--save_ckpt_dir`` that ``rank`` cannot write in; leaves nothing behind.
+
+    Raises:
+        CheckpointError: it cannot be made or written.
+    """
+    try:
+        probe_directory(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"--save_ckpt_dir {directory}: cannot be written by rank {rank} ({error.strerror}); give a "
+            "directory that can"
         ) from error

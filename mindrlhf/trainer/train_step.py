@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import mindspore as ms
@@ -21,10 +22,10 @@ class Backward(nn.Cell):
         super().__init__(auto_prefix=False)
         self.value_and_grad = ops.value_and_grad(loss, None, loss.trainable_params(), has_aux=True)
 
-    def construct(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Inputs of the loss -> its statistics (k,) and one gradient per parameter."""
-        (_, statistics), gradients = self.value_and_grad(*inputs)
-        return statistics, gradients
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Inputs of the loss -> the loss, its statistics, and one gradient per parameter."""
+        (loss, statistics), gradients = self.value_and_grad(*inputs)
+        return loss, statistics, gradients
 
 
 def add_gradients(totals: list[Tensor], gradients: tuple[Tensor, ...]) -> list[Tensor]:
@@ -38,30 +39,23 @@ def add_gradients(totals: list[Tensor], gradients: tuple[Tensor, ...]) -> list[T
     return totals
 
 
-class Update(nn.Cell):
-    """Sums gradients over replicas, clips by the norm over all shards, and steps the optimizer.
+class GradientNorm(nn.Cell):
+    """Sums gradients over replicas and takes the norm over all shards, before anything is changed.
 
     Gradients come as separate arguments: a tuple of tensors is a constant to the graph compiler, so each
     call would compile anew. ``HyperMap`` goes over them: a loop that appends to a tuple takes the compiler
     quadratic time (364 tensors: 10 s against 0.6 s).
 
     Args:
-        optimizer: over the parameters the gradients belong to, in order.
         split: whether each parameter is split over the model-parallel group; a split one's square sum
             is added up over the group, a replicated one counts once.
         groups: this rank's groups.
-        max_grad_norm: bound of the global norm; 0 turns clipping off.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, split: Sequence[bool], groups: Groups, max_grad_norm: float
-    ) -> None:
+    def __init__(self, split: Sequence[bool], groups: Groups) -> None:
         super().__init__(auto_prefix=False)
-        self.optimizer = optimizer
-        self.fused = FusedAdamW(optimizer) if FusedAdamW.fits(optimizer) else None
         self.map = ops.HyperMap()
         self.split = tuple(split)
-        self.max_grad_norm = max_grad_norm
         self.replicated_over_dp = groups.dp_group is not None
         self.sharded_over_mp = groups.mp_group is not None
         if groups.dp_group is not None:
@@ -69,24 +63,27 @@ class Update(nn.Cell):
         if groups.mp_group is not None:
             self.mp_sum = ops.AllReduce(group=groups.mp_group)
 
-    def construct(self, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's shards -> norm before clipping and learning rate, both (1,) float32."""
+    def construct(self, fault: Tensor, *gradients: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Gradients of this rank's shards -> their norm, and their sums where there are replicas.
+
+        Args:
+            fault: (1,) float32, 0, or NaN when this rank's loss is not finite.
+            gradients: one a parameter.
+
+        Returns:
+            (1,) float32, not finite on every rank when a loss or a gradient of any rank is not; the summed
+            gradients, empty without replicas.
+        """
         summed = gradients
         if self.replicated_over_dp:
+            fault = self.dp_sum(fault)
             summed = self.map(self.dp_sum, gradients)
-        norm = self.global_norm(summed)
-        scale = ops.ones_like(norm)
-        if self.max_grad_norm > 0:
-            # torch.nn.utils.clip_grad_norm_'s formula, so that updates can be compared to the last digits
-            scale = ops.minimum(self.max_grad_norm / (norm + 1.0e-6), scale)
-        rate = self.optimizer.get_lr()
-        if self.fused is not None:
-            updated = self.fused(summed, scale.reshape(()))
-        else:
-            updated = self.optimizer(self.map(ops.partial(_scaled, scale.reshape(())), summed))
-        return ops.depend(norm, updated), ops.depend(ops.cast(rate, ms.float32).reshape((1,)), updated)
+        norm = self.global_norm(summed, fault)
+        if self.replicated_over_dp:
+            return norm, summed
+        return norm, ()
 
-    def global_norm(self, gradients: tuple[Tensor, ...]) -> Tensor:
+    def global_norm(self, gradients: tuple[Tensor, ...], fault: Tensor) -> Tensor:
         """L2 norm of the whole model's gradient, (1,) float32, equal on every rank."""
         split_sum = ops.zeros((1,), ms.float32)
         whole_sum = ops.zeros((1,), ms.float32)
@@ -96,9 +93,41 @@ class Update(nn.Cell):
                 split_sum = split_sum + squares[index]
             else:
                 whole_sum = whole_sum + squares[index]
+        # Adds 0, or NaN when something is not finite here, so that all ranks see it. Not ``* 0.0``: the
+        # compiler takes that for 0.
+        split_sum = split_sum + fault * (whole_sum + 1.0)
         if self.sharded_over_mp:
             split_sum = self.mp_sum(split_sum)
         return ops.sqrt(split_sum + whole_sum)
+
+
+class Update(nn.Cell):
+    """Clips by the norm and steps the optimizer.
+
+    Args:
+        optimizer: over the parameters the gradients belong to, in order.
+        max_grad_norm: bound of the global norm; 0 turns clipping off.
+    """
+
+    def __init__(self, optimizer: Optimizer, max_grad_norm: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+        self.fused = FusedAdamW(optimizer) if FusedAdamW.fits(optimizer) else None
+        self.map = ops.HyperMap()
+        self.max_grad_norm = max_grad_norm
+
+    def construct(self, norm: Tensor, *gradients: Tensor) -> Tensor:
+        """Norm (1,) and gradients of all replicas -> learning rate (1,) float32."""
+        scale = ops.ones_like(norm)
+        if self.max_grad_norm > 0:
+            # torch.nn.utils.clip_grad_norm_'s formula, so that updates can be compared to the last digits
+            scale = ops.minimum(self.max_grad_norm / (norm + 1.0e-6), scale)
+        rate = self.optimizer.get_lr()
+        if self.fused is not None:
+            updated = self.fused(gradients, scale.reshape(()))
+        else:
+            updated = self.optimizer(self.map(ops.partial(_scaled, scale.reshape(())), gradients))
+        return ops.depend(ops.cast(rate, ms.float32).reshape((1,)), updated)
 
 
 def _square_sum(gradient: Tensor) -> Tensor:
@@ -141,10 +170,12 @@ class TrainStep:
         self._backward = Backward(loss)
         self._mixed_in = None if mixed_in is None else Backward(mixed_in)
         self._total: list[Tensor] = []
-        self._update = Update(optimizer, [layouts[name].is_split for name in names], groups, max_grad_norm)
+        self._losses: list[float] = []
+        self._norm = GradientNorm([layouts[name].is_split for name in names], groups)
+        self._update = Update(optimizer, max_grad_norm)
 
     def step(self, micro_batches: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, float, float]:
-        """One optimizer step over the micro-batches of this rank.
+        """One optimizer step over the micro-batches of this rank; skipped as :meth:`update` says.
 
         Returns:
             statistics summed over the micro-batches (k,), gradient norm before clipping, learning rate.
@@ -166,20 +197,38 @@ class TrainStep:
         """
         backward = self._mixed_in if mixed_in else self._backward
         assert backward is not None
-        statistics = []
+        losses, statistics = [], []
         for arrays in micro_batches:
-            part, gradients = backward(*(Tensor(array) for array in arrays))
+            loss, part, gradients = backward(*(Tensor(array) for array in arrays))
+            losses.append(loss)
             statistics.append(part)
             self._total = add_gradients(self._total, gradients) if self._total else list(gradients)
             del gradients  # else this set stays in memory while the next backward makes another
+        self._losses += [float(loss.asnumpy()) for loss in losses]
         return np.sum([part.asnumpy() for part in statistics], axis=0)
 
     def update(self) -> tuple[float, float]:
-        """Steps the optimizer with the gradients so far; returns their norm and the learning rate."""
-        norm, rate = self._update(*self._total)
+        """Steps the optimizer with the gradients so far; returns their norm and the learning rate.
+
+        The norm is taken first. When it is not finite, because a loss or a gradient of any rank is not, the
+        step is skipped on every rank: weights, moments and schedule stay as they are, and the rate is 0.
+        """
+        fault = np.zeros(1, np.float32) if np.isfinite(self._losses).all() else np.full(1, np.nan, np.float32)
+        norm, summed = self._norm(Tensor(fault), *self._total)
+        if summed:
+            self._total = list(summed)
+        del summed
+        found, rate = float(norm.asnumpy()[0]), 0.0
+        if math.isfinite(found):
+            rate = float(self._update(norm, *self._total).asnumpy()[0])
         self.discard()
-        return float(norm.asnumpy()[0]), float(rate.asnumpy()[0])
+        return found, rate
+
+    @property
+    def losses(self) -> list[float]:
+        """This rank's loss of each micro-batch since the last :meth:`update` or :meth:`discard`."""
+        return list(self._losses)
 
     def discard(self) -> None:
         """Forgets the gradients so far."""
-        self._total = []
+        self._total, self._losses = [], []

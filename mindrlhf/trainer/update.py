@@ -25,6 +25,7 @@ from mindrlhf.trainer.losses import (
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.pretraining import PretrainLoss, PretrainStream, pretrain_inputs
 from mindrlhf.trainer.runtime import HostExchange, local_rows
+from mindrlhf.trainer.skipping import SkippedUpdate, SkippedUpdates
 from mindrlhf.trainer.train_step import TrainStep
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
@@ -39,7 +40,10 @@ KL_MARGIN = 1.5
 
 
 class UpdateResult(NamedTuple):
-    """What the optimizer steps of one iteration report; one row a minibatch, sums over ALL ranks' tokens."""
+    """What the optimizer steps of one iteration report; one row a minibatch, sums over ALL ranks' tokens.
+
+    A minibatch whose sums are not finite has no rows.
+    """
 
     tokens: np.ndarray  # (minibatches,) real response tokens
     policy: np.ndarray  # (minibatches, len(POLICY_STATISTICS)), that which ended the iteration included
@@ -48,6 +52,7 @@ class UpdateResult(NamedTuple):
     critic_grad_norm: np.ndarray  # (critic steps,) of a separate critic; zeros when shared
     learning_rate: float  # of the policy's last step; 0 when there was none
     pretrain_loss: np.ndarray = np.zeros(0)  # (policy steps,) mean over tokens; empty without ptx
+    skipped: int = 0  # minibatches in which a step was skipped; 1 when all were, for the rollout's sake
 
 
 @dataclass
@@ -62,6 +67,7 @@ class _Log:
     pretrain: list[np.ndarray] = field(default_factory=list)
     pretrain_tokens: list[float] = field(default_factory=list)
     rate: float = 0.0
+    skipped: int = 0
 
 
 class PPOUpdate:
@@ -84,6 +90,7 @@ class PPOUpdate:
         self.config = config = job.ppo
         self.exchange = exchange
         self.pretraining = pretraining
+        self.skips = SkippedUpdates(config.max_skipped_updates)
         self.policy_mesh = models.train.groups.mesh
         self.policy_step = _train_step(
             PolicyLoss(models.train, config),
@@ -112,6 +119,9 @@ class PPOUpdate:
         the rule of Spinning Up and Stable-Baselines3; the first minibatch of an iteration, where the policy
         has not moved yet, is always learnt from. The sum is over all ranks, so all end together.
 
+        A step whose loss or gradient is not finite is skipped, see :meth:`TrainStep.update`; too many in a
+        row (``skips``) end the iteration.
+
         Args:
             experience: the global batch, equal on every rank.
             iteration: counted from 0; keys the permutations.
@@ -119,7 +129,7 @@ class PPOUpdate:
         """
         log = _Log()
         is_warm_up = iteration < self.config.critic_warmup_iterations
-        for rows in minibatches(len(experience.mask), self.config, iteration):
+        for number, rows in enumerate(minibatches(len(experience.mask), self.config, iteration), start=1):
             inverse_count = inverse_token_count(experience.mask[rows])
             log.tokens.append(float(experience.mask[rows].sum()))
             micro = self._micro_batches(experience, rows, inverse_count, self.policy_mesh, policy_inputs)
@@ -128,20 +138,38 @@ class PPOUpdate:
             if self.critic_step is None:
                 log.value.append(statistics[len(POLICY_STATISTICS) :])
                 log.critic_norms.append(0.0)
+            skipped = False
             if is_warm_up:
                 self.policy_step.discard()
             elif log.norms and self._has_moved_too_far(log):
                 self.policy_step.discard()
                 break
             else:
-                self._step_policy(log)
+                skipped = not self._step_policy(log, number, rows)
             if self.critic_step is not None:
                 micro = self._micro_batches(experience, rows, inverse_count, self.critic_mesh, value_inputs)
-                statistics, norm, _ = self.critic_step.step(micro)
-                log.value.append(statistics)
-                log.critic_norms.append(norm)
+                log.value.append(self.critic_step.accumulate(micro))
+                losses = self.critic_step.losses
+                norm, _ = self.critic_step.update()
+                if np.isfinite(norm):
+                    log.critic_norms.append(norm)
+                else:
+                    self._skip("critic", number, rows, norm, losses, self.critic_mesh)
+                    skipped = True
             on_step()
+            log.skipped += skipped
+            self.skips.end_update(skipped=skipped)
+            if self.skips.are_too_many:
+                break
         return self._result(log)
+
+    def skip(self, fault: SkippedUpdate) -> UpdateResult:
+        """No step at all in an iteration, whose rollout cannot be learnt from; that is one update skipped."""
+        self.skips.add(fault)
+        self.skips.end_update(skipped=True)
+        nothing = np.zeros(0)
+        policy, value = (np.zeros((0, len(names))) for names in (POLICY_STATISTICS, VALUE_STATISTICS))
+        return UpdateResult(nothing, policy, value, nothing, nothing, 0.0, skipped=1)
 
     def _has_moved_too_far(self, log: _Log) -> bool:
         """Whether the last minibatch's approxkl, over all ranks, ends the iteration."""
@@ -150,7 +178,7 @@ class PPOUpdate:
             return False
         total = self.exchange.sum(log.policy[-1], self.policy_mesh)
         approxkl = float(total[POLICY_STATISTICS.index("approxkl")]) / log.tokens[-1]
-        if approxkl <= KL_MARGIN * target:
+        if not approxkl > KL_MARGIN * target:  # NaN is for the update to skip
             return False
         logger.info(
             "optimizer steps end after %d: approxkl %.4g is above %g x target_kl %g",
@@ -158,30 +186,61 @@ class PPOUpdate:
         )
         return True
 
-    def _step_policy(self, log: _Log) -> None:
-        """One optimizer step with the gradients so far, and those of a batch of texts when there are any."""
+    def _step_policy(self, log: _Log, number: int, rows: np.ndarray) -> bool:
+        """One optimizer step with the gradients so far, and those of a batch of texts when there are any.
+
+        Returns:
+            whether the step was taken.
+        """
+        losses = self.policy_step.losses
         if self.pretraining is not None:
             batch = self.pretraining.next_batch()
             mine = local_rows(len(batch.mask), self.policy_mesh, self.exchange.runtime.rank)
             micro = pretrain_inputs(batch, mine, self.config.micro_batch_size)
             log.pretrain.append(self.policy_step.accumulate(micro, mixed_in=True))
             log.pretrain_tokens.append(float(batch.mask.sum(dtype=np.float64)))
-        norm, log.rate = self.policy_step.update()
+        norm, rate = self.policy_step.update()
+        if not np.isfinite(norm):
+            self._skip("policy", number, rows, norm, losses, self.policy_mesh)
+            return False
         log.norms.append(norm)
+        log.rate = rate
+        return True
+
+    def _skip(
+        self, model: str, number: int, rows: np.ndarray, norm: float, losses: Sequence[float], mesh: Mesh
+    ) -> None:
+        """Notes a step that was not taken; collective. All rows are blamed when every loss is finite."""
+        mine = local_rows(len(rows), mesh, self.exchange.runtime.rank)
+        size = self.config.micro_batch_size or (mine.stop - mine.start)
+        flags = np.zeros(len(rows), np.int32)
+        for index, loss in enumerate(losses):
+            first = mine.start + index * size
+            flags[first : min(first + size, mine.stop)] = not np.isfinite(loss)
+        blamed = self.exchange.every_rank(flags).any(axis=0)
+        whole = not blamed.any() or bool(blamed.all())
+        cause = f"{'loss' if blamed.any() else 'gradient'} not finite (gradient norm {norm})"
+        self.skips.add(SkippedUpdate(model, cause, rows if whole else rows[blamed], number, norm, whole))
 
     def _result(self, log: _Log) -> UpdateResult:
         value_mesh = self.policy_mesh if self.critic_step is None else self.critic_mesh
+        policy = self.exchange.sum(np.stack(log.policy), self.policy_mesh)
+        value = self.exchange.sum(np.stack(log.value), value_mesh)
+        # Sums over all ranks: what is left out is the same everywhere.
+        finite = np.isfinite(policy).all(axis=1)
+        finite[: len(value)] &= np.isfinite(value).all(axis=1)
         pretrain = np.zeros(0)
         if log.pretrain:
             pretrain = self.exchange.sum(np.concatenate(log.pretrain), self.policy_mesh) / log.pretrain_tokens
         return UpdateResult(
-            tokens=np.array(log.tokens),
-            policy=self.exchange.sum(np.stack(log.policy), self.policy_mesh),
-            value=self.exchange.sum(np.stack(log.value), value_mesh),
+            tokens=np.array(log.tokens)[finite],
+            policy=policy[finite],
+            value=value[finite[: len(value)]],
             grad_norm=np.array(log.norms),
             critic_grad_norm=np.array(log.critic_norms),
             learning_rate=log.rate,
-            pretrain_loss=pretrain,
+            pretrain_loss=pretrain[np.isfinite(pretrain)],
+            skipped=log.skipped,
         )
 
     def _micro_batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from mindspore import Tensor
@@ -43,14 +43,19 @@ class WeightSync:
         self.infer_groups = infer_groups
         self._resharder = Resharder(train.layouts, infer_layouts, infer_groups.rank, train.groups)
 
-    def sync(self) -> None:
-        """Overwrites the generating model; collective over all ranks."""
-        self.infer.load(self._resharded())
+    def sync(self, on_parameter: Callable[[], None] = lambda: None) -> None:
+        """Overwrites the generating model; collective over all ranks.
 
-    def _resharded(self) -> Iterator[tuple[str, Tensor]]:
+        Args:
+            on_parameter: called after each.
+        """
+        self.infer.load(self._resharded(on_parameter))
+
+    def _resharded(self, on_parameter: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
         parameters = self.train.parameters_dict()
         for name in self.infer_layouts:
             yield name, self._resharder.reshard(name, parameters[name])
+            on_parameter()
 
     def verify(self, exchange: HostExchange) -> None:
         """Refuses to go on with a generating model that is not the trained one; collective over all ranks.

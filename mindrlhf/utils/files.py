@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -13,7 +13,8 @@ def _temporary(path: Path, label: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{label}-{os.getpid()}")
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Returns when a file's content, or a directory's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,6 +29,35 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def probe_directory(directory: Path) -> None:
+    """Finds out whether files can be made in ``directory``, which need not be there; leaves nothing behind.
+
+    Raises:
+        OSError: why not; a file in the way is one reason.
+    """
+    place = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    probe = place / f".write_test-{os.getpid()}"
+    try:
+        probe.touch()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+@contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Makes the directories above ``path``; when the block fails, those it made are removed if empty."""
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that becomes ``path`` when the block succeeds.
@@ -39,17 +69,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
         FileNotFoundError: the block ended without writing the temporary file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    _remove(temporary)
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-    except BaseException:
+    with parents_of(path):
         _remove(temporary)
-        raise
-    _sync(path.parent)
+        try:
+            yield temporary
+            sync_to_disk(temporary)
+            temporary.replace(path)
+        except BaseException:
+            _remove(temporary)
+            raise
+    sync_to_disk(path.parent)
 
 
 @contextmanager
@@ -60,21 +90,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     left behind and the older directory stays as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary(path), _temporary(path, "old")
-    _remove(temporary)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for entry in [*temporary.rglob("*"), temporary]:
-            if not entry.is_symlink():
-                _sync(entry)
-        _swap_in(temporary, path, old)
-    except BaseException:
+    with parents_of(path):
         _remove(temporary)
-        raise
+        try:
+            temporary.mkdir()
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                if not entry.is_symlink():
+                    sync_to_disk(entry)
+            _swap_in(temporary, path, old)
+        except BaseException:
+            _remove(temporary)
+            raise
     _remove(old)
-    _sync(path.parent)
+    sync_to_disk(path.parent)
 
 
 def _swap_in(new: Path, path: Path, old: Path) -> None:

@@ -6,9 +6,12 @@ import logging
 import os
 import sys
 
+from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.ranks import env_rank, env_world_size
 
 _ROOT = "mindrlhf"
+_VARIABLE = "MINDRLHF_LOG"
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -22,29 +25,45 @@ class _StderrHandler(logging.StreamHandler):
         super().emit(record)
 
 
-def _level(rank: int) -> int:
-    wanted = os.environ.get("MINDRLHF_LOG", "").strip().upper()
-    named = logging.getLevelNamesMapping().get(wanted)
-    if named is not None:
-        return named
-    return logging.INFO if rank == 0 else logging.WARNING
+def _wanted_level() -> int | None:
+    """The level of ``MINDRLHF_LOG``; ``None`` when it is not set or names no level."""
+    return logging.getLevelNamesMapping().get(os.environ.get(_VARIABLE, "").strip().upper())
+
+
+def _set_up(root: logging.Logger) -> None:
+    try:
+        rank = env_rank()
+        prefix = f"[rank {rank}] " if env_world_size() > 1 else ""
+    except MindRLHFError:
+        # Loggers are made while modules are imported, where no script catches it; the job asks again.
+        rank, prefix = 0, ""
+    wanted = _wanted_level()
+    level = (logging.INFO if rank == 0 else logging.WARNING) if wanted is None else wanted
+    # Who searches a fault wants to know when and where.
+    line = "%(levelname)s %(message)s"
+    if level <= logging.DEBUG:
+        line = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter(prefix + line, datefmt="%H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(level)
+    # MindFormers configures the root logger; passing records on would print each line twice.
+    root.propagate = False
+    given = os.environ.get(_VARIABLE, "").strip()
+    if given and wanted is None and rank == 0:
+        known = ", ".join(name.lower() for name in LEVELS)
+        root.warning("%s=%s is no level, so it is ignored; use one of %s", _VARIABLE, given, known)
 
 
 def get_logger(name: str) -> logging.Logger:
     """A logger under ``mindrlhf``: INFO on rank 0, WARNING on other ranks, to stderr.
 
-    The environment variable ``MINDRLHF_LOG`` (DEBUG, INFO, WARNING, ...) overrides the level on every
-    rank. Lines start with ``[rank r]`` when there is more than one worker.
+    The environment variable ``MINDRLHF_LOG`` (debug, info, warning, error or critical, in any case)
+    overrides the level on every rank; with debug, lines tell time and logger too. Lines start with
+    ``[rank r]`` when there is more than one worker.
     """
     root = logging.getLogger(_ROOT)
     if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
-        rank = env_rank()
-        prefix = f"[rank {rank}] " if env_world_size() > 1 else ""
-        handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter(f"{prefix}%(levelname)s %(message)s"))
-        root.addHandler(handler)
-        root.setLevel(_level(rank))
-        # MindFormers configures the root logger; passing records on would print each line twice.
-        root.propagate = False
+        _set_up(root)
     inside = name == _ROOT or name.startswith(_ROOT + ".")
     return logging.getLogger(name if inside else f"{_ROOT}.{name}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mindrlhf.utils.logging import get_logger
@@ -37,7 +38,8 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         """Shows the bar."""
         self._started = self._last_line = time.monotonic()
-        if self._speaks and sys.stderr.isatty():
+        # A display that is drawn already, the live console, has the terminal: lines go above it.
+        if self._speaks and sys.stderr.isatty() and not isinstance(sys.stderr, FileProxy):
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -7,7 +7,8 @@ import os
 from mindrlhf.utils.errors import MindRLHFError
 
 
-def _under_msrun() -> bool:
+def under_msrun() -> bool:
+    """Whether msrun has started this process."""
     return os.environ.get("MS_ROLE") in ("MS_WORKER", "MS_SCHED")
 
 
@@ -34,7 +35,7 @@ def env_rank() -> int:
     Raises:
         MindRLHFError: the environment holds something that is not a number.
     """
-    if not _under_msrun():
+    if not under_msrun():
         return 0
     for name in ("RANK_ID", "MS_NODE_ID"):
         rank = _env_int(name)
@@ -49,4 +50,4 @@ def env_world_size() -> int:
     Raises:
         MindRLHFError: the environment holds something that is not a number.
     """
-    return max(_env_int("MS_WORKER_NUM") or 1, 1) if _under_msrun() else 1
+    return max(_env_int("MS_WORKER_NUM") or 1, 1) if under_msrun() else 1

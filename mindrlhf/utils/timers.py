@@ -7,6 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from mindrlhf.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
 
 class Timer:
     """Context manager that measures its block; ``.seconds`` may also be read inside it."""
@@ -74,7 +78,9 @@ class PhaseTimer:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            logger.debug("%s: %.3f s", name, seconds)
             for listener in self.listeners:
                 listener.phase_ended(name)
 

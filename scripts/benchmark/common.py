@@ -9,34 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from results import BATCH, MODELS
 
 from mindrlhf.configs.schema import ModelConfig
-
-MODELS: dict[str, dict[str, Any]] = {
-    "small": dict(  # noqa: C408
-        hidden_size=256, num_layers=4, num_heads=4, n_kv_heads=2, intermediate_size=704, vocab_size=4096
-    ),
-    "default": dict(  # noqa: C408
-        hidden_size=512, num_layers=8, num_heads=8, n_kv_heads=2, intermediate_size=1408, vocab_size=8192
-    ),
-    "large": dict(  # noqa: C408
-        hidden_size=896, num_layers=6, num_heads=14, n_kv_heads=2, intermediate_size=4864, vocab_size=8192
-    ),
-    "smollm2": dict(  # noqa: C408
-        hidden_size=576,
-        num_layers=30,
-        num_heads=9,
-        n_kv_heads=3,
-        intermediate_size=1536,
-        vocab_size=49152,
-        qkv_has_bias=False,
-        tie_word_embeddings=True,
-    ),
-}
-"""Sizes by name; ``smollm2`` is SmolLM2-135M's."""
-
-BATCH = {"small": 16, "default": 16, "large": 8, "smollm2": 16}
-"""Sequences an iteration of each model."""
 
 
 def model_config(name: str, **changes: Any) -> ModelConfig:
@@ -99,3 +74,6 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     with ThreadPoolExecutor(workers) as pool:
         seconds = seconds_of(lambda: list(pool.map(copy, pairs)), 7)
     return 2 * 4 * size * workers / min(seconds)
+
+
+__all__ = ["BATCH", "MODELS", "best_matmul", "copy_bandwidth", "model_config", "random_shards", "seconds_of"]

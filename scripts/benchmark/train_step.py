@@ -51,15 +51,17 @@ class Case:
     model: Any
     inputs: tuple[Any, ...]
     flops: int
+    no_fault: Any  # (1,) zero: the loss is finite
 
     def backward(self) -> tuple[Any, ...]:
-        statistics, gradients = self.step._backward(*self.inputs)
+        _, statistics, gradients = self.step._backward(*self.inputs)
         statistics.asnumpy()
         return gradients
 
     def update(self, gradients: tuple[Any, ...]) -> None:
-        norm, _ = self.step._update(*gradients)
+        norm, _ = self.step._norm(self.no_fault, *gradients)
         norm.asnumpy()
+        self.step._update(norm, *gradients).asnumpy()
 
     def score(self) -> None:
         self.model(*self.inputs[:3])[0].asnumpy()
@@ -117,7 +119,8 @@ def build(args: argparse.Namespace) -> Case:
         if len(layout.shape) == 2 and name not in (EMBEDDING, LM_HEAD)
     )
     products = 2 * batch * (inner * columns + head * args.response)
-    return Case(step, model, tuple(map(Tensor, arrays)), products)
+    no_fault = Tensor(np.zeros(1, np.float32))
+    return Case(step, model, tuple(map(Tensor, arrays)), products, no_fault)
 
 
 def timed(call: Any, *args: Any) -> tuple[float, Any]:

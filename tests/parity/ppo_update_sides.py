@@ -18,6 +18,7 @@ from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
+from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES
 from mindrlhf.trainer.pretraining import PretrainBatch
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult, minibatches
@@ -152,10 +153,12 @@ def torch_update(
             {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
         ]
         optimizers.append(torch.optim.AdamW(groups, betas=tuple(OPTIMIZER["betas"]), eps=OPTIMIZER["eps"]))
-    names = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared", "entropy")
     sums: dict[str, list[float]] = {
         name: []
-        for name in (*names, "value_loss", "value_clipfrac", "value_error", "value", "norms", "tokens")
+        for name in (
+            *(*POLICY_STATISTICS, "value_loss", "value_clipfrac", "value_error", "value"),
+            *("norms", "tokens"),
+        )
     }
     row_sets = list(minibatches(ROWS, PPO, 0))
     for rows, rate in zip(row_sets, schedule_rates(len(row_sets)), strict=True):
@@ -204,6 +207,7 @@ def torch_update(
             "ratio": ratio,
             "ratio_squared": ratio**2,
             "entropy": entropy,
+            **{f"ratio above {edge}": ratio > edge for edge in RATIO_EDGES},
             "value_loss": value_loss,
             "value_clipfrac": clipped_errors > errors,
             "value_error": errors,

@@ -144,7 +144,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     policy.load(canonical(hf, dict(hf.named_parameters())))
     loss = WeightedLogProbs(policy)
     weights = np.random.default_rng(2).standard_normal(RESPONSE_MASK.shape).astype(np.float32) * RESPONSE_MASK
-    outputs, gradients = Backward(loss)(*INPUTS, Tensor(weights))
+    _, outputs, gradients = Backward(loss)(*INPUTS, Tensor(weights))
     names = [parameter.name for parameter in loss.trainable_params()]
     return Case(
         config,

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from mindrlhf.trainer.losses import POLICY_STATISTICS, POLICY_SUMS
 from mindrlhf.trainer.update import UpdateResult
 from tests.parity.ppo_update_case import EXTRAS, PPO, PROMPT, hugging_face, inputs_of, random_texts
 from tests.parity.ppo_update_sides import Both, both_sides, our_side, schedule_rates
@@ -45,9 +46,12 @@ def both(request: pytest.FixtureRequest) -> Both:
 def test_losses_and_statistics_of_every_step_equal_torch(both: Both) -> None:
     result, expected = both.result, both.expected
     names = list(expected.sums)
-    policy = np.array([expected.sums[name] for name in names[:6]]).T
-    value = np.array([expected.sums[name] for name in names[6:10]]).T
-    assert result.policy.shape == policy.shape == (4, 6)
+    count = len(POLICY_STATISTICS)
+    policy = np.array([expected.sums[name] for name in names[:count]]).T
+    value = np.array([expected.sums[name] for name in names[count : count + 4]]).T
+    assert result.policy.shape == policy.shape == (4, count)
+    # Nor may all ratios lie in one bin.
+    assert np.unique(result.policy[:, len(POLICY_SUMS) :].sum(axis=0)).size > 4
     # The case must be one in which clipping matters, for policy and value alike.
     assert 0 < policy[:, 2].sum() < result.tokens.sum()
     assert 0 < value[:, 1].sum() < result.tokens.sum()

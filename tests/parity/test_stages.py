@@ -93,7 +93,7 @@ def gradients_of(
     backward = Backward(loss)
     sums, total = [], []
     for arrays in micro_batches:
-        part, gradients = backward(*map(ms.Tensor, arrays))
+        _, part, gradients = backward(*map(ms.Tensor, arrays))
         sums.append(part.asnumpy())
         total = add_gradients(total, gradients) if total else list(gradients)
     names = [parameter.name for parameter in loss.trainable_params()]

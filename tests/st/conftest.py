@@ -72,7 +72,8 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> RunWorkers:
             output=output,
         )
         if code:
-            pytest.fail(output.getvalue(), pytrace=False)
+            report = launcher.failure_report(directory / "log", world_size)
+            pytest.fail(f"{output.getvalue()}\n{report}", pytrace=False)
         missing = [rank for rank in range(world_size) if not (results / f"rank_{rank}.json").exists()]
         if missing:
             report = launcher.failure_report(directory / "log", world_size)

@@ -23,6 +23,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     greedy: bool = False
     resume: bool = False
+    resume_other: str = ""  # a case of fewer workers, whose checkpoint is gone on from, too
     broken: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     @property
@@ -54,7 +55,12 @@ CASES = {
         Case((1, 1), (1, 1), "separate"),
         Case((2, 1), (1, 2), "shared", ("micro_batch_size=2",), broken={REPLICATED: (REPLICATED, 1)}),
         Case((1, 2), (2, 1), "separate", ("score_batch_size=2",), greedy=True, broken={SPLIT: (SPLIT, 1)}),
-        Case((1, 4), (2, 2), "shared", ("generation_batch_size=4",), resume=True, broken=BOTH),
+        Case(
+            *((1, 4), (2, 2), "shared", ("generation_batch_size=4",)),
+            resume=True,
+            resume_other="dp2mp1_dp1mp2_shared",
+            broken=BOTH,
+        ),
     )
 }
 
@@ -83,8 +89,8 @@ class Run:
         return self.reports[0]["metrics"]
 
 
-def write_cases(path: Path, world_size: int, inputs: Any) -> Path:
-    """The JSON file that ``worker_ppo.py`` reads."""
+def write_cases(path: Path, world_size: int, inputs: Any, others: Path | None = None) -> Path:
+    """The JSON file that ``worker_ppo.py`` reads; ``others`` has the results of jobs before."""
     cases = {}
     for name, case in CASES.items():
         if case.world_size != world_size:
@@ -112,6 +118,7 @@ def write_cases(path: Path, world_size: int, inputs: Any) -> Path:
             },
             "greedy": case.greedy,
             "resume": case.resume,
+            "resume_other": str(others / case.resume_other) if others and case.resume_other else "",
             "break": case.broken,
         }
     path.write_text(json.dumps(cases))

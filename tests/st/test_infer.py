@@ -42,3 +42,11 @@ def test_the_cases_are_not_trivial(reports: list[dict[str, Any]]) -> None:
     assert all(len(np.unique(ids)) > 5 for ids in tokens.values())
     assert all(ids.max() < 47 for ids in tokens.values())
     assert len(set(whole["sampled"]["lengths"])) > 1
+
+
+def test_all_workers_speak_as_one(reports: list[dict[str, Any]]) -> None:
+    """Two messages of a chat, asked by rank 0 and answered by all."""
+    assert len(reports[0]["chat"]) == 12
+    assert reports[0]["chat"] == reports[0]["whole chat"]
+    assert len(set(reports[0]["chat"])) > 5
+    assert [reports[rank]["chat"] for rank in (1, 2, 3)] == [[], [], []]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -61,15 +64,103 @@ def test_success(launcher: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.msrun
-def test_failure_shows_the_worker_that_raised(launcher: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        ("raise ValueError('worker one is broken')", 1, "exit code 1: ValueError: worker one is broken"),
+        ("os.kill(os.getpid(), 9)", 128 + 9, "ended by SIGKILL"),
+    ],
+    ids=["raises", "is killed"],
+)
+def test_failure_is_one_message_about_the_worker_that_failed(
+    launcher: ModuleType, tmp_path: Path, fault: str, code: int, says: str
+) -> None:
     """The other worker and the scheduler, both asleep, are ended and not waited for."""
-    body = "if worker and rank == '1':\n    raise ValueError('worker one is broken')\ntime.sleep(600)\n"
+    body = f"if worker and rank == '1':\n    {fault}\ntime.sleep(600)\n"
     begin = time.monotonic()
-    code, output = run(launcher, tmp_path, body)
-    assert code not in (0, launcher.TIMED_OUT)
+    found, output = run(launcher, tmp_path, body)
+    assert found == code
     assert time.monotonic() - begin < 60
-    assert "ValueError: worker one is broken" in output
-    assert "worker 0" not in output
+    message = f"ERROR job failed: rank 1: {says}; its log: {tmp_path}/log/worker_1.log"
+    assert output.splitlines() == [
+        *("", message, f"msrun job failed with exit code {code}; logs are in {tmp_path}/log")
+    ]
+    assert ("Traceback" in (tmp_path / "log" / "worker_1.log").read_text()) == (code == 1)
+    assert "Traceback" in launcher.failure_report(tmp_path / "log", 2) or code != 1
+
+
+@pytest.mark.msrun
+def test_an_error_of_the_user_keeps_its_exit_code(launcher: ModuleType, tmp_path: Path) -> None:
+    """Of a script as ours are: the message is the supervisor's, which msrun itself shows, too."""
+    body = (
+        "from mindrlhf.utils.cli import run_main\n"
+        "from mindrlhf.utils.errors import DataError\n"
+        "def main():\n"
+        "    if worker and rank == '1':\n"
+        "        raise DataError('prompts.mindrecord: no such file')\n"
+        "    time.sleep(600)\n"
+        "run_main(main)\n"
+    )
+    code, output = run(launcher, tmp_path, body)
+    assert code == 2
+    assert "rank 1 of 2, in phase start: prompts.mindrecord: no such file; its log: " in output
+    assert output.count("prompts.mindrecord") == 1
+
+
+SAVES = (
+    "import signal\n"
+    "def save(number, frame):\n"
+    "    pathlib.Path(f'saved{rank}_{number}').touch()\n"
+    "    sys.exit(130 if number == signal.SIGINT else 0)\n"
+    "if worker:\n"
+    "    signal.signal(signal.SIGTERM, save)\n"
+    "    signal.signal(signal.SIGINT, save)\n"
+    "    pathlib.Path(f'ready{rank}').touch()\n"
+    "    time.sleep(600)\n"
+    "while not list(pathlib.Path().glob('saved1*')):\n"  # the scheduler is to outlive the workers
+    "    time.sleep(0.1)\n"
+)
+
+
+@pytest.mark.msrun
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_go_to_the_workers_which_save(
+    launcher: ModuleType, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    def send() -> None:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    found, output = run(launcher, tmp_path, SAVES)
+    thread.join()
+    assert found == code
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == [
+        f"saved{r}_{int(number)}" for r in (0, 1)
+    ]
+    assert output == "", "a job that was stopped has not failed"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.msrun
+def test_a_job_that_does_not_stop_is_killed_after_the_grace(launcher: ModuleType, tmp_path: Path) -> None:
+    body = (
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "pathlib.Path(f'ready{rank}').touch() if worker else None\ntime.sleep(600)\n"
+    )
+
+    def send() -> None:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    code, output = run(launcher, tmp_path, body, stop_grace=1)
+    thread.join()
+    assert (code, output) == (143, "")
 
 
 @pytest.mark.msrun
@@ -99,6 +190,7 @@ def test_environment_puts_this_python_first(launcher: ModuleType, monkeypatch: p
         (["--workers", "0", __file__], "--workers must be at least 1, got 0"),
         (["--workers", "2", "--show_rank", "2", __file__], "--show_rank 2 is not one of the 2 workers"),
         (["no_such_script.py"], "no such script: no_such_script.py"),
+        (["--master_port", "80", __file__], "--master_port must be from 1024 to 65535, got 80"),
     ],
 )
 def test_bad_arguments(
@@ -108,6 +200,24 @@ def test_bad_arguments(
         launcher.parse_args(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused(launcher: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        with pytest.raises(SystemExit) as stop:
+            launcher.parse_args(["--master_port", port, __file__])
+    assert stop.value.code == 2
+    assert f"--master_port {port} is in use" in capsys.readouterr().err
+    assert launcher.parse_args(["--master_port", str(launcher.free_port()), __file__]).master_port > 0
+
+
+def test_the_message_is_the_supervisors(launcher: ModuleType) -> None:
+    from mindrlhf.utils.blame import MESSAGE_START
+
+    assert launcher._SUPERVISOR_SAYS == MESSAGE_START
 
 
 def test_script_arguments_are_the_scripts(launcher: ModuleType) -> None:

@@ -41,7 +41,7 @@ SPLIT_CASES = [name for name, case in CASES.items() if case.world_size > 1]
 def runs(run_workers: Any, ppo_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All cases by name; the one process runs beside the first job of several."""
     directory = tmp_path_factory.mktemp("ppo_one")
-    files = {size: write_cases(directory / f"{size}.json", size, ppo_inputs) for size in (1, 2, 4)}
+    files = {size: write_cases(directory / f"{size}.json", size, ppo_inputs) for size in (1, 2)}
     with (directory / "log").open("w") as log:
         alone = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "worker_ppo.py"), str(files[1])],
@@ -57,7 +57,8 @@ def runs(run_workers: Any, ppo_inputs: Any, tmp_path_factory: pytest.TempPathFac
     try:
         reports = run_workers("worker_ppo.py", 2, str(files[2]), timeout=TIMEOUT)
         collected = collect(reports)
-        reports = run_workers("worker_ppo.py", 4, str(files[4]), timeout=TIMEOUT)
+        four = write_cases(directory / "4.json", 4, ppo_inputs, reports[0]["directory"])
+        reports = run_workers("worker_ppo.py", 4, str(four), timeout=TIMEOUT)
         collected |= collect(reports)
         code = alone.wait(timeout=TIMEOUT)
     finally:
@@ -217,6 +218,21 @@ def test_verify_refuses_on_all_ranks_when_one_bit_of_one_rank_differs(
     assert parameter in messages[rank]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_loss_that_is_nan_on_one_rank_is_skipped_on_all(runs: dict[str, Run], name: str) -> None:
+    """Not a bit of any rank's policy or of its moments changes, and all name the same samples."""
+    run = runs[name]
+    minibatch = 8 // 2
+    for report in run.reports:
+        assert report["skipped"]["changed"] == []
+        assert report["skipped"]["count"] == 2, "minibatches of the one epoch"
+        assert report["skipped"]["rows"] == run.reports[0]["skipped"]["rows"]
+    # The last rank's replica has the last part of each minibatch, which is one micro-batch or its last one.
+    replicas, micro_batch = CASES[name].train[0], 2 if "micro_batch_size=2" in CASES[name].overrides else 4
+    blamed = min(minibatch // replicas, micro_batch)
+    assert [len(rows) for rows in run.reports[0]["skipped"]["rows"]] == [blamed, blamed]
+
+
 def test_resume_goes_on_as_if_never_stopped(runs: dict[str, Run]) -> None:
     """A trainer three iterations on, set back to its first checkpoint, repeats the other two.
 
@@ -229,6 +245,20 @@ def test_resume_goes_on_as_if_never_stopped(runs: dict[str, Run]) -> None:
         assert report["rollout_again"]
         assert [line["iteration"] for line in report["metrics_again"]] == [2, 3]
         for again, before in zip(report["metrics_again"], report["metrics"][1:], strict=True):
+            assert_metrics_close(again, before, RELATIVE)
+
+
+def test_a_checkpoint_of_another_layout_goes_on_as_if_it_were_its_own(runs: dict[str, Run]) -> None:
+    """Four workers (train dp2 mp2) repeat their last two iterations from a checkpoint of two (train dp1 mp2).
+
+    Weights, moments, steps, KL coefficient, reward statistics and cursors all come from there: lost moments
+    alone change the metrics by more than the tolerance.
+    """
+    (name,) = [name for name, case in CASES.items() if case.resume_other]
+    for report in runs[name].reports:
+        assert report["rollout_of_other"]
+        assert [line["iteration"] for line in report["metrics_of_other"]] == [2, 3]
+        for again, before in zip(report["metrics_of_other"], report["metrics"][1:], strict=True):
             assert_metrics_close(again, before, RELATIVE)
 
 

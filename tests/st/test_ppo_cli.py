@@ -258,7 +258,7 @@ def test_job_leaves_what_was_asked_for_and_nothing_else(trained: Finished) -> No
     experience = [f"experience_iteration_{i:06d}.mindrecord{end}" for i in (1, 2) for end in ("", ".db")]
     assert {path.name for path in results.iterdir()} == {
         *("iteration_000001", "iteration_000002", "config.json"),
-        *("metrics.jsonl", "samples.jsonl", "curves.png"),
+        *("metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard"),
         *("evaluations.jsonl", "eval_samples.jsonl", "evaluation_summary.json", "before_after.md"),
         *experience,
     }
@@ -267,8 +267,13 @@ def test_job_leaves_what_was_asked_for_and_nothing_else(trained: Finished) -> No
         files = {
             str(p.relative_to(results / iteration)) for p in (results / iteration).rglob("*") if p.is_file()
         }
-        assert files == {"state.json"} | {
-            f"{model}/rank_{rank}/checkpoint_{rank}.ckpt" for model in models for rank in range(WORKERS)
+        assert files == {"state.json", "config.json", "manifest.json"} | {
+            name
+            for rank in range(WORKERS)
+            for name in (
+                f"random/rank_{rank}.json",
+                *(f"{model}/rank_{rank}/checkpoint_{rank}.ckpt" for model in models),
+            )
         }
 
 

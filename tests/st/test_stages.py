@@ -181,10 +181,10 @@ def test_nothing_else_is_left(stages: Workshop) -> None:
     here = stages.directory
     assert {path.name for path in here.iterdir()} == {"sft", "sft.safetensors", "sft_hf", "reward", "ppo"}
     assert {path.name for path in (here / "sft").iterdir()} == {
-        *("final", "step_000020", "step_000040", "metrics.jsonl", "curves.png")
+        *("final", "step_000020", "step_000040", "config.json", "metrics.jsonl", "curves.png", "tensorboard")
     }
     assert {path.name for path in (here / "reward").iterdir()} == {
-        *("final", "metrics.jsonl", "curves.png", "reward_model.json")
+        *("final", "config.json", "metrics.jsonl", "curves.png", "tensorboard", "reward_model.json")
     }
     assert list(stages.temporary.iterdir()) == []
 

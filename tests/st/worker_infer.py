@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from worker_support import start, write_results
 
+from mindrlhf.chat.options import ChatOptions
+from mindrlhf.chat.speaker import Speaker
+from mindrlhf.chat.team import Team
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.data.tokenizers import SpecialIds
 from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.parallel.parameters import parameter_layouts
+from mindrlhf.trainer.runtime import HostExchange, Runtime
 
 ROWS, PROMPT, RESPONSE = 8, 5, 6
 VOCAB, VALID = 64, 47  # with mp 4, the last rank holds nothing but padding of the vocabulary
@@ -70,12 +77,44 @@ def generate(case: str, mesh: Mesh, groups: Groups) -> dict[str, Any]:
     }
 
 
+def chat(groups: Groups, runtime: Runtime) -> list[int]:
+    """Rank 0 asks a team on all workers, with a pause between two messages; the others only serve."""
+    config = model_config("greedy")
+    rng = np.random.default_rng(23)
+    full = {
+        name: (rng.standard_normal(layout.shape) / 3).astype(np.float32)
+        for name, layout in parameter_layouts(config, Mesh(1, 1)).items()
+    }
+    tokenizer = SimpleNamespace(size=VALID, special=SpecialIds(end_of_text=VALID - 1, pad=VALID - 1))
+
+    def shards(mesh: Mesh, rank: int) -> list[tuple[str, np.ndarray]]:
+        layouts = parameter_layouts(config, mesh)
+        return [(name, layout.take(full[name], rank)) for name, layout in layouts.items()]
+
+    checkpoint: Any = SimpleNamespace(name="random", model=config, tokenizer=tokenizer, shards=shards)
+    options = ChatOptions(checkpoint=Path(), max_tokens=RESPONSE, temperature=1.0, top_p=1.0)
+    speaker = Speaker(checkpoint, groups, options, notice=lambda text: None)
+    team = Team([speaker], HostExchange(runtime), seed=5)
+    if not runtime.is_main:
+        team.serve()
+        return []
+    said = []
+    for number in (1, 2):
+        team.still_here()
+        prompt = rng.integers(0, VALID - 1, 30).tolist()
+        said += [int(token) for _, ids in team.ask([[prompt]], [number]) for token in ids[0]]
+    team.dismiss()
+    return said
+
+
 def main() -> None:
-    rank, _ = start()
+    rank, size = start()
     results: dict[str, Any] = {}
     for mesh, case in RUNS:
         results[f"{mesh} {case}"] = generate(case, mesh, create_groups(mesh, rank))
+    results["chat"] = chat(create_groups(Mesh(1, 4), rank), Runtime(rank, size))
     if rank == 0:
+        results["whole chat"] = chat(Groups(Mesh(1, 1), 0), Runtime(0, 1))
         for case in CASES:
             results[f"whole {case}"] = generate(case, Mesh(1, 1), Groups(Mesh(1, 1), 0))
     write_results(rank, results)

@@ -41,6 +41,7 @@ class WatchedTrainer(PPOTrainer):
     seen: dict[str, np.ndarray]
     history: list[dict[str, float]]
     digests_then: dict[str, str]
+    last_experience: Experience
 
     def rollout(self, batch: PromptBatch) -> Rollout:
         """A rollout, and its log-probs as the training network sees them before the update."""
@@ -52,6 +53,7 @@ class WatchedTrainer(PPOTrainer):
     def update(self, experience: Experience) -> UpdateResult:
         """An update of experience that is kept first."""
         self._keep("experience", {**experience._asdict(), **experience.inputs._asdict()})
+        self.last_experience = experience
         return super().update(experience)
 
     def run_iteration(self, batch: PromptBatch) -> dict[str, float]:
@@ -102,6 +104,11 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
         seen |= greedy(trainer)
     if case["resume"]:
         report |= resume(trainer, save / f"iteration_{RESUME_FROM:06d}")
+    if case["resume_other"]:
+        other = resume(trainer, Path(case["resume_other"]) / f"iteration_{RESUME_FROM:06d}")
+        report["metrics_of_other"] = other["metrics_again"]
+        report["rollout_of_other"] = other["rollout_again"]
+    report["skipped"] = skip(trainer)
     report["broken"] = {
         kind: refusal(trainer, parameter, rank) for kind, (parameter, rank) in case["break"].items()
     }
@@ -116,8 +123,8 @@ def watch_evaluations(trainer: WatchedTrainer) -> list[dict[str, float]]:
     assert evaluation is not None
     run, found = evaluation.run, []
 
-    def watched(iteration: int) -> Evaluation:
-        result = run(iteration)
+    def watched(iteration: int, *on_prompts: Any) -> Evaluation:
+        result = run(iteration, *on_prompts)
         found.append({"iteration": iteration, **result.metrics()})
         arrays = {"scores": result.scores, "kl": result.kl, **result.rollout._asdict()}
         trainer.seen |= {f"evaluation/{iteration}/{name}": array for name, array in arrays.items()}
@@ -193,6 +200,31 @@ def greedy(trainer: PPOTrainer) -> dict[str, np.ndarray]:
     batch = trainer.prompts.next_batch()
     rollout = generate_rollout(model, batch, trainer.infer_mesh, trainer.exchange, seed=0, iteration=0)
     return {f"greedy/{name}": array for name, array in rollout._asdict().items()}
+
+
+def skip(trainer: WatchedTrainer) -> dict[str, Any]:
+    """An update in which the policy's loss is NaN on the last rank alone; what it changed of the policy."""
+    before = digests(trainer)
+    step = trainer.ppo_update.policy_step
+    accumulate, last_rank = step.accumulate, trainer.runtime.world_size - 1
+
+    def faulty(*arguments: Any, **options: Any) -> np.ndarray:
+        statistics = accumulate(*arguments, **options)
+        if trainer.runtime.rank == last_rank:
+            step._losses[-1] = float("nan")
+        return statistics
+
+    step.accumulate = faulty  # type: ignore[method-assign]
+    result = trainer.ppo_update.run(trainer.last_experience, 0, lambda: None)
+    del step.accumulate
+    after, skips = digests(trainer), trainer.ppo_update.skips
+    report = {
+        "changed": [name for name in after if not name.startswith("critic") and after[name] != before[name]],
+        "count": result.skipped,
+        "rows": [update.rows.tolist() for update in skips.drain()],
+    }
+    skips.end_update(skipped=False)
+    return report
 
 
 def refusal(trainer: PPOTrainer, parameter: str, broken_rank: int) -> str:

@@ -24,6 +24,7 @@ ALLOWED = {
     "models": {"utils", "configs", "parallel", "models"},
     "data": {"utils", "configs", "data"},
     "report": {"utils", "report"},
+    "planning": {"utils", "configs", "parallel", "planning"},
     "trainer": {
         "utils",
         "configs",
@@ -34,11 +35,14 @@ ALLOWED = {
         "data",
         "trainer",
     },
-    "__init__": set(),
+    "chat": {"utils", "configs", "parallel", "checkpoint", "models", "data", "trainer", "chat"},
 }
+# The public names, imported when first used; the commands.
+ALLOWED["__init__"] = set(ALLOWED)
+ALLOWED["cli"] = {*ALLOWED, "cli"}
 HEAVY = {"mindspore", "mindformers", "torch", "transformers"}
 # Packages that scripts without a model use: they must start at once.
-LIGHT = {"utils", "configs", "report", "__init__"}
+LIGHT = {"utils", "configs", "report", "planning", "__init__"}
 # Called by MindSpore, not by people; MindSpore documents them.
 FRAMEWORK_METHODS = {"construct", "bprop"}
 

@@ -86,7 +86,7 @@ def flags_by_script() -> dict[str, set[str]]:
         str(path.relative_to(ROOT))
         for folder in (TUTORIAL, "scripts")
         for path in sorted((ROOT / folder).glob("*.py"))
-        if "argparse" in path.read_text(encoding="utf-8")
+        if re.search(r"import argparse|new_parser|from mindrlhf\.cli\.", path.read_text(encoding="utf-8"))
     ]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(scripts, pool.map(_help_flags, scripts), strict=True))

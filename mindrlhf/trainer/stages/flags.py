@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mindrlhf.trainer.runs import add_results_flags
+from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
 from mindrlhf.utils.cli import str_to_bool
 
 
@@ -44,11 +46,10 @@ def add_stage_flags(
         "rank_0/ rank_1/ ... of this YAML's split",
     )
     add("--mind_dataset_dir", type=Path, required=True, help=data)
-    add(
-        "--save_ckpt_dir",
-        type=Path,
+    add_results_flags(
+        files,
+        f"final/rank_i: {result} where its YAML has the same split; configuration, metrics and curves",
         required=True,
-        help=f"final/rank_i: {result} where its YAML has the same split; metrics and curves",
     )
     add(
         "--save_full_ckpt",
@@ -107,6 +108,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=1, help="of the split, the order and a new head (default: 1)")
     run = parser.add_argument_group("run")
+    run.add_argument("--trackers", type=tracker_names, default=DEFAULT_TRACKERS, help=TRACKERS_HELP)
     run.add_argument("--use_parallel", type=str_to_bool, default=True, help="False: one process, no msrun")
     run.add_argument(
         "--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAML's device_target"

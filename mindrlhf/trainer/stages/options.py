@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mindrlhf.checkpoint.writing import check_output_file
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.trainer.records import METRICS_FILE
+from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, check_trackers
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 
 FINAL = "final"
@@ -38,6 +40,7 @@ class StageOptions:
     eval_interval: int = 50
     save_interval: int = 0
     seed: int = 1
+    trackers: tuple[str, ...] = DEFAULT_TRACKERS
     use_parallel: bool = True
     device_target: str | None = None
 
@@ -150,13 +153,16 @@ def with_peak(schedule: dict[str, Any], learning_rate: float) -> dict[str, Any]:
 
 
 def check_paths(options: StageOptions) -> None:
-    """Refuses weights that are not there and a directory of results that is used.
+    """Refuses weights that are not there, a directory of results that is used, trackers not installed.
 
     Raises:
         MindRLHFError: names the flag and the path.
     """
+    check_trackers(options.trackers)
     if not options.load_sft_checkpoint.exists():
-        raise MindRLHFError(f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist")
+        raise MindRLHFError(
+            f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name weights that are there"
+        )
     for name in (METRICS_FILE, FINAL):
         if (options.save_ckpt_dir / name).exists():
             raise MindRLHFError(
@@ -169,6 +175,7 @@ def check_paths(options: StageOptions) -> None:
             raise MindRLHFError(f"--save_full_ckpt {full}: name a .ckpt or .safetensors file")
         if full.exists():
             raise MindRLHFError(f"--save_full_ckpt {full} exists: give another name")
+        check_output_file(full, overwrite=False)
 
 
 def _range_faults(options: StageOptions) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindrlhf.trainer.records import RunRecords
+from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.utils.files import atomic_file
 
 Curves = Sequence[tuple[str, str]]
@@ -17,10 +18,11 @@ class StageRecords(RunRecords):
     Args:
         directory: made when missing.
         curves: six pairs of metric and title, drawn over the steps whose lines have that metric.
+        trackers: told of all that is added.
     """
 
-    def __init__(self, directory: Path, curves: Curves) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: Path, curves: Curves, trackers: Trackers | None = None) -> None:
+        super().__init__(directory, trackers)
         self._curves = curves
 
     def plot(self) -> Path | None:

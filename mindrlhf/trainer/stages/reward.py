@@ -23,8 +23,10 @@ from mindrlhf.trainer.stages.options import RewardOptions, read_plan
 from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
 from mindrlhf.trainer.start import count_workers, serve_as_scheduler
+from mindrlhf.trainer.watching import Watchers, watch_stage
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import is_scheduler
+from mindrlhf.utils.timers import PhaseTimer
 
 logger = get_logger(__name__)
 
@@ -168,19 +170,31 @@ def run_reward(options: RewardOptions) -> Path:
     if is_scheduler():
         serve_as_scheduler()
         return options.save_ckpt_dir
-    job = start_job(options, plan, pairs=True)
+    with watch_stage("reward model", options.trackers) as watchers:
+        final = _train(options, start_job(options, plan, pairs=True), watchers)
+    logger.info("weights: %s (for --load_rm_checkpoint and --load_critic_checkpoint)", final)
+    return final
+
+
+def _train(options: RewardOptions, job: Job, watchers: Watchers) -> Path:
+    """Trains, calibrates, saves and reports; returns the directory of the weights."""
+    timer = PhaseTimer([watchers.console])
     responses = None
     if options.calibrate == "sft":
         check_sampling(options, job)
         # Before training, so that the generating model is gone when the reward model is trained.
-        responses = sft_responses(options, job)
+        with timer.phase("calibrate"):
+            responses = sft_responses(options, job)
     elif options.calibrate == "data":
         responses = data_responses(options, job)
-    stage = RewardStage(job, options.center_coef)
-    trainer = StageTrainer(job, stage)
+    with timer.phase("load"):
+        stage = RewardStage(job, options.center_coef)
+    trainer = StageTrainer(job, stage, watchers)
     trainer.train()
-    calibration = None if responses is None else calibrate(stage.model, stage.scores, responses, options)
+    calibration = None
+    if responses is not None:
+        with timer.phase("calibrate"):
+            calibration = calibrate(stage.model, stage.scores, responses, options)
     final = trainer.save()
     write_report(trainer, calibration)
-    logger.info("weights: %s (for --load_rm_checkpoint and --load_critic_checkpoint)", final)
     return final

@@ -16,17 +16,21 @@ from mindrlhf.data.sequences import SequenceData
 from mindrlhf.models.train import SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.parameters import mesh_of
+from mindrlhf.trainer.console.state import Column
 from mindrlhf.trainer.optimizer import build_optimizer
+from mindrlhf.trainer.recording import start_records
 from mindrlhf.trainer.runtime import HostExchange, check_device, local_rows, start_runtime
 from mindrlhf.trainer.stages.options import FINAL, StageOptions, StagePlan, check_paths
 from mindrlhf.trainer.stages.records import StageRecords
 from mindrlhf.trainer.stages.stage import Stage
 from mindrlhf.trainer.start import check_writable, litter_directory
 from mindrlhf.trainer.train_step import TrainStep
+from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT, rest, watchdog_of
+from mindrlhf.trainer.watching import Watchers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.progress import ProgressBar
 from mindrlhf.utils.seeds import random_stream
+from mindrlhf.utils.timers import PhaseTimer
 
 logger = get_logger(__name__)
 
@@ -89,10 +93,13 @@ class StageTrainer:
     Args:
         job: see :func:`start_job`.
         stage: model, loss and metrics.
+        watchers: console and trackers.
     """
 
-    def __init__(self, job: Job, stage: Stage) -> None:
+    def __init__(self, job: Job, stage: Stage, watchers: Watchers) -> None:
         self.job, self.stage = job, stage
+        self.timer = PhaseTimer([watchers.console, watchdog_of(DEFAULT_TIMEOUT, job.plan.config)])
+        watchers.console.status = [Column(metric, title, ".4f", 0) for metric, title in stage.shown]
         self.exchange, self.directory = job.exchange, job.options.save_ckpt_dir
         optimizer = build_optimizer(job.plan.config, stage.loss.trainable_params(), job.total_steps)
         model = stage.model
@@ -100,7 +107,7 @@ class StageTrainer:
             stage.loss, optimizer, model.layouts, model.groups, job.options.max_grad_norm
         )
         is_main = job.exchange.runtime.is_main
-        self.records = StageRecords(self.directory, stage.curves) if is_main else None
+        self.records = StageRecords(self.directory, stage.curves, watchers.trackers) if is_main else None
         self.evaluations: list[dict[str, float]] = []
         # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
         gc.collect()
@@ -109,17 +116,21 @@ class StageTrainer:
     def train(self) -> None:
         """All optimizer steps; evaluates before the first, every ``eval_interval`` and after the last."""
         options, total = self.job.options, self.job.total_steps
+        if self.records is not None:
+            start_records(self.records, {"options": options, "plan": self.job.plan}, 0)
         self._evaluate_into({"step": 0, "epoch": 0.0})
-        with ProgressBar("training", total) as bar:
+        with self.timer.phase("train", total, "steps"):
             for step, rows in enumerate(self.batches(), start=1):
                 metrics = {"step": step, "epoch": step * self.job.plan.epochs / total} | self.step(rows)
                 if step == total or (options.eval_interval and step % options.eval_interval == 0):
                     self._evaluate_into(metrics)
                 elif self.records is not None:
                     self.records.add_metrics(metrics)
+                    self.records.redraw()
                 if options.save_interval and step % options.save_interval == 0 and step < total:
                     self._save_step(step)
-                bar.update()
+                self.timer.advance()
+        rest("finish")
         if self.records is not None and (picture := self.records.plot()):
             logger.info("curves: %s", picture)
 
@@ -169,7 +180,8 @@ class StageTrainer:
         """Adds an evaluation, when there are held-out rows, to the metrics of a step and records them."""
         rows = self.job.held_out_rows
         if len(rows):
-            metrics |= self.stage.evaluate(rows)
+            with self.timer.phase("evaluate"):
+                metrics |= self.stage.evaluate(rows)
             self.evaluations.append(metrics)
         elif metrics["step"] == 0:
             return
@@ -185,7 +197,8 @@ class StageTrainer:
                 shutil.rmtree(old)
 
     def _save_ranks(self, name: str) -> Path:
-        return save_ranks(self.stage.model, self.directory / name, self.exchange)
+        with self.timer.phase("save"):
+            return save_ranks(self.stage.model, self.directory / name, self.exchange)
 
 
 def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) -> Path:

@@ -18,8 +18,10 @@ from mindrlhf.trainer.stages.options import SFTOptions, read_plan
 from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
 from mindrlhf.trainer.start import count_workers, load_model_tokenizer, serve_as_scheduler
+from mindrlhf.trainer.watching import watch_stage
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import is_scheduler
+from mindrlhf.utils.timers import PhaseTimer
 
 logger = get_logger(__name__)
 
@@ -132,12 +134,15 @@ def run_sft(options: SFTOptions) -> Path:
         load_model_tokenizer(options.tokenizer_path, plan.config)
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
-    job = start_job(options, plan, pairs=False)
-    trainer = StageTrainer(job, SFTStage(job))
-    trainer.train()
-    final = trainer.save()
-    if options.export_hf_dir is not None:
-        _export(options, trainer, final)
+    with watch_stage("SFT", options.trackers) as watchers:
+        job = start_job(options, plan, pairs=False)
+        with PhaseTimer([watchers.console]).phase("load"):
+            stage = SFTStage(job)
+        trainer = StageTrainer(job, stage, watchers)
+        trainer.train()
+        final = trainer.save()
+        if options.export_hf_dir is not None:
+            _export(options, trainer, final)
     logger.info("weights: %s (for --load_sft_checkpoint_train and the reward model)", final)
     return final
 

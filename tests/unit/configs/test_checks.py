@@ -179,6 +179,7 @@ RANGES = {
     "value_head_init_scale": [-1.0],
     "log_ratio_clamp": [0, 81],
     "max_grad_norm": [0],
+    "max_skipped_updates": [0],
 }
 CHOICES = ("kl_controller", "kl_estimator", "critic")
 REQUIRED = (

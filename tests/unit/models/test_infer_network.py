@@ -96,9 +96,9 @@ def test_rotary_tables_hold_queries_keys_and_values() -> None:
         assert (sin[:, head, 4] == 0).all()
 
 
-def test_cache_rows_fill_and_write() -> None:
+def test_cache_entries_fill_and_write() -> None:
     cache = KVCache(2, 2, 3, 4, ms.float32, "cache")
-    stale = np.full((12, 4), np.nan, np.float32)
+    stale = np.full((4, 3, 4), np.nan, np.float32)
     cache.keys.set_data(Tensor(stale))
     cache.values.set_data(Tensor(stale))
     rng = np.random.default_rng(2)
@@ -106,11 +106,11 @@ def test_cache_rows_fill_and_write() -> None:
     cache.fill(Tensor(prompt[0]), Tensor(prompt[1]))
     new = rng.standard_normal((2, 4, 4)).astype(np.float32)
     expected = np.concatenate([prompt, np.zeros((2, 4, 1, 4), np.float32)], axis=2)
-    np.testing.assert_array_equal(cache.keys.asnumpy().reshape(4, 3, 4), expected[0])
-    rows = cache.rows(Tensor(2, ms.int32))
-    assert rows.asnumpy().tolist() == [2, 5, 8, 11]
-    keys, values = cache.write(rows, Tensor(new[0]), Tensor(new[1]))
+    np.testing.assert_array_equal(cache.keys.asnumpy(), expected[0])
+    entries = cache.entries(Tensor(2, ms.int32))
+    assert entries.asnumpy().tolist() == [[0, 2], [1, 2], [2, 2], [3, 2]]
+    keys, values = cache.write(entries, Tensor(new[0]), Tensor(new[1]))
     expected[:, :, 2] = new
     for actual, parameter, wanted in zip((keys, values), (cache.keys, cache.values), expected, strict=True):
         np.testing.assert_array_equal(actual.asnumpy(), wanted)
-        np.testing.assert_array_equal(parameter.asnumpy(), wanted.reshape(12, 4))
+        np.testing.assert_array_equal(parameter.asnumpy(), wanted)

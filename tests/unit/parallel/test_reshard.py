@@ -1,170 +1,192 @@
-"""Resharding plans simulated over all ranks, and the one-process resharder."""
+"""The resharder of every rank, each in a thread, over a wire on which nobody sends what nobody receives."""
 
 from __future__ import annotations
 
-import mindspore as ms
+import math
+from collections.abc import Iterator
+from itertools import product
+from queue import Queue
+from threading import Thread
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from mindspore.common.np_dtype import bfloat16
 
-from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
-from mindrlhf.parallel.reshard import Resharder, ReshardPlan, _ReshardCell, assemble, plan_reshard
+from mindrlhf.parallel.reshard import Resharder, row_major
 
-SPLITS: dict[int, list[tuple[AxisName | None, ...]]] = {
-    1: [(None,), ("mp",)],
-    2: [(None, None), ("mp", None), (None, "mp")],
-    3: [(None, None, None), ("mp", None, None), (None, "mp", None), (None, None, "mp")],
+PATIENCE = 20  # seconds after which ranks that wait for each other fail
+Arrays = dict[str, np.ndarray]
+KINDS: dict[str, tuple[tuple[int, ...], tuple[AxisName | None, ...]]] = {
+    "rows": ((48, 5), ("mp", None)),
+    "columns": ((3, 24), (None, "mp")),
+    "bias": ((24,), ("mp",)),
+    "norm": ((7,), (None,)),
+    "cube": ((2, 24, 3), (None, "mp", None)),
 }
 
 
-@st.composite
-def layout_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
-    """Two layouts of one tensor over the same 1 to 8 ranks, not necessarily split along one dimension."""
-    ranks = draw(st.integers(1, 8))
-    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    source_mp, target_mp = draw(st.sampled_from(divisors)), draw(st.sampled_from(divisors))
-    ndim = draw(st.integers(1, 3))
-    unit = np.lcm(source_mp, target_mp)
-    shape = tuple(int(unit * draw(st.integers(1, 3))) for _ in range(ndim))
-    return (
-        Layout(Mesh(ranks // source_mp, source_mp), shape, draw(st.sampled_from(SPLITS[ndim]))),
-        Layout(Mesh(ranks // target_mp, target_mp), shape, draw(st.sampled_from(SPLITS[ndim]))),
-    )
+class Switchboard:
+    """Wires between threads: a sender waits until the receiver has taken what it sent."""
+
+    def __init__(self, ranks: int) -> None:
+        self.lines = {pair: (Queue[np.ndarray](), Queue[None]()) for pair in product(range(ranks), repeat=2)}
+        self.bytes_received = [0] * ranks
+
+    def wire(self, rank: int) -> Wire:
+        return Wire(self, rank)
 
 
-@settings(max_examples=300, deadline=None)
-@given(layout_pairs())
-def test_plan_gives_every_rank_its_target_slice(pair: tuple[Layout, Layout]) -> None:
-    source, target = pair
-    full = np.arange(np.prod(source.shape)).reshape(source.shape)
-    decisions = set()
-    for rank in range(source.mesh.size):
-        plan = plan_reshard(source, target, rank)
-        held = [source.take(full, peer) for peer in source.mesh.mp_ranks(rank)]
-        np.testing.assert_array_equal(assemble(plan, held), target.take(full, rank))
-        if not plan.gather:
-            assert [index for index, _ in plan.pieces] == [source.mesh.mp_index(rank)]
-        decisions.add(plan.gather)
-    assert len(decisions) == 1, "ranks would deadlock"
+class Wire:
+    """One rank's end."""
+
+    def __init__(self, board: Switchboard, rank: int) -> None:
+        self.board = board
+        self.rank = rank
+
+    def send(self, array: np.ndarray, receiver: int) -> None:
+        there, taken = self.board.lines[self.rank, receiver]
+        there.put(array)
+        taken.get(timeout=PATIENCE)
+
+    def receive(self, array: np.ndarray, sender: int) -> np.ndarray:
+        there, taken = self.board.lines[sender, self.rank]
+        array[...] = there.get(timeout=PATIENCE)
+        self.board.bytes_received[self.rank] += array.nbytes
+        taken.put(None)
+        return array
 
 
-@settings(max_examples=100, deadline=None)
-@given(layout_pairs())
-def test_gathers_only_when_a_rank_lacks_something(pair: tuple[Layout, Layout]) -> None:
-    """Independent criterion: mark what each rank holds, look whether its target is all marked."""
-    source, target = pair
-    complete = []
-    for rank in range(source.mesh.size):
-        held = np.zeros(source.shape, dtype=bool)
-        held[source.slices(rank)] = True
-        complete.append(bool(target.take(held, rank).all()))
-    for rank in range(source.mesh.size):
-        assert plan_reshard(source, target, rank).gather == (not all(complete))
+def layouts(mesh: Mesh) -> dict[str, Layout]:
+    return {
+        f"{kind}{layer}": Layout(mesh, shape, axes)
+        for layer in range(2)
+        for kind, (shape, axes) in KINDS.items()
+    }
 
 
-@pytest.mark.parametrize(
-    ("source", "target", "gather"),
-    [
-        (Mesh(2, 2), Mesh(1, 4), True),  # rank 1 holds half 1 but needs quarter 1, which is in half 0
-        (Mesh(1, 4), Mesh(2, 2), True),
-        (Mesh(4, 1), Mesh(1, 4), False),
-        (Mesh(1, 4), Mesh(4, 1), True),
-        (Mesh(2, 2), Mesh(2, 2), False),
-    ],
-    ids=str,
-)
-def test_known_decisions(source: Mesh, target: Mesh, gather: bool) -> None:
-    for shape, axes in (((8, 4), ("mp", None)), ((4, 8), (None, "mp")), ((8,), ("mp",))):
-        layout = Layout(source, shape, axes)  # type: ignore[arg-type]
-        assert [plan_reshard(layout, layout.on(target), rank).gather for rank in range(4)] == [gather] * 4
-    replicated = Layout(source, (8,), (None,))
-    assert not plan_reshard(replicated, replicated.on(target), 1).gather
+def run_ranks(
+    source: dict[str, Layout], target: dict[str, Layout], full: Arrays, dtype: np.dtype, bucket_bytes: int
+) -> tuple[list[Arrays], Switchboard]:
+    """What every rank ends with."""
+    ranks = next(iter(source.values())).mesh.size
+    board = Switchboard(ranks)
+    results: list[Arrays] = [{} for _ in range(ranks)]
+
+    def work(rank: int) -> None:
+        resharder = Resharder(
+            source, target, rank, dtype=dtype, bucket_bytes=bucket_bytes, wire=board.wire(rank)
+        )
+        shards = {name: source[name].take(array, rank) for name, array in full.items()}
+        results[rank] = {name: array.copy() for name, array in resharder.reshard(shards)}
+
+    threads = [Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results, board
 
 
-def test_known_plan() -> None:
-    """dp1 mp4 -> dp2 mp2, columns: rank 3 has quarter 3 and needs the right half, quarters 2 and 3."""
-    layout = Layout(Mesh(1, 4), (2, 8), (None, "mp"))
-    plan = plan_reshard(layout, layout.on(Mesh(2, 2)), 3)
-    assert plan == ReshardPlan(True, ((2, ((0, 2), (0, 2))), (3, ((0, 2), (0, 2)))), 1)
+def mesh_pairs() -> Iterator[tuple[Mesh, Mesh]]:
+    for ranks in (1, 4, 6, 8):
+        meshes = [Mesh(ranks // mp, mp) for mp in range(1, ranks + 1) if ranks % mp == 0]
+        yield from product(meshes, repeat=2)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16])
-def test_one_process(dtype: np.dtype) -> None:
-    mesh = Mesh(1, 1)
-    layouts = {"w": Layout(mesh, (4, 6), ("mp", None)), "b": Layout(mesh, (4,), (None,))}
-    resharder = Resharder(layouts, layouts, 0, Groups(mesh, 0))
-    tensor = ms.Tensor(np.arange(24).reshape(4, 6).astype(dtype))
-    assert not resharder.needs_gather("w")
-    assert resharder.reshard("w", tensor) is tensor
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16])
-@pytest.mark.parametrize("axes", [("mp", None), (None, "mp")])
-def test_local_cut(dtype: np.dtype, axes: tuple[AxisName | None, ...]) -> None:
-    """Whole copies -> slices needs no communication, so it runs here, as every rank in turn."""
-    source, target = Layout(Mesh(4, 1), (8, 12), axes), Layout(Mesh(1, 4), (8, 12), axes)
-    full = np.random.default_rng(0).standard_normal((8, 12)).astype(dtype)
-    for rank in range(4):
-        resharder = Resharder({"w": source}, {"w": target}, rank, Groups(source.mesh, rank))
-        cut = resharder.reshard("w", ms.Tensor(full))
-        assert cut.dtype == ms.Tensor(full).dtype
-        assert cut.asnumpy().tobytes() == np.ascontiguousarray(target.take(full, rank)).tobytes()
-
-
-def test_gathered_cell_assembles() -> None:
-    """The graph after the gather, fed with what AllGather gives: all pieces joined along dimension 0.
-
-    Groups without a communicator gather nothing.
-    """
+@pytest.mark.parametrize("bucket_bytes", [1 << 20, 52], ids=["one bucket a pair", "many buckets"])
+@pytest.mark.parametrize(("before", "after"), list(mesh_pairs()), ids=str)
+def test_every_rank_ends_with_its_slices(before: Mesh, after: Mesh, bucket_bytes: int) -> None:
+    source, target = layouts(before), layouts(after)
     rng = np.random.default_rng(0)
-    for axes in (("mp", None), (None, "mp")):
-        source: Layout = Layout(Mesh(1, 4), (8, 12), axes)  # type: ignore[arg-type]
-        full = rng.standard_normal(source.shape).astype(np.float32)
-        pieces = [source.take(full, rank) for rank in range(4)]
-        for target in (source.on(Mesh(2, 2)), source.on(Mesh(4, 1)), Layout(Mesh(2, 2), (8, 12), axes[::-1])):  # type: ignore[arg-type]
-            for rank in range(4):
-                plan = plan_reshard(source, target, rank)
-                assert plan.gather
-                cell = _ReshardCell(plan, source.local_shape[0], Groups(source.mesh, rank))
-                out = cell(ms.Tensor(np.concatenate(pieces)))
-                np.testing.assert_array_equal(out.asnumpy(), target.take(full, rank))
+    full = {name: rng.standard_normal(layout.shape).astype(np.float32) for name, layout in source.items()}
+    results, board = run_ranks(source, target, full, np.dtype(np.float32), bucket_bytes)
+    for rank, result in enumerate(results):
+        assert list(result) == list(target)
+        for name, array in result.items():
+            np.testing.assert_array_equal(array, target[name].take(full[name], rank), err_msg=name)
+        lacking = 0
+        for name, layout in source.items():
+            has, needs = np.zeros(layout.shape, bool), np.zeros(layout.shape, bool)
+            has[layout.slices(rank)] = needs[target[name].slices(rank)] = True
+            lacking += int((needs & ~has).sum())
+        assert board.bytes_received[rank] == 4 * lacking
 
 
-def test_layers_share_a_graph() -> None:
-    mesh, wide = Mesh(2, 1), Mesh(1, 2)
-    source = {f"layer{n}": Layout(mesh, (4, 4), ("mp", None)) for n in range(5)}
-    resharder = Resharder(source, {n: layout.on(wide) for n, layout in source.items()}, 0, Groups(mesh, 0))
-    for name in source:
-        resharder.reshard(name, ms.Tensor(np.zeros((4, 4), np.float32)))
-    assert len(resharder._cells) == 1
+@pytest.mark.parametrize(("dtype", "size"), [(np.float16, 2), (np.float64, 8)])
+def test_numbers_are_cast_before_they_travel(dtype: type[np.floating], size: int) -> None:
+    source, target = layouts(Mesh(2, 2)), layouts(Mesh(1, 4))
+    rng = np.random.default_rng(0)
+    full = {name: rng.standard_normal(layout.shape).astype(np.float32) for name, layout in source.items()}
+    results, board = run_ranks(source, target, full, np.dtype(dtype), 1 << 20)
+    for rank, result in enumerate(results):
+        for name, array in result.items():
+            assert array.dtype == dtype
+            np.testing.assert_array_equal(array, target[name].take(full[name], rank).astype(dtype))
+    split = sum(math.prod(shape) for shape, axes in KINDS.values() if "mp" in axes) * 2  # two layers
+    # Ranks 1 and 2 lack a quarter.
+    assert board.bytes_received == [0, size * split // 4, size * split // 4, 0]
 
 
-class TestBadInput:
-    def test_all_faults_together(self) -> None:
-        mesh = Mesh(2, 1)
-        source = {"a": Layout(mesh, (4,), (None,)), "b": Layout(mesh, (4,), (None,))}
-        target = {
-            "a": Layout(mesh, (6,), (None,)),
-            "b": Layout(Mesh(4, 1), (4,), (None,)),
-            "c": Layout(mesh, (4,), (None,)),
-        }
-        with pytest.raises(
-            ValueError, match=r"3 parameter(.|\n)*a: .*\(6,\)(.|\n)*b: .*2 ranks(.|\n)*c: not"
-        ):
-            Resharder(source, target, 0, Groups(mesh, 0))
+def test_every_bit_pattern_travels() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    source = {"w": Layout(Mesh(1, 4), bits.shape, ("mp", None))}
+    target = {"w": Layout(Mesh(4, 1), bits.shape, ("mp", None))}
+    results, _ = run_ranks(source, target, {"w": bits}, bits.dtype, 1000)
+    assert all(result["w"].tobytes() == bits.tobytes() for result in results)
 
-    def test_wrong_local_shape(self) -> None:
-        layout = Layout(Mesh(1, 1), (4,), (None,))
-        resharder = Resharder({"a": layout}, {"a": layout}, 0, Groups(Mesh(1, 1), 0))
-        with pytest.raises(ValueError, match=r"a: expected the local source shard \(4,\), got \(5,\)"):
-            resharder.reshard("a", ms.Tensor(np.zeros(5, np.float32)))
 
-    def test_groups_of_another_mesh(self) -> None:
-        layout = Layout(Mesh(2, 2), (4,), ("mp",))
-        with pytest.raises(ValueError, match="on dp2 mp2, their groups on dp1 mp4"):
-            Resharder({"a": layout}, {"a": layout}, 0, Groups(Mesh(1, 4), 0, "g"))
-        with pytest.raises(ValueError, match="no model-parallel group"):
-            Resharder({"a": layout}, {"a": layout}, 0, Groups(Mesh(2, 2), 0))
+def test_what_a_rank_has_is_not_copied() -> None:
+    for before, after in ((Mesh(), Mesh()), (Mesh(4, 1), Mesh(1, 4))):
+        source, target = layouts(before), layouts(after)
+        shards = {name: np.ones(layout.local_shape, np.float32) for name, layout in source.items()}
+        for rank in range(before.size):
+            for name, array in Resharder(source, target, rank).reshard(shards):
+                assert np.shares_memory(array, shards[name])
+
+
+def test_used_buckets_are_dropped() -> None:
+    """A rank holds the bucket of each sender that it still needs, not what has come before."""
+    count = 40
+    source = {f"w{n}": Layout(Mesh(1, 2), (8, 4), ("mp", None)) for n in range(count)}
+    target = {name: layout.on(Mesh(2, 1)) for name, layout in source.items()}
+    held: list[int] = []
+
+    class Spy(Resharder):
+        def _put_together(self, name: str, local: np.ndarray, arrived: dict) -> np.ndarray:  # type: ignore[type-arg]
+            held.append(sum(bucket.nbytes for bucket in arrived.values()))
+            return super()._put_together(name, local, arrived)
+
+    class Nothing:
+        def send(self, array: np.ndarray, receiver: int) -> None: ...
+
+        def receive(self, array: np.ndarray, sender: int) -> np.ndarray:
+            return array
+
+    resharder = Spy(source, target, 0, bucket_bytes=200, wire=Nothing())
+    shards = {name: np.zeros(layout.local_shape, np.float32) for name, layout in source.items()}
+    assert len(list(resharder.reshard(shards))) == count
+    # Half of a parameter, 64 bytes, may lie in two buckets of less than 200.
+    assert max(held) <= 400 < count * 64
+    assert resharder.plan.collectives == math.ceil(count * 64 / 200) == 13
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_row_major(shape: list[int], data: st.DataObject) -> None:
+    array = np.arange(math.prod(shape) * 8).reshape([2 * size for size in shape[:1]] + shape[1:] + [4])
+    view = array[::2, ..., 1:3]
+    first = data.draw(st.integers(0, view.size - 1))
+    last = data.draw(st.integers(first + 1, view.size))
+    parts = list(row_major(view, first, last))
+    np.testing.assert_array_equal(np.concatenate([part.ravel() for part in parts]), view.ravel()[first:last])
+    assert all(np.shares_memory(part, array) for part in parts)
+
+
+def test_bad_parameters_are_all_named_before_anything_travels() -> None:
+    layout = Layout(Mesh(1, 2), (4,), ("mp",))
+    names = ("a", "b", "c")
+    target = {name: layout.on(Mesh(2, 1)) for name in names}
+    resharder = Resharder(dict.fromkeys(names, layout), target, 0, wire=Switchboard(2).wire(0))
+    with pytest.raises(ValueError, match=r"a: expected the local source shard \(2,\), got \(5,\)\n *c: miss"):
+        resharder.reshard({"a": np.zeros(5), "b": np.zeros(2)})

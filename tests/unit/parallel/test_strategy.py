@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.parallel.parameters import parameter_layouts
-from mindrlhf.parallel.strategy import write_strategies, write_strategy
+from mindrlhf.parallel.strategy import Strategy, read_strategy, write_strategies, write_strategy
+from mindrlhf.utils.errors import CheckpointError
 
 SMALL = ModelConfig(
     vocab_size=32,
@@ -224,6 +227,39 @@ class TestFiles:
             for i in read.parallel_strategy_item
         }
         assert cuts == {name: cut for name, (_, cut) in expected.items()}
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(1, 4), st.integers(1, 4), st.lists(st.none() | st.integers(0, 3), min_size=1))
+    def test_what_was_written_is_read(
+        self, tmp_path_factory: pytest.TempPathFactory, dp: int, mp: int, splits: list[int | None]
+    ) -> None:
+        axes = [tuple("mp" if dim == split else None for dim in range(4)) for split in splits]
+        shape = (2 * mp,) * 4
+        layouts = {f"p{i}": Layout(Mesh(dp, mp), shape, part) for i, part in enumerate(axes)}  # type: ignore[arg-type]
+        path = tmp_path_factory.mktemp("strategy") / "strategy.ckpt"
+        write_strategy(layouts, path)
+        split_dims = {f"p{i}": split if mp > 1 else None for i, split in enumerate(splits)}
+        assert read_strategy(path) == Strategy(Mesh(dp, mp), split_dims)
+
+    def test_files_that_are_none(self, tmp_path: Path) -> None:
+        path = tmp_path / "strategy.ckpt"
+        with pytest.raises(CheckpointError, match=r"cannot read .*No such file"):
+            read_strategy(path)
+        for content in (b"", b"\xff" * 20, b"\x0a\x05abc"):
+            path.write_bytes(content)
+            with pytest.raises(CheckpointError, match="is damaged or no strategy file of one model"):
+                read_strategy(path)
+
+    def test_files_of_another_layout_are_not_mixed(self, tmp_path: Path) -> None:
+        write_strategies(tmp_path, {"ref": layouts_on(Mesh(1, 4))}, range(4))
+        write_strategies(tmp_path, {"ref": layouts_on(Mesh(1, 4))}, range(4))  # the same again is no fault
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.ckpt")}
+        with pytest.raises(CheckpointError) as caught:
+            write_strategies(tmp_path, {"ref": layouts_on(Mesh(1, 2))}, range(2))
+        message = str(caught.value)
+        assert message.count("is of dp1 mp4 or another model, not of dp1 mp2") == 2
+        assert "strategy_3.ckpt is of a rank that dp1 mp2 does not have" in message
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.ckpt")} == before
 
     def test_paths_and_ranks(self, tmp_path: Path) -> None:
         models = {"train_policy": layouts_on(Mesh(2, 2)), "ref": layouts_on(Mesh(1, 4))}

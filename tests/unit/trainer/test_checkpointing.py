@@ -6,6 +6,7 @@ That the next iteration is then the uninterrupted one is shown in test_ppo_train
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from mindrlhf.checkpoint.manifest import read_manifest
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.train import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.checkpointing import TrainingCheckpoints, load_states
+from mindrlhf.trainer.resuming import find_faults, newest_whole
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
@@ -33,6 +36,10 @@ class Training:
 
     models: PPOModels
     update: PPOUpdate
+    job: JobConfig
+
+    def checkpoints(self, directory: Path, keep: int = 1) -> TrainingCheckpoints:
+        return TrainingCheckpoints(directory, 0, keep, self.job)
 
     def optimizers(self) -> list[Any]:
         assert self.update.critic_step is not None
@@ -70,7 +77,7 @@ def training(tiny_job: JobConfig) -> Training:
     )
     critic = CriticModel(model, groups, prompt_length=prompt)
     models = PPOModels(infer=None, train=train, ref=None, reward=None, critic=critic)  # type: ignore[arg-type]
-    training = Training(models, PPOUpdate(models, tiny_job, EXCHANGE))
+    training = Training(models, PPOUpdate(models, tiny_job, EXCHANGE), tiny_job)
     training.fill(0)
     return training
 
@@ -84,15 +91,18 @@ def save(training: Training, checkpoints: TrainingCheckpoints, iteration: int, *
 def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_path: Path) -> None:
     training.fill(3)
     saved = training.state()
-    directory = save(training, TrainingCheckpoints(tmp_path, rank=0, keep=2), 1, note="as given")
+    directory = save(training, training.checkpoints(tmp_path, 2), 1, note="as given")
     assert sorted(path.name for path in directory.iterdir()) == [
-        *("critic", "critic_optimizer", "policy", "policy_optimizer", "state.json"),
+        *("config.json", "critic", "critic_optimizer", "manifest.json", "policy", "policy_optimizer"),
+        *("random", "state.json"),
     ]
+    assert find_faults(directory, EXCHANGE) == []
+    assert len(read_manifest(directory)) == 4 + 1 + 2, "everything but the manifest itself"
     training.fill(4)
     spoilt = training.state()
     assert all((spoilt[name] != array).any() for name, array in saved.items())
 
-    state = TrainingCheckpoints(tmp_path, rank=0, keep=2).load(directory, training.models, training.update)
+    state = training.checkpoints(tmp_path, 2).load(directory, training.models, training.update)
 
     assert state == {"iteration": 1, "note": "as given"}
     loaded = training.state()
@@ -102,64 +112,134 @@ def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_p
 
 
 def test_older_checkpoints_go_when_a_newer_one_is_whole(training: Training, tmp_path: Path) -> None:
-    checkpoints = TrainingCheckpoints(tmp_path, rank=0, keep=2)
+    checkpoints = training.checkpoints(tmp_path, 2)
     for iteration in (1, 2, 3, 10):
         save(training, checkpoints, iteration)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration_000003", "iteration_000010"]
 
 
 def test_keep_0_keeps_all(training: Training, tmp_path: Path) -> None:
-    checkpoints = TrainingCheckpoints(tmp_path, rank=0, keep=0)
+    checkpoints = training.checkpoints(tmp_path, 0)
     for iteration in (1, 2, 3):
         save(training, checkpoints, iteration)
     assert len(list(tmp_path.iterdir())) == 3
 
 
+# Each step of a save, and whether the new checkpoint is there when the process ends in it.
+STEPS = {
+    "random": ("mindrlhf.trainer.checkpointing.generator_states", False),
+    "write_manifest": ("mindrlhf.trainer.checkpointing.write_manifest", False),
+    "sync": ("mindrlhf.trainer.checkpointing.sync_to_disk", False),
+    "remove_old": ("mindrlhf.trainer.checkpointing.checkpoint_iterations", True),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_half_written_checkpoint_is_never_taken(
-    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    checkpoints = TrainingCheckpoints(tmp_path, rank=0, keep=1)
-    whole = save(training, checkpoints, 1)
+    checkpoints = training.checkpoints(tmp_path, 1)
+    save(training, checkpoints, 1)
 
-    def killed(text: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt  # not caught anywhere, as a kill
 
+    name, is_there = STEPS[step]
     with monkeypatch.context() as patch:
-        patch.setattr("mindrlhf.trainer.checkpointing.json.dumps", killed)
+        patch.setattr(name, killed)
         with pytest.raises(KeyboardInterrupt):
             save(training, checkpoints, 2)
-    assert [p.name for p in tmp_path.glob("iteration_*")] == [whole.name], "the older one must stay"
-    (left,) = tmp_path.glob(".iteration_*")
-    with pytest.raises(CheckpointError, match=r"no state\.json"):
-        checkpoints.load(left, training.models, training.update)
+    assert (tmp_path / "iteration_000001").exists(), "the older one must stay"
+    newest = newest_whole(tmp_path, EXCHANGE)
+    assert newest == tmp_path / f"iteration_{2 if is_there else 1:06d}"
+    if not is_there:
+        (left,) = tmp_path.glob(".iteration_*")
+        assert find_faults(left, EXCHANGE) != [] or step == "sync", "all is written before the last sync"
+        (left / "policy" / "rank_9").mkdir(parents=True)
     # The next save is not disturbed by what was left, and the same iteration may be saved again.
-    (left / "policy" / "rank_9").mkdir()
     assert not (save(training, checkpoints, 2) / "policy" / "rank_9").exists()
     save(training, checkpoints, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration_000002"]
 
 
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = training.checkpoints(tmp_path, 1)
+    whole = save(training, checkpoints, 1)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("mindrlhf.checkpoint.writing.write_ckpt", "mindrlhf.trainer.checkpointing.write_manifest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device"):
+                save(training, checkpoints, 2)
+        assert list(tmp_path.iterdir()) == [whole]
+    assert checkpoints.find(1) == whole
+    assert checkpoints.find(2) is None
+
+
+def test_when_another_rank_cannot_write_this_one_stops_too(training: Training, tmp_path: Path) -> None:
+    class Exchange(HostExchange):
+        """The second of two ranks says that it has failed, as soon as it is asked."""
+
+        def every_rank(self, array: np.ndarray) -> np.ndarray:
+            return np.stack([array, np.ones_like(array)])
+
+    with pytest.raises(CheckpointError, match="rank 1 could not write its part"):
+        training.checkpoints(tmp_path).save(
+            1, training.models, training.update, {"iteration": 1}, Exchange(Runtime(0, 1))
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_generators_go_on_where_they_were(training: Training, tmp_path: Path) -> None:
+    """A reward function may draw from them; nothing of ours does."""
+    random.seed(1)
+    np.random.seed(2)
+    random.gauss(0, 1)
+    np.random.standard_normal(3)  # leaves half a pair in each generator
+    directory = save(training, training.checkpoints(tmp_path), 1)
+    drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(3), np.random.randint(1 << 30)]
+    training.checkpoints(tmp_path).load(directory, training.models, training.update)
+    again = [random.gauss(0, 1), random.random(), *np.random.standard_normal(3), np.random.randint(1 << 30)]
+    assert again == drawn
+
+
+def test_newer_checkpoints_are_set_aside_not_lost(training: Training, tmp_path: Path) -> None:
+    checkpoints = training.checkpoints(tmp_path, 0)
+    for iteration in (1, 2, 3):
+        save(training, checkpoints, iteration)
+    checkpoints.set_newer_aside(1)
+    names = ["iteration_000001", "left_iteration_000002", "left_iteration_000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert find_faults(tmp_path / "left_iteration_000003", EXCHANGE) == []
+    assert newest_whole(tmp_path, EXCHANGE) == tmp_path / "iteration_000001"
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_says_so(training: Training, tmp_path: Path) -> None:
-    directory = save(training, TrainingCheckpoints(tmp_path, rank=0, keep=1), 1)
+    directory = save(training, training.checkpoints(tmp_path, 1), 1)
     (file,) = (directory / "critic" / "rank_0").iterdir()
     file.write_bytes((directory / "policy" / "rank_0" / file.name).read_bytes())
     with pytest.raises(CheckpointError, match=r"score_head\.weight"):
-        TrainingCheckpoints(tmp_path, rank=0, keep=1).load(directory, training.models, training.update)
+        training.checkpoints(tmp_path, 1).load(directory, training.models, training.update)
 
 
 def test_a_directory_that_is_none_is_refused(training: Training, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state\.json"):
-        TrainingCheckpoints(tmp_path, rank=0, keep=1).load(tmp_path, training.models, training.update)
+        training.checkpoints(tmp_path, 1).load(tmp_path, training.models, training.update)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(CheckpointError, match="--save_ckpt_dir"):
-        TrainingCheckpoints(file / "below", rank=0, keep=1)
+        training.checkpoints(file / "below")
 
 
 def test_moments_lie_beside_the_weights_they_belong_to(training: Training, tmp_path: Path) -> None:
     from mindrlhf.checkpoint.opening import open_weights
 
-    directory = save(training, TrainingCheckpoints(tmp_path, rank=0, keep=1), 1)
+    directory = save(training, training.checkpoints(tmp_path, 1), 1)
     (file,) = (directory / "policy_optimizer" / "rank_0").iterdir()
     with open_weights(file) as source:
         names = set(source.tensors)

@@ -7,7 +7,7 @@ evaluation: what training does must be the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,10 @@ def runs(job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     results = []
     run = evaluation.run
 
-    def kept(iteration: int) -> Evaluation:
-        results.append(run(iteration))
+    def kept(iteration: int, on_prompts: Callable[[int], None]) -> Evaluation:
+        told: list[int] = []
+        results.append(run(iteration, told.append))
+        assert sum(told) == len(results[-1].scores), "progress ends when every prompt is answered"
         return results[-1]
 
     evaluation.run = kept  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,23 @@ def test_use_parallel_false_under_msrun(
 def test_use_parallel_true_without_msrun_says_how_many_workers(configs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)parallel_config.*\b4\b"):
         run_ppo(options(configs, tmp_path, use_parallel=True))
+
+
+def test_two_answers_to_where_a_run_goes_on_are_refused(configs: Path, tmp_path: Path) -> None:
+    with pytest.raises(MindRLHFError, match=r"(?s)--resume_training True .*--resume_from .*one of the two"):
+        run_ppo(options(configs, tmp_path, resume_from=tmp_path, resume_training=True))
+
+
+def test_a_directory_to_resume_from_that_is_not_there_is_named(configs: Path, tmp_path: Path) -> None:
+    with pytest.raises(MindRLHFError, match=r"--resume_from .*nowhere: there is no such directory"):
+        run_ppo(options(configs, tmp_path, resume_from=tmp_path / "nowhere"))
+
+
+def test_signal_handlers_are_as_before_when_a_job_is_refused(configs: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(MindRLHFError, match="--load_sft_checkpoint_infer"):
+        run_ppo(options(configs, tmp_path, load_sft_checkpoint_infer=None, resume_training=True))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_used_results_directory_is_refused(configs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mindrlhf.checkpoint.load import load_shard
 from mindrlhf.configs.load import load_job
@@ -21,11 +24,15 @@ from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizers import load_tokenizer
 from mindrlhf.parallel.parameters import EMBEDDING, SCORE_HEAD_WEIGHT
 from mindrlhf.trainer.builder import WeightPaths
-from mindrlhf.trainer.experience import Experience, Rollout
+from mindrlhf.trainer.experience import Experience, Rollout, Scores
 from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
 from mindrlhf.trainer.runtime import Runtime
 from mindrlhf.trainer.scoring import policy_logprobs
+from mindrlhf.trainer.stopping import StopRequest
+from mindrlhf.trainer.trackers.group import Trackers
+from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.trainer.update import UpdateResult
+from mindrlhf.utils.errors import MindRLHFError
 
 PROMPT, RESPONSE, BATCH, VALID = 32, 5, 4, 1024
 # Smaller than the tiny YAMLs, so that graphs compile fast, with more rows than the tokenizer has ids.
@@ -80,6 +87,23 @@ class Recorder:
 
 
 @dataclass
+class Phases:
+    """Listens to phases: name, total, unit and what was done of each, in order."""
+
+    heard: list[tuple[str, int | None, str, int]] = field(default_factory=list)
+
+    def phase_started(self, name: str, total: int | None, unit: str) -> None:
+        self.heard.append((name, total, unit, 0))
+
+    def phase_advanced(self, done: int) -> None:
+        name, total, unit, before = self.heard[-1]
+        self.heard[-1] = (name, total, unit, before + done)
+
+    def phase_ended(self, name: str) -> None:
+        assert self.heard[-1][0] == name
+
+
+@dataclass
 class Run:
     """The first two iterations, and what they left."""
 
@@ -93,6 +117,7 @@ class Run:
     samples: list[dict[str, Any]]
     differences: list[str]
     prompt_rows: int
+    phases: list[tuple[str, int | None, str, int]]
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -136,6 +161,7 @@ def run(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     # Not start_runtime: it sets the device, which MindSpore refuses once other tests have computed.
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    phases = Phases()
     trainer = PPOTrainer(
         job,
         WeightPaths(train=directory / "demo" / "hf_model"),
@@ -143,6 +169,8 @@ def run(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         Runtime(rank=0, world_size=1),
         tokenizer=tokenizer,
         verify_sync=True,
+        listeners=[phases],
+        trackers=Trackers([TensorBoardTracker()]),
     )
     # As if the infer checkpoint were another one: the trainer must not begin with two policies.
     trainer.ppo_model_infer.load({name: 1.5 * array for name, array in trainer.ppo_model_infer.shards()})
@@ -159,6 +187,7 @@ def run(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         json_lines(directory / "save" / "samples.jsonl"),
         trainer.weight_sync.differences(),
         summary.counts.rows,
+        list(phases.heard),
     )
 
 
@@ -254,7 +283,7 @@ def test_samples_are_text(run: Run) -> None:
 def test_what_a_run_leaves_behind(run: Run) -> None:
     assert sorted(path.name for path in run.save.iterdir()) == [
         *("config.json", "curves.png", "iteration_000001", "iteration_000002"),
-        *("metrics.jsonl", "samples.jsonl"),
+        *("metrics.jsonl", "samples.jsonl", "tensorboard"),
     ]
     recorded = json.loads((run.save / "config.json").read_text())
     assert recorded["configuration"]["ppo"]["total_iterations"] == 2
@@ -268,6 +297,45 @@ def test_what_a_run_leaves_behind(run: Run) -> None:
     start = load_shard(run.model, run.trainer.ppo_model_train.layouts, 0)
     for name, array in saved.items():
         assert (array != start[name]).any(), f"{name} was not trained"
+
+
+def test_phases_end_when_all_their_work_is_done(run: Run) -> None:
+    names = [name for name, *_ in run.phases]
+    assert names == ["load", *["rollout", "score", "train", "sync", "save"] * 2]
+    expected = {
+        "rollout": (BATCH * RESPONSE, "tokens"),
+        "score": (3 * (BATCH // (run.trainer.config.score_batch_size or BATCH)), "passes"),
+        "train": (4, "minibatches"),
+        "sync": (len(dict(run.trainer.ppo_model_infer.shards())), "parameters"),
+    }
+    for name, total, unit, done in run.phases:
+        if name in expected:
+            assert (total, unit) == expected[name]
+            assert done == total, name
+
+
+def tensorboard_steps(directory: Path) -> dict[str, list[int]]:
+    """Tag -> steps of its points, as they were written; a START drops those from its step on."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                found = {tag: [step for step in steps if step < event.step] for tag, steps in found.items()}
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    return found
+
+
+def test_tensorboard_has_all_metrics_and_distributions(run: Run) -> None:
+    steps = tensorboard_steps(run.save / "tensorboard")
+    expected = {name for name in run.metrics[0] if name != "iteration"} | {"samples/text_summary"}
+    expected |= {f"distribution/{name}" for name in ("scores", "kl", "length", "ratio")}
+    assert set(steps) == expected
+    assert all(each == [1, 2] for each in steps.values())
 
 
 def test_experience_files_hold_what_was_learnt_from(run: Run) -> None:
@@ -306,6 +374,12 @@ def test_resumed_iteration_equals_the_uninterrupted_one(run: Run) -> None:
 
     trainer.resume(run.save / "iteration_000001")
     assert trainer.iteration == 1
+    assert sorted(path.name for path in run.save.glob("*iteration_*")) == [
+        *("iteration_000001", "left_iteration_000002"),
+    ]
+    trainer.stop.receive(signal.SIGTERM)
+    assert trainer.train() == run.save / "iteration_000001", "what is saved already is not saved again"
+    trainer.stop = StopRequest()
     trainer.train()
 
     np.testing.assert_array_equal(recorder.batches[2].sample_ids, recorder.batches[1].sample_ids)
@@ -320,3 +394,65 @@ def test_resumed_iteration_equals_the_uninterrupted_one(run: Run) -> None:
     for name, array in trainer.ppo_model_train.shards():
         np.testing.assert_allclose(array, finished[name], atol=1e-4, rtol=0, err_msg=name)
     assert [sample["iteration"] for sample in json_lines(run.save / "samples.jsonl")] == [1, 1, 2, 2]
+    assert len(list((run.save / "tensorboard").iterdir())) > 1, "a resumed run adds a file"
+    assert all(each == [1, 2] for each in tensorboard_steps(run.save / "tensorboard").values())
+
+
+def test_rewards_that_are_not_finite_cost_an_iteration_each_and_then_the_job(run: Run) -> None:
+    """After the last of all: weights, moments and controllers stay, and the state of before is saved."""
+    trainer = run.trainer
+    score = trainer.score
+
+    def broken(rollout: Rollout) -> Scores:
+        scores = score(rollout)
+        scores.scores[1] = np.nan
+        return scores
+
+    before = state_of(trainer)
+    start, kl_coef = trainer.iteration, trainer.kl_controller.value
+    moments = trainer.reward_shaping.state_dict()
+    trainer.score = broken  # type: ignore[method-assign]
+    bad_samples = []
+    try:
+        for skipped in (1, 2):
+            batch = trainer.prompts.next_batch()
+            bad_samples.append([int(batch.sample_ids[1])])
+            metrics = trainer.run_iteration(batch)
+            assert all(np.isfinite(value) for value in metrics.values())
+            assert (metrics["iteration"], metrics["update/skipped"]) == (start + skipped, 1)
+            assert metrics["policy/steps"] == 0
+        batch = trainer.prompts.next_batch()
+        bad_samples.append([int(batch.sample_ids[1])])
+        with pytest.raises(MindRLHFError, match=f"3 updates in a row .*iteration_{start + 2:06d}"):
+            trainer.run_iteration(batch)
+    finally:
+        del trainer.score
+    for name, array in state_of(trainer).items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+    assert trainer.kl_controller.value == kl_coef
+    assert trainer.reward_shaping.state_dict() == moments
+    lines = json_lines(run.save / "skipped_updates.jsonl")
+    assert [(line["iteration"], line["sample_ids"]) for line in lines] == [
+        (start + number, ids) for number, ids in enumerate(bad_samples, start=1)
+    ]
+    state = json.loads((run.save / f"iteration_{start + 2:06d}" / "state.json").read_text())
+    assert state["iteration"] == start + 2
+    # A resumed run draws other prompts than those that it stopped at.
+    trainer.prompts.load_state_dict(state["prompts"])
+    assert not set(trainer.prompts.next_batch().sample_ids) & set(batch.sample_ids)
+
+
+def state_of(trainer: PPOTrainer) -> dict[str, np.ndarray]:
+    """Weights, moments and step counts of policy and critic."""
+    found = {f"infer/{name}": array.copy() for name, array in trainer.ppo_model_infer.shards()}
+    for model, step in (
+        (trainer.models.train, trainer.ppo_update.policy_step),
+        (trainer.models.critic, trainer.ppo_update.critic_step),
+    ):
+        assert model is not None
+        assert step is not None
+        for name, array in model.shards():
+            found[f"{type(model).__name__}/{name}"] = array.copy()
+        for state in (*step.optimizer.exp_avg, *step.optimizer.exp_avg_sq, step.optimizer.global_step):
+            found[f"{type(model).__name__}/{state.name}"] = state.asnumpy().copy()
+    return found

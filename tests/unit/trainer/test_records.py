@@ -32,9 +32,10 @@ def test_metrics_and_samples_are_json_lines(tmp_path: Path) -> None:
     records = RunRecords(tmp_path / "run")
     for iteration in (1, 2):
         records.add_metrics(metrics(iteration))
-    records.add_sample(
-        {"iteration": 1, "sample_id": np.int64(7), "response": "你好\n", "score": np.float32(0.5)}
+    records.add_samples(
+        [{"iteration": 1, "sample_id": np.int64(7), "response": "你好\n", "score": np.float32(0.5)}]
     )
+    records.add_samples([])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [metrics(1), metrics(2)]
     text = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
@@ -100,7 +101,7 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> N
     for iteration in (1, 2, 3):
         first.add_metrics(metrics(iteration))
         # U+2028 and U+0085 are line ends to str.splitlines, but not to JSON lines.
-        first.add_sample({"iteration": iteration, "response": f"{iteration}\u2028\u0085"})
+        first.add_samples([{"iteration": iteration, "response": f"{iteration}\u2028\u0085"}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 4, "objec')  # killed while writing
 

@@ -74,7 +74,8 @@ class Job:
         parameters = self.loss.trainable_params()
         layouts = {p.name: Layout(Mesh(), tuple(p.shape), (None,) * p.ndim) for p in parameters}
         self.optimizer = build_optimizer(config, parameters, TOTAL_STEPS)
-        self.step = TrainStep(self.loss, self.optimizer, layouts, Groups(Mesh(), 0), MAX_NORM).step
+        self.train_step = TrainStep(self.loss, self.optimizer, layouts, Groups(Mesh(), 0), MAX_NORM)
+        self.step = self.train_step.step
 
     def restart(self) -> None:
         self.loss.weight.set_data(Tensor(WEIGHT))
@@ -163,3 +164,45 @@ def test_a_section_mindformers_refuses_is_a_config_error(tiny_job: JobConfig) ->
     bad_optimizer = replace(tiny_job.train, optimizer={"type": "AdamW", "eps": -1.0})
     with pytest.raises(ConfigError, match=r"tiny\.yaml: optimizer"):
         build_optimizer(bad_optimizer, parameters, 10)
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(job: Job, fault: str) -> None:
+    """Weights, moments and step count stay bit for bit; the step after it is as if it had not been."""
+    job.restart()
+    job.step([(X, Y, INVERSE_ROWS)])
+    states = [*job.optimizer.exp_avg, *job.optimizer.exp_avg_sq, job.optimizer.global_step]
+    before = [*job.weights(), *(state.asnumpy().copy() for state in states)]
+    x, y = X.copy(), Y.copy()
+    if fault == "gradient":  # each loss, 4e37, is finite, the square sum of all gradients is not
+        y[:] = 8e18
+    else:
+        y[4] = float(fault)
+    parts = [(x[rows], y[rows], INVERSE_ROWS) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    job.train_step.accumulate(parts)
+    assert np.isfinite(job.train_step.losses).tolist() == [True, True, fault == "gradient"]
+    norm, rate = job.train_step.update()
+    assert not np.isfinite(norm)
+    assert rate == 0
+    assert job.train_step.losses == []
+    after = [*job.weights(), *(state.asnumpy() for state in states)]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    job.step([(X, Y, INVERSE_ROWS)])
+    found = job.weights()
+    job.restart()
+    for _ in range(2):
+        job.step([(X, Y, INVERSE_ROWS)])
+    for one, other in zip(found, job.weights(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_is_seen_whatever_its_gradient(job: Job) -> None:
+    job.restart()
+    job.train_step.accumulate([(X, Y, INVERSE_ROWS)])
+    job.train_step._losses[0] = float("nan")  # as a loss whose gradient has been cut off
+    before = job.weights()
+    norm, _ = job.train_step.update()
+    assert np.isnan(norm)
+    for old, new in zip(before, job.weights(), strict=True):
+        np.testing.assert_array_equal(old, new)

@@ -22,7 +22,7 @@ from mindrlhf.trainer.experience import Experience, SequenceInputs
 from mindrlhf.trainer.metrics import update_metrics
 from mindrlhf.trainer.pretraining import PretrainStream
 from mindrlhf.trainer.runtime import HostExchange, Runtime
-from mindrlhf.trainer.update import PPOUpdate, UpdateResult
+from mindrlhf.trainer.update import PPOUpdate, UpdateResult, minibatches
 
 GROUPS = Groups(Mesh(), 0)
 RESPONSE_LENGTHS = np.array([3, 1, 2, 3])
@@ -230,3 +230,77 @@ def test_texts_are_learnt_in_the_same_steps(
     plain = update_metrics(result._replace(pretrain_loss=np.zeros(0)), training.update.config)
     assert metrics["loss/pretrain"] == pytest.approx(result.pretrain_loss.mean())
     assert metrics["loss/total"] - plain["loss/total"] == pytest.approx(0.5 * metrics["loss/pretrain"])
+
+
+def broken(experience: Experience, row: int, field: str, value: float) -> Experience:
+    """Experience with one number that is not finite."""
+    array = getattr(experience, field).copy()
+    array[row, 0] = value
+    return experience._replace(**{field: array})
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_the_others_are_not(training: Training) -> None:
+    """One advantage is NaN: the policy learns from the minibatches without it, the critic from all."""
+    rows = [part.tolist() for part in minibatches(4, training.update.config, 0)]
+    good, whole_run = training.experience, training.run()
+    training.experience = broken(good, 3, "advantages", float("nan"))
+    try:
+        result, weights = training.run()
+    finally:
+        training.experience = good
+    bad = [number for number, part in enumerate(rows, start=1) if 3 in part]
+    assert len(bad) == 2, "once an epoch"
+    assert training.steps_counted() == {"policy": 2, "critic": STEPS}
+    assert result.skipped == 2
+    skipped = training.update.skips.drain()
+    assert [(one.minibatch, one.model) for one in skipped] == [(number, "policy") for number in bad]
+    for one in skipped:
+        # Not cut into micro-batches, so that the minibatch is all that can be told.
+        assert sorted(one.rows) == sorted(rows[one.minibatch - 1])
+        assert one.is_whole_minibatch
+        assert one.cause.startswith("loss not finite")
+    # A minibatch without finite sums has no rows, and the others are what the metrics are of.
+    assert len(result.policy) == len(result.value) == len(result.tokens) == 2
+    metrics = update_metrics(result, training.update.config)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert (metrics["policy/steps"], metrics["update/skipped"]) == (2, 2)
+    for name, array in whole_run[1].items():
+        if name.startswith("critic/"):
+            np.testing.assert_allclose(weights[name], array, atol=1e-6, err_msg=name)
+    assert update_metrics(whole_run[0], training.update.config)["update/skipped"] == 0
+
+
+def test_micro_batches_tell_whose_sample_it_was(training: Training) -> None:
+    good = training.experience
+    training.experience = broken(good, 2, "returns", float("inf"))
+    try:
+        result, _ = training.run(micro_batch_size=1)
+    finally:
+        training.experience = good
+    skipped = training.update.skips.drain()
+    assert [(one.model, one.rows.tolist(), one.is_whole_minibatch) for one in skipped] == [
+        ("critic", [2], False)
+    ] * 2
+    assert training.steps_counted() == {"policy": STEPS, "critic": 2}
+    assert len(result.critic_grad_norm) == result.skipped == 2
+
+
+def test_too_many_in_a_row_end_the_iteration(training: Training) -> None:
+    """Three by default; an update that is taken starts the count anew."""
+    good = training.experience
+    for row in range(4):
+        training.experience = broken(training.experience, row, "advantages", float("nan"))
+    try:
+        result, weights = training.run(target_kl=1e-30)  # NaN is not a KL that is too large
+        assert training.update.skips.are_too_many
+        assert result.skipped == 3
+        assert training.moved(weights, "policy") == []
+        assert training.steps_counted() == {"policy": 0, "critic": 3}
+        metrics = update_metrics(result, training.update.config)
+        assert all(np.isfinite(value) for value in metrics.values())
+    finally:
+        training.experience = good
+        training.update.skips.drain()
+    training.run()
+    assert training.update.skips.in_a_row == 0
+    assert not training.update.skips.are_too_many

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mindrlhf.utils.files import atomic_directory, atomic_file
+from mindrlhf.utils.files import atomic_directory, atomic_file, parents_of, probe_directory
 
 
 def test_file_appears_only_when_whole(tmp_path: Path) -> None:
@@ -94,3 +96,33 @@ def test_failed_swap_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.M
         pass
     assert [entry.name for entry in target.iterdir()] == ["kept"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("make", [atomic_file, atomic_directory])
+def test_directories_made_for_nothing_are_removed(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError, match="disk full"), make(tmp_path / "there/a/b/out"):
+        raise OSError("disk full")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_directories_that_others_use_stay(tmp_path: Path) -> None:
+    def fail_beside_others() -> None:
+        with parents_of(tmp_path / "a/b/out"):
+            (tmp_path / "a/theirs").touch()
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail_beside_others()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "theirs"]
+
+
+def test_a_probe_leaves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for place in (tmp_path, tmp_path / "not/yet/there"):
+        probe_directory(place)
+    for place in (file, file / "below", Path("/proc/none/x")):
+        with pytest.raises(OSError):  # noqa: PT011  which one depends on the system
+            probe_directory(place)
+    assert list(tmp_path.iterdir()) == [file]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.progress import ProgressBar, track
 from mindrlhf.utils.ranks import env_rank, env_world_size
+from mindrlhf.utils.timers import PhaseTimer
 
 
 @pytest.fixture
@@ -90,10 +92,51 @@ def test_other_ranks_only_warn(worker, capsys: pytest.CaptureFixture[str]) -> No
 def test_level_from_environment(
     worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Debug lines tell when and where; on every rank."""
     worker(1, 2)
     monkeypatch.setenv("MINDRLHF_LOG", "debug")
     get_logger("mindrlhf.a").debug("detail")
-    assert capsys.readouterr().err == "[rank 1] DEBUG detail\n"
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"\[rank 1\] \d\d:\d\d:\d\d\.\d{3} DEBUG mindrlhf\.a: detail\n", said)
+
+
+@pytest.mark.parametrize(
+    ("word", "heard"), [("info", "iwe"), ("WARNING", "we"), (" Error ", "e"), ("critical", "")]
+)
+def test_every_level_can_be_asked_for(
+    word: str, heard: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINDRLHF_LOG", word)
+    log = get_logger("mindrlhf.a")
+    log.debug("d")
+    log.info("i")
+    log.warning("w")
+    log.error("e")
+    lines = capsys.readouterr().err.splitlines()
+    assert "".join(line.split()[-1] for line in lines) == heard
+
+
+def test_word_that_is_no_level_is_told_of_once_and_ignored(
+    worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINDRLHF_LOG", "loud")
+    get_logger("mindrlhf.a").info("hello")
+    get_logger("mindrlhf.b").debug("hidden")
+    assert capsys.readouterr().err == (
+        "WARNING MINDRLHF_LOG=loud is no level, so it is ignored; "
+        "use one of debug, info, warning, error, critical\nINFO hello\n"
+    )
+
+
+def test_phases_are_timed_at_debug_level(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINDRLHF_LOG", "debug")
+    get_logger("mindrlhf.utils.timers")
+    timer = PhaseTimer()
+    with timer.phase("rollout"):
+        pass
+    assert re.search(r"DEBUG mindrlhf\.utils\.timers: rollout: 0\.\d{3} s\n", capsys.readouterr().err)
 
 
 def test_script_loggers_hang_below_the_library_and_print_once(capsys: pytest.CaptureFixture[str]) -> None:

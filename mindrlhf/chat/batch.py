@@ -1,0 +1,134 @@
+"""Replies to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from mindrlhf.chat.conversation import Conversation
+from mindrlhf.chat.reply import Reply
+from mindrlhf.data.jsonl import CValuesReader
+from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from mindrlhf.chat.team import Team
+
+_SHOWN_FAULTS = 10
+
+
+def read_prompts(path: Path, *, skip_bad_lines: bool = False) -> list[str]:
+    """Prompts of a file: jsonl with the string ``prompt`` on each line, or one text a line.
+
+    It is jsonl when its name ends with .jsonl or its first line begins with a brace. Blank lines are
+    passed over.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, holds no prompt, or has bad lines (all named).
+    """
+    try:
+        with path.open("rb") as file:
+            first = file.readline().strip(b"\xef\xbb\xbf \t\r\n")
+        if path.suffix == ".jsonl" or first.startswith(b"{"):
+            reader = CValuesReader(path, prompt_only=True, skip_bad_lines=skip_bad_lines)
+            prompts = [sample.prompt for sample in reader]
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts")
+    return prompts
+
+
+def encode_prompts(
+    prompts: Sequence[str], conversations: Sequence[Conversation], limits: Sequence[int]
+) -> list[list[list[int]]]:
+    """Ids of every prompt for every speaker.
+
+    Raises:
+        DataError: prompts that are too long; all of them at once.
+    """
+    faults, encoded = [], []
+    for conversation, limit in zip(conversations, limits, strict=True):
+        rows: list[list[int]] = []
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                rows.append(conversation.prompt(prompt, limit))
+            except DataError as error:
+                faults.append(f"prompt {number}: {error}")
+        encoded.append(rows)
+    if faults:
+        more = f"\n  ... and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
+        listed = "".join(f"\n  {fault}" for fault in faults[:_SHOWN_FAULTS])
+        raise DataError(f"{len(faults)} prompt(s) cannot be sent:{listed}{more}")
+    return encoded
+
+
+def answer_file(
+    team: Team, prompts: Sequence[str], encoded: Sequence[list[list[int]]], output: Path | None
+) -> None:
+    """Writes a JSON line for each prompt, in the order of the file.
+
+    Keys: ``prompt``, ``response``, ``tokens`` (with the stop token) and ``stopped``; the second speaker's
+    are ``compare_response``, ``compare_tokens`` and ``compare_stopped``.
+
+    Args:
+        team: speakers that take as many rows as a call has.
+        prompts: texts.
+        encoded: for each speaker, the ids of each prompt.
+        output: the file, which appears when it is whole; standard output without one.
+    """
+    rows = team.speakers[0].rows
+    with _opened(output) as file, ProgressBar("replies", len(prompts)) as bar:
+        for first in range(0, len(prompts), rows):
+            count = min(rows, len(prompts) - first)
+            # The shape is fixed: a last batch that is not full repeats a prompt, whose replies nobody reads.
+            places = [first + min(row, count - 1) for row in range(rows)]
+            replies = _replies(team, [[ids[place] for place in places] for ids in encoded], places)
+            for row in range(count):
+                line = _line(prompts[first + row], [of_speaker[row] for of_speaker in replies])
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(count)
+
+
+def _replies(team: Team, prompts: Sequence[list[list[int]]], places: Sequence[int]) -> list[list[Reply]]:
+    replies = [
+        [Reply(speaker.checkpoint.tokenizer, speaker.stop_ids) for _ in places] for speaker in team.speakers
+    ]
+    for speaker, ids in team.ask(prompts, places):
+        for reply, new in zip(replies[speaker], ids, strict=True):
+            reply.add(new)
+    for reply in (reply for of_speaker in replies for reply in of_speaker):
+        reply.finish()
+    return replies
+
+
+def _line(prompt: str, replies: Sequence[Reply]) -> dict[str, Any]:
+    line: dict[str, Any] = {"prompt": prompt}
+    for prefix, reply in zip(("", "compare_"), replies, strict=False):
+        line[f"{prefix}response"] = reply.text
+        line[f"{prefix}tokens"] = reply.tokens
+        line[f"{prefix}stopped"] = reply.stopped
+    return line
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[IO[str]]:
+    if output is None:
+        yield sys.stdout
+        return
+    try:
+        with atomic_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"--output_file {output}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,149 @@
+"""CValues jsonl -> MindRecord prompt data set.
+
+    rlhf_data.py --vocab_path vocab.json --merges_file_path merges.txt \\
+        --file_path train.jsonl --output_path cvalues.mindrecord --max_prompt_length 4096 --seq_length 8193
+
+`mindrlhf-data` is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
+from mindrlhf.data.rows import RowCounts
+from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.utils.cli import run_main, str_to_bool
+from mindrlhf.utils.parsers import new_parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = new_parser(__doc__)
+    files = parser.add_argument_group("files")
+    add = files.add_argument
+    add(
+        "--file_path", required=True, help="jsonl with the strings prompt, pos_resp and neg_resp on each line"
+    )
+    add("--output_path", required=True, help="MindRecord file to write; its index goes to <output_path>.db")
+    add("--overwrite", action="store_true", help="replace an existing output file")
+    add("--eval_output_path", help="hold prompts out and write them to this MindRecord file instead")
+    add(
+        "--eval_fraction",
+        type=float,
+        default=0.05,
+        help="with --eval_output_path: fraction of the different prompts, chosen by a hash of their text",
+    )
+    add = parser.add_argument_group("tokenizer").add_argument
+    add("--vocab_path", help="vocab.json of the tokenizer")
+    add("--merges_file_path", help="merges.txt of the tokenizer")
+    add("--tokenizer_path", help="instead of these two: tokenizer directory, .model, or .tiktoken ranks file")
+    add(
+        "--tokenizer_config",
+        help="tokenizer_config.json with the added tokens (default: the Qwen2 instruct ones)",
+    )
+    _add_row_flags(parser)
+    return parser
+
+
+def _add_row_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("rows").add_argument
+    add("--max_prompt_length", type=int, default=4096, help="columns of prompt_ids, in tokens")
+    add("--seq_length", type=int, default=8193, help="columns of pretrain_ids and loss_mask, in tokens")
+    add(
+        "--overlong",
+        choices=("drop", "truncate"),
+        default="drop",
+        help="prompts longer than max_prompt_length: leave out, or cut at the front; with --pairs, pairs "
+        "with a response that does not fit in seq_length: leave out, or cut at the end",
+    )
+    add(
+        "--no_chat_template", action="store_true", help="take prompts as they are, without ChatML around them"
+    )
+    add("--system_prompt", help="text of the system turn (default: the model's own; '' leaves the turn out)")
+    add("--prompt_only", action="store_true", help="the lines have a prompt and no responses")
+    add(
+        "--pairs",
+        type=str_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="write neg_resp too, as rejected_ids and rejected_mask, for reward_model.py; sft.py and "
+        "ppo_one_stage.py read such a file as any other",
+    )
+    add("--skip_bad_lines", action="store_true", help="count bad lines and go on, instead of stopping")
+    add("--batch", type=int, default=256, help="lines encoded and rows written at a time")
+
+
+def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
+    """Says on standard output what was made."""
+    counts = summary.counts
+    system_prompt = summary.prompt_format.system_prompt
+    chat = f"ChatML, system prompt {system_prompt!r}" if options.chat_template else "none (raw prompts)"
+    lines = {
+        "rows written": f"{counts.rows:,}",
+        **({} if summary.eval_counts is None else {"rows held out": f"{summary.eval_counts.rows:,}"}),
+        "prompts dropped": f"{counts.dropped_prompts:,} (longer than {options.max_prompt_length} tokens)",
+        "prompts truncated": f"{counts.truncated_prompts:,}",
+        "responses truncated": f"{counts.truncated_responses:,} (at {options.seq_length} tokens in all)",
+        **({} if not options.pairs else pair_lines(counts)),
+        "bad lines skipped": f"{summary.bad_lines:,}",
+        "tokens": f"{counts.prompt_tokens:,} in prompts, {counts.response_tokens:,} in responses"
+        + (f", {counts.rejected_tokens:,} in rejected responses" if options.pairs else ""),
+        "chat template": chat,
+        "speed": f"{summary.rows_per_second:,.0f} rows/s ({summary.seconds:.1f} s)",
+        "file": f"{options.output_path} (index: {options.output_path}.db)",
+        **({} if options.eval_output_path is None else {"held-out file": str(options.eval_output_path)}),
+    }
+    for name, value in lines.items():
+        sys.stdout.write(f"{name:<20} {value}\n")
+
+
+def pair_lines(counts: RowCounts) -> dict[str, str]:
+    """What became of the pairs."""
+    return {
+        "pairs dropped": f"{counts.dropped_pairs:,} (a response does not fit), "
+        f"{counts.equal_pairs:,} (both responses are the same)"
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, preprocess, report."""
+    arguments = build_parser().parse_args(argv)
+    options = PreprocessOptions(
+        file_path=Path(arguments.file_path),
+        output_path=Path(arguments.output_path),
+        max_prompt_length=arguments.max_prompt_length,
+        seq_length=arguments.seq_length,
+        chat_template=not arguments.no_chat_template,
+        system_prompt=arguments.system_prompt,
+        overlong=arguments.overlong,
+        skip_bad_lines=arguments.skip_bad_lines,
+        prompt_only=arguments.prompt_only,
+        pairs=arguments.pairs,
+        overwrite=arguments.overwrite,
+        eval_output_path=Path(arguments.eval_output_path) if arguments.eval_output_path else None,
+        eval_fraction=arguments.eval_fraction,
+        batch=arguments.batch,
+    )
+    tokenizer = load_tokenizer(
+        arguments.tokenizer_path,
+        vocab_path=arguments.vocab_path,
+        merges_path=arguments.merges_file_path,
+        config_path=arguments.tokenizer_config,
+    )
+    report(options, preprocess(tokenizer, options))
+    return 0
+
+
+def command() -> NoReturn:
+    """``mindrlhf-data``."""
+    run_main(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,62 @@
+"""The console without a terminal: one log line now and then while a phase is long."""
+
+from __future__ import annotations
+
+import threading
+
+from mindrlhf.trainer.console.state import RunState
+from mindrlhf.utils.logging import get_logger
+
+SECONDS_BETWEEN_LINES = 10.0
+
+logger = get_logger(__name__)
+
+
+class PlainConsole(RunState):
+    """Says every ten seconds which phase is running, how far it is and for how long it has run.
+
+    What a finished step gave is not said here: :func:`mindrlhf.trainer.recording.record_iteration` logs it.
+    A thread looks at the clock, so that phases without any progress of their own are named, too.
+    """
+
+    _last_line = 0.0
+
+    def open(self) -> None:
+        """Starts to look at the clock."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="console", daemon=True)
+        self._thread.start()
+
+    def shut(self) -> None:
+        """Says nothing more."""
+        self._stop.set()
+        self._thread.join()
+
+    def phase_started(self, name: str, total: int | None, unit: str) -> None:
+        """A phase begins: silence for ten seconds."""
+        self._last_line = self.clock()
+        super().phase_started(name, total, unit)
+
+    def phase_ended(self, name: str) -> None:
+        """The phase that was around it goes on: silence for ten seconds."""
+        super().phase_ended(name)
+        self._last_line = self.clock()
+
+    def tick(self) -> None:
+        """Writes a line when it is time."""
+        phase, now = self.phase, self.clock()
+        if phase is None or now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        words = [f"{self.unit} {self.current_step}/{self.total}:"] if self.total and self.step_runs else []
+        words += [phase.name, phase.progress(), f"{now - phase.started:.0f} s"]
+        logger.info("%s", " ".join(filter(None, words)))
+
+    @property
+    def step_runs(self) -> bool:
+        """Whether the phase belongs to a step rather than to what comes before, between and after."""
+        return self.phase is not None and self.phase.name not in ("load", "save", "evaluate")
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self.tick()

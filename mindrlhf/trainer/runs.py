@@ -1,0 +1,50 @@
+"""``runs/NAME/``: where a run of that name leaves all it has."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+RUNS = Path("runs")
+
+RUN_NAME_HELP = "short for --save_ckpt_dir runs/NAME"
+
+_NAME = re.compile(r"\w[\w.+=-]{0,99}")
+
+
+def run_directory(name: str) -> Path:
+    """The argparse type of ``--run_name``: NAME -> ``runs/NAME`` below the working directory.
+
+    Raises:
+        argparse.ArgumentTypeError: the name is no plain name of a directory.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no name of a run: letters, digits and _ . + = - only, at most 100, "
+            "the first a letter, digit or _; for a path use --save_ckpt_dir"
+        )
+    return RUNS / name
+
+
+def add_results_flags(
+    files: argparse._ArgumentGroup,
+    help_text: str,
+    *,
+    required: bool,
+    path_type: Callable[[str], Path | None] = Path,
+) -> None:
+    """Adds ``--save_ckpt_dir`` and ``--run_name``, of which one is given; both set ``save_ckpt_dir``.
+
+    Args:
+        files: group of a parser.
+        help_text: what goes to the directory.
+        required: whether one of the two must be there.
+        path_type: argparse type of the first.
+    """
+    results = files.add_mutually_exclusive_group(required=required)
+    results.add_argument("--save_ckpt_dir", type=path_type, help=help_text)
+    results.add_argument(
+        "--run_name", dest="save_ckpt_dir", metavar="NAME", type=run_directory, help=RUN_NAME_HELP
+    )

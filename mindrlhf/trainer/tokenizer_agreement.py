@@ -1,0 +1,63 @@
+"""All models of a job read the same token ids; a model with a tokenizer of its own beside it must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.utils.errors import MindRLHFError
+
+_PROBE = "What is 12 + 345? It's good; 你好，世界。\n\tRésumé <|im_end|>"
+_PROBED_IDS = 512
+
+
+def check_one_tokenizer(paths: Mapping[str, Path | None]) -> None:
+    """Refuses directories whose tokenizers differ: a reward model would read other words than were written.
+
+    Args:
+        paths: flag -> what it names; only directories with a tokenizer's files count.
+
+    Raises:
+        MindRLHFError: names the flag, a token that differs, and both tokenizers.
+        DataError: a tokenizer cannot be read.
+    """
+    found: dict[Path, str] = {}
+    for flag, path in paths.items():
+        if path is not None and _holds_tokenizer(path):
+            found.setdefault(path.resolve(), f"--{flag} {path}")
+    if len(found) < 2:
+        return
+    tokenizers = [(given, load_tokenizer(path)) for path, given in found.items()]
+    (first, ours), *others = tokenizers
+    for given, theirs in others:
+        if difference := find_difference(ours, theirs):
+            raise MindRLHFError(
+                f"{given} has another tokenizer than {first} ({difference}); all models of a job read the "
+                "same token ids: give models of one tokenizer"
+            )
+
+
+def find_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
+    """What two tokenizers disagree on, empty when they agree; ids of added tokens at the end may be fewer."""
+    a, b = ours.encode_batch([_PROBE])[0], theirs.encode_batch([_PROBE])[0]
+    if a != b:
+        at = next(i for i, pair in enumerate(zip([*a, -1], [*b, -1], strict=False)) if pair[0] != pair[1])
+        return f"a text is {[*b[: at + 1]][-3:]} ... instead of {[*a[: at + 1]][-3:]} ..."
+    count = min(ours.size, theirs.size)
+    for number in range(0, count, max(1, count // _PROBED_IDS)):
+        texts = theirs.decode([number]), ours.decode([number])
+        if texts[0] != texts[1]:
+            return f"token {number} is {texts[0]!r} instead of {texts[1]!r}"
+    for role in ("turn_start", "turn_end"):
+        ids = getattr(theirs.special, role), getattr(ours.special, role)
+        if None not in ids and ids[0] != ids[1]:
+            return f"{role} is token {ids[0]} instead of {ids[1]}"
+    return ""
+
+
+def _holds_tokenizer(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    pair = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
+    return pair or (path / "tokenizer.json").is_file()

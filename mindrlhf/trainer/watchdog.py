@@ -1,0 +1,129 @@
+"""The watchdog: tells the supervisor of each phase, so that it can name who makes no progress, and where."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mindrlhf.configs.schema import RunConfig
+from mindrlhf.utils import supervision
+from mindrlhf.utils.processes import birth_of
+from mindrlhf.utils.ranks import env_rank, env_world_size
+
+DEFAULT_TIMEOUT = 1800.0
+"""Seconds; above what the first iteration of a large model compiles without a sign."""
+
+COMPUTING = frozenset({"rollout", "score", "train", "sync", "evaluate"})
+"""Phases in which a rank waits for the others at most: not for a disk or a network."""
+
+FIRST_PHASE = "rollout"
+"""Of an iteration."""
+
+
+class Watchdog:
+    """A listener of phases that writes this rank's heartbeat at each of them.
+
+    Args:
+        timeout: seconds without progress, on all ranks of a host, after which the job is ended; 0: never.
+        computes: whether the host's processors do the work. Then a job in which no rank computes for half a
+            minute stands still, too. A device's host may wait that long.
+        waiting_phases: phases that wait for something outside, as a reward from a server.
+    """
+
+    def __init__(
+        self,
+        timeout: float = DEFAULT_TIMEOUT,
+        *,
+        computes: bool = False,
+        waiting_phases: frozenset[str] = frozenset(),
+    ) -> None:
+        self.timeout = timeout
+        self.computing = (COMPUTING - waiting_phases) if computes and timeout else frozenset()
+        self._iteration: Callable[[], int] = int
+        self._phases: list[tuple[str, int | None, str]] = []
+        self._steps = 0
+        self._done = 0
+        self._number = 0
+
+    def follow(self, iteration: Callable[[], int]) -> None:
+        """Asks a loop, before each rollout, which iteration that is of, counted from 1."""
+        self._iteration = iteration
+
+    def phase_started(self, name: str, total: int | None, unit: str) -> None:
+        """A phase begins."""
+        self._phases.append((name, total, unit))
+        self._steps += 1
+        self._done = 0
+        if name == FIRST_PHASE:
+            self._number = self._iteration()
+        self._beat()
+
+    def phase_advanced(self, done: int) -> None:
+        """The phase goes on."""
+        self._done += done
+        self._beat()
+
+    def phase_ended(self, name: str) -> None:
+        """The phase is over; when it has failed, it stays where the failure was."""
+        if sys.exc_info()[0] is not None:
+            return
+        self._steps += 1
+        last = self._phases.pop() if self._phases else (name, None, "")
+        if self._phases:
+            self._beat()
+        else:
+            self._write(last, between=True)
+
+    def _beat(self) -> None:
+        if self._phases:
+            self._write(self._phases[-1], between=False)
+
+    def _write(self, phase: tuple[str, int | None, str], *, between: bool) -> None:
+        member = supervision.membership()
+        if member is None:
+            return
+        name, total, unit = phase
+        member.heartbeat.update(
+            iteration=self._number,
+            phase=name,
+            between=between,
+            steps=self._steps,
+            done=self._done,
+            total=total,
+            unit=unit,
+            timeout=self.timeout,
+            may_idle=between or name not in self.computing,
+        )
+
+
+def rest(phase: str) -> None:
+    """After the loop, where nothing tells of progress, there is no limit."""
+    member = supervision.membership()
+    if member is not None:
+        member.heartbeat.update(phase=phase, between=False, total=None, timeout=0.0, may_idle=True)
+
+
+@contextmanager
+def watched(timeout: float) -> Iterator[None]:
+    """Has a job in one process supervised, unless it is already or the watchdog is off."""
+    if not timeout or supervision.membership() is not None:
+        yield
+        return
+    pid = os.getpid()
+    supervision.join(f"{pid}_{birth_of(pid)}", env_rank(), env_world_size())
+    try:
+        yield
+    finally:
+        supervision.leave()
+
+
+def watchdog_of(timeout: float, config: RunConfig, *, has_reward_function: bool = False) -> Watchdog:
+    """The watchdog of a job on the device of a YAML."""
+    return Watchdog(
+        timeout,
+        computes=config.context.device_target == "CPU",
+        # A function of the user's may ask a server.
+        waiting_phases=frozenset({"score", "evaluate"}) if has_reward_function else frozenset(),
+    )

@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""How fast one PPO iteration is, and how much memory it takes: PPOTrainer itself on random weights.
+
+    python scripts/benchmark/ppo_iteration.py --model default
+
+One process, float32, prompts of --prompt tokens, responses that always have --response tokens, one rollout, a
+separate critic and a reward model of the policy's size, a reference, one AdamW step of policy and of critic
+over the whole batch. ``scoring`` includes rewards and advantages; an iteration is all of it, the drawing of
+prompts and the records too. Figures are medians of the steps after the warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from common import model_config, random_shards
+from results import (
+    BATCH,
+    CLIP_RANGE,
+    COLUMNS,
+    GAMMA,
+    KL_COEF,
+    LAMBDA,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    MODELS,
+    TEMPERATURE,
+    VALUE_CLIP_RANGE,
+    VALUE_COEF,
+    Steps,
+    append_json,
+    memory_gib,
+    progress,
+    row,
+    table,
+)
+
+if TYPE_CHECKING:
+    from mindrlhf.configs.schema import JobConfig
+    from mindrlhf.trainer.ppo_trainer import PPOTrainer
+
+
+def parse_args() -> argparse.Namespace:
+    """Flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="default", help="sizes by name (default: default)")
+    parser.add_argument("--layers", type=int, default=0, help="0: the model's (default)")
+    parser.add_argument("--batch", type=int, default=0, help="sequences; 0: the model's (default)")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: 64)")
+    parser.add_argument("--response", type=int, default=64, help="tokens of a response (default: 64)")
+    parser.add_argument("--micro_batch", type=int, default=0, help="rows a backward pass; 0: all (default)")
+    parser.add_argument("--score_batch", type=int, default=0, help="rows a scoring pass; 0: all (default)")
+    parser.add_argument("--decode_steps", type=int, default=8, help="tokens a decode call (default: 8)")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count (default: 5)")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps before them (default: 2)")
+    parser.add_argument("--json", type=Path, help="append the run to this file as one line of JSON")
+    return parser.parse_args()
+
+
+def build_job(args: argparse.Namespace) -> JobConfig:
+    """The job that the flags describe."""
+    from mindrlhf.configs.schema import ContextConfig, JobConfig, ParallelConfig, PPOConfig, RunConfig
+
+    changes = {"num_layers": args.layers} if args.layers else {}
+    run = RunConfig(
+        path=Path("benchmark"),
+        context=ContextConfig(),
+        parallel=ParallelConfig(),
+        model=model_config(args.model, seq_length=args.prompt + args.response, **changes),
+        optimizer={"type": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
+        lr_schedule={
+            "type": "ConstantWarmUpLR",
+            "learning_rate": LEARNING_RATE,
+            "warmup_steps": 0,
+            "total_steps": -1,
+        },
+    )
+    ppo = PPOConfig(
+        total_iterations=args.warm_up + args.steps,
+        log_samples=0,
+        rollout_batch_size=args.batch or BATCH[args.model],
+        micro_batch_size=args.micro_batch,
+        score_batch_size=args.score_batch,
+        ppo_epochs=1,
+        num_minibatches=1,
+        max_prompt_length=args.prompt,
+        max_response_length=args.response,
+        stop_token_ids=(),
+        temperature=TEMPERATURE,
+        decode_steps_per_call=args.decode_steps,
+        kl_coef=KL_COEF,
+        gamma=GAMMA,
+        lam=LAMBDA,
+        cliprange=CLIP_RANGE,
+        cliprange_value=VALUE_CLIP_RANGE,
+        vf_coef=VALUE_COEF,
+        max_grad_norm=MAX_GRAD_NORM,
+    )
+    return JobConfig(infer=run, train=run, reward=run, critic=run, ppo=ppo)
+
+
+def write_inputs(job: JobConfig, directory: Path) -> tuple[Path, Path]:
+    """Random weights and random prompts without padding, as files; their paths."""
+    from mindrlhf.checkpoint.source import ArraySource
+    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.data.mindrecord import write_mindrecord
+    from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
+    from mindrlhf.parallel.layout import Mesh
+    from mindrlhf.parallel.parameters import parameter_layouts
+
+    weights, data = directory / "policy.safetensors", directory / "prompts.mindrecord"
+    model, rows, columns = job.train.model, 4 * job.ppo.rollout_batch_size, job.ppo.max_prompt_length
+    write_weights(weights, ArraySource(random_shards(parameter_layouts(model, Mesh()))))
+    prompts = np.random.default_rng(1).integers(1, model.vocab_size, (rows, columns)).astype(np.int32)
+    sequences = np.zeros((rows, job.ppo.max_length), np.int32)
+    batch = {PROMPT_IDS: prompts, PRETRAIN_IDS: sequences.copy(), LOSS_MASK: sequences}
+    batch[PRETRAIN_IDS][:, :columns] = prompts
+    write_mindrecord(data, prompt_schema(columns, job.ppo.max_length), [batch])
+    return weights, data
+
+
+def build_trainer(job: JobConfig, directory: Path, inputs: tuple[Path, Path]) -> PPOTrainer:
+    """The trainer, its models loaded; ``inputs`` are the paths of weights and prompts."""
+    from mindrlhf.trainer.builder import WeightPaths
+    from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+    from mindrlhf.trainer.runtime import start_runtime
+    from mindrlhf.trainer.start import litter_directory
+
+    runtime = start_runtime(job.train.context, use_parallel=False, litter_dir=litter_directory())
+    weights, data = inputs
+    trainer = PPOTrainer(job, WeightPaths(train=weights), TrainerPaths(data, directory / "save"), runtime)
+    trainer.start_from_equal_policies()
+    return trainer
+
+
+def timed_step(trainer: PPOTrainer) -> dict[str, float]:
+    """Seconds of one iteration and its phases."""
+    start = time.perf_counter()
+    trainer.run_iteration(trainer.prompts.next_batch())
+    whole = time.perf_counter() - start
+    phases = trainer.timer.seconds
+    return {
+        "iteration": whole,
+        "rollout": phases["rollout"],
+        "scoring": phases["score"],
+        "training": phases["train"],
+        "sync": phases["sync"],
+    }
+
+
+def measure(args: argparse.Namespace) -> Steps:
+    """All steps of one run."""
+    job = build_job(args)
+    steps = Steps(
+        system="MindRLHF",
+        model=args.model,
+        dtype="float32",
+        batch=job.ppo.rollout_batch_size,
+        prompt=args.prompt,
+        response=args.response,
+        layers=job.train.model.num_layers,
+        warm_up=args.warm_up,
+    )
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mindrlhf_") as directory:
+        trainer = build_trainer(job, Path(directory), write_inputs(job, Path(directory)))
+        steps.notes["build_seconds"] = time.perf_counter() - start
+        steps.notes["built_gib"] = memory_gib("VmRSS")
+        print(f"models built in {steps.notes['build_seconds']:.1f} s", flush=True)
+        for _ in range(args.warm_up + args.steps):
+            steps.seconds.append(timed_step(trainer))
+            steps.notes.setdefault("peak_gib_first_step", memory_gib())
+            progress(steps)
+    steps.peak_gib = memory_gib()
+    steps.notes["resident_gib"] = memory_gib("VmRSS")
+    return steps
+
+
+def main() -> None:
+    """Measure, print, record."""
+    args = parse_args()
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("MINDRLHF_LOG", "ERROR")
+    steps = measure(args)
+    print(table(COLUMNS, [row(steps)]))
+    if args.json:
+        append_json(args.json, steps)
+
+
+if __name__ == "__main__":
+    main()

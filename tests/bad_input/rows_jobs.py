@@ -1,0 +1,434 @@
+"""Bad inputs of rlhf_data.py, the three stages of training and the launcher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from typing import Any
+
+import numpy as np
+
+from tests.bad_input.harness import (
+    DATA,
+    LAUNCHER,
+    PAD,
+    PPO,
+    REWARD,
+    SFT,
+    VOCAB,
+    Bad,
+    Case,
+    prompt_columns,
+    write_records,
+)
+
+REAL = frozenset({"subprocess"})
+FULL = frozenset({"full_disk"})
+ALONE = frozenset({"alone"})
+NO_SPACE = r"No space left on device|File too large|MindRecord"
+MODEL = "model.model_config"
+
+
+def line(case: Case, number: int, text: str | bytes) -> None:
+    """Replaces a line of the jsonl."""
+    lines = (case / "data.jsonl").read_bytes().split(b"\n")
+    lines[number - 1] = text.encode() if isinstance(text, str) else text
+    case.write("data.jsonl", b"\n".join(lines))
+
+
+def vocabulary(case: Case, **changes: int) -> None:
+    content = json.loads((case / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    case.write("tokenizer/vocab.json", json.dumps({**content, **changes}))
+
+
+def records(case: Case, name: str = "data.mindrecord", **changes: Any) -> None:
+    """Writes a data set again with columns replaced (a function of the old one), added or (None) removed."""
+    columns = prompt_columns(case / name)
+    for key, change in changes.items():
+        if change is None:
+            del columns[key]
+        else:
+            columns[key] = change(columns.get(key))
+    write_records(case / name, **columns)
+
+
+def other_pad(column: np.ndarray) -> np.ndarray:
+    return np.where(column == PAD, PAD + 1, column)
+
+
+def renamed(case: Case, name: str) -> None:
+    for suffix in ("", ".db"):
+        (case / f"data.mindrecord{suffix}").rename(case / f"{name}{suffix}")
+    case.give(mind_dataset_dir=name)
+
+
+def under_msrun(case: Case, role: str = "MS_WORKER", workers: str = "4", **env: str) -> None:
+    """The environment that msrun gives a process."""
+    case.env = {"MS_ROLE": role, "MS_WORKER_NUM": workers, **env}
+    case.give(use_parallel="True")
+
+
+def taken_port(case: Case) -> str:
+    """A port that something listens on until the case is over."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    case.closing.append(listener.close)
+    return str(listener.getsockname()[1])
+
+
+def launch_on_port_in_use(case: Case) -> None:
+    case.flags = {"--master_port": taken_port(case), **case.flags}
+
+
+def port_in_use(case: Case) -> None:
+    port = taken_port(case)
+    under_msrun(case, "MS_SCHED", "1", MS_SCHED_HOST="127.0.0.1", MS_SCHED_PORT=port)
+
+
+def checkpoint(case: Case) -> str:
+    """A checkpoint as far as its manifest goes."""
+    directory = "runs/old/iteration_000001"
+    files = {"state.json": b'{"iteration": 1}', "policy/rank_0/checkpoint_0.ckpt": b"x" * 100}
+    for name, content in files.items():
+        case.write(f"{directory}/{name}", content)
+    listed = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    case.write(f"{directory}/manifest.json", json.dumps({"version": 1, "files": listed}))
+    case.give(resume_from=directory)
+    return directory
+
+
+def small_vocabulary(case: Case) -> None:
+    """A model with less tokens than the tokenizer, in all YAMLs."""
+    for name in ("generate_x.yaml", "finetune_x.yaml"):
+        for key, value in (("vocab_size", 200), ("eos_token_id", [3, 4]), ("pad_token_id", 3)):
+            case.yaml(name, f"{MODEL}.{key}", value)
+        case.yaml(name, f"{MODEL}.bos_token_id", 3)
+    for key, value in (("stop_token_ids", [3, 4]), ("pad_token_id", 3), ("valid_vocab_size", 200)):
+        case.yaml("ppo_x.yaml", key, value)
+    case.give(tokenizer_path="tokenizer")
+
+
+def reward_of_another_tokenizer(case: Case) -> None:
+    """The same size, other ids."""
+    vocab = json.loads((case / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    case.write("hf/vocab.json", json.dumps({text: len(vocab) - 1 - number for text, number in vocab.items()}))
+    case.write("hf/merges.txt", "#version: 0.2\n")
+    case.give(load_rm_checkpoint="hf", tokenizer_path="tokenizer")
+
+
+def strategies_of_another_layout(case: Case) -> None:
+    from mindrlhf.parallel.layout import Layout, Mesh
+    from mindrlhf.parallel.strategy import write_strategy
+
+    layouts = {"w": Layout(Mesh(1, 4), (8,), ("mp",))}
+    write_strategy(layouts, case / "strategy/ref_strategy/strategy_0.ckpt")
+    case.give(only_save_strategy="True")
+
+
+def damaged_strategy(case: Case) -> None:
+    case.write("strategy/ref_strategy/strategy_0.ckpt", b"\x08\xff\xff")
+    case.give(only_save_strategy="True")
+
+
+DATA_ROWS = [
+    Bad("no input file", DATA, lambda c: c.give(file_path="no.jsonl"),
+        r"no\.jsonl", "No such file", "give the path of a jsonl file", REAL),
+    Bad("input is a directory", DATA, lambda c: c.give(file_path="hf"),
+        "hf", "Is a directory", "give the path of a jsonl file"),
+    Bad("empty input", DATA, lambda c: c.write("data.jsonl", ""),
+        r"data\.jsonl", "is empty", "give a file with one JSON object a line"),
+    Bad("nothing but blank lines", DATA, lambda c: c.write("data.jsonl", "\n \n"),
+        r"data\.jsonl", "no row is left to write", "give"),
+    Bad("a line that is cut short", DATA, lambda c: line(c, 3, '{"prompt": "a", "pos'),
+        r"data\.jsonl:3", r"not JSON \(", "mend the file, or pass over with --skip_bad_lines"),
+    Bad("a line without the key", DATA, lambda c: line(c, 5, '{"promt": "a"}'),
+        r"data\.jsonl:5", "'prompt' is missing .*'promt'", "mend the file"),
+    Bad("a number where text belongs", DATA,
+        lambda c: line(c, 2, '{"prompt": 7, "pos_resp": "a", "neg_resp": "b"}'),
+        r"data\.jsonl:2", "'prompt' is int", "a string is wanted"),
+    Bad("bytes that are no UTF-8", DATA, lambda c: line(c, 4, b'{"prompt": "\xff"}'),
+        r"data\.jsonl:4", "not UTF-8 \\(byte 12", "mend the file"),
+    Bad("several bad lines", DATA, lambda c: (line(c, 1, "x"), line(c, 7, "[]")),
+        r"data\.jsonl:1: .*data\.jsonl:7: ", "2 bad lines", "mend the file"),
+    Bad("all prompts too long", DATA, lambda c: c.give(max_prompt_length=20),
+        r"data\.jsonl", "12 prompts longer than max_prompt_length", "raise --max_prompt_length"),
+    Bad("no room for a prompt", DATA, lambda c: c.give(max_prompt_length=10),
+        "max_prompt_length", "10, but the template around a prompt alone takes 19", "raise it"),
+    Bad("no room for a response", DATA, lambda c: c.give(seq_length=32),
+        "seq_length", "is 32", "must be greater than max_prompt_length 32"),
+    Bad("text where a number belongs", DATA, lambda c: c.give(seq_length="long"),
+        "--seq_length", "'long'", "invalid int value"),
+    Bad("batch of nothing", DATA, lambda c: c.give(batch=0),
+        "batch", "is 0", "must be at least 1"),
+    Bad("pairs without responses", DATA, lambda c: c.give(pairs="True", prompt_only=True),
+        "--pairs.*--prompt_only", "for none", "leave one of them out"),
+    Bad("fraction above one", DATA, lambda c: c.give(eval_output_path="e.mindrecord", eval_fraction=2),
+        "eval_fraction", r"is 2\.0", "above 0 and below 1"),
+    Bad("nothing held out", DATA, lambda c: c.give(eval_output_path="e.mindrecord", eval_fraction=1e-9),
+        r"data\.jsonl", "no prompt is held out at --eval_fraction 1e-09", "choose another one"),
+    Bad("one output twice", DATA, lambda c: c.give(eval_output_path="out.mindrecord"),
+        r"out\.mindrecord", "is the output and the held-out output", "give two names"),
+    Bad("output exists", DATA, lambda c: c.write("out.mindrecord", "mine"),
+        r"out\.mindrecord", "exists already", "give another output path, or --overwrite"),
+    Bad("output is a directory", DATA, lambda c: c.give(output_path="hf"),
+        "hf", "is a directory", "a file name is wanted"),
+    Bad("output below a file", DATA, lambda c: c.give(output_path="data.jsonl/out.mindrecord"),
+        r"data\.jsonl/out\.mindrecord", "Not a directory", "give another path"),
+    Bad("output where nothing can be made", DATA, lambda c: c.give(output_path="/proc/none/o.mindrecord"),
+        r"/proc/none/o\.mindrecord", "cannot be written", "give another path"),
+    Bad("full disk", DATA, lambda c: c.give(output_path="full/new/out.mindrecord"),
+        r"full/new/out\.mindrecord", NO_SPACE, "free space, or give another path", FULL),
+    Bad("no tokenizer", DATA, lambda c: c.give(tokenizer_path="no"),
+        "no: ", "no such tokenizer", "give"),
+    Bad("tokenizer given twice", DATA, lambda c: c.give(vocab_path="tokenizer/vocab.json"),
+        r"tokenizer/vocab\.json", "both", "give a tokenizer path, or a vocabulary"),
+    Bad("vocabulary without merges", DATA,
+        lambda c: c.give(tokenizer_path=None, vocab_path="tokenizer/vocab.json"),
+        "merges file", r"no merges file \(merges\.txt\) given", "give both"),
+    Bad("vocabulary cut short", DATA, lambda c: c.cut("tokenizer/vocab.json"),
+        r"tokenizer/vocab\.json", r"not JSON", "copy it again"),
+    Bad("vocabulary with a gap", DATA, lambda c: vocabulary(c, a=999),
+        r"tokenizer/vocab\.json", "id 64 is missing|id .* is missing", "must have the ids 0..255"),
+    Bad("merges of another vocabulary", DATA, lambda c: c.write("tokenizer/merges.txt", "x y\n"),
+        r"tokenizer/merges\.txt", "line 1: 'xy' is not in the vocabulary", "is it of another vocabulary"),
+    Bad("added tokens of another vocabulary", DATA,
+        lambda c: c.write("tokenizer/tokenizer_config.json",
+                          '{"added_tokens_decoder": {"300": {"content": "<|endoftext|>"}}}'),
+        r"tokenizer_config\.json", "'<|endoftext|>' has id 300", "it must be 256"),
+    Bad("a damaged sentencepiece model", DATA,
+        lambda c: (c.write("t.model", b"\x0a\xff\xff"), c.give(tokenizer_path="t.model")),
+        r"t\.model", "not a sentencepiece model", "copy it again"),
+]  # fmt: skip
+
+PPO_ROWS = [
+    Bad("no such YAML", PPO, lambda c: c.give(reward_path="no.yaml"),
+        r"no\.yaml", "there is no such file", "give the path of a YAML file", REAL),
+    Bad("no PPO settings", PPO, lambda c: c.remove("ppo_x.yaml"),
+        "--ppo_config", r"there is no ppo_x\.yaml", "pass --ppo_config"),
+    Bad("an empty YAML", PPO, lambda c: c.write("ppo_x.yaml", ""),
+        r"ppo_x\.yaml", "the root is empty", "write 'key: value' lines"),
+    Bad("a YAML cut in a string", PPO, lambda c: c.write("ppo_x.yaml", 'seed: 1\nkl_estimator: "k1'),
+        r"ppo_x\.yaml: line 2", "while scanning a quoted scalar|found unexpected end", "mend the YAML there"),
+    Bad("a tab in a YAML", PPO, lambda c: c.write("ppo_x.yaml", "seed: 1\n\tgamma: 1"),
+        r"ppo_x\.yaml: line 2", r"'\\t'|found character", "mend the YAML there"),
+    Bad("a key given twice", PPO, lambda c: c.text("ppo_x.yaml", "seed: 1", "seed: 1\nseed: 2"),
+        r"ppo_x\.yaml: line 2", "the key seed is given twice", "mend the YAML there"),
+    Bad("an unknown key", PPO, lambda c: c.text("ppo_x.yaml", "gamma:", "gama:"),
+        r"ppo_x\.yaml: gama", "unknown key", r"did you mean gamma\?", REAL),
+    Bad("text where a number belongs", PPO, lambda c: c.yaml("finetune_x.yaml", f"{MODEL}.num_layers", "two"),
+        r"finetune_x\.yaml: model\.model_config\.num_layers", r"wrong type \('two'\)", "be a whole number"),
+    Bad("an unknown key on the command line", PPO, lambda c: c.give(set="gamme=1"),
+        "--set gamme", "unknown key", r"did you mean gamma\?"),
+    Bad("no value on the command line", PPO, lambda c: c.give(set="gamma"),
+        "--set 'gamma'", "not of the form key=value", "write --set key=value"),
+    Bad("batches that do not divide", PPO, lambda c: c.give(set="num_minibatches=3"),
+        r"ppo_x\.yaml: rollout_batch_size", r"4 is not divisible by num_minibatches \(3\)", "divides it"),
+    Bad("sizes that do not divide", PPO, lambda c: c.yaml("generate_x.yaml", f"{MODEL}.hidden_size", 18),
+        r"generate_x\.yaml: model\.model_config\.hidden_size", r"18 is not divisible by num_heads \(4\)",
+        "that divides it"),
+    Bad("policies that are not one model", PPO, lambda c: c.yaml("finetune_x.yaml", f"{MODEL}.theta", 5e5),
+        r"finetune_x\.yaml: model\.model_config\.theta", r"500000\.0 against 1000000\.0", "share their"),
+    Bad("prompt and response longer than the model", PPO, lambda c: c.give(set="max_response_length=65"),
+        r"\.yaml: model\.model_config\.seq_length", r"96 is below .* = 97", "raise seq_length or shorten"),
+    Bad("stop token outside the vocabulary", PPO, lambda c: c.give(set="stop_token_ids=[258,264]"),
+        "stop_token_ids", r"outside the vocabulary \(264\)", "ids must be below 264"),
+    Bad("reward model of another vocabulary", PPO,
+        lambda c: (c.write("reward.yaml", (c / "generate_x.yaml").read_bytes()),
+                   c.yaml("reward.yaml", f"{MODEL}.vocab_size", 272), c.give(reward_path="reward.yaml")),
+        r"reward\.yaml: model\.model_config\.vocab_size", "272 against 264", "share one tokenizer"),
+    Bad("several faults in several files", PPO,
+        lambda c: (c.yaml("generate_x.yaml", f"{MODEL}.theta", "x"), c.give(set=["lam=2", "seed=-1"])),
+        r"generate_x\.yaml: model\.model_config\.theta.*seed|seed.*theta|lam",
+        r"3 configuration errors.*\('x'\)", "must be a number"),
+    Bad("wrong world size", PPO, under_msrun,
+        r"finetune_x\.yaml: parallel_config", "1 ranks, but there are 4", "start that many workers", ALONE),
+    Bad("one process under msrun", PPO, lambda c: (under_msrun(c), c.give(use_parallel="False")),
+        "--use_parallel False", "msrun started 4 workers", "pass --use_parallel True, or start", ALONE),
+    Bad("no world size in msrun's environment", PPO, lambda c: under_msrun(c, workers="four"),
+        "MS_WORKER_NUM", "'four' is not a number", "start the workers with msrun, or unset it", ALONE),
+    Bad("port in use", PPO, port_in_use,
+        r"port \d+ of 127\.0\.0\.1", "Address already in use", "give msrun another --master_port", ALONE),
+    Bad("a device that is not there", PPO, lambda c: c.give(device_target="Ascend"),
+        "context.device_target", "'Ascend', but this machine has no such device", "pass --device_target CPU"),
+    Bad("a device that is none", PPO, lambda c: c.give(device_target="TPU"),
+        "--device_target", "'TPU'", "choose from"),
+    Bad("neither true nor false", PPO, lambda c: c.give(use_parallel="perhaps"),
+        "--use_parallel", "'perhaps'", "expected True or False"),
+    Bad("no weights", PPO, lambda c: c.give(load_sft_checkpoint_train="no.ckpt"),
+        r"train: no\.ckpt", "do not exist", "give paths that are there"),
+    Bad("no weights named", PPO, lambda c: c.give(load_sft_checkpoint_train=None),
+        "no policy weights", "no policy weights", "pass --load_sft_checkpoint_train"),
+    Bad("weights cut short", PPO, lambda c: c.cut("policy.ckpt", 0.7),
+        r"policy\.ckpt", "damaged", "copy or save it again", REAL),
+    Bad("weights of another model", PPO,
+        lambda c: [c.yaml(name, f"{MODEL}.intermediate_size", 24) for name in YAMLS],
+        r"policy\.ckpt", r"w1\.weight is \(16, 16\), the model has \(24, 16\)", "check the YAML's sizes"),
+    Bad("weights of another vocabulary", PPO,
+        lambda c: [c.yaml(name, f"{MODEL}.vocab_size", 272) for name in YAMLS],
+        r"policy\.ckpt", r"embedding_weight is \(264, 16\), the model has \(272, 16\)", "check the YAML's"),
+    Bad("reward model's weights of another vocabulary", PPO,
+        lambda c: (other_reward_weights(c), c.give(load_rm_checkpoint="other.ckpt")),
+        r"other\.ckpt", r"embedding_weight is \(280, 16\), the model has \(264, 16\)", "check the YAML's"),
+    Bad("reward model with another tokenizer", PPO, reward_of_another_tokenizer,
+        "--load_rm_checkpoint hf has another tokenizer than --tokenizer_path tokenizer", r"a text is \[\d+\]",
+        "give models of one tokenizer"),
+    Bad("weights of another split", PPO, lambda c: c.give(load_sft_checkpoint_train="two_ranks"),
+        "two_ranks", "found 2: rank_0, rank_1", r"change the layout with scripts/transform_checkpoint\.py"),
+    Bad("a tokenizer larger than the model", PPO, small_vocabulary,
+        "--tokenizer_path tokenizer", r"259 tokens, more than the .*vocab_size 200", "give the model's own"),
+    Bad("ids that the tokenizer lacks", PPO,
+        lambda c: c.give(tokenizer_path="tokenizer", set=f"valid_vocab_size={VOCAB}"),
+        "valid_vocab_size 264", r"\(259 tokens\)", "set valid_vocab_size=259"),
+    Bad("no data set named", PPO, lambda c: c.give(mind_dataset_dir=None),
+        "--mind_dataset_dir", "is missing", "needed unless --only_save_strategy"),
+    Bad("no data set", PPO, lambda c: c.give(mind_dataset_dir="no.mindrecord"),
+        r"no\.mindrecord", "no such file", r"a MindRecord data set is a file and its \.db index"),
+    Bad("a data set without its index", PPO, lambda c: c.remove("data.mindrecord.db"),
+        r"data\.mindrecord\.db", "no such file", r"a MindRecord data set is a file and its \.db index"),
+    Bad("a data set cut short", PPO, lambda c: c.write("data.mindrecord", b"x" * 1000),
+        r"data\.mindrecord", "damaged", "make it again with rlhf_data.py"),
+    Bad("a data set under another name", PPO, lambda c: renamed(c, "b.mindrecord"),
+        r"b\.mindrecord", "was renamed after it was made", "make it again with rlhf_data.py"),
+    Bad("a data set with other columns", PPO, lambda c: records(c, loss_mask=None),
+        r"data\.mindrecord", "no column loss_mask", "make it with rlhf_data.py"),
+    Bad("prompts longer than allowed", PPO, lambda c: c.give(set="max_prompt_length=16"),
+        r"data\.mindrecord", "made with max_prompt_length 32, but the job's is 16", "make the data again"),
+    Bad("fewer rows than one batch", PPO, lambda c: c.give(set="rollout_batch_size=16"),
+        r"data\.mindrecord", "12 rows are fewer than one batch of 16 prompts", "a smaller batch"),
+    Bad("no held-out data set", PPO, lambda c: c.give(eval_dataset_dir="no.mindrecord"),
+        r"no\.mindrecord", "no such file", "a MindRecord data set is"),
+    Bad("held-out prompts of another length", PPO,
+        lambda c: (c.give(eval_dataset_dir="pairs.mindrecord"),
+                   records(c, "pairs.mindrecord", prompt_ids=lambda column: column[:, 16:])),
+        r"pairs\.mindrecord", "made with max_prompt_length 16", "make the data again"),
+    Bad("results in a file", PPO, lambda c: c.give(save_ckpt_dir="data.jsonl"),
+        r"--save_ckpt_dir data\.jsonl", "Not a directory", "give a directory that can"),
+    Bad("results where nothing can be made", PPO, lambda c: c.give(save_ckpt_dir="/proc/none/x"),
+        "--save_ckpt_dir /proc/none/x", "cannot be written", "give a directory that can"),
+    Bad("results of another run", PPO, lambda c: c.write("runs/new/metrics.jsonl", ""),
+        "--save_ckpt_dir runs/new", r"earlier run \(metrics\.jsonl\)", "give another directory"),
+    Bad("export into a directory with other files", PPO, lambda c: c.give(export_hf_dir="tokenizer/.."),
+        r"tokenizer/\.\.", r"data\.jsonl", "move it"),
+    Bad("export where nothing can be made", PPO, lambda c: c.give(export_hf_dir="/proc/none/x"),
+        "/proc/none/x", "cannot write", "write elsewhere"),
+    Bad("experience where nothing can be made", PPO, lambda c: c.give(save_data_file="data.jsonl/e"),
+        "--save_data_file data.jsonl/e", "Not a directory", "give another path"),
+    Bad("resume from nothing", PPO, lambda c: c.give(resume_from="runs/iteration_000001"),
+        "--resume_from runs/iteration_000001", "no such directory", "name an iteration_NNNNNN directory"),
+    Bad("resume from a directory that is no checkpoint", PPO, lambda c: c.give(resume_from="hf"),
+        "hf", r"no manifest\.json", "name an iteration_NNNNNN directory"),
+    Bad("flipped byte in a checkpoint's weights", PPO,
+        lambda c: c.flip(f"{checkpoint(c)}/policy/rank_0/checkpoint_0.ckpt", 50),
+        r"iteration_000001.*policy/rank_0/checkpoint_0\.ckpt", "SHA-256 is not the manifest's",
+        "another checkpoint"),
+    Bad("a checkpoint's file cut short", PPO,
+        lambda c: c.cut(f"{checkpoint(c)}/policy/rank_0/checkpoint_0.ckpt"),
+        r"policy/rank_0/checkpoint_0\.ckpt", "has 50 bytes, the manifest says 100", "another checkpoint"),
+    Bad("a checkpoint's manifest cut short", PPO, lambda c: c.cut(f"{checkpoint(c)}/manifest.json"),
+        r"manifest\.json", "damaged", "resume from another checkpoint"),
+    Bad("a manifest that leaves its directory", PPO,
+        lambda c: c.text(f"{checkpoint(c)}/manifest.json", "state.json", "../state.json"),
+        r"manifest\.json", r"'\.\./state\.json', which is not in the checkpoint", "another checkpoint"),
+    Bad("a reward function without texts", PPO, lambda c: c.give(reward_fn="rewards:f"),
+        "--reward_fn", "reads texts", "pass --tokenizer_path too"),
+    Bad("a reward function that is not there", PPO,
+        lambda c: c.give(reward_fn="nowhere_to_be:found", tokenizer_path="tokenizer"),
+        "--reward_fn 'nowhere_to_be:found'", "No module named 'nowhere_to_be'", "must be importable here"),
+    Bad("a reward function that is none", PPO,
+        lambda c: c.give(reward_fn="math:pi", tokenizer_path="tokenizer"),
+        "--reward_fn 'math:pi'", "pi is not a function", "name a function"),
+    Bad("strategy files of another layout", PPO, strategies_of_another_layout,
+        r"strategy/ref_strategy/strategy_0\.ckpt", "is of dp1 mp4", "remove it or work elsewhere"),
+    Bad("a damaged strategy file", PPO, damaged_strategy,
+        r"strategy/ref_strategy/strategy_0\.ckpt", "is damaged", "write it again with --only_save_strategy"),
+]  # fmt: skip
+
+YAMLS = ("generate_x.yaml", "finetune_x.yaml")
+
+
+def other_reward_weights(case: Case) -> None:
+    """``other.ckpt``: the reward model with a larger vocabulary."""
+    from mindrlhf.checkpoint.opening import open_weights
+    from mindrlhf.checkpoint.source import ArraySource
+    from mindrlhf.checkpoint.writing import write_weights
+
+    with open_weights(case / "reward.ckpt") as source:
+        arrays = {name: source.read(name) for name in source.tensors}
+    name = "model.tok_embeddings.embedding_weight"
+    arrays[name] = np.zeros((280, 16), np.float32)
+    write_weights(case / "other.ckpt", ArraySource(arrays))
+
+
+STAGE_ROWS = [
+    Bad("a YAML for generation", SFT,
+        lambda c: c.yaml("finetune_x.yaml", "optimizer", None),
+        r"finetune_x\.yaml: optimizer", "missing", "give a finetune_"),
+    Bad("no weights", SFT, lambda c: c.give(load_sft_checkpoint="no.ckpt"),
+        r"--load_sft_checkpoint no\.ckpt", "does not exist", "name weights that are there"),
+    Bad("weights cut short", SFT, lambda c: c.cut("policy.ckpt", 0.7),
+        r"policy\.ckpt", "damaged", "copy or save it again"),
+    Bad("more rows a batch than there are", SFT, lambda c: c.give(batch_size=64),
+        "--batch_size", r"64 rows, but there are only 11", "make it smaller"),
+    Bad("micro-batches that do not divide", SFT, lambda c: c.give(micro_batch_size=3),
+        "--micro_batch_size", "3 does not divide the 4 rows", "choose a divisor, or 0"),
+    Bad("learning rate below zero", SFT, lambda c: c.give(learning_rate=-1),
+        "--learning_rate", r"-1\.0", "must be above 0"),
+    Bad("a model shorter than the data", SFT, lambda c: c.yaml("finetune_x.yaml", f"{MODEL}.seq_length", 20),
+        r"data\.mindrecord: row 0", "more than the model's seq_length 20", "make the data again"),
+    Bad("data of another tokenizer", SFT, lambda c: c.give(valid_vocab_size=100),
+        r"data\.mindrecord: row 0", "is not below the model's vocab_size 100", "another tokenizer"),
+    Bad("data padded with another token", SFT,
+        lambda c: records(c, prompt_ids=other_pad, pretrain_ids=other_pad),
+        r"data\.mindrecord: row 0", "pad_token_id 256", "another tokenizer"),
+    Bad("prompts without responses", SFT,
+        lambda c: records(c, loss_mask=np.zeros_like),
+        r"data\.mindrecord: row 0", "there is no response", "can only be used for PPO"),
+    Bad("one prompt to hold out and none to train on", SFT, lambda c: c.give(eval_fraction=0.99),
+        r"data\.mindrecord", "12 different prompt", "give more data or another --eval_fraction"),
+    Bad("weights in one file that exists", SFT, lambda c: c.give(save_full_ckpt="reward.ckpt"),
+        r"--save_full_ckpt reward\.ckpt", "exists", "give another name"),
+    Bad("weights in one file of an unknown kind", SFT, lambda c: c.give(save_full_ckpt="w.bin"),
+        r"--save_full_ckpt w\.bin", r"w\.bin", r"name a \.ckpt or \.safetensors file"),
+    Bad("weights in one file where nothing can be made", SFT,
+        lambda c: c.give(save_full_ckpt="/proc/none/w.ckpt"),
+        r"/proc/none/w\.ckpt", "cannot write", "write elsewhere"),
+    Bad("results in a file", SFT, lambda c: c.give(save_ckpt_dir="data.jsonl"),
+        r"--save_ckpt_dir data\.jsonl", "Not a directory", "give a directory that can"),
+    Bad("no rejected responses", REWARD, lambda c: c.give(mind_dataset_dir="data.mindrecord"),
+        r"data\.mindrecord", "no column rejected_ids, rejected_mask", r"rlhf_data\.py --pairs", REAL),
+    Bad("one sample to calibrate with", REWARD, lambda c: c.give(calibration_samples=1),
+        "--calibration_samples", r"not allowed \(1\)", "must be at least 2"),
+    Bad("calibration on nothing known", REWARD, lambda c: c.give(calibrate="all"),
+        "--calibrate", "'all'", "choose from"),
+    Bad("an unknown key", REWARD,
+        lambda c: c.text("finetune_x.yaml", "warmup_ratio", "warm_up_ratio"),
+        r"finetune_x\.yaml: lr_schedule\.warm_up_ratio", "unknown key", r"did you mean warmup_ratio\?"),
+    Bad("a directory in place of the data", REWARD, lambda c: c.give(mind_dataset_dir="hf"),
+        "hf: ", "no such file", "a MindRecord data set is a file"),
+]  # fmt: skip
+
+LAUNCHER_ROWS = [
+    Bad("no workers", LAUNCHER, lambda c: c.give(workers=0),
+        "--workers", "got 0", "at least 1"),
+    Bad("workers that are no number", LAUNCHER, lambda c: c.give(workers="two"),
+        "--workers", "'two'", "invalid int value"),
+    Bad("no script", LAUNCHER, lambda c: c.give({"": "no.py"}),
+        r"no\.py", "no such script", "give the path of one"),
+    Bad("a rank that is not there", LAUNCHER,
+        lambda c: (c.flags.pop(""), c.give(show_rank=1), c.give({"": "script.py"})),
+        "--show_rank 1", "is not one of", "the 1 workers"),
+    Bad("logs in a file", LAUNCHER, lambda c: c.give(log_dir="data.jsonl"),
+        r"--log_dir data\.jsonl", "is a file", "give a directory"),
+    Bad("port in use", LAUNCHER, launch_on_port_in_use,
+        r"--master_port \d+", "is in use", "leave the choice to the launcher", REAL),
+    Bad("a port that is none", LAUNCHER,
+        lambda c: (c.flags.pop(""), c.give(master_port=70000), c.give({"": "script.py"})),
+        "--master_port", "got 70000", "from 1024 to 65535"),
+]  # fmt: skip
+
+ROWS = [*DATA_ROWS, *PPO_ROWS, *STAGE_ROWS, *LAUNCHER_ROWS]

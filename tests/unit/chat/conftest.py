@@ -1,0 +1,83 @@
+"""The demo tokenizer and a tiny random Qwen2 in Hugging Face's format, made anew for each test run."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "num_layers": 1,
+    "num_heads": 4,
+    "n_kv_heads": 2,
+    "intermediate_size": 48,
+    "seq_length": 256,
+    "theta": 10_000.0,
+    "eos_token_id": (1023,),
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
+    """vocab.json, merges.txt, tokenizer_config.json of the demo tokenizer (1024 tokens)."""
+    directory = tmp_path_factory.mktemp("chat") / "tokenizer"
+    scripts = str(repo_root / "scripts")
+    sys.path.insert(0, scripts)
+    try:
+        runpy.run_path(f"{scripts}/make_demo_inputs.py")["write_tokenizer"](directory)
+    finally:
+        sys.path.remove(scripts)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    """The demo tokenizer."""
+    return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[..., SimpleNamespace]:
+    """Makes a random model: ``.hf`` a directory, ``.full`` a file, ``.arrays`` canonical, ``.model``."""
+    import shutil
+
+    from mindrlhf.checkpoint.hf_config import hf_config_from_model
+    from mindrlhf.checkpoint.names import canonical_to_hf
+    from mindrlhf.checkpoint.source import ArraySource
+    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.configs.schema import ModelConfig
+    from mindrlhf.parallel.layout import Mesh
+    from mindrlhf.parallel.parameters import parameter_layouts
+
+    def make(seed: int, **changes: Any) -> SimpleNamespace:
+        model = ModelConfig(**{**SIZES, **changes})
+        directory = tmp_path_factory.mktemp("tiny")
+        rng = np.random.default_rng(seed)
+        arrays = {}
+        for name, layout in parameter_layouts(model, Mesh()).items():
+            draw = rng.standard_normal(layout.shape, np.float32)
+            arrays[name] = np.float32(1) + draw / 10 if "norm" in name else draw * np.float32(0.3)
+        names = canonical_to_hf(model.num_layers)
+        hf = directory / "hf"
+        write_weights(
+            hf / "model.safetensors", ArraySource({names[name]: array for name, array in arrays.items()})
+        )
+        (hf / "config.json").write_text(json.dumps(hf_config_from_model(model)))
+        for file in tokenizer_dir.iterdir():
+            shutil.copyfile(file, hf / file.name)
+        write_weights(directory / "full.ckpt", ArraySource(arrays))
+        return SimpleNamespace(model=model, arrays=arrays, hf=hf, full=directory / "full.ckpt")
+
+    return make

@@ -1,0 +1,191 @@
+"""Bytes of weights, moments, cache, graphs and phases, worked by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.planning.devices import CPU
+from mindrlhf.planning.graphs import (
+    Pass,
+    cached_columns,
+    generation_graphs,
+    kv_cache_bytes,
+    scoring_graph,
+    training_graph,
+)
+from mindrlhf.planning.memory import plan_memory
+from mindrlhf.planning.models import ModelMemory, job_models, model_layouts
+from mindrlhf.planning.sizes import count_parameters, rank_sizes
+from mindrlhf.trainer.layouts import job_layouts
+
+MakeJob = Callable[..., JobConfig]
+
+# One layer of TINY (H 16, 4 heads and 2 key/value heads of size 4, I 20): norms 2 x 16; wq 16 x 16 + 16, wk
+# and wv 8 x 16 + 8 each, wo 16 x 16; w1, w3 and w2 20 x 16 each.
+LAYER = 32 + 272 + 2 * 136 + 256 + 3 * 320
+EMBEDDING = 24 * 16
+POLICY = 2 * EMBEDDING + 2 * LAYER + 16
+CRITIC = EMBEDDING + 2 * LAYER + 16 + 17
+
+
+def by_name(job: JobConfig, **options: bool) -> dict[str, ModelMemory]:
+    plan = plan_memory(job, **options)
+    return {model.name: model for model in plan.models}
+
+
+def test_parameters_of_a_whole_model_and_of_half_of_it(tiny_job: MakeJob) -> None:
+    config = tiny_job().infer.model
+    assert count_parameters(config, 1, lm_head=True, score_head=False).total == POLICY == 4368
+    assert count_parameters(config, 1, lm_head=False, score_head=True).total == CRITIC == 4001
+    # All but the norms (2 x 32 + 16) is split.
+    half = count_parameters(config, 2, lm_head=True, score_head=False)
+    assert half.total == (POLICY - 80) // 2 + 80
+    assert half.largest == 12 * 16
+    assert half.embedding == 12 * 16
+
+
+def test_weights_moments_and_gradients(tiny_job: MakeJob) -> None:
+    models = by_name(tiny_job())
+    assert models["policy train"].weights == 4 * POLICY
+    assert models["policy train"].moments == 8 * POLICY
+    assert models["policy train"].gradients == 4 * POLICY
+    assert models["critic"].weights == 4 * CRITIC
+    assert models["policy infer"].weights == models["reference"].weights == 4 * ((POLICY - 80) // 2 + 80)
+    assert models["reference"].moments == models["reference"].gradients == 0
+    # 17 of the head and 80 of the norms are whole on each rank.
+    assert models["reward"].weights == 4 * ((CRITIC - 97) // 2 + 97)
+
+
+def test_bfloat16_weights_keep_a_float32_head_and_a_float32_critic(tiny_job: MakeJob) -> None:
+    job = tiny_job(device="Ascend")
+    half = replace(job.infer, model=replace(job.infer.model, param_init_type="bfloat16"))
+    models = by_name(replace(job, infer=half, reward=half, critic=half))
+    assert models["policy infer"].weights == 2 * ((POLICY - 80) // 2 + 80)
+    assert models["reward"].weights == 2 * ((CRITIC - 97) // 2 + 80) + 4 * 17
+    assert models["critic"].weights == 4 * ((CRITIC - 97) // 2 + 97)
+    assert models["critic"].moments == 8 * ((CRITIC - 97) // 2 + 97)
+
+
+def test_a_cache_holds_whole_calls_of_the_decode_graph(tiny_job: MakeJob) -> None:
+    # 1 token from the prefill, 5 from calls of 2: 3 calls, so 4 + 6 columns.
+    assert cached_columns(4, 6, 2) == 10
+    sizes = rank_sizes(tiny_job().infer.model, 2)
+    # keys and values, 2 layers, 8 rows, 10 columns, 1 head of size 4, float32
+    assert kv_cache_bytes(sizes, 8, 10) == 2 * 2 * 8 * 10 * 4 * 4
+    assert by_name(tiny_job())["policy infer"].kv_cache == 2 * 2 * 8 * 10 * 4 * 4
+    assert by_name(tiny_job(generation_batch_size=2))["policy infer"].kv_cache == 2 * 2 * 2 * 10 * 4 * 4
+
+
+def test_activations_of_a_training_pass(tiny_job: MakeJob) -> None:
+    sizes = rank_sizes(tiny_job().train.model, 1)
+    count = count_parameters(tiny_job().train.model, 1, lm_head=True, score_head=False)
+    work = Pass(rows=3, columns=10, responses=6, logits=True, entropy=True)
+    graph = training_graph(sizes, work, count, CPU)
+    # A token keeps in a layer: norms 4 x 16, query and mix 2 x 16, key and value 2 x 8, 4 heads x 10 weights,
+    # feed-forward 3 x 20.
+    layer = 64 + 32 + 16 + 40 + 60
+    # Shared: 4 heads x 10 of the mask, cos and sin of 16 + 8 features. Last norm: 2 x 16.
+    shared, last_norm = 40 + 48, 32
+    # Head: 18 response tokens with 16 hidden states and 4 arrays of 24 logits; SwiGLU's backward pass is
+    # wider: 30 tokens x (5 x 20 + 2 x 16).
+    widest = max(18 * (16 + 4 * 24), 30 * (100 + 32))
+    assert graph.activations == 4 * (30 * (shared + 2 * layer + last_norm) + widest)
+    # Transposed forward and backward: (2 x 16 + 2 x 8) a token and layer, 8 bytes each; broadcast: the scores
+    # in the softmax's gradient and the two masks, 16 bytes each.
+    transposed = 8 * 2 * 30 * 2 * 48
+    broadcast = 16 * (30 * 2 * 4 * 10 + 10 * 10 + 3 * 10 * 10)
+    assert graph.kernels == transposed + broadcast
+
+
+def test_a_scoring_pass_keeps_no_layers(tiny_job: MakeJob) -> None:
+    sizes = rank_sizes(tiny_job().train.model, 1)
+    work = Pass(rows=3, columns=10, responses=6, logits=True)
+    graph = scoring_graph(sizes, work, CPU)
+    attention = 16 + 32 + max(4 * 16 + 16, 3 * 40)
+    feed_forward = 32 + 100
+    head = 18 * (16 + 3 * 24)
+    assert graph.activations == 4 * (30 * 88 + max(30 * max(attention, feed_forward), head))
+    assert graph.kernels == 8 * 30 * 2 * 48 + 16 * (10 * 10 + 3 * 10 * 10)
+
+
+def test_flash_attention_keeps_no_scores(tiny_job: MakeJob) -> None:
+    count = count_parameters(tiny_job().train.model, 1, lm_head=True, score_head=False)
+    plain = rank_sizes(tiny_job().train.model, 1)
+    flash = replace(plain, flash=True)
+
+    def activations(sizes: object, columns: int) -> int:
+        work = Pass(rows=1, columns=columns, responses=1)
+        return training_graph(sizes, work, count, CPU).activations  # type: ignore[arg-type]
+
+    # Four times the columns: the scores grow sixteenfold, the rest fourfold (a mask of 5 bytes a pair stays).
+    assert activations(plain, 4000) > 15 * activations(plain, 1000)
+    assert activations(flash, 4000) < 4 * activations(flash, 1000) + 16 * 5 * 1000**2
+
+
+def test_a_long_prompt_is_read_in_blocks(tiny_job: MakeJob) -> None:
+    sizes = rank_sizes(tiny_job().train.model, 1)
+    short, long = (generation_graphs(sizes, 1, prompt, 2, 1, CPU).activations for prompt in (512, 4096))
+    assert long < 9 * short  # 64 times, were all scores of a prompt there at once
+
+
+def test_micro_batches_add_a_waiting_set_and_replicas_a_sum(tiny_job: MakeJob) -> None:
+    whole, parts = by_name(tiny_job())["critic"], by_name(tiny_job(micro_batch_size=1))["critic"]
+    assert (whole.waiting_sets, parts.waiting_sets) == (0, 1)
+    assert whole.step_sets == 1  # the sum over the two replicas; the fused kernel clips one at a time
+    assert by_name(tiny_job(device="Ascend"))["critic"].step_sets == 2
+
+
+def test_phases_on_cpu_only_grow_and_on_a_device_give_back(tiny_job: MakeJob) -> None:
+    totals = [phase.total for phase in plan_memory(tiny_job()).phases]
+    assert totals == sorted(totals)
+    phases = {phase.name: phase for phase in plan_memory(tiny_job(device="Ascend")).phases}
+    assert phases["training"].total > phases["save"].total
+    assert phases["save"].parts["activations"] == phases["save"].parts["gradients"] == 0
+    assert phases["rollout"].parts["moments"] == 8 * (POLICY + CRITIC)
+
+
+def test_training_holds_the_last_gradients_of_both_models(tiny_job: MakeJob) -> None:
+    """A held set of each, the policy's sum of micro-batches; on CPU its new set beside the activations."""
+    for device, new in (("CPU", 1), ("Ascend", 0)):
+        plan = plan_memory(tiny_job(device=device, micro_batch_size=1, max_response_length=600))
+        training = next(phase for phase in plan.phases if phase.name == "training")
+        assert training.parts["gradients"] == 4 * (POLICY + CRITIC + (1 + new) * POLICY)
+        assert training.parts["activations"] > 4 * POLICY  # else the set, not they, would count
+
+
+def test_a_shared_critic_and_a_reward_function_build_fewer_models(tiny_job: MakeJob) -> None:
+    assert list(by_name(tiny_job())) == ["policy infer", "policy train", "reference", "reward", "critic"]
+    models = by_name(tiny_job(critic="shared"), with_reward_model=False)
+    assert list(models) == ["policy infer", "policy train", "reference"]
+    assert models["policy train"].parameters == POLICY + 17
+    assert set(models["policy train"].graphs) == {"scoring", "training"}
+
+
+def test_swapped_moments_are_on_the_host(tiny_job: MakeJob) -> None:
+    job = tiny_job(device="Ascend")
+    swapped = replace(job, train=replace(job.train, optimizer={"type": "AdamW", "swap": True}))
+    before, after = plan_memory(job), plan_memory(swapped)
+    assert before.peak.total - after.peak.total == 8 * POLICY
+    assert by_name(swapped)["policy train"].host_moments == 8 * POLICY
+    assert after.host > before.host - 8 * POLICY
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_layouts_are_those_of_the_trainer(tiny_job: MakeJob, critic: str) -> None:
+    job = tiny_job(critic=critic)
+    assert model_layouts(job) == job_layouts(job)
+
+
+def test_float32_training_state_of_7b_is_sixteen_bytes_a_parameter(shipped_job: MakeJob) -> None:
+    """The figure of the tutorial: 60.9 GB at mp2."""
+    job = shipped_job("qwen2_7b")
+    policy = next(
+        model for model in job_models(job, CPU, with_reward_model=True) if model.name == "policy train"
+    )
+    total = policy.weights + policy.moments + policy.gradients
+    assert total == 16 * policy.parameters
+    assert total / 1e9 == pytest.approx(60.9, abs=0.05)

@@ -1,0 +1,363 @@
+"""The console: what is drawn, what is said without a terminal, and that log lines do not tear the drawing."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mindrlhf.trainer.console import open as console_open
+from mindrlhf.trainer.console.live import LiveConsole
+from mindrlhf.trainer.console.open import PPO_COLUMNS, PPO_STATUS, open_console
+from mindrlhf.trainer.console.plain import PlainConsole
+from mindrlhf.trainer.console.state import RunState, clock_text
+from mindrlhf.trainer.trackers.base import RunStart
+from mindrlhf.utils import progress
+from mindrlhf.utils.progress import ProgressBar
+from mindrlhf.utils.timers import PhaseTimer
+
+METRICS = {
+    "objective/scores": 0.25,
+    "objective/kl": 0.5,
+    "response/length": 12.5,
+    "response/eos_rate": 0.75,
+    "loss/policy": -0.01,
+    "loss/value": 1.5,
+    "tokens_per_second": 321.4,
+    "time/iteration": 9.0,
+}
+EVALUATION = {"eval/scores": 0.5, "eval/kl": 1.0}
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def live(clock: Callable[[], float], total: int = 3, width: int = 100, **options: Any) -> LiveConsole:
+    """A console that draws into memory."""
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    options = {"columns": PPO_COLUMNS, "status": PPO_STATUS} | options
+    return LiveConsole("PPO", total, "iteration", console=terminal, clock=clock, **options)
+
+
+def drawing(console: LiveConsole) -> list[str]:
+    """The lines at the foot of the terminal."""
+    paper = Console(file=io.StringIO(), width=console.console.width, color_system=None)
+    paper.print(console.render())
+    assert isinstance(paper.file, io.StringIO)
+    return [line.rstrip() for line in paper.file.getvalue().splitlines()]
+
+
+def test_drawing_of_a_run(clock: Clock) -> None:
+    console = live(clock)
+    timer = PhaseTimer([console])
+    with timer.phase("load"):
+        head, phase, status = drawing(console)
+        assert "iteration 1/3" in head
+        assert "0:00 elapsed, -:-- left" in head
+        assert phase.startswith("load")
+        assert re.fullmatch(r"memory \d+\.\d\d GiB, peak \d+\.\d\d", status)
+    with timer.phase("rollout", 512, "tokens"):
+        timer.advance(128)
+        clock.now += 7
+        (_, phase, _) = drawing(console)
+        assert re.fullmatch(r"rollout ━{8} +128/512 tokens +0:07", phase), "a quarter of 32 is filled"
+    console.scalars(1, METRICS)
+    console.scalars(2, METRICS | {"objective/scores": 0.375})
+    (head, status) = drawing(console)
+    assert "iteration 3/3" in head
+    assert "score +0.3750 (+0.1250)  KL +0.5000 (+0.0000)  length 12.5  tok/s 321  memory" in status
+
+
+def test_finished_iterations_scroll_above_the_drawing_and_evaluations_do_not(clock: Clock) -> None:
+    console = live(clock, width=80)
+    console.scalars(0, EVALUATION)
+    console.scalars(1, METRICS)
+    console.scalars(1, EVALUATION)
+    console.scalars(2, METRICS)
+    assert isinstance(console.console.file, io.StringIO)
+    title, *rows = console.console.file.getvalue().splitlines()
+    assert " ".join(title.split()) == "iteration score KL length stop pi loss v loss tok/s seconds"
+    assert [row.split()[:4] for row in rows] == [
+        ["1", "+0.2500", "+0.5000", "12.5"],
+        ["2", "+0.2500", "+0.5000", "12.5"],
+    ]
+    assert {len(line) for line in (title, *rows)} == {len(title)}, "columns stand below their titles"
+    assert len(title) <= 80
+
+    narrow = live(clock, width=59)
+    narrow.scalars(1, METRICS)
+    assert isinstance(narrow.console.file, io.StringIO)
+    title, row = narrow.console.file.getvalue().splitlines()
+    assert " ".join(title.split()) == "iteration score KL length stop pi loss"
+    assert len(row.split()) == 6
+    assert max(map(len, drawing(narrow))) <= 59
+
+
+def test_time_left_leaves_the_first_iteration_out(clock: Clock) -> None:
+    state = RunState("PPO", 10, "iteration", clock=clock)
+    clock.now += 60  # compiles
+    state.scalars(1, METRICS)
+    assert state.seconds_left() is None
+    for iteration in (2, 3):
+        clock.now += 6
+        state.scalars(iteration, METRICS)
+    assert state.seconds_left() == pytest.approx(7 * 6)
+    clock.now += 4
+    assert state.seconds_left() == pytest.approx(7 * 6 - 4)
+    state.start(RunStart(Path(), {}, first_step=6, is_resumed=True))
+    assert (state.current_step, state.seconds_left()) == (6, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "-:--"), (0, "0:00"), (61.4, "1:01"), (3600 * 26 + 59.6, "26:01:00")]
+)
+def test_clock_text(seconds: float | None, text: str) -> None:
+    assert clock_text(seconds) == text
+
+
+def test_a_stage_counts_its_steps_in_a_phase(clock: Clock) -> None:
+    console = live(clock, total=0, columns=(), status=())
+    timer = PhaseTimer([console])
+    with timer.phase("train", 200, "steps"):
+        timer.advance(50)
+        clock.now += 10
+        with timer.phase("evaluate", 8, "batches"):
+            _, train, evaluate, _ = drawing(console)
+            assert "50/200 steps" in train
+            assert "0:10, 0:30 left" in train
+            assert "0/8 batches" in evaluate
+        timer.advance()
+        assert "51/200 steps" in drawing(console)[1], "what is inside a phase does not count as its steps"
+
+
+def test_a_closed_terminal_ends_the_drawing_only(clock: Clock) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    console = live(clock)
+    console.open()
+    console.console.file = Closed()
+    with PhaseTimer([console]).phase("rollout", 4, "tokens"):
+        console.scalars(1, METRICS)
+    console.shut()
+
+
+def test_plain_lines_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    console = PlainConsole("PPO", 20, "iteration", clock=clock)
+    timer = PhaseTimer([console])
+
+    def wait(seconds: int) -> None:
+        for _ in range(seconds):
+            clock.now += 1
+            console.tick()
+
+    with timer.phase("load"):
+        wait(12)
+    with timer.phase("rollout", 512, "tokens"):
+        wait(9)
+        timer.advance(64)
+        wait(2)
+    wait(30)
+    console.scalars(1, METRICS)
+    with timer.phase("sync", 3, "parameters"):
+        wait(9)
+    with timer.phase("train", 4, "minibatches"):
+        timer.advance()
+        wait(20)
+    assert capsys.readouterr().err.splitlines() == [
+        "INFO load 10 s",
+        "INFO iteration 1/20: rollout 64/512 tokens 10 s",
+        "INFO iteration 2/20: train 1/4 minibatches 10 s",
+        "INFO iteration 2/20: train 1/4 minibatches 20 s",
+    ]
+
+
+def test_a_phase_without_progress_is_named_by_the_clock_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mindrlhf.trainer.console.plain.SECONDS_BETWEEN_LINES", 0.5)
+    with open_console("PPO", 2, "iteration") as console:
+        assert isinstance(console, PlainConsole), "pytest's stderr is no terminal"
+        with PhaseTimer([console]).phase("save"):
+            time.sleep(1.3)
+    assert re.fullmatch(r"INFO save 1 s\n", capsys.readouterr().err)
+
+
+def test_other_ranks_show_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "RANK_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with open_console("PPO", 2, "iteration") as console:
+        assert type(console) is RunState
+        assert not console.shows_metrics
+    assert capsys.readouterr().err == ""
+
+
+def test_a_device_that_is_no_terminal_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for device, fault in (("/dev/null", "is no terminal"), ("/dev/none/1", "cannot be opened")):
+        monkeypatch.setenv(console_open.CONSOLE_VARIABLE, device)
+        with open_console("PPO", 2, "iteration") as console:
+            assert isinstance(console, PlainConsole)
+        assert fault in capsys.readouterr().err
+
+
+RUN = """
+import logging, sys, time
+from mindrlhf.trainer.console.open import open_console, PPO_COLUMNS, PPO_STATUS
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.progress import track
+from mindrlhf.utils.timers import PhaseTimer
+
+metrics = {column.metric: 1.0 for column in PPO_COLUMNS}
+with open_console("PPO", 3, "iteration", columns=PPO_COLUMNS, status=PPO_STATUS) as console:
+    timer = PhaseTimer([console])
+    for iteration in range(1, 4):
+        with timer.phase("rollout", 40, "tokens"):
+            for _ in range(4):
+                time.sleep(0.05)
+                timer.advance(10)
+        get_logger("mindrlhf.x").info("log line %d", iteration)
+        list(track(range(3), description="inner bar"))
+        console.scalars(iteration, metrics)
+get_logger("mindrlhf.x").info("after")
+"""
+
+
+class Screen:
+    """As much of a terminal as rich's Live uses: line feeds, cursor up, erase line."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = [""]
+        self.row = 0
+
+    def feed(self, text: str) -> None:
+        for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+            if token == "\n":
+                self.row += 1
+                if self.row == len(self.lines):
+                    self.lines.append("")
+            elif token == "\r":
+                self.fresh = True
+            elif token == "\x1b[2K":
+                self.lines[self.row] = ""
+            elif re.fullmatch(r"\x1b\[\d+A", token):
+                self.row -= int(token[2:-1])
+            elif not token.startswith("\x1b"):
+                self.lines[self.row] = token if self.fresh else self.lines[self.row] + token
+                self.fresh = False
+
+    fresh = False
+
+
+def run_on_terminal(directory: Path, variables: dict[str, str], stderr: Any = None) -> str:
+    """What RUN writes to a pseudo-terminal, which is its stderr too unless another is given."""
+    script = directory / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    master, slave = pty.openpty()
+    named = {name: os.ttyname(slave) if value == "TTY" else value for name, value in variables.items()}
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30", **named}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdin=slave, stdout=slave, stderr=stderr or slave, env=env
+    )
+    os.close(slave)
+    output = b""
+    try:
+        while True:
+            try:
+                part = os.read(master, 65536)
+            except OSError:  # the other side has closed
+                break
+            if not part:
+                break
+            output += part
+    finally:
+        assert process.wait(timeout=60) == 0
+        os.close(master)
+    return output.decode()
+
+
+def assert_whole(lines: list[str]) -> None:
+    """Log lines and finished iterations in order, each on a line of its own, then the last drawing."""
+    lines = [line.rstrip() for line in lines if line.strip()]
+    rows = [line for line in lines if re.match(r" +[123]  ", line)]
+    assert [row.split()[0] for row in rows] == ["1", "2", "3"]
+    logs = [line for line in lines if "log line" in line]
+    assert logs == [f"INFO log line {iteration}" for iteration in (1, 2, 3)]
+    assert lines.index(logs[1]) < lines.index(rows[1]) < lines.index(logs[2]), "in the order they came"
+    heads = [line for line in lines if line.startswith("PPO")]
+    assert len(heads) == 1, "one drawing is left, the last"
+    assert re.search(r"iteration 3/3 +0:0\d elapsed$", heads[0])
+    assert not any("rollout" in line for line in lines)
+
+
+def test_log_lines_do_not_tear_the_drawing_on_a_terminal(tmp_path: Path) -> None:
+    output = run_on_terminal(tmp_path, {})
+    assert "rollout" in output
+    assert "10/40 tokens" in output
+    screen = Screen()
+    screen.feed(output)
+    assert_whole(screen.lines)
+    assert [line.rstrip() for line in screen.lines if line.strip()][-1] == "INFO after"
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is there again"
+
+
+def test_a_worker_of_msrun_draws_on_the_terminal_it_is_given_and_logs_to_its_own_file(tmp_path: Path) -> None:
+    log = tmp_path / "worker_0.log"
+    with log.open("w") as stderr:
+        output = run_on_terminal(tmp_path, {"MINDRLHF_CONSOLE": "TTY"}, stderr)
+    screen = Screen()
+    screen.feed(output)
+    assert_whole(screen.lines)
+    assert log.read_text().splitlines() == [
+        *(f"INFO log line {iteration}" for iteration in (1, 2, 3)),
+        "INFO after",
+    ]
+
+
+def test_plain_lines_on_a_terminal_when_asked_for(tmp_path: Path) -> None:
+    output = run_on_terminal(tmp_path, {"MINDRLHF_CONSOLE": "plain"})
+    assert "INFO log line 3" in output
+    assert "tokens" not in output
+
+
+def test_a_progress_bar_inside_the_live_console_writes_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    from rich.file_proxy import FileProxy
+
+    written = Terminal()
+    outer = Console(file=written, width=80, force_terminal=True)
+    monkeypatch.setattr(sys, "stderr", FileProxy(outer, written))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with ProgressBar("rows", 2) as bar:
+        bar.update()
+    assert "INFO rows: 1/2 in 0 s" in written.getvalue()
+    assert "━" not in written.getvalue()

@@ -1,0 +1,277 @@
+"""Which checkpoint is taken: the newest whole one, by all ranks, and never a damaged one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindrlhf.checkpoint.manifest import digest_file, write_manifest
+from mindrlhf.configs.schema import JobConfig, ParallelConfig
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.trainer.compatibility import check_compatible, stored_meshes
+from mindrlhf.trainer.resuming import choose_checkpoint, find_faults, newest_whole, tidy
+from mindrlhf.trainer.runtime import HostExchange, Runtime
+from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.provenance import plain
+
+ALONE = HostExchange(Runtime(0, 1))
+FILES = ("policy/rank_0/checkpoint_0.ckpt", "policy/rank_1/checkpoint_1.ckpt", "state.json")
+
+
+class ThreadExchange:
+    """The exchange of one rank among several that are threads."""
+
+    def __init__(self, rank: int, packets: dict[int, Any], barrier: threading.Barrier) -> None:
+        self.runtime = Runtime(rank, barrier.parties)
+        self._packets, self._barrier = packets, barrier
+
+    def every_rank(self, array: np.ndarray) -> np.ndarray:
+        self._packets[self.runtime.rank] = array
+        self._barrier.wait(timeout=10)
+        packets = [self._packets[rank] for rank in range(self.runtime.world_size)]
+        assert len({packet.shape for packet in packets}) == 1, "the collective would hang or garble"
+        self._barrier.wait(timeout=10)
+        return np.stack(packets)
+
+    def barrier(self) -> None:
+        self.every_rank(np.zeros(1, np.int32))
+
+
+def on_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
+    """What ``work`` returns on each of ``size`` ranks."""
+    barrier = threading.Barrier(size)
+    packets: dict[int, Any] = {}
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(ThreadExchange(rank, packets, barrier)), range(size)))
+
+
+def make(save: Path, iteration: int, job: JobConfig) -> Path:
+    directory = save / f"iteration_{iteration:06d}"
+    for name in FILES:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(f"{name} after {iteration}".encode() * 100)
+    (directory / "config.json").write_text(json.dumps({"configuration": plain(job)}))
+    names = (*FILES, "config.json")
+    write_manifest(directory, {name: digest_file(directory / name) for name in names})
+    return directory
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), "no manifest.json"),
+    "damaged manifest": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: damaged"),
+    "truncated": (lambda d: (d / FILES[1]).write_bytes(b"x"), f"{FILES[1]} has 1 bytes, the manifest says"),
+    "flipped bit": (lambda d: flip(d / FILES[1]), f"{FILES[1]} is damaged (its SHA-256"),
+    "missing rank": (lambda d: (d / FILES[1]).unlink(), f"{FILES[1]} is missing"),
+    "flipped state": (lambda d: flip(d / "state.json"), "state.json is damaged (its SHA-256"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    tmp_path: Path, tiny_job: JobConfig, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    spoil, says = DAMAGE[kind]
+    make(tmp_path, 2, tiny_job)
+    whole = make(tmp_path, 9, tiny_job)
+    spoil(make(tmp_path, 10, tiny_job))
+    assert newest_whole(tmp_path, ALONE) == whole
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "iteration_000010 is damaged and passed over" in warning
+    assert says in warning
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_resume_from_a_damaged_checkpoint_is_refused(tmp_path: Path, tiny_job: JobConfig, kind: str) -> None:
+    spoil, says = DAMAGE[kind]
+    directory = make(tmp_path, 1, tiny_job)
+    spoil(directory)
+    with pytest.raises(CheckpointError) as caught:
+        choose_checkpoint(tmp_path, directory, resume_training=False, job=tiny_job, exchange=ALONE)
+    assert says in str(caught.value)
+    assert "iteration_000001" in str(caught.value)
+
+
+def test_resume_from_a_folder_of_checkpoints_takes_the_newest_whole_one(
+    tmp_path: Path, tiny_job: JobConfig
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    whole = make(elsewhere, 3, tiny_job)
+    flip(make(elsewhere, 4, tiny_job) / FILES[0])
+    make(tmp_path, 9, tiny_job)
+    for given in (elsewhere, whole):
+        chosen = choose_checkpoint(tmp_path, given, resume_training=False, job=tiny_job, exchange=ALONE)
+        assert chosen == whole
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_all_ranks_find_the_same(tmp_path: Path, tiny_job: JobConfig, kind: str, size: int) -> None:
+    """More ranks than files, too; each hashes some of them."""
+    spoil, says = DAMAGE[kind]
+    directory = make(tmp_path, 1, tiny_job)
+    assert on_ranks(size, lambda exchange: find_faults(directory, exchange)) == [[]] * size
+    spoil(directory)
+    first, *others = on_ranks(size, lambda exchange: find_faults(directory, exchange))
+    assert says in first[0]
+    assert others == [first] * (size - 1)
+
+
+def test_ranks_follow_the_main_rank_and_one_that_sees_damage(tmp_path: Path, tiny_job: JobConfig) -> None:
+    """Ranks with disks of their own: only one of them has a damaged file."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for save in (good, bad):
+        make(save, 4, tiny_job)
+        make(save, 6, tiny_job)
+    (bad / "iteration_000006" / FILES[0]).unlink()
+    make(bad, 8, tiny_job)  # the main rank has no such one
+
+    found = on_ranks(3, lambda exchange: newest_whole((good, good, bad)[exchange.runtime.rank], exchange))
+    assert [path.name for path in found] == ["iteration_000004"] * 3
+    faults = on_ranks(
+        2, lambda exchange: find_faults((good, bad)[exchange.runtime.rank] / "iteration_000006", exchange)
+    )
+    assert faults == [["rank 1 cannot see all of its files; its log names them"], [f"{FILES[0]} is missing"]]
+
+
+def test_nothing_there_is_a_fresh_start(
+    tmp_path: Path, tiny_job: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".iteration_000001.tmp").mkdir()
+    (tmp_path / "iteration_final").mkdir()
+    caplog.set_level("INFO")
+    for save in (tmp_path, tmp_path / "not_made"):
+        assert choose_checkpoint(save, None, resume_training=True, job=tiny_job, exchange=ALONE) is None
+        assert f"no checkpoint in {save} yet, a fresh start" in caplog.text
+    assert not (tmp_path / "not_made").exists()
+    assert choose_checkpoint(tmp_path, None, resume_training=False, job=tiny_job, exchange=ALONE) is None
+
+
+def test_nothing_but_damaged_ones_is_an_error(tmp_path: Path, tiny_job: JobConfig) -> None:
+    """Training anew over what was paid for would lose it without a word."""
+    for iteration in (1, 2):
+        flip(make(tmp_path, iteration, tiny_job) / FILES[0])
+    with pytest.raises(
+        CheckpointError, match=r"(?s)all 2 checkpoint.*iteration_000002: .*iteration_000001: "
+    ):
+        choose_checkpoint(tmp_path, None, resume_training=True, job=tiny_job, exchange=ALONE)
+
+
+def test_what_a_killed_run_leaves_is_tidied(tmp_path: Path, tiny_job: JobConfig) -> None:
+    for name in (".iteration_000003.tmp", ".iteration_000001.old"):
+        make(tmp_path, 1, tiny_job).rename(tmp_path / name)
+    make(tmp_path, 2, tiny_job).rename(tmp_path / ".iteration_000002.old")
+    make(tmp_path, 2, tiny_job)
+    for name in (".metrics.jsonl.tmp-123", "metrics.jsonl", ".hidden", ".tmp-notes"):
+        (tmp_path / name).touch()
+    tidy(tmp_path, ALONE)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("iteration_000001", "iteration_000002", "metrics.jsonl", ".hidden", ".tmp-notes")
+    }
+    assert find_faults(tmp_path / "iteration_000001", ALONE) == [], "it was being replaced, and is whole"
+
+
+def changed(job: JobConfig, role: str, part: str, **values: Any) -> JobConfig:
+    run = getattr(job, role)
+    section = getattr(run, part)
+    new = section | values if isinstance(section, dict) else replace(section, **values)
+    return replace(job, **{role: replace(run, **{part: new})})
+
+
+REFUSED = [
+    ("train", "model", {"hidden_size": 32}, "train.model.hidden_size: 16 in the checkpoint, 32 now"),
+    ("critic", "model", {"num_layers": 2}, "critic.model.num_layers: 1 in the checkpoint, 2 now"),
+    ("train", "model", {"theta": 1e4}, "train.model.theta: 1000000.0 in the checkpoint, 10000.0 now"),
+    ("train", "optimizer", {"type": "Adam"}, "train.optimizer.type: AdamW in the checkpoint, Adam now"),
+]
+
+
+@pytest.mark.parametrize(("role", "part", "values", "says"), REFUSED)
+def test_another_model_or_optimizer_is_refused(
+    tmp_path: Path, tiny_job: JobConfig, role: str, part: str, values: dict[str, Any], says: str
+) -> None:
+    directory = make(tmp_path, 1, tiny_job)
+    job = changed(tiny_job, role, part, **values)
+    with pytest.raises(CheckpointError) as caught:
+        choose_checkpoint(tmp_path, None, resume_training=True, job=job, exchange=ALONE)
+    assert str(caught.value).count("\n  - ") == 1
+    assert f"{directory} cannot be resumed by this job, 1 difference(s)" in str(caught.value)
+    assert f"- {says}" in str(caught.value)
+
+
+def test_all_differences_come_in_one_error(tmp_path: Path, tiny_job: JobConfig) -> None:
+    directory = make(tmp_path, 1, tiny_job)
+    job = replace(tiny_job, ppo=replace(tiny_job.ppo, critic="shared", seed=4, total_iterations=9))
+    job = changed(job, "train", "model", vocab_size=32)
+    with pytest.raises(CheckpointError) as caught:
+        check_compatible(directory, job)
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [
+        "  - ppo.critic: separate in the checkpoint, shared now",
+        "  - ppo.seed: 3 in the checkpoint, 4 now",
+        "  - train.model.vocab_size: 24 in the checkpoint, 32 now",
+    ]
+
+
+def test_harmless_changes_pass_and_are_said(
+    tmp_path: Path, tiny_job: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = make(tmp_path, 1, tiny_job)
+    job = replace(tiny_job, ppo=replace(tiny_job.ppo, total_iterations=9, save_interval=2))
+    job = changed(job, "train", "optimizer", weight_decay=0.2)
+    job = replace(
+        job, train=replace(job.train, path=Path("moved.yaml"), parallel=ParallelConfig(data_parallel=2))
+    )
+    caplog.set_level("INFO")
+    check_compatible(directory, job)
+    layout, others = [record.getMessage() for record in caplog.records]
+    assert layout.endswith(
+        "the checkpoint is resharded: train.parallel.data_parallel: 1 in the checkpoint, 2 now"
+    )
+    assert others.endswith(
+        "ppo.save_interval: 0 in the checkpoint, 2 now; ppo.total_iterations: 4 in the checkpoint, 9 now; "
+        "train.optimizer.weight_decay: 0.1 in the checkpoint, 0.2 now"
+    )
+
+
+def test_nothing_is_said_of_nothing(
+    tmp_path: Path, tiny_job: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    check_compatible(make(tmp_path, 1, tiny_job), tiny_job)
+    assert caplog.records == []
+
+
+def test_the_critic_of_a_shared_backbone_does_not_matter(tmp_path: Path, tiny_job: JobConfig) -> None:
+    shared = replace(tiny_job, ppo=replace(tiny_job.ppo, critic="shared"))
+    directory = make(tmp_path, 1, shared)
+    check_compatible(directory, changed(shared, "critic", "model", hidden_size=32))
+
+
+def test_the_checkpoint_says_how_it_is_split(tmp_path: Path, tiny_job: JobConfig) -> None:
+    job = replace(
+        tiny_job,
+        train=replace(tiny_job.train, parallel=ParallelConfig(data_parallel=2, model_parallel=4)),
+        critic=replace(tiny_job.critic, parallel=ParallelConfig(data_parallel=8)),
+    )
+    assert stored_meshes(make(tmp_path, 1, job)) == {"policy": Mesh(2, 4), "critic": Mesh(8, 1)}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"configuration": 3}', '{"configuration": {"train": {}}}'])
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        stored_meshes(tmp_path)

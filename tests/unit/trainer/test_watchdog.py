@@ -1,0 +1,101 @@
+"""What the watchdog writes at each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mindrlhf.trainer.watchdog import Watchdog, rest, watched
+from mindrlhf.utils import supervision
+from mindrlhf.utils.heartbeat import Beat, Heartbeat
+from mindrlhf.utils.timers import PhaseTimer
+
+
+@pytest.fixture
+def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heartbeat]:
+    """The heartbeat of a process that has joined; no supervisor is started."""
+    with (tmp_path / "stacks").open("w") as stacks:
+        member = supervision.Membership(Heartbeat(tmp_path, 1, 4), stacks)
+        monkeypatch.setattr(supervision, "_membership", member)
+        yield member.heartbeat
+
+
+def test_phases_and_their_progress_are_written(heart: Heartbeat) -> None:
+    watchdog = Watchdog(60.0, computes=True)
+    iteration = 4
+    watchdog.follow(lambda: iteration)
+    timer = PhaseTimer([watchdog])
+    with timer.phase("rollout", 10, "tokens"):
+        assert heart.beat.place == "in phase rollout (0 of 10 tokens done) of iteration 4"
+        timer.advance(3)
+        timer.advance(4)
+        assert heart.beat.done == 7
+        assert (heart.beat.timeout, heart.beat.may_idle, heart.beat.steps) == (60.0, False, 1)
+    assert heart.beat.place == "after phase rollout of iteration 4"
+    assert (heart.beat.may_idle, heart.beat.steps) == (True, 2)
+    iteration = 5  # counted on before the save, which is still of iteration 4
+    with timer.phase("save"):
+        assert heart.beat.place == "in phase save of iteration 4"
+        assert heart.beat.may_idle, "a save waits for a disk"
+    with timer.phase("rollout"):
+        assert heart.beat.iteration == 5
+
+
+def test_a_failure_stays_where_it_was(heart: Heartbeat) -> None:
+    timer = PhaseTimer([Watchdog()])
+
+    def fail() -> None:
+        with timer.phase("train"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert heart.beat.place == "in phase train"
+
+
+def test_a_phase_that_asks_a_server_may_wait(heart: Heartbeat) -> None:
+    watchdog = Watchdog(60.0, computes=True, waiting_phases=frozenset({"score"}))
+    watchdog.phase_started("score", None, "")
+    assert heart.beat.may_idle
+    # A device computes while its host waits; and the watchdog is off.
+    for other in (Watchdog(60.0, computes=False), Watchdog(0, computes=True)):
+        other.phase_started("train", None, "")
+        assert heart.beat.may_idle
+
+
+def test_after_the_loop_there_is_no_limit(heart: Heartbeat) -> None:
+    timer = PhaseTimer([Watchdog(60.0)])
+    with timer.phase("save", 3, "files"):
+        pass
+    assert heart.beat.timeout == 60.0
+    rest("export")
+    assert (heart.beat.place, heart.beat.timeout) == ("in phase export", 0.0)
+
+
+def test_without_a_supervisor_a_watchdog_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_membership", None)
+    Watchdog().phase_started("train", None, "")
+    rest("export")
+
+
+def test_one_process_is_supervised_while_the_block_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    started: list[Path] = []
+    monkeypatch.setattr(supervision, "_start_supervisor", started.append)
+    with watched(60.0):
+        member = supervision.membership()
+        assert member is not None
+        assert [member.directory] == started == list(tmp_path.iterdir())
+        beat: Beat = member.heartbeat.beat
+        assert (beat.rank, beat.world_size) == (0, 1)
+        with watched(60.0):
+            assert supervision.membership() is member
+        assert supervision.membership() is member
+    assert supervision.membership() is None
+    assert list(tmp_path.iterdir()) == []
+    with watched(0):
+        assert supervision.membership() is None
