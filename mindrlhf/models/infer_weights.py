@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, get_context
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.infer_layers import LocalSizes
@@ -28,7 +28,7 @@ class _Fused:
 
     parameter: Parameter
     names: tuple[str, ...]
-    fuse: Callable[[Sequence[np.ndarray]], np.ndarray]
+    fuse: Callable[[Sequence[np.ndarray], np.ndarray], object]  # parts -> into the stored array
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
@@ -72,7 +72,7 @@ class FusedWeights:
             waiting[name] = _numpy(array)
             holder = self._holder[name]
             if all(part in waiting for part in holder.names):
-                _write(holder.parameter, holder.fuse([waiting.pop(part) for part in holder.names]))
+                _write(holder, [waiting.pop(part) for part in holder.names])
         faults = self._faults(seen) + repeated
         if faults:
             raise _load_error(faults)
@@ -120,27 +120,33 @@ def _layer_parameters(
     yield _Fused(
         layer.gate_up.weight,
         (feed_forward + "w1.weight", feed_forward + "w3.weight"),
-        np.concatenate,
+        lambda parts, stored: np.concatenate(parts, out=stored, casting="unsafe"),
         lambda whole: np.split(whole, 2),
     )
     yield _single(layer.down.weight, feed_forward + "w2.weight")
 
 
 def _single(parameter: Parameter, name: str) -> _Fused:
-    return _Fused(parameter, (name,), lambda parts: parts[0], lambda whole: [whole])
+    return _Fused(
+        parameter,
+        (name,),
+        lambda parts, stored: np.copyto(stored, parts[0], casting="unsafe"),
+        lambda whole: [whole],
+    )
 
 
 def _projection(parameter: Parameter, prefix: str, kind: str, sizes: LocalSizes) -> _Fused:
     """Weights or biases of query, key and value as slots ``[q .. q | k | v]`` per key/value head."""
     counts = (sizes.queries, 1, 1)
 
-    def fuse(parts: Sequence[np.ndarray]) -> np.ndarray:
+    def fuse(parts: Sequence[np.ndarray], stored: np.ndarray) -> None:
         inputs = parts[0].shape[1:]
         slots = [
             part.reshape(sizes.kv_heads, count, sizes.head_dim, *inputs)
             for part, count in zip(parts, counts, strict=True)
         ]
-        return np.concatenate(slots, axis=1).reshape(-1, *inputs)
+        whole = stored.reshape(sizes.kv_heads, sizes.slots, sizes.head_dim, *inputs)
+        np.concatenate(slots, axis=1, out=whole, casting="unsafe")
 
     def split(whole: np.ndarray) -> Sequence[np.ndarray]:
         inputs = whole.shape[1:]
@@ -152,8 +158,12 @@ def _projection(parameter: Parameter, prefix: str, kind: str, sizes: LocalSizes)
     return _Fused(parameter, names, fuse, split)
 
 
-def _write(parameter: Parameter, array: np.ndarray) -> None:
-    parameter.set_data(Tensor(np.ascontiguousarray(array), parameter.dtype))
+def _write(fused: _Fused, parts: Sequence[np.ndarray]) -> None:
+    """Fuses ``parts`` into the parameter; on CPU its array is its memory, elsewhere a copy."""
+    stored = fused.parameter.asnumpy()
+    fused.fuse(parts, stored)
+    if get_context("device_target") != "CPU":
+        fused.parameter.set_data(Tensor(stored))
 
 
 def _numpy(array: np.ndarray | Tensor) -> np.ndarray:

@@ -13,8 +13,9 @@ somebody who waits for him. Nothing here needs MindSpore.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from mindrlhf.parallel.layout import Layout, Mesh
@@ -116,7 +117,7 @@ def plan_exchange(
     for transfer in transfers:
         for index, bucket in enumerate(transfer.buckets):
             due[bucket[0].name].append((transfer, index))
-    return ExchangePlan(transfers, {name: tuple(buckets) for name, buckets in due.items()})
+    return ExchangePlan(transfers, {name: tuple(due[name]) for name in target if name in due})
 
 
 def box_of(layout: Layout, rank: int) -> Box:
@@ -159,15 +160,22 @@ def _check(source: Mapping[str, Layout], target: Mapping[str, Layout]) -> None:
         raise ValueError(f"cannot reshard, {len(faults)} fault(s):\n  " + "\n  ".join(faults))
 
 
-def _lacking(held: Layout, wanted: Layout, rank: int) -> Iterator[tuple[int, Box]]:
-    """(index of the source slice, piece of it) that ``rank`` needs and does not hold."""
+@cache
+def _lacking(held: Layout, wanted: Layout) -> tuple[tuple[int, int, Box], ...]:
+    """(rank, index of a source slice, piece of it) of all that ranks need and do not hold.
+
+    Layers have equal layouts, so most answers are known already.
+    """
     if not held.is_split:
-        return
-    for index in range(held.mesh.mp):
-        # The rank of this number has the slice of this number: it is in the first replica.
-        piece = overlap(box_of(held, index), box_of(wanted, rank))
-        if piece is not None and index != held.mesh.mp_index(rank):
-            yield index, piece
+        return ()
+    result = []
+    for rank in range(held.mesh.size):
+        for index in range(held.mesh.mp):
+            # The rank of this number has the slice of this number: it is in the first replica.
+            piece = overlap(box_of(held, index), box_of(wanted, rank))
+            if piece is not None and index != held.mesh.mp_index(rank):
+                result.append((rank, index, piece))
+    return tuple(result)
 
 
 def _pieces(source: Mapping[str, Layout], target: Mapping[str, Layout]) -> Pieces:
@@ -175,9 +183,8 @@ def _pieces(source: Mapping[str, Layout], target: Mapping[str, Layout]) -> Piece
     # One sender for all that a receiver needs of one source slice, so that there are few pairs.
     demands: dict[tuple[int, Mesh, int], list[tuple[str, Box]]] = defaultdict(list)
     for name, wanted in target.items():
-        for rank in range(wanted.mesh.size):
-            for index, piece in _lacking(source[name], wanted, rank):
-                demands[rank, source[name].mesh, index].append((name, piece))
+        for rank, index, piece in _lacking(source[name], wanted):
+            demands[rank, source[name].mesh, index].append((name, piece))
     sent: Counter[int] = Counter()
     result: Pieces = defaultdict(list)
     for (rank, mesh, index), pieces in sorted(demands.items(), key=lambda item: (item[0][0], item[0][2])):

@@ -16,7 +16,7 @@ from mindrlhf.parallel.groups import Groups
 class GroupAllGather(nn.Cell):
     """Joins the pieces of a model-parallel group along dimension 0, in slice order, bit for bit.
 
-    For weights. On CPU the whole world gathers and each rank keeps its group's rows: ALL ranks of the
+    For checksums. On CPU the whole world gathers and each rank keeps its group's rows: ALL ranks of the
     mesh must take part, not those of one group alone. Other devices gather in the group. CPU takes
     float32, float16 and int32. No gradient is meant.
 

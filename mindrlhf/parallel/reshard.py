@@ -29,8 +29,9 @@ BUCKET_BYTES = 64 << 20
 class Resharder:
     """Turns this rank's source shards into its target shards; bit for bit where the type does not change.
 
-    Beside its shards a rank holds one packed bucket, the received buckets (about ``bucket_bytes``), and the
-    parameter that is being put together; never more of the model. Every rank receives exactly what it lacks.
+    Every rank receives exactly what it lacks. Beside its shards it holds one packed bucket, the received ones
+    (about ``bucket_bytes``) and the parameter that is being put together; off the CPU, also host copies of
+    the parameters that these buckets belong to. Never more of the model.
 
     Args:
         source: canonical name -> layout of what the ranks have.

@@ -11,7 +11,7 @@ class Wire(Protocol):
     """Moves arrays between ranks, bit for bit, in the order in which they are sent."""
 
     def send(self, array: np.ndarray, receiver: int) -> None:
-        """Sends ``array`` (n,) to the rank ``receiver``; returns when it may be written over."""
+        """Sends ``array`` (n,), which nobody may write to any more, to the rank ``receiver``."""
 
     def receive(self, array: np.ndarray, sender: int) -> np.ndarray:
         """What the rank ``sender`` sends, in the shape and type of ``array``, which may be written over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mindrlhf.configs.schema import JobConfig
+from mindrlhf.parallel.reshard import BUCKET_BYTES
 from mindrlhf.planning.devices import HOST_PROCESS, DeviceTraits, traits_of
 from mindrlhf.planning.models import (
     PHASES,
@@ -95,9 +96,7 @@ def plan_sync(job: JobConfig) -> SyncTraffic:
     return sync_traffic(
         layouts["train_policy"],
         layouts["infer_policy"],
-        source_bytes=BYTES[job.train.model.param_init_type],
-        target_bytes=BYTES[job.infer.model.param_init_type],
-        through_world=job.train.context.device_target == "CPU",
+        number_bytes=BYTES[job.infer.model.param_init_type],
     )
 
 
@@ -106,7 +105,7 @@ def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTrait
     phases = []
     for name in PHASES:
         gradients, activations = _pool(models, name, adds_up=False)
-        copies = _largest_parameter(job) if name == SYNC else 0
+        copies = _buckets(job) if name == SYNC else 0
         phases.append(_phase(name, models, gradients, activations, 0, 0, copies, device.process))
     return tuple(phases)
 
@@ -127,7 +126,9 @@ def _cumulative(
         gradients = max(gradients, new_gradients)
         kernels += sum(model.graphs[name].kernels for model in models if name in model.graphs)
         graphs += sum(model.graphs[name].compiled for model in models if name in model.graphs)
-        copies = _copies_of_sync(job, models) if name in (SYNC, SAVE) else 0
+        # Loading leaves a copy of one model's weights behind (measured on three models).
+        copies = max(model.weights for model in models)
+        copies += _copies_of_sync(job, models) if name in (SYNC, SAVE) else 0
         process = device.process + device.training_imports
         phase = _phase(name, models, gradients, pool - gradients, kernels, graphs, copies, process)
         if name in (ROLLOUT, SCORING):
@@ -181,15 +182,16 @@ def _pool(models: tuple[ModelMemory, ...], phase: str, *, adds_up: bool) -> tupl
     return max(moments, key=sum)
 
 
-def _largest_parameter(job: JobConfig) -> int:
-    """The largest gathered parameter, whole."""
-    return plan_sync(job).largest
+def _buckets(job: JobConfig) -> int:
+    """What a rank holds of the buckets of a sync."""
+    same = job.train.parallel == job.infer.parallel
+    return 0 if same or job.train.parallel.model_parallel == 1 else BUCKET_BYTES
 
 
 def _copies_of_sync(job: JobConfig, models: tuple[ModelMemory, ...]) -> int:
     """New weights of the generating policy: its graphs hold the old ones until they run again (measured)."""
     (generator,) = (model for model in models if ROLLOUT in model.graphs)
-    return generator.weights + _largest_parameter(job)
+    return generator.weights + _buckets(job)
 
 
 def _host_bytes(models: tuple[ModelMemory, ...]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -14,7 +14,7 @@ from mindrlhf.planning.models import PHASES, ModelMemory
 from mindrlhf.planning.report import PlanReport
 from mindrlhf.planning.search import Suggestion
 
-_PART_TITLES = {"kv_cache": "KV cache", "graphs": "compiled graphs", "copies": "sync copies"}
+_PART_TITLES = {"kv_cache": "KV cache", "graphs": "compiled graphs"}
 _SHOWN_FILES = 4
 
 
@@ -60,7 +60,8 @@ def _basis(plan: MemoryPlan) -> str:
         )
     return (
         "Computed from sizes, types and layouts, not measured: no such device was at hand. "
-        f"{gigabytes(plan.device.process)} a rank are assumed for runtime and communication buffers."
+        f"{gigabytes(plan.device.process)} a rank are assumed for runtime and communication; "
+        "that a set of gradients of each trained model waits for the next step was measured on CPU."
     )
 
 
@@ -178,17 +179,16 @@ def _sync_lines(report: PlanReport) -> Iterator[str]:
     if not traffic.total:
         yield "A weight sync moves nothing between ranks."
         return
-    received = f"{gigabytes(min(traffic.received))} to {gigabytes(max(traffic.received))}"
-    if min(traffic.received) == max(traffic.received):
-        received = gigabytes(max(traffic.received))
     yield (
-        f"A weight sync brings {received} to a rank, {gigabytes(traffic.total)} in total, for "
-        f"{len(traffic.gathered)} gathered parameters; the largest, whole: {gigabytes(traffic.largest)}."
+        f"A weight sync brings {_range(traffic.received)} to a rank, {gigabytes(traffic.total)} in total, in "
+        f"{traffic.buckets} messages between {traffic.pairs} pairs; a rank sends {_range(traffic.sent)}."
     )
-    yield (
-        f"The least any way of moving them could bring: {gigabytes(max(traffic.needed))} to a rank, "
-        f"{gigabytes(traffic.least)} in total."
-    )
+    yield f"The least that any way of moving the weights could bring: {gigabytes(traffic.least)} in total."
+
+
+def _range(sizes: Sequence[int]) -> str:
+    least, most = gigabytes(min(sizes)), gigabytes(max(sizes))
+    return most if least == most else f"{'0' if least == '-' else least} to {most}"
 
 
 def _strategy_line(plan: MemoryPlan) -> str:

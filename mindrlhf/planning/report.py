@@ -189,8 +189,9 @@ def report_dict(report: PlanReport) -> dict[str, Any]:
             "received_total": traffic.total,
             "needed_by_rank": list(traffic.needed),
             "needed_total": traffic.least,
-            "gathered_parameters": len(traffic.gathered),
-            "largest_parameter": traffic.largest,
+            "sent_by_rank": list(traffic.sent),
+            "pairs": traffic.pairs,
+            "buckets": traffic.buckets,
         },
         "strategy_files": plan.strategy_files,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mindrlhf.utils.tables import markdown_table, text_table
 SUMMARY_FILE = "evaluation_summary.json"
 TABLE_FILE = "before_after.md"
 _SHOWN_CHARACTERS = 240  # of a text in the log; the file has all
+_TABLE_WIDTH = 110
 
 Line = Mapping[str, Any]
 
@@ -91,7 +93,11 @@ def write_before_after(directory: Path, evaluations: Sequence[Line], samples: Se
     texts = f"\n## Samples\n\n{markdown_table(columns, rows)}" if rows else ""
     with atomic_file(directory / TABLE_FILE) as file:
         file.write_text(f"# Before and after\n\n{_numbers(summary, columns[1:])}{texts}", encoding="utf-8")
-    return text_table(columns, [[_shortened(cell) for cell in row] for row in rows]) if rows else ""
+    if not rows:
+        return ""
+    terminal = shutil.get_terminal_size((_TABLE_WIDTH, 24)).columns  # of a log file: as wide as we like
+    width = min(max(terminal, 60), _TABLE_WIDTH)
+    return text_table(columns, [[_shortened(cell) for cell in row] for row in rows], width=width)
 
 
 def _numbers(summary: Line, columns: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from mindspore import Tensor
 
 from mindrlhf.models.infer import PPOModelInfer
 from mindrlhf.models.train import PPOModelTrain
@@ -20,8 +19,9 @@ from mindrlhf.utils.errors import MindRLHFError
 class WeightSync:
     """Copies the policy from ``ppo_model_train`` to ``ppo_model_infer``.
 
-    Both live in the same ranks; parameters are resharded one after another, so no rank ever holds more
-    than one full parameter beside its shards.
+    Both live in the same ranks. Every rank receives what it lacks and no more, in the type in which ``infer``
+    stores it, in buckets; beside its shards it holds some of these and one parameter. On one rank nothing is
+    copied but into the parameters of ``infer``.
 
     Args:
         train: the policy that is trained.
@@ -41,7 +41,8 @@ class WeightSync:
         self.infer = infer
         self.infer_layouts = infer_layouts
         self.infer_groups = infer_groups
-        self._resharder = Resharder(train.layouts, infer_layouts, infer_groups.rank, train.groups)
+        _, stored = next(infer.shards())  # all are stored in one type
+        self._resharder = Resharder(train.layouts, infer_layouts, infer_groups.rank, dtype=stored.dtype)
 
     def sync(self, on_parameter: Callable[[], None] = lambda: None) -> None:
         """Overwrites the generating model; collective over all ranks.
@@ -51,10 +52,9 @@ class WeightSync:
         """
         self.infer.load(self._resharded(on_parameter))
 
-    def _resharded(self, on_parameter: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
-        parameters = self.train.parameters_dict()
-        for name in self.infer_layouts:
-            yield name, self._resharder.reshard(name, parameters[name])
+    def _resharded(self, on_parameter: Callable[[], None]) -> Iterator[tuple[str, np.ndarray]]:
+        for shard in self._resharder.reshard(self.train.parameters_dict()):
+            yield shard
             on_parameter()
 
     def verify(self, exchange: HostExchange) -> None:

@@ -32,8 +32,8 @@ GRACE_SECONDS = 5.0
 """For a failed process to write its traceback and to end."""
 NOTICE_SECONDS = 1.5
 """For msrun to see that it has ended."""
-JOIN_SECONDS = 10.0
-"""Within which all processes of a host have joined."""
+JOIN_SECONDS = 5.0
+"""Within which all processes of a host have joined, after the first."""
 STACK_SECONDS = 1.5
 STACK_SIGNAL = signal.SIGUSR2
 
@@ -137,27 +137,33 @@ class Supervisor:
 
     def end(self, verdict: Verdict, beats: Mapping[int, Beat]) -> None:
         """Says why, and ends all processes of the job: the workers first, msrun waits for the scheduler."""
-        scheduler = beats.get(SCHEDULER)
-        extra = ""
-        missing = len(beats) - (scheduler is not None) < verdict.blamed.world_size
-        if missing and self.clock() - self._started > JOIN_SECONDS:
+        scheduler, extra = beats.get(SCHEDULER), ""
+        if self._is_missing_one(beats) and self.clock() - self._started > JOIN_SECONDS:
             extra = "; workers of other hosts end by their own watchdog"
         message = verdict.message(verdict.blamed.world_size, extra=extra)
         # msrun shows the scheduler's log of a failed job; alone, standard error is this process's, too.
         write_line("" if scheduler is None else scheduler.log, message)
         if not verdict.is_hang and any(self.host.look(b.pid, b.birth).is_alive for b in beats.values()):
             self._let_failed_end(verdict.blamed)
-        deadline = self.clock() + (JOIN_SECONDS if missing else 0.0)
+        self._kill_workers(beats)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        if scheduler is not None:
+            self.host.send(scheduler.pid, scheduler.birth, signal.SIGKILL)
+
+    def _kill_workers(self, beats: Mapping[int, Beat]) -> None:
+        """Kills all workers, early in a job also those that are about to join."""
         while True:
             workers = {**beats, **read_beats(self.directory)}
             for beat in [beat for rank, beat in sorted(workers.items()) if rank != SCHEDULER]:
                 self.host.send(beat.pid, beat.birth, signal.SIGKILL)
-            if len(workers) - (SCHEDULER in workers) >= verdict.blamed.world_size or self.clock() > deadline:
-                break
-            time.sleep(POLL_SECONDS)  # one may have been about to join
-        shutil.rmtree(self.directory, ignore_errors=True)
-        if scheduler is not None:
-            self.host.send(scheduler.pid, scheduler.birth, signal.SIGKILL)
+            if not self._is_missing_one(workers) or self.clock() - self._started > JOIN_SECONDS:
+                return
+            time.sleep(POLL_SECONDS)
+
+    @staticmethod
+    def _is_missing_one(beats: Mapping[int, Beat]) -> bool:
+        workers = [beat for rank, beat in beats.items() if rank != SCHEDULER]
+        return len(workers) < max(beat.world_size for beat in beats.values())
 
     def _let_failed_end(self, blamed: Beat) -> None:
         """Waits for those that have failed to write their traceback; others may be about to find the same.

@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""What the weight sync train -> infer moves: bytes for pairs of layouts, and the time in one process.
+"""What the weight sync train -> infer moves, bytes and messages for pairs of layouts, and how long it takes.
 
     python scripts/benchmark/sync.py [--model default] [--world 4]
+    python scripts/msrun_launcher.py --workers 4 scripts/benchmark/sync.py [--model default]
 
-For each pair (train layout -> infer layout) over --world ranks, all ranks together, in MB:
+Alone: for each pair (train layout -> infer layout) over --world ranks, all ranks together, in MB:
 
-  needed    bytes of the ranks' infer slices that lie outside their own train slices: no scheme receives less
-  moved     what Resharder's plan sends, the filling of its last buckets included
-  AllGather what gathering in the train groups would bring, for comparison
+  needed   bytes of the ranks' infer slices that lie outside their own train slices: no scheme receives less;
+           counted element by element from the layouts, not from the plan
+  moved    bytes that the plan of the sync brings, and in how many messages between how many pairs of ranks
 
-with the buckets that are sent, and the pairs of ranks between which they are sent.
-
-In one process nothing is moved; there the time counts, against that of copying the weights once: fused
+and the time of a sync in one process, where nothing is moved, against that of copying the weights once: fused
 weights of the generating model are a change of layout, so one copy of each weight is what is needed.
+
+Under msrun: the time of the exchange itself for each pair of layouts of all workers, in the same table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -28,13 +28,14 @@ import numpy as np
 from common import MODELS, copy_bandwidth, model_config, random_shards, seconds_of
 from results import table
 
-from mindrlhf.parallel.exchange_plan import plan_exchange
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.parallel.parameters import parameter_layouts
-from mindrlhf.parallel.reshard import BUCKET_BYTES
+from mindrlhf.parallel.reshard import Resharder
+from mindrlhf.utils.ranks import env_rank, env_world_size
 
 BYTES = 4  # of a float32
 TEMPERATURE = 1.0
+COLUMNS = ("train -> infer", "needed", "moved", "x needed", "messages", "pairs")
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,75 +45,105 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=MODELS, default="default", help="sizes by name (default: default)")
     parser.add_argument("--world", type=int, default=4, help="ranks of the pairs of layouts (default: 4)")
-    parser.add_argument("--repeats", type=int, default=7, help="syncs in one process (default: 7)")
+    parser.add_argument("--repeats", type=int, default=7, help="syncs that are timed (default: 7)")
     return parser.parse_args()
 
 
-@dataclass
-class Traffic:
-    """What all ranks together receive, in bytes."""
-
-    needed: int = 0
-    moved: int = 0
-    gathered: int = 0
-    buckets: int = 0
-    pairs: int = 0
-
-
-def overlap(a: tuple[slice, ...], b: tuple[slice, ...]) -> int:
-    """Elements that two boxes share."""
-    return prod(max(0, min(x.stop, y.stop) - max(x.start, y.start)) for x, y in zip(a, b, strict=True))
-
-
-def traffic(source: Mapping[str, Layout], target: Mapping[str, Layout], bucket_bytes: int) -> Traffic:
-    """Bytes for one pair of layouts: the minimum from the layouts alone, the rest as planned."""
-    plan = plan_exchange(source, target, bucket_elements=bucket_bytes // BYTES)
-    total = Traffic(
-        moved=BYTES * sum(transfer.moved for transfer in plan.transfers),
-        buckets=plan.collectives,
-        pairs=len(plan.transfers),
-    )
+def bytes_needed(source: Mapping[str, Layout], target: Mapping[str, Layout]) -> int:
+    """What the infer slices of all ranks hold that their train slices do not."""
+    total = 0
     for name, wanted in target.items():
-        layout = source[name]
-        missing = [
-            prod(wanted.local_shape) - overlap(layout.slices(rank), wanted.slices(rank))
-            for rank in range(layout.mesh.size)
-        ]
-        total.needed += BYTES * sum(missing)
-        if any(missing):  # a collective is for all ranks
-            total.gathered += BYTES * layout.mesh.size * (layout.mesh.mp - 1) * prod(layout.local_shape)
+        for rank in range(wanted.mesh.size):
+            boxes = zip(source[name].slices(rank), wanted.slices(rank), strict=True)
+            own = prod(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a, b in boxes)
+            total += BYTES * (prod(wanted.local_shape) - own)
     return total
 
 
-def layout_pairs(world: int) -> Iterator[tuple[Mesh, Mesh]]:
-    """All (train, infer) meshes of ``world`` ranks."""
+def layout_pairs(name: str, world: int) -> Iterator[tuple[str, dict[str, Layout], dict[str, Layout]]]:
+    """All (train, infer) layouts over ``world`` ranks whose sizes divide."""
+    config = model_config(name)
     meshes = [Mesh(world // mp, mp) for mp in range(1, world + 1) if world % mp == 0]
-    return ((train, infer) for train in meshes for infer in meshes)
+    layouts: dict[Mesh, dict[str, Layout]] = {}
+    for mesh in meshes:
+        try:
+            layouts[mesh] = parameter_layouts(config, mesh)
+        except ValueError:  # a dimension does not divide
+            continue
+    for train, before in layouts.items():
+        for infer, after in layouts.items():
+            yield f"dp{train.dp} mp{train.mp} -> dp{infer.dp} mp{infer.mp}", before, after
+
+
+def traffic_row(label: str, source: Mapping[str, Layout], target: Mapping[str, Layout]) -> tuple[str, ...]:
+    """One row of the table; the plan is that of the sync itself."""
+    plan = Resharder(source, target, 0).plan
+    moved = BYTES * sum(transfer.elements for transfer in plan.transfers)
+    needed = bytes_needed(source, target)
+    times = moved / needed if needed else 1.0 if not moved else float("inf")
+    return (
+        label,
+        f"{needed / 1e6:.1f}",
+        f"{moved / 1e6:.1f}",
+        f"{times:.2f}",
+        str(plan.collectives),
+        str(len(plan.transfers)),
+    )
 
 
 def print_traffic(name: str, world: int) -> None:
-    """The table of all pairs whose sizes divide."""
-    config, rows = model_config(name), []
-    whole = sum(BYTES * prod(layout.shape) for layout in parameter_layouts(config, Mesh()).values())
-    for train, infer in layout_pairs(world):
-        try:
-            moved = traffic(parameter_layouts(config, train), parameter_layouts(config, infer), BUCKET_BYTES)
-        except ValueError:  # a dimension does not divide
-            continue
-        rows.append(
-            (
-                f"dp{train.dp} mp{train.mp} -> dp{infer.dp} mp{infer.mp}",
-                *(f"{part / 1e6:.1f}" for part in (moved.needed, moved.moved, moved.gathered)),
-                f"{moved.moved / moved.needed:.3f}" if moved.needed else "",
-                str(moved.buckets),
-                str(moved.pairs),
-            )
-        )
+    """The table of all pairs."""
+    whole = sum(
+        BYTES * prod(layout.shape) for layout in parameter_layouts(model_config(name), Mesh()).values()
+    )
     print(
         f"{name}: {whole / 1e6:.1f} MB of float32 weights, {world} ranks; MB received by all ranks together"
     )
-    columns = ("train -> infer", "needed", "moved", "AllGather", "moved/needed", "buckets", "pairs")
-    print(table(columns, rows))
+    print(table(COLUMNS, [traffic_row(*pair) for pair in layout_pairs(name, world)]))
+
+
+def time_exchanges(name: str, repeats: int) -> None:
+    """Under msrun: seconds of every pair, on rank 0, from when all ranks are ready until all are done."""
+    import mindspore as ms
+    from mindspore import Tensor
+    from mindspore.communication import init
+
+    from mindrlhf.trainer.runtime import HostExchange, Runtime
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("CPU")
+    init()
+    rank, world = env_rank(), env_world_size()
+    exchange = HostExchange(Runtime(rank, world))
+    full = random_shards(parameter_layouts(model_config(name), Mesh()))
+    rows = []
+    for label, source, target in layout_pairs(name, world):
+        held = {
+            key: Tensor(np.ascontiguousarray(layout.take(full[key], rank))) for key, layout in source.items()
+        }
+        resharder = Resharder(source, target, rank)
+
+        def pass_through(resharder: Resharder = resharder, held: dict[str, Any] = held) -> None:
+            for _ in resharder.reshard(held):
+                pass
+            exchange.barrier()
+
+        exchange.barrier()
+        first, *later = seconds_of(pass_through, 1 + repeats)
+        right = all(
+            np.array_equal(part, target[key].take(full[key], rank)) for key, part in resharder.reshard(held)
+        )
+        equal = exchange.every_rank(np.array([right], np.int32)).all()
+        rows.append(
+            (
+                *traffic_row(label, source, target),
+                f"{first:.3f}",
+                f"{statistics.median(later):.3f}",
+                "yes" if equal else "NO",
+            )
+        )
+    if rank == 0:
+        print(table((*COLUMNS, "first s", "later s", "bit-equal"), rows))
 
 
 def build_sync(name: str) -> tuple[Any, dict[str, np.ndarray]]:
@@ -168,8 +199,11 @@ def print_one_process(name: str, repeats: int) -> None:
 
 
 def main() -> None:
-    """Both parts."""
+    """Under msrun the exchange, else the table and one process."""
     args = parse_args()
+    if env_world_size() > 1:
+        time_exchanges(args.model, args.repeats)
+        return
     print_traffic(args.model, args.world)
     print_one_process(args.model, args.repeats)
 

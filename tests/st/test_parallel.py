@@ -31,7 +31,7 @@ def checks(reports: list[dict[str, Any]], prefix: str) -> dict[str, list[bool]]:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "count"), [("reshard/", 9 * 4 + 3 * 4 * 2 + 1), ("stack/", 4), ("model/", 2), ("checksum/", 7)]
+    ("prefix", "count"), [("reshard/", 9 * 4 * 3 + 2), ("stack/", 4), ("model/", 3), ("checksum/", 7)]
 )
 def test_checks_of_the_workers(reports: list[dict[str, Any]], prefix: str, count: int) -> None:
     verdicts = checks(reports, prefix)

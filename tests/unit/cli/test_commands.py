@@ -202,7 +202,7 @@ ALL_SCRIPTS = [
     *sorted(
         path
         for path in (ROOT / "scripts").glob("*.py")
-        if re.search("import argparse|new_parser", path.read_text(encoding="utf-8"))
+        if re.search(r"ArgumentParser\(|new_parser\(", path.read_text(encoding="utf-8"))
     ),
 ]
 

@@ -138,7 +138,7 @@ def runs(job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     results = []
     run = evaluation.run
 
-    def kept(iteration: int, on_prompts: Callable[[int], None]) -> Evaluation:
+    def kept(iteration: int, on_prompts: Callable[[int], None] | None = None) -> Evaluation:
         told: list[int] = []
         results.append(run(iteration, told.append))
         assert sum(told) == len(results[-1].scores), "progress ends when every prompt is answered"

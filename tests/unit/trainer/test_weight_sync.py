@@ -47,6 +47,28 @@ def test_sync_brings_every_weight(weight_sync: WeightSync) -> None:
         np.testing.assert_array_equal(array, trained[name], err_msg=name)
 
 
+def test_one_process_copies_straight_into_the_generating_model(
+    weight_sync: WeightSync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor is made, and the stored parameters stay where their graphs know them."""
+
+    def addresses() -> list[int]:
+        holders = weight_sync.infer._weights._holder.values()
+        return [holder.parameter.asnumpy().ctypes.data for holder in holders]
+
+    class NoTensor:
+        def __init__(self, *args: object) -> None:
+            raise AssertionError("a copy that is not needed")
+
+    before = addresses()
+    weight_sync.infer.load({name: np.zeros_like(array) for name, array in weight_sync.infer.shards()})
+    monkeypatch.setattr("mindrlhf.models.infer_weights.Tensor", NoTensor)
+    weight_sync.sync()
+    monkeypatch.undo()
+    assert addresses() == before
+    weight_sync.verify(EXCHANGE)
+
+
 @pytest.mark.parametrize(
     "name",
     ["model.layers.0.attention.wk.bias", "model.norm_out.weight", "model.tok_embeddings.embedding_weight"],

@@ -56,6 +56,8 @@ def main():
         pass
     work(timer, env_rank())
 
+if not is_scheduler() and env_rank() == 2:
+    time.sleep({late})
 run_main(main)
 """
 
@@ -76,14 +78,17 @@ class Ended:
         return [line.removeprefix(MESSAGE_START) for line in lines if line.startswith(MESSAGE_START)]
 
 
-def run(tmp_path: Path, body: str, *, timeout: float = 0, scheduler: float = 120, reap: float = 0) -> Ended:
+def run(
+    tmp_path: Path, body: str, *, timeout: float = 0, scheduler: float = 120, reap: float = 0, late: float = 0
+) -> Ended:
     """Runs a job whose workers do ``body`` (with ``timer`` and ``rank``); nothing of it may be left."""
     import json
 
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     indented = "\n".join("    " + line for line in body.strip().splitlines())
-    (tmp_path / "job.py").write_text(HEAD.format(body=indented, timeout=timeout, scheduler=scheduler))
+    script = HEAD.format(body=indented, timeout=timeout, scheduler=scheduler, late=late)
+    (tmp_path / "job.py").write_text(script)
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": path, "REAP_AFTER": str(reap)}
     begin = time.monotonic()
@@ -200,6 +205,14 @@ def test_a_job_that_ends_well_is_left_alone(tmp_path: Path) -> None:
     ended = run(tmp_path, "time.sleep(0.7 * rank)", scheduler=2.5)
     assert ended.messages == []
     assert set(ended.codes.values()) == {0}
+
+
+def test_a_rank_that_starts_late_is_ended_too(tmp_path: Path) -> None:
+    """Rank 2 joins when the failure of another is known, and the others are being ended."""
+    ended = run(tmp_path, "if rank == 0:\n    raise ValueError('early')\nwait_in_a_collective()", late=2.5)
+    assert ended.codes == {"scheduler": -9, "0": 1, "1": -9, "2": -9}
+    assert ended.seconds < 15
+    assert "other hosts" not in ended.messages[0]
 
 
 def test_an_interrupted_job_has_not_failed(tmp_path: Path) -> None:
