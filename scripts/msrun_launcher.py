@@ -38,9 +38,9 @@ _POLL_SECONDS = 0.2
 # After a worker is killed, the scheduler waits for its heartbeat (measured: 47 s), and msrun for it.
 _SCHEDULER_GRACE_SECONDS = 2.0
 _WORKER_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
+_STARTED = re.compile(r"Start worker process with rank id:(\d+)")
 _SUPERVISOR = "mindrlhf.utils.supervisor"
 _SUPERVISOR_SAYS = "ERROR job failed: "  # mindrlhf/utils/blame.py, in the scheduler's log
-_TAIL_LINES = 60
 
 
 def launch(
@@ -155,15 +155,19 @@ class _Job:
         for line in reversed(_lines(self.log_dir / "scheduler.log")):
             if line.startswith(_SUPERVISOR_SAYS):
                 return line
+        said = _lines(self.log_dir / "msrun.log")
         pid, code = self._first_failure() or (0, 0)
-        if pid not in self.ranks:
-            last = next((line for line in reversed(_lines(self.log_dir / "msrun.log")) if line.strip()), "")
-            return f"{_SUPERVISOR_SAYS}{last or 'msrun has ended'}"
-        rank = self.ranks[pid]
-        lines = _lines(self.log_dir / f"worker_{rank}.log")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        cause = f"exit code {code}: {last}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-        return f"{_SUPERVISOR_SAYS}rank {rank}: {cause}; its log: {self.log_dir / f'worker_{rank}.log'}"
+        started = set(map(int, _STARTED.findall("\n".join(said)))) - set(self.ranks.values())
+        if pid not in self.ranks and len(started) != 1:
+            return f"{_SUPERVISOR_SAYS}{_last(said)}"
+        rank = self.ranks[pid] if pid in self.ranks else started.pop()  # ended before it was looked at
+        log = self.log_dir / f"worker_{rank}.log"
+        cause = (
+            f"exit code {code}: {_last(_lines(log))}"
+            if code > 0
+            else f"ended by {signal.Signals(-code).name}"
+        )
+        return f"{_SUPERVISOR_SAYS}rank {rank}: {cause}; its log: {log}"
 
     def _send_on(self) -> bool:
         """Sends new signals to the workers, not to msrun, which would kill them; whether there are any."""
@@ -219,16 +223,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def failure_report(log_dir: Path, workers: int) -> str:
-    """The last lines of the workers that raised, of all workers when none did, else of msrun itself."""
-    names = [*(f"worker_{rank}" for rank in range(workers)), "msrun"]
-    texts = {name: "\n".join(_lines(log_dir / f"{name}.log")[-_TAIL_LINES:]) for name in names}
-    msrun = texts.pop("msrun")
-    raised = {name: text for name, text in texts.items() if "Traceback (most recent call last)" in text}
-    shown = {name: text for name, text in (raised or texts).items() if text} or {"msrun": msrun}
-    return "".join(f"--- end of the log of {name} ---\n{text}\n" for name, text in shown.items())
 
 
 def free_port() -> int:
@@ -302,6 +296,13 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
 
 def _lines(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines() if log.exists() else []
+
+
+def _last(lines: Sequence[str]) -> str:
+    """The last line that names an exception, or else that says anything."""
+    texts = [line for line in lines if line.strip()]
+    raised = [text for text in texts if re.match(r"[\w.]*(Error|Exception)\b", text)]
+    return ([*texts[-1:], *raised[-1:]] or ["it said nothing"])[-1]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

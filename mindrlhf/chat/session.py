@@ -95,7 +95,8 @@ class Session:
 def _terminate_is_interrupt() -> Iterator[None]:
     """Makes Ctrl-C at a terminal end the reply and not the program.
 
-    While MindSpore runs a graph it answers SIGINT itself, with a SIGTERM to its own process.
+    From its first graph on MindSpore answers SIGINT itself, with a SIGTERM to its own process; so SIGTERM
+    counts as an interrupt here, and SIGINT is Python's again afterwards.
     """
     if not sys.stdin.isatty():
         yield
@@ -105,6 +106,7 @@ def _terminate_is_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_messages(team: Team) -> Iterator[str]:

@@ -33,6 +33,7 @@ class Observer:
     def __init__(self, directory: Path, rank: int) -> None:
         self.iteration = 0
         self.compiled = 0
+        self._depth = 0  # a rollout has phases of its own
         self._phase = os.open(directory / f"phase_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._holds = directory / f"holds_{rank}.jsonl"
 
@@ -42,14 +43,18 @@ class Observer:
             if self.iteration:
                 self.note_holdings()
             self.iteration += 1
-        self._write(name)
+        self._depth += 1
+        if self._depth == 1:
+            self._write(name)
 
     def phase_advanced(self, done: int) -> None:
         """Nothing to note."""
 
     def phase_ended(self, name: str) -> None:
         """Notes that no phase runs."""
-        self._write("between")
+        self._depth -= 1
+        if not self._depth:
+            self._write("between")
 
     def note_holdings(self) -> None:
         """A line of what this worker holds now."""

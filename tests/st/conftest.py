@@ -74,11 +74,11 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> RunWorkers:
             output=output,
         )
         if code:
-            report = launcher.failure_report(directory / "log", world_size)
+            report = failure_report(directory / "log", world_size)
             pytest.fail(f"{output.getvalue()}\n{report}", pytrace=False)
         missing = [rank for rank in range(world_size) if not (results / f"rank_{rank}.json").exists()]
         if missing:
-            report = launcher.failure_report(directory / "log", world_size)
+            report = failure_report(directory / "log", world_size)
             pytest.fail(f"ranks {missing} wrote no results\n{report}", pytrace=False)
         return [
             {**json.loads((results / f"rank_{rank}.json").read_text()), "directory": results}
@@ -86,6 +86,17 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> RunWorkers:
         ]
 
     return run
+
+
+def failure_report(log_dir: Path, workers: int) -> str:
+    """The last lines of the workers that raised, of all workers when none did, else of msrun itself."""
+    names = [*(f"worker_{rank}" for rank in range(workers)), "msrun"]
+    logs = {name: log_dir / f"{name}.log" for name in names}
+    texts = {name: log.read_text(errors="replace")[-6000:] for name, log in logs.items() if log.exists()}
+    msrun = texts.pop("msrun", "")
+    raised = {name: text for name, text in texts.items() if "Traceback (most recent call last)" in text}
+    shown = {name: text for name, text in (raised or texts).items() if text} or {"msrun": msrun}
+    return "".join(f"--- end of the log of {name} ---\n{text}\n" for name, text in shown.items())
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,6 @@ def test_failure_is_one_message_about_the_worker_that_failed(
         *("", message, f"msrun job failed with exit code {code}; logs are in {tmp_path}/log")
     ]
     assert ("Traceback" in (tmp_path / "log" / "worker_1.log").read_text()) == (code == 1)
-    assert "Traceback" in launcher.failure_report(tmp_path / "log", 2) or code != 1
 
 
 @pytest.mark.msrun

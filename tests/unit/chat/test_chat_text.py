@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,6 +18,7 @@ from mindrlhf.chat.conversation import Conversation
 from mindrlhf.chat.display import ColumnsDisplay, PlainDisplay, short_names
 from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.reply import Reply, printable
+from mindrlhf.chat.session import _terminate_is_interrupt
 from mindrlhf.data.tokenizers import Tokenizer, chat_stop_ids
 from mindrlhf.utils.errors import ConfigError, DataError
 
@@ -172,6 +178,29 @@ def test_columns_stand_side_by_side_and_stay_whole() -> None:
 )
 def test_names_are_as_short_as_they_can_be(names: list[str], short: list[str]) -> None:
     assert short_names(names) == short
+
+
+def test_an_interrupt_ends_the_reply_and_the_program_keeps_its_signals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MindSpore's answer to Ctrl-C is a SIGTERM to its own process, and its handler stays installed."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupted_reply() -> None:
+        with _terminate_is_interrupt():
+            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_reply()
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_every_flag_that_is_wrong_is_named() -> None:

@@ -80,19 +80,11 @@ def test_exponent_is_the_slope_of_the_logarithms(load: Load) -> None:
     assert result.exponent(growth.FIGURES["peak GiB"], 2) == pytest.approx(0.0)
 
 
-def test_traffic_of_a_weight_that_is_split_another_way(load: Load) -> None:
+def test_bytes_needed_by_a_weight_that_is_split_another_way(load: Load) -> None:
     """dp2 mp2 -> dp1 mp4 by hand: ranks 0 and 3 hold their quarter, 1 and 2 lack theirs."""
     shape = (8, 2)
     source = {"w": Layout(Mesh(2, 2), shape, ("mp", None)), "norm": Layout(Mesh(2, 2), (2,), (None,))}
     target = {"w": Layout(Mesh(1, 4), shape, ("mp", None)), "norm": Layout(Mesh(1, 4), (2,), (None,))}
-    moved = load("sync").traffic(source, target, bucket_bytes=1024)
-    quarter, half = 4 * 4, 4 * 8  # bytes
-    assert (moved.needed, moved.moved) == (2 * quarter, 2 * quarter)
-    assert moved.gathered == 4 * half, "each rank would bring the other half"
-    assert (moved.buckets, moved.pairs) == (2, 2)
-
-
-def test_nothing_moves_between_equal_layouts(load: Load) -> None:
-    layouts = {"w": Layout(Mesh(2, 2), (8, 2), ("mp", None))}
-    sync = load("sync")
-    assert sync.traffic(layouts, layouts, bucket_bytes=1024) == sync.Traffic()
+    quarter = 4 * 4  # bytes
+    assert load("sync").bytes_needed(source, target) == 2 * quarter
+    assert load("sync").bytes_needed(source, source) == 0
