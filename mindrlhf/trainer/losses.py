@@ -65,14 +65,14 @@ class PolicyLoss(nn.Cell):
         total = policy_sum
         if self.entropy_coef > 0:  # decided when compiling: without a bonus no gradient runs through it
             total = total - self.entropy_coef * entropy_sum(entropy, mask)
-        policy_sums = ops.stack((policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum()))
-        statistics = (policy_sums, self._ratios_above(logprobs, old_logprobs, mask))
+        of_policy = ops.stack((policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum()))
+        statistics = ops.concat((of_policy, self._ratios_above(logprobs, old_logprobs, mask)))
         if self.shared:
             value_sum, *value_sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
             total = total + self.vf_coef * value_sum
-            value_sums = (value_sum, *value_sums, (ops.stop_gradient(values) * mask).sum())
-            statistics += (ops.stack(value_sums),)
-        return (total * inverse_count).sum(), ops.stop_gradient(ops.concat(statistics))
+            of_value = ops.stack((value_sum, *value_sums, (ops.stop_gradient(values) * mask).sum()))
+            statistics = ops.concat((statistics, of_value))
+        return (total * inverse_count).sum(), ops.stop_gradient(statistics)
 
     def _ratios_above(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """Tokens whose ratio is above each of RATIO_EDGES, (edges,) float32."""
