@@ -83,7 +83,7 @@ def observe(directory: Path, rank: int) -> Observer:
     def make_observed(timer: PhaseTimer, listeners: Any = ()) -> None:
         make(timer, (*listeners, observer))
 
-    PhaseTimer.__init__ = make_observed  # type: ignore[method-assign]
+    PhaseTimer.__init__ = make_observed  # type: ignore[method-assign, assignment]
     # MindSpore calls it just before each compilation of a cell or a function, and only then.
     check = mindspore.graph.api._check_recompile
 

@@ -77,7 +77,8 @@ def test_overlong_prompts_are_cut_at_the_front_of_their_text() -> None:
 
 
 def test_lengths_without_room() -> None:
-    with pytest.raises(DataError, match=r"max_prompt_length is 4, .* takes 4 tokens: raise it; seq_length is 4"):
+    message = r"max_prompt_length is 4, .* takes 4 tokens: raise it; seq_length is 4"
+    with pytest.raises(DataError, match=message):
         builder(CHAT, 4, 4)
     builder(CHAT, 5, 6)
 
