@@ -147,9 +147,14 @@ def run_undisturbed(
 
 
 def run_killed(
-    inputs: JobInputs, directory: Path, overrides: Mapping[str, object], kills: int, seed: int
+    inputs: JobInputs,
+    directory: Path,
+    overrides: Mapping[str, object],
+    kills: int,
+    seed: int,
+    straight: list[dict[str, Any]],
 ) -> tuple[list[Round], list[dict[str, Any]]]:
-    """The rounds, and the metrics of the run that went through them."""
+    """The rounds, and the metrics of the run that went through them; ``straight`` are those of another."""
     rng = np.random.default_rng(seed)
     shutil.rmtree(directory, ignore_errors=True)
     save = directory / "save"
@@ -164,7 +169,7 @@ def run_killed(
         if not job.wait_until(rank, first, phase):
             job.finish(10)
             raise job.fail(f"round {number}: the job ended before its {phase}; give more --iterations")
-        time.sleep(float(rng.uniform(0, phase_seconds(save, phase, is_compiling=first == 1))))
+        time.sleep(float(rng.uniform(0, phase_seconds(straight, phase, is_compiling=first == 1))))
         is_all = bool(rng.integers(4) == 0)
         _, iteration, caught = job.doing(rank)
         started = time.monotonic()
@@ -185,12 +190,10 @@ def run_killed(
     return rounds, read_metrics(save)
 
 
-def phase_seconds(save: Path, phase: str, *, is_compiling: bool) -> float:
+def phase_seconds(straight: list[dict[str, Any]], phase: str, *, is_compiling: bool) -> float:
     """How long a phase takes, in the first iteration of a process or later; nobody records that of saving."""
-    times = [line[f"time/{phase}"] for line in read_metrics(save) if f"time/{phase}" in line]
-    if not times:
-        return 2.0 if is_compiling and phase != "save" else 0.1
-    return float(max(times) if is_compiling else min(times))
+    times = [line.get(f"time/{phase}", 0.1) for line in straight]
+    return float(times[0] if is_compiling else np.median(times[1:]))
 
 
 def newest(save: Path) -> int:
@@ -257,7 +260,7 @@ def main() -> int:
     base = options.work_dir.resolve()
     straight = run_undisturbed(inputs, base / "undisturbed", overrides)
     again = run_undisturbed(inputs, base / "undisturbed_again", overrides)
-    rounds, killed = run_killed(inputs, base / "killed", overrides, options.kills, options.seed)
+    rounds, killed = run_killed(inputs, base / "killed", overrides, options.kills, options.seed, straight)
     header = [
         "kill",
         "wanted",
