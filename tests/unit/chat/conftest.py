@@ -1,10 +1,8 @@
-"""The demo tokenizer and a tiny random Qwen2 in Hugging Face's format, made anew for each test run."""
+"""A tiny random Qwen2 in Hugging Face's format, and the demo tokenizer."""
 
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.data.tokenizers import Tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1024,
@@ -30,22 +28,15 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
+def tokenizer_dir(demo_tokenizer_dir: Path) -> Path:
     """vocab.json, merges.txt, tokenizer_config.json of the demo tokenizer (1024 tokens)."""
-    directory = tmp_path_factory.mktemp("chat") / "tokenizer"
-    scripts = str(repo_root / "scripts")
-    sys.path.insert(0, scripts)
-    try:
-        runpy.run_path(f"{scripts}/make_demo_inputs.py")["write_tokenizer"](directory)
-    finally:
-        sys.path.remove(scripts)
-    return directory
+    return demo_tokenizer_dir
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+def tokenizer(demo_tokenizer: Tokenizer) -> Tokenizer:
     """The demo tokenizer."""
-    return load_tokenizer(tokenizer_dir)
+    return demo_tokenizer
 
 
 @pytest.fixture(scope="session")

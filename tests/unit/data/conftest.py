@@ -1,9 +1,7 @@
-"""The demo tokenizer and small prompt data sets for the data tests."""
+"""Small prompt data sets for the data tests."""
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,25 +15,6 @@ from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_sch
 from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
 
 PAD = 99
-
-
-@pytest.fixture(scope="session")
-def demo_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
-    """vocab.json, merges.txt, tokenizer_config.json of the demo tokenizer."""
-    directory = tmp_path_factory.mktemp("demo") / "tokenizer"
-    scripts = str(repo_root / "scripts")
-    sys.path.insert(0, scripts)
-    try:
-        runpy.run_path(f"{scripts}/make_demo_inputs.py")["write_tokenizer"](directory)
-    finally:
-        sys.path.remove(scripts)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def demo_tokenizer(demo_tokenizer_dir: Path) -> Tokenizer:
-    """The demo tokenizer: 1021 ordinary tokens, then the three of ChatML."""
-    return load_tokenizer(demo_tokenizer_dir)
 
 
 @pytest.fixture(scope="session")
