@@ -128,7 +128,7 @@ def _cumulative(
         graphs += sum(model.graphs[name].compiled for model in models if name in model.graphs)
         # Loading leaves a copy of one model's weights behind (measured on three models).
         copies = max(model.weights for model in models)
-        copies += _copies_of_sync(job, models) if name in (SYNC, SAVE) else 0
+        copies += _buckets(job) if name in (SYNC, SAVE) else 0
         process = device.process + device.training_imports
         phase = _phase(name, models, gradients, pool - gradients, kernels, graphs, copies, process)
         if name in (ROLLOUT, SCORING):
@@ -186,12 +186,6 @@ def _buckets(job: JobConfig) -> int:
     """What a rank holds of the buckets of a sync."""
     same = job.train.parallel == job.infer.parallel
     return 0 if same or job.train.parallel.model_parallel == 1 else BUCKET_BYTES
-
-
-def _copies_of_sync(job: JobConfig, models: tuple[ModelMemory, ...]) -> int:
-    """New weights of the generating policy: its graphs hold the old ones until they run again (measured)."""
-    (generator,) = (model for model in models if ROLLOUT in model.graphs)
-    return generator.weights + _buckets(job)
 
 
 def _host_bytes(models: tuple[ModelMemory, ...]) -> int:
