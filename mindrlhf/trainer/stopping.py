@@ -94,9 +94,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
     _ask_for_sigterm_when_msrun_dies()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    thread = threading.Thread(target=_listen, args=(reader, request), name="signals", daemon=True)
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, _leave_to_thread) for number in numbers}
+    # Read here, not in the thread: when that first runs, MindSpore may have taken the signal already.
+    sigint = _Disposition(signal.SIGINT)
+    thread = threading.Thread(target=_listen, args=(reader, request, sigint), name="signals", daemon=True)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread.start()
     try:
@@ -120,8 +122,7 @@ def _leave_to_thread(number: int, frame: object) -> None:
     """A handler that does nothing: without one, the signal would have its default effect."""
 
 
-def _listen(reader: socket.socket, request: StopRequest) -> None:
-    sigint = _Disposition(signal.SIGINT)
+def _listen(reader: socket.socket, request: StopRequest, sigint: _Disposition) -> None:
     reader.settimeout(_TAKE_BACK_SECONDS)
     while True:
         try:
