@@ -85,7 +85,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory}: no {MANIFEST_FILE}, so this is no whole checkpoint; name an iteration_NNNNNN "
-            "directory that has one"
+            "directory (step_NNNNNN of sft.py and reward_model.py) that has one"
         ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, *_DEEP_OR_HUGE) as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another checkpoint") from error

@@ -79,15 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--export_hf_dir", type=optional_path, help="export the final policy in Hugging Face format"
     )
     files.add_argument("--tokenizer_path", type=optional_path, help="for sample texts and the export")
-    files.add_argument(
-        "--resume_from", type=optional_path, help="an iteration_NNNNNN directory to go on from"
-    )
-    files.add_argument(
-        "--resume_training",
-        type=str_to_bool,
-        default=False,
-        help="True: go on from the newest whole checkpoint of --save_ckpt_dir; start anew when there is none",
-    )
+    add_resume_flags(files, "an iteration_NNNNNN", path_type=optional_path)
 
     run = parser.add_argument_group("run")
     run.add_argument("--trackers", type=tracker_names, default=DEFAULT_TRACKERS, help=TRACKERS_HELP)

@@ -1,4 +1,4 @@
-"""Checkpoints of a whole training state: ``iteration_NNNNNN/`` with one file per rank and model.
+"""Checkpoints of a whole training state: ``iteration_NNNNNN/`` of PPO, with one file per rank and model.
 
 ======================================  ==========================================================
 ``policy/``, ``critic/``                weights and heads, ``rank_0/ rank_1/ ...`` in each
@@ -13,6 +13,8 @@ Rollouts, permutations and data orders need no random state: their streams are k
 iteration and the row (:mod:`mindrlhf.utils.seeds`), so cursor and iteration are all of it. A shared critic
 is in ``policy/``. The generating policy and the reference are not kept: the first equals the trained one
 after its sync, the other comes from its own file.
+
+A stage before PPO has ``step_NNNNNN/`` with one model, ``policy/`` or ``reward/``; all else is the same.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -32,14 +34,11 @@ from mindrlhf.checkpoint.load import load_resharded
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
 from mindrlhf.checkpoint.save import save_shard
 from mindrlhf.checkpoint.shards import rank_file_name
-from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.train import SequenceModel
 from mindrlhf.parallel.layout import Layout
-from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.compatibility import check_compatible, stored_meshes
+from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible, stored_meshes
 from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.trainer.start import check_writable
-from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_file, sync_to_disk
 from mindrlhf.utils.generators import generator_states, restore_generators
@@ -50,11 +49,24 @@ STATE_FILE = "state.json"
 LEFT_PREFIX = "left_"
 """Before the name of a checkpoint that is newer than the one a run went on from."""
 
-_NAME = re.compile(r"iteration_(\d+)")
 _RANDOM = "random"
 _SIZE_BYTES = 8
 
 logger = get_logger(__name__)
+
+
+class Trained(NamedTuple):
+    """A model that training changes.
+
+    Attributes:
+        name: of its directory in a checkpoint.
+        model: holds this rank's shards.
+        optimizer: over them.
+    """
+
+    name: str
+    model: SequenceModel
+    optimizer: Optimizer
 
 
 class Stateful(Protocol):
@@ -78,15 +90,16 @@ def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any], directo
             logger.warning("%s has no state of %s, which starts anew", directory, name)
 
 
-def checkpoint_iterations(directory: Path) -> list[int]:
-    """Iterations of the checkpoints below ``directory``, whole or not, newest first."""
-    found = (_NAME.fullmatch(path.name) for path in directory.glob("iteration_*") if path.is_dir())
+def checkpoint_numbers(directory: Path, kind: Kind = PPO_JOB) -> list[int]:
+    """Iterations or steps of the checkpoints below ``directory``, whole or not, newest first."""
+    name = re.compile(rf"{kind.unit}_(\d+)")
+    found = (name.fullmatch(path.name) for path in directory.glob(f"{kind.unit}_*") if path.is_dir())
     return sorted((int(match.group(1)) for match in found if match), reverse=True)
 
 
-def checkpoint_directory(directory: Path, iteration: int) -> Path:
-    """Where the checkpoint after ``iteration`` lies below ``directory``."""
-    return directory / f"iteration_{iteration:06d}"
+def checkpoint_directory(directory: Path, number: int, kind: Kind = PPO_JOB) -> Path:
+    """Where the checkpoint after an iteration or step lies below ``directory``."""
+    return directory / f"{kind.unit}_{number:06d}"
 
 
 class TrainingCheckpoints:
@@ -99,7 +112,8 @@ class TrainingCheckpoints:
         directory: where checkpoints go; made when missing.
         rank: this worker.
         keep: how many checkpoints stay; older ones are removed after a newer one is whole. 0 keeps all.
-        job: the configuration that makes them.
+        job: the configuration that makes them, a dataclass or a mapping.
+        kind: of the job.
 
     Attributes:
         last: the checkpoint that this run has saved or loaded last, ``None`` before.
@@ -108,29 +122,34 @@ class TrainingCheckpoints:
         CheckpointError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, rank: int, keep: int, job: JobConfig) -> None:
+    def __init__(self, directory: Path, rank: int, keep: int, job: Any, kind: Kind = PPO_JOB) -> None:
         self.directory = directory
         self.rank = rank
         self.keep = keep
         self.job = job
+        self.kind = kind
         self.last: Path | None = None
-        self.iteration = -1
         check_writable(directory, rank)
 
     def save(
         self,
-        iteration: int,
-        models: PPOModels,
-        update: PPOUpdate,
+        number: int,
+        trained: Sequence[Trained],
         state: Mapping[str, Any],
         exchange: HostExchange,
     ) -> Path:
         """Writes this rank's part and makes the checkpoint appear; collective. Returns its directory.
 
+        Args:
+            number: iterations or steps that are done.
+            trained: what to save.
+            state: everything else, as JSON takes it.
+            exchange: between the ranks.
+
         Raises:
             CheckpointError: a rank could not write its part; on all ranks, and nothing is left of it.
         """
-        final = checkpoint_directory(self.directory, iteration)
+        final = self._directory(number)
         temporary = _hidden(final)
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -138,7 +157,7 @@ class TrainingCheckpoints:
         mine: dict[str, FileRecord] = {}
         fault: Exception | None = None
         try:
-            mine = self._write_mine(temporary, models, update)
+            mine = self._write_mine(temporary, trained)
         except (CheckpointError, OSError) as error:
             fault = error
         _raise_together(fault, temporary, exchange)
@@ -152,7 +171,7 @@ class TrainingCheckpoints:
         self.last = final
         return final
 
-    def load(self, directory: Path, models: PPOModels, update: PPOUpdate) -> dict[str, Any]:
+    def load(self, directory: Path, trained: Sequence[Trained]) -> dict[str, Any]:
         """Fills this rank's models and optimizers from a checkpoint and returns its ``state``.
 
         The checkpoint may be of another layout: this rank then reads its slices from the ranks that have
@@ -166,9 +185,9 @@ class TrainingCheckpoints:
             state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{state_file}: damaged ({error}); resume from another one") from error
-        check_compatible(directory, self.job)
-        meshes = stored_meshes(directory)
-        for name, model, optimizer in _trained(models, update):
+        check_compatible(directory, self.job, self.kind)
+        meshes = stored_meshes(directory, self.kind)
+        for name, model, optimizer in trained:
             stored = meshes[name]
             model.load(load_resharded(directory / name, model.layouts, self.rank, stored))
             states = _optimizer_states(optimizer, model)
@@ -180,25 +199,28 @@ class TrainingCheckpoints:
         self.last = directory
         return state
 
-    def find(self, iteration: int) -> Path | None:
-        """The checkpoint of this run after ``iteration`` when it is the last one, in this directory."""
-        wanted = checkpoint_directory(self.directory, iteration)
+    def find(self, number: int) -> Path | None:
+        """The checkpoint of this run after an iteration or step when it is the last one, in this directory."""
+        wanted = self._directory(number)
         return self.last if self.last is not None and self.last.resolve() == wanted.resolve() else None
 
-    def set_newer_aside(self, iteration: int) -> None:
-        """Renames checkpoints after ``iteration``, from which a run goes on: they are not of this run."""
-        for newer in checkpoint_iterations(self.directory):
-            if newer > iteration and self.rank == 0:
-                path = checkpoint_directory(self.directory, newer)
+    def set_newer_aside(self, number: int) -> None:
+        """Renames checkpoints after the one from which a run goes on: they are not of this run."""
+        for newer in checkpoint_numbers(self.directory, self.kind):
+            if newer > number and self.rank == 0:
+                path = self._directory(newer)
                 aside = path.with_name(LEFT_PREFIX + path.name)
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
                 logger.warning("%s is newer than what this run goes on from: it is now %s", path, aside.name)
 
-    def _write_mine(self, temporary: Path, models: PPOModels, update: PPOUpdate) -> dict[str, FileRecord]:
+    def _directory(self, number: int) -> Path:
+        return checkpoint_directory(self.directory, number, self.kind)
+
+    def _write_mine(self, temporary: Path, trained: Sequence[Trained]) -> dict[str, FileRecord]:
         """Writes the files of this rank; returns their records by part."""
         records = {}
-        for name, model, optimizer in _trained(models, update):
+        for name, model, optimizer in trained:
             for part, arrays in (
                 (name, dict(model.shards())),
                 (f"{name}_optimizer", _optimizer_arrays(optimizer, model)),
@@ -225,8 +247,8 @@ class TrainingCheckpoints:
         temporary.rename(final)
         sync_to_disk(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
-        for number in checkpoint_iterations(self.directory)[self.keep :] if self.keep else []:
-            old = checkpoint_directory(self.directory, number)
+        for number in checkpoint_numbers(self.directory, self.kind)[self.keep :] if self.keep else []:
+            old = self._directory(number)
             # Renamed first: one that is removed by half must not have a checkpoint's name.
             shutil.rmtree(old.rename(_hidden(old)))
 
@@ -282,16 +304,6 @@ def _gather_records(mine: Mapping[str, FileRecord], exchange: HostExchange) -> d
             size = int.from_bytes(content[:_SIZE_BYTES], "little")
             files[_part_file(part, rank)] = FileRecord(size, content[_SIZE_BYTES:].hex())
     return files
-
-
-def _trained(models: PPOModels, update: PPOUpdate) -> list[tuple[str, SequenceModel, Optimizer]]:
-    """What changes in training: name, model and optimizer of the policy and of a separate critic."""
-    trained: list[tuple[str, SequenceModel, Optimizer]] = [
-        ("policy", models.train, update.policy_step.optimizer)
-    ]
-    if models.critic is not None and update.critic_step is not None:
-        trained.append(("critic", models.critic, update.critic_step.optimizer))
-    return trained
 
 
 def _optimizer_states(optimizer: Optimizer, model: SequenceModel) -> dict[str, Parameter]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.configs.schema import JobConfig
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.logging import get_logger
@@ -16,21 +16,51 @@ from mindrlhf.utils.provenance import CONFIG_FILE, plain
 
 logger = get_logger(__name__)
 
-# With another value, the weights, moments or orders that were saved mean something else.
-_FIXED = re.compile(
-    r"(train|critic)\.model\.(vocab_size|hidden_size|num_layers|num_heads|n_kv_heads|intermediate_size"
-    r"|rms_norm_eps|theta|qkv_has_bias|tie_word_embeddings)"
-    r"|(train|critic)\.optimizer\.type"
-    r"|ppo\.(critic|seed|shuffle)"
+MODEL_KEYS = (
+    r"model\.(vocab_size|hidden_size|num_layers|num_heads|n_kv_heads|intermediate_size|rms_norm_eps|theta"
+    r"|qkv_has_bias|tie_word_embeddings)"
 )
-_LAYOUT = re.compile(r"\w+\.parallel\.\w+")
-# The reference and the generating policy have the sizes of the trained one, see check_job; paths may move.
-_UNIMPORTANT = re.compile(r"\w+\.(path|ignored.*)")
+"""What makes a model another one, as a part of a regular expression."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the checkpoints of a kind of job are like.
+
+    Attributes:
+        unit: what the job counts, ``iteration`` or ``step``; its checkpoints are named after it.
+        parts: name of each model that is trained -> where the configuration has its YAML, a dotted path.
+        fixed: keys that must stay: with another value, the weights, moments or orders that were saved mean
+            something else.
+        unimportant: keys that nobody needs to hear of.
+    """
+
+    unit: str
+    parts: Mapping[str, str]
+    fixed: re.Pattern[str]
+    unimportant: re.Pattern[str]
+
+
+PPO_JOB = Kind(
+    unit="iteration",
+    parts={"policy": "train", "critic": "critic"},
+    fixed=re.compile(
+        rf"(train|critic)\.{MODEL_KEYS}|(train|critic)\.optimizer\.type|ppo\.(critic|seed|shuffle)|stage"
+    ),
+    # The reference and the generating policy have the sizes of the trained one, see check_job; paths may move.
+    unimportant=re.compile(r"\w+\.(path|ignored.*)"),
+)
+_LAYOUT = re.compile(r"[\w.]+\.parallel\.\w+")
 _MISSING = "(not there)"
 
 
-def check_compatible(directory: Path, job: JobConfig) -> None:
+def check_compatible(directory: Path, job: Any, kind: Kind = PPO_JOB) -> None:
     """Refuses a checkpoint of another kind of job, and logs what has changed otherwise.
+
+    Args:
+        directory: the checkpoint.
+        job: the present configuration, a dataclass or a mapping.
+        kind: of the job.
 
     Raises:
         CheckpointError: names every key that must not change, with both values; or the checkpoint's
@@ -41,11 +71,11 @@ def check_compatible(directory: Path, job: JobConfig) -> None:
     changed = {
         key: f"{key}: {before.get(key, _MISSING)} in the checkpoint, {now.get(key, _MISSING)} now"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, _MISSING) != now.get(key, _MISSING) and not _UNIMPORTANT.fullmatch(key)
+        if before.get(key, _MISSING) != now.get(key, _MISSING) and not kind.unimportant.fullmatch(key)
     }
     if before.get("ppo.critic") == now.get("ppo.critic") == "shared":
         changed = {key: line for key, line in changed.items() if not key.startswith("critic.")}
-    refused = [line for key, line in changed.items() if _FIXED.fullmatch(key)]
+    refused = [line for key, line in changed.items() if kind.fixed.fullmatch(key)]
     if refused:
         raise CheckpointError(
             f"{directory} cannot be resumed by this job, {len(refused)} difference(s); give the "
@@ -78,24 +108,25 @@ def read_configuration(directory: Path) -> dict[str, Any]:
     return configuration
 
 
-def stored_meshes(directory: Path) -> dict[str, Mesh]:
-    """The meshes over which a checkpoint's ``policy`` and ``critic`` are split.
+def stored_meshes(directory: Path, kind: Kind = PPO_JOB) -> dict[str, Mesh]:
+    """The mesh over which each model of a checkpoint is split, for PPO ``policy`` and ``critic``.
 
     Raises:
         CheckpointError: its configuration does not say so.
     """
     configuration = read_configuration(directory)
     try:
-        splits = {
-            name: configuration[role]["parallel"]
-            for name, role in (("policy", "train"), ("critic", "critic"))
-        }
-        return {
-            name: Mesh(int(split["data_parallel"]), int(split["model_parallel"]))
-            for name, split in splits.items()
-        }
+        return {name: _mesh_at(configuration, place) for name, place in kind.parts.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / CONFIG_FILE}: names no layout ({error!r})") from error
+
+
+def _mesh_at(configuration: Mapping[str, Any], place: str) -> Mesh:
+    """The mesh of the YAML at a dotted path of a configuration."""
+    section: Any = configuration
+    for key in (*place.split("."), "parallel"):
+        section = section[key]
+    return Mesh(int(section["data_parallel"]), int(section["model_parallel"]))
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizers import Tokenizer
 from mindrlhf.parallel.parameters import SCORE_HEAD
+from mindrlhf.trainer.runs import check_resume_flags
 from mindrlhf.trainer.start import (
     check_experience_place,
     count_workers,
@@ -140,7 +141,9 @@ def run_ppo(options: JobOptions) -> Path:
 
     os.environ.setdefault("GLOG_v", "3")
     data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
-    _check_resume_flags(options)
+    check_resume_flags(
+        options.resume_from, resume_training=options.resume_training, checkpoint="an iteration_NNNNNN"
+    )
     check_trackers(options.trackers)
     job = _read_job_of_workers(options)
     if is_scheduler():
@@ -166,22 +169,6 @@ def run_ppo(options: JobOptions) -> Path:
 def _read_job_of_workers(options: JobOptions) -> JobConfig:
     """The configuration, checked against the number of workers that msrun has started."""
     return read_job(options, count_workers(use_parallel=options.use_parallel))
-
-
-def _check_resume_flags(options: JobOptions) -> None:
-    """Refuses two answers to where the run goes on, and a directory that is not there."""
-    if options.resume_from is None:
-        return
-    if options.resume_training:
-        raise MindRLHFError(
-            "--resume_training True takes the newest whole checkpoint of --save_ckpt_dir, --resume_from "
-            f"takes {options.resume_from}: give one of the two"
-        )
-    if not options.resume_from.is_dir():
-        raise MindRLHFError(
-            f"--resume_from {options.resume_from}: there is no such directory; name an iteration_NNNNNN "
-            "directory"
-        )
 
 
 def _make_trainer(

@@ -25,7 +25,7 @@ from mindrlhf.trainer.evaluation import HeldOutEvaluation, held_out_prompts
 from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
 from mindrlhf.trainer.layouts import job_layouts
 from mindrlhf.trainer.metrics import iteration_metrics, time_metrics
-from mindrlhf.trainer.parts import make_kl_controller, open_prompts
+from mindrlhf.trainer.parts import make_kl_controller, open_prompts, trained_models
 from mindrlhf.trainer.pretraining import open_pretraining
 from mindrlhf.trainer.recording import IterationResults, record_iteration, start_records
 from mindrlhf.trainer.records import RunRecords, save_experience
@@ -123,6 +123,7 @@ class PPOTrainer:
             create_groups(self.infer_mesh, runtime.rank),
         )
         self.ppo_update = PPOUpdate(self.models, job, self.exchange, pretraining)
+        self.trained = trained_models(self.models, self.ppo_update)
         self.kl_controller = make_kl_controller(self.config)
         self.reward_shaping = RewardShaping(self.config)
         self.stateful: dict[str, Stateful] = {
@@ -277,9 +278,7 @@ class PPOTrainer:
             name: part.state_dict() for name, part in self.stateful.items()
         }
         with self.timer.phase("save"):
-            directory = self.checkpoints.save(
-                self.iteration, self.models, self.ppo_update, state, self.exchange
-            )
+            directory = self.checkpoints.save(self.iteration, self.trained, state, self.exchange)
         logger.info("checkpoint: %s", directory)
         return directory
 
@@ -299,7 +298,7 @@ class PPOTrainer:
         """
         if not verified:
             require_whole(directory, self.exchange)
-        state = self.checkpoints.load(directory, self.models, self.ppo_update)
+        state = self.checkpoints.load(directory, self.trained)
         self.iteration = int(state["iteration"])
         load_states(self.stateful, state, directory)
         if self.records is not None:

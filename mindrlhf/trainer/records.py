@@ -52,7 +52,7 @@ class RunRecords:
         self.eval_samples: list[dict[str, Any]] = []
 
     def rewind(self, iteration: int) -> None:
-        """Goes on after ``iteration``: keeps the lines up to it, drops those of a run that was cut short."""
+        """Goes on after an iteration or step: keeps the lines up to it, drops those of a run that was cut short."""
         done = partial(operator.ge, iteration)
         self._rewind(SAMPLES_FILE, done)
         self.metrics = self._rewind(METRICS_FILE, done)
@@ -246,9 +246,9 @@ def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _iteration_of(line: str) -> float:
-    """Iteration of a JSON line; infinite for one that a killed run left half-written."""
+    """Iteration or step of a JSON line; infinite for one that a killed run left half-written."""
     try:
-        return float(json.loads(line)["iteration"])
+        return float(_step_of(json.loads(line)))
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,8 @@ from mindrlhf.checkpoint.manifest import (
     find_size_faults,
     read_manifest,
 )
-from mindrlhf.configs.schema import JobConfig
-from mindrlhf.trainer.checkpointing import checkpoint_directory, checkpoint_iterations
-from mindrlhf.trainer.compatibility import check_compatible
+from mindrlhf.trainer.checkpointing import checkpoint_directory, checkpoint_numbers
+from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible
 from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import sync_to_disk
@@ -29,12 +29,19 @@ from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-_LEFTOVER = re.compile(r"\.(iteration_\d+\.tmp|.+\.tmp-\d+)")
-_REPLACED = re.compile(r"\.(iteration_\d+)\.old")
+# Checkpoints, and a stage's last weights, which are written under such names, too.
+_LEFTOVER = re.compile(r"\.(((iteration|step)_\d+|final)\.tmp|.+\.tmp-\d+)")
+_REPLACED = re.compile(r"\.((?:iteration|step)_\d+|final)\.old")
 
 
 def choose_checkpoint(
-    save: Path, resume_from: Path | None, *, resume_training: bool, job: JobConfig, exchange: HostExchange
+    save: Path,
+    resume_from: Path | None,
+    *,
+    resume_training: bool,
+    job: Any,
+    exchange: HostExchange,
+    kind: Kind = PPO_JOB,
 ) -> Path | None:
     """The whole checkpoint to go on from, checked against the job; ``None`` for a fresh start. Collective.
 
@@ -44,36 +51,37 @@ def choose_checkpoint(
         resume_training: ``--resume_training``.
         job: the present configuration.
         exchange: between the ranks.
+        kind: of the job.
 
     Raises:
         CheckpointError: the named checkpoint, or every one of ``save``, is damaged; or of another job.
     """
     if resume_training:
         tidy(save, exchange)
-        chosen = newest_whole(save, exchange)
+        chosen = newest_whole(save, exchange, kind)
         if chosen is None:
             logger.info("--resume_training: no checkpoint in %s yet, a fresh start", save)
             return None
     elif resume_from is not None:
-        chosen = newest_whole(resume_from, exchange)
+        chosen = newest_whole(resume_from, exchange, kind)
         if chosen is None:  # no folder of checkpoints, so it must be one
             chosen = resume_from
             require_whole(chosen, exchange)
     else:
         return None
-    check_compatible(chosen, job)
+    check_compatible(chosen, job, kind)
     return chosen
 
 
-def newest_whole(save: Path, exchange: HostExchange) -> Path | None:
+def newest_whole(save: Path, exchange: HostExchange, kind: Kind = PPO_JOB) -> Path | None:
     """The newest whole checkpoint, ``None`` when there is none at all; a warning names each damaged one.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
     damaged = []
-    for iteration in _iterations_of_main(save, exchange):
-        directory = checkpoint_directory(save, iteration)
+    for number in _numbers_of_main(save, exchange, kind):
+        directory = checkpoint_directory(save, number, kind)
         faults = find_faults(directory, exchange)
         if not faults:
             return directory
@@ -143,9 +151,9 @@ def tidy(save: Path, exchange: HostExchange) -> None:
     exchange.barrier()
 
 
-def _iterations_of_main(save: Path, exchange: HostExchange) -> Sequence[int]:
+def _numbers_of_main(save: Path, exchange: HostExchange, kind: Kind) -> Sequence[int]:
     """The main rank's list of checkpoints, newest first, on every rank; collective."""
-    mine = checkpoint_iterations(save) if exchange.runtime.is_main else []
+    mine = checkpoint_numbers(save, kind) if exchange.runtime.is_main else []
     count = int(exchange.every_rank(np.array([len(mine)], np.int32))[0, 0])
     if not count:
         return []

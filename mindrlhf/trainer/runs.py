@@ -1,4 +1,4 @@
-"""``runs/NAME/``: where a run of that name leaves all it has."""
+"""``runs/NAME/``: where a run of that name leaves all it has, and how it goes on there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from mindrlhf.utils.cli import str_to_bool
+from mindrlhf.utils.errors import MindRLHFError
 
 RUNS = Path("runs")
 
@@ -48,3 +51,41 @@ def add_results_flags(
     results.add_argument(
         "--run_name", dest="save_ckpt_dir", metavar="NAME", type=run_directory, help=RUN_NAME_HELP
     )
+
+
+def add_resume_flags(
+    files: argparse._ArgumentGroup, checkpoint: str, *, path_type: Callable[[str], Path | None] = Path
+) -> None:
+    """Adds ``--resume_from`` and ``--resume_training``.
+
+    Args:
+        files: group of a parser.
+        checkpoint: what a checkpoint's directory is called.
+        path_type: argparse type of the first.
+    """
+    files.add_argument("--resume_from", type=path_type, help=f"{checkpoint} directory to go on from")
+    files.add_argument(
+        "--resume_training",
+        type=str_to_bool,
+        default=False,
+        help="True: go on from the newest whole checkpoint of --save_ckpt_dir; start anew when there is none",
+    )
+
+
+def check_resume_flags(resume_from: Path | None, *, resume_training: bool, checkpoint: str) -> None:
+    """Refuses two answers to where the run goes on, and a directory that is not there.
+
+    Raises:
+        MindRLHFError: names both flags, or the path.
+    """
+    if resume_from is None:
+        return
+    if resume_training:
+        raise MindRLHFError(
+            "--resume_training True takes the newest whole checkpoint of --save_ckpt_dir, --resume_from "
+            f"takes {resume_from}: give one of the two"
+        )
+    if not resume_from.is_dir():
+        raise MindRLHFError(
+            f"--resume_from {resume_from}: there is no such directory; name {checkpoint} directory"
+        )

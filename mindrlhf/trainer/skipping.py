@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.experience import Rollout, Scores, sequence_mask
+from mindrlhf.trainer.runtime import HostExchange, local_rows
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 
@@ -41,10 +43,12 @@ class SkippedUpdates:
 
     Args:
         limit: how many in a row are too many.
+        unit: what the job counts, ``iteration``, or ``step`` where each has one update.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, unit: str = "iteration") -> None:
         self.limit = limit
+        self.unit = unit
         self.in_a_row = 0
         self._new: list[SkippedUpdate] = []
 
@@ -67,13 +71,13 @@ class SkippedUpdates:
         return new
 
     def settle(
-        self, iteration: int, sample_ids: np.ndarray, directory: Path | None, save: Callable[[], Path]
+        self, number: int, sample_ids: np.ndarray, directory: Path | None, save: Callable[[], Path]
     ) -> None:
-        """Records what was skipped in an iteration, and stops the job when it was too much; collective.
+        """Records what was skipped in an iteration or step, and stops the job when it was too much; collective.
 
         Args:
-            iteration: counted from 1.
-            sample_ids: (B,) of the rollout.
+            number: of the iteration or step, counted from 1.
+            sample_ids: (B,) of the rollout or batch.
             directory: where :data:`SKIPPED_FILE` is; ``None`` on all ranks but the main one.
             save: writes a checkpoint of the state as it is, which is that from before the skipped updates.
 
@@ -83,25 +87,26 @@ class SkippedUpdates:
         new = self.drain()
         if directory is not None:
             for update in new:
-                self._record(directory, update, iteration, sample_ids[update.rows])
+                self._record(directory, update, number, sample_ids[update.rows])
         if not self.are_too_many:
             return
         last, checkpoint = new[-1], save()
         raise MindRLHFError(
             f"training fails: {self.in_a_row} updates in a row were skipped (max_skipped_updates), last in "
-            f"iteration {iteration}: {last.cause}, samples {_shown(sample_ids[last.rows])}; {SKIPPED_FILE} "
-            f"has them all. The state of before is saved in {checkpoint}: look at the samples and the "
-            "reward, lower the learning rate, and resume from it, which goes on with the prompts after these"
+            f"{self.unit} {number}: {last.cause}, samples {_shown(sample_ids[last.rows])}; {SKIPPED_FILE} "
+            f"has them all. The state of before is saved in {checkpoint}: look at the samples"
+            f"{' and the reward' if self.unit == 'iteration' else ''}, lower the learning rate, and resume "
+            "from it, which goes on with the prompts after these"
         )
 
-    def _record(self, directory: Path, update: SkippedUpdate, iteration: int, sample_ids: np.ndarray) -> None:
+    def _record(self, directory: Path, update: SkippedUpdate, number: int, sample_ids: np.ndarray) -> None:
         of = f"minibatch {update.minibatch}" if update.minibatch else "the whole rollout"
         logger.warning(
-            "update skipped: iteration %d, %s, %s: %s; samples %s",
-            *(iteration, of, update.model, update.cause, _shown(sample_ids)),
+            "update skipped: %s %d, %s, %s: %s; samples %s",
+            *(self.unit, number, of, update.model, update.cause, _shown(sample_ids)),
         )
         line: dict[str, Any] = {
-            "iteration": iteration,
+            self.unit: number,
             "minibatch": update.minibatch,
             "model": update.model,
             "cause": update.cause,
@@ -111,6 +116,43 @@ class SkippedUpdates:
         }
         with (directory / SKIPPED_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def not_finite(
+    model: str,
+    rows: np.ndarray,
+    losses: Sequence[float],
+    norm: float,
+    mesh: Mesh,
+    exchange: HostExchange,
+    *,
+    micro_batch_size: int,
+    minibatch: int = 1,
+) -> SkippedUpdate:
+    """A step that was not taken, and the rows to blame for it; collective, equal on every rank.
+
+    The rows are those of the micro-batches whose loss is not finite; all, when every loss is.
+
+    Args:
+        model: whose step.
+        rows: (n,) of the minibatch, over all replicas.
+        losses: of this rank's micro-batches.
+        norm: of the gradient.
+        mesh: of the model.
+        exchange: between the ranks.
+        micro_batch_size: rows a micro-batch; 0: all of a replica's.
+        minibatch: counted from 1.
+    """
+    mine = local_rows(len(rows), mesh, exchange.runtime.rank)
+    size = micro_batch_size or (mine.stop - mine.start)
+    flags = np.zeros(len(rows), np.int32)
+    for index, loss in enumerate(losses):
+        first = mine.start + index * size
+        flags[first : min(first + size, mine.stop)] = not np.isfinite(loss)
+    blamed = exchange.every_rank(flags).any(axis=0)
+    whole = not blamed.any() or bool(blamed.all())
+    cause = f"{'loss' if blamed.any() else 'gradient'} not finite (gradient norm {norm})"
+    return SkippedUpdate(model, cause, rows if whole else rows[blamed], minibatch, norm, whole)
 
 
 def usable(rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores, SkippedUpdate | None]:

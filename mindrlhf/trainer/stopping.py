@@ -52,7 +52,7 @@ class StopRequest:
             os._exit(EXIT_INTERRUPTED)
         if not self.signal:
             logger.warning(
-                "%s: the job saves its state at the end of this iteration and stops%s",
+                "%s: the job saves its state at the end of this iteration or step and stops%s",
                 signal.Signals(number).name,
                 "; once more ends it at once" if number == signal.SIGINT else "",
             )

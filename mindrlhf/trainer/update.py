@@ -25,7 +25,7 @@ from mindrlhf.trainer.losses import (
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.pretraining import PretrainLoss, PretrainStream, pretrain_inputs
 from mindrlhf.trainer.runtime import HostExchange, local_rows
-from mindrlhf.trainer.skipping import SkippedUpdate, SkippedUpdates
+from mindrlhf.trainer.skipping import SkippedUpdate, SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import TrainStep
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
@@ -210,17 +210,12 @@ class PPOUpdate:
     def _skip(
         self, model: str, number: int, rows: np.ndarray, norm: float, losses: Sequence[float], mesh: Mesh
     ) -> None:
-        """Notes a step that was not taken; collective. All rows are blamed when every loss is finite."""
-        mine = local_rows(len(rows), mesh, self.exchange.runtime.rank)
-        size = self.config.micro_batch_size or (mine.stop - mine.start)
-        flags = np.zeros(len(rows), np.int32)
-        for index, loss in enumerate(losses):
-            first = mine.start + index * size
-            flags[first : min(first + size, mine.stop)] = not np.isfinite(loss)
-        blamed = self.exchange.every_rank(flags).any(axis=0)
-        whole = not blamed.any() or bool(blamed.all())
-        cause = f"{'loss' if blamed.any() else 'gradient'} not finite (gradient norm {norm})"
-        self.skips.add(SkippedUpdate(model, cause, rows if whole else rows[blamed], number, norm, whole))
+        """Notes a step that was not taken; collective."""
+        size = self.config.micro_batch_size
+        update = not_finite(
+            model, rows, losses, norm, mesh, self.exchange, micro_batch_size=size, minibatch=number
+        )
+        self.skips.add(update)
 
     def _result(self, log: _Log) -> UpdateResult:
         value_mesh = self.policy_mesh if self.critic_step is None else self.critic_mesh

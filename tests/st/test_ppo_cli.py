@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
+from tests.st.commands import REPO_ROOT, Command, Finished, msrun
+
 SCRIPT = REPO_ROOT / "examples" / "qwen_ppo_tutorial" / "ppo_one_stage.py"
 CONFIGS = REPO_ROOT / "model_configs" / "qwen_ppo"
 MODELS = ("infer_policy", "train_policy", "ref", "reward", "critic")
@@ -36,83 +28,6 @@ METRICS = {
     *("response/length", "response/eos_rate", "tokens_per_second"),
     *("time/rollout", "time/score", "time/sync", "time/train"),
 }
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command that ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-    seconds: float
-    directory: Path
-    temporary: Path
-
-    @property
-    def logs(self) -> str:
-        """Everything it said, and the ends of the workers' logs."""
-        logs = sorted(self.directory.glob("ppo_log/*.log"))
-        tails = [f"--- {log.name}\n{log.read_text(errors='replace')[-2500:]}" for log in logs]
-        return "\n".join([self.stdout[-1500:], self.stderr[-1500:], *tails])
-
-
-class Command:
-    """A command in a directory of its own; ends with all it started when it takes too long."""
-
-    def __init__(self, arguments: Sequence[str], directory: Path) -> None:
-        directory.mkdir(parents=True)
-        self.directory = directory
-        self.temporary = directory.with_name(directory.name + "_tmp")
-        self.temporary.mkdir()
-        self.begin = time.monotonic()
-        self.process = subprocess.Popen(
-            arguments,
-            cwd=directory,
-            env=plain_environment(self.temporary),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(self, timeout: float) -> Finished:
-        """Waits; a time-out is a failure of the test."""
-        try:
-            stdout, stderr = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            # Workers of msrun lead sessions of their own: a process group is not enough.
-            started = psutil.Process(self.process.pid).children(recursive=True)
-            for process in (*started, self.process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            stdout, stderr = self.process.communicate()
-            seconds = time.monotonic() - self.begin
-            result = Finished(-1, stdout, stderr, seconds, self.directory, self.temporary)
-            pytest.fail(f"ran out of time ({timeout:g} s)\n{result.logs}", pytrace=False)
-        seconds = time.monotonic() - self.begin
-        return Finished(self.process.returncode, stdout, stderr, seconds, self.directory, self.temporary)
-
-
-def plain_environment(temporary: Path) -> dict[str, str]:
-    """The environment without what tests/conftest.py adds to keep litter away: here litter must show."""
-    hidden = ("LOCAL_DEFAULT_PATH", "LOG_MF_PATH", "MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "GLOG_v")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    return env | {"TMPDIR": str(temporary), "MPLCONFIGDIR": str(temporary.parent / "matplotlib")}
-
-
-def msrun(*arguments: str) -> list[str]:
-    """The tutorial's command: ``msrun ... --log_dir=ppo_log ppo_one_stage.py ...``."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    program = shutil.which("msrun")
-    assert program is not None
-    return [
-        program,
-        *(f"--worker_num={WORKERS}", f"--local_worker_num={WORKERS}", f"--master_port={port}"),
-        *("--join=True", "--log_dir=ppo_log"),
-        *(str(SCRIPT), *arguments),
-    ]
 
 
 def yaml_flags(infer: Path, train: Path) -> list[str]:
@@ -133,7 +48,10 @@ def strategies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     alone = Command(
         [sys.executable, str(SCRIPT), *flags, "--world_size", str(WORKERS)], directory / "alone"
     ).finish(120)
-    return {"alone": alone, "msrun": Command(msrun(*flags), directory / "msrun").finish(120)}
+    return {
+        "alone": alone,
+        "msrun": Command(msrun(SCRIPT, *flags, workers=WORKERS), directory / "msrun").finish(120),
+    }
 
 
 @pytest.mark.msrun
@@ -224,7 +142,9 @@ def jobs(ppo_inputs: Any, tokenizer: Path, tmp_path_factory: pytest.TempPathFact
     ]
     directory = tmp_path_factory.mktemp("jobs")
     alone = Command([sys.executable, str(SCRIPT), *flags, "--use_parallel", "False"], directory / "alone")
-    four = Command(msrun(*flags, "--use_parallel", "True"), directory / "four").finish(400)
+    four = Command(
+        msrun(SCRIPT, *flags, "--use_parallel", "True", workers=WORKERS), directory / "four"
+    ).finish(400)
     finished = {"four": four, "alone": alone.finish(400)}
     for result in finished.values():
         if result.code:
@@ -383,62 +303,3 @@ def test_export_loads_in_transformers_and_holds_the_merged_shards(
         assert name.endswith("wk.bias") or np.abs(full - start[name]).max() > 1e-4, name
     assert (exported / "vocab.json").read_bytes() == (tokenizer / "vocab.json").read_bytes()
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
-
-
-REFUSALS: dict[str, Mapping[str, Any]] = {
-    "wrong world size": {
-        "layouts": ((1, 4), (2, 2)),
-        "says": ["data_parallel 2 x model_parallel 2 = 4 ranks", "--use_parallel False"],
-    },
-    "missing checkpoint": {
-        "flags": ["--load_sft_checkpoint_train", "no/such.ckpt"],
-        "says": ["no/such.ckpt"],
-    },
-    "missing data": {"flags": ["--mind_dataset_dir", "no/such.mindrecord"], "says": ["no/such.mindrecord"]},
-    "other prompt length": {
-        "flags": ["--set", "max_prompt_length=5"],
-        "says": ["prompts.mindrecord", "5", "6"],
-    },
-    "no such device": {
-        "flags": [*SEVEN_B, "--use_parallel", "False"],
-        "says": ["Ascend", "--device_target CPU"],
-    },
-    "two faults": {
-        "flags": ["--set", "gama=0.9", "--set", "ppo_epochs=many"],
-        "says": ["2 configuration errors", "gama", "gamma", "ppo_epochs", "many"],
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def refused(ppo_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
-    """All bad commands, two at a time; none gets as far as a model."""
-    directory = tmp_path_factory.mktemp("refused")
-    finished: dict[str, Finished] = {}
-    names = list(REFUSALS)
-    for first in range(0, len(names), 2):
-        started = {}
-        for name in names[first : first + 2]:
-            infer, train = REFUSALS[name].get("layouts", ((1, 1), (1, 1)))
-            flags = [*job_flags(ppo_inputs, infer, train), *REFUSALS[name].get("flags", [])]
-            started[name] = Command([sys.executable, str(SCRIPT), *flags], directory / name)
-        finished |= {name: command.finish(120) for name, command in started.items()}
-    return finished
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_bad_input_is_one_message(refused: dict[str, Finished], name: str) -> None:
-    result = refused[name]
-    assert result.code == 2, result.logs
-    assert result.stderr.count("error: ") == 1
-    message = result.stderr[result.stderr.index("error: ") :]
-    assert [word for word in REFUSALS[name]["says"] if word not in message] == [], message
-    assert "Traceback" not in result.stderr + result.stdout
-    before = result.stderr[: result.stderr.index("error: ")].splitlines()
-    assert [line for line in before if not line.startswith(("INFO ", "WARNING "))] == []
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_bad_input_leaves_nothing_behind(refused: dict[str, Finished], name: str) -> None:
-    assert list(refused[name].directory.iterdir()) == []
-    assert list(refused[name].temporary.iterdir()) == []

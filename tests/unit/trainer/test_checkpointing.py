@@ -21,7 +21,8 @@ from mindrlhf.models.train import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.checkpointing import TrainingCheckpoints, load_states
+from mindrlhf.trainer.checkpointing import Trained, TrainingCheckpoints, load_states
+from mindrlhf.trainer.parts import trained_models
 from mindrlhf.trainer.resuming import find_faults, newest_whole
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.update import PPOUpdate
@@ -40,6 +41,9 @@ class Training:
 
     def checkpoints(self, directory: Path, keep: int = 1) -> TrainingCheckpoints:
         return TrainingCheckpoints(directory, 0, keep, self.job)
+
+    def trained(self) -> list[Trained]:
+        return trained_models(self.models, self.update)
 
     def optimizers(self) -> list[Any]:
         assert self.update.critic_step is not None
@@ -83,9 +87,7 @@ def training(tiny_job: JobConfig) -> Training:
 
 
 def save(training: Training, checkpoints: TrainingCheckpoints, iteration: int, **state: Any) -> Path:
-    return checkpoints.save(
-        iteration, training.models, training.update, {"iteration": iteration, **state}, EXCHANGE
-    )
+    return checkpoints.save(iteration, training.trained(), {"iteration": iteration, **state}, EXCHANGE)
 
 
 def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_p
     spoilt = training.state()
     assert all((spoilt[name] != array).any() for name, array in saved.items())
 
-    state = training.checkpoints(tmp_path, 2).load(directory, training.models, training.update)
+    state = training.checkpoints(tmp_path, 2).load(directory, training.trained())
 
     assert state == {"iteration": 1, "note": "as given"}
     loaded = training.state()
@@ -130,7 +132,7 @@ STEPS = {
     "random": ("mindrlhf.trainer.checkpointing.generator_states", False),
     "write_manifest": ("mindrlhf.trainer.checkpointing.write_manifest", False),
     "sync": ("mindrlhf.trainer.checkpointing.sync_to_disk", False),
-    "remove_old": ("mindrlhf.trainer.checkpointing.checkpoint_iterations", True),
+    "remove_old": ("mindrlhf.trainer.checkpointing.checkpoint_numbers", True),
 }
 
 
@@ -190,7 +192,7 @@ def test_when_another_rank_cannot_write_this_one_stops_too(training: Training, t
 
     with pytest.raises(CheckpointError, match="rank 1 could not write its part"):
         training.checkpoints(tmp_path).save(
-            1, training.models, training.update, {"iteration": 1}, Exchange(Runtime(0, 1))
+            1, training.trained(), {"iteration": 1}, Exchange(Runtime(0, 1))
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +205,7 @@ def test_random_generators_go_on_where_they_were(training: Training, tmp_path: P
     np.random.standard_normal(3)  # leaves half a pair in each generator
     directory = save(training, training.checkpoints(tmp_path), 1)
     drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(3), np.random.randint(1 << 30)]
-    training.checkpoints(tmp_path).load(directory, training.models, training.update)
+    training.checkpoints(tmp_path).load(directory, training.trained())
     again = [random.gauss(0, 1), random.random(), *np.random.standard_normal(3), np.random.randint(1 << 30)]
     assert again == drawn
 
@@ -224,12 +226,12 @@ def test_a_checkpoint_of_another_model_is_refused_and_says_so(training: Training
     (file,) = (directory / "critic" / "rank_0").iterdir()
     file.write_bytes((directory / "policy" / "rank_0" / file.name).read_bytes())
     with pytest.raises(CheckpointError, match=r"score_head\.weight"):
-        training.checkpoints(tmp_path, 1).load(directory, training.models, training.update)
+        training.checkpoints(tmp_path, 1).load(directory, training.trained())
 
 
 def test_a_directory_that_is_none_is_refused(training: Training, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state\.json"):
-        training.checkpoints(tmp_path, 1).load(tmp_path, training.models, training.update)
+        training.checkpoints(tmp_path, 1).load(tmp_path, training.trained())
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(CheckpointError, match="--save_ckpt_dir"):
