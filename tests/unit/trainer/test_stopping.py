@@ -135,3 +135,32 @@ def test_sigint_twice_ends_a_process_that_runs_no_python(repo_root: Path) -> Non
     assert process.returncode == 130
     assert "once more ends it at once" in said
     assert "interrupted twice" in said
+
+
+WORKER = """
+import sys, time
+from mindrlhf.trainer.stopping import stop_on_signals
+with stop_on_signals() as stop:
+    print("ready", flush=True)
+    while not stop.signal:
+        time.sleep(0.01)
+print(stop.signal, flush=True)
+"""
+# A parent that is there until it is killed, as msrun is for its workers.
+PARENT = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "MS_ROLE": "MS_WORKER"})
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_worker_whose_msrun_is_killed_is_asked_to_stop(repo_root: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, WORKER], cwd=repo_root, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    assert parent.stdout.read() == f"{int(signal.SIGTERM)}\n", "the worker's own line, at its end"
+    parent.wait()
