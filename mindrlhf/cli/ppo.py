@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from mindrlhf.trainer.job import JobOptions, run_ppo, save_strategies
-from mindrlhf.trainer.runs import add_results_flags
+from mindrlhf.trainer.runs import add_results_flags, add_resume_flags, add_watchdog_flag
 from mindrlhf.trainer.stages.flags import optional_path
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
-from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT
-from mindrlhf.utils.cli import run_main, seconds, str_to_bool
+from mindrlhf.utils.cli import run_main, str_to_bool
 from mindrlhf.utils.parsers import new_parser
 
 
@@ -91,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--enable_compile_cache",
         type=str_to_bool,
         default=False,
-        help="True is ignored with a warning: MindSpore 2.9.0's cached graphs train wrongly",
+        help="True: keep compiled graphs for later runs (MS_COMPILER_CACHE_PATH or ~/.cache/mindrlhf/graphs)",
     )
     run.add_argument(
         "--verify_sync", type=str_to_bool, default=False, help="checksum weights after each sync"
@@ -102,13 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         help="write ./strategy and exit; no device needed",
     )
-    run.add_argument(
-        "--watchdog_timeout",
-        type=seconds,
-        default=DEFAULT_TIMEOUT,
-        metavar="SECONDS",
-        help="end the job when no rank has made progress for so long; the first compilation counts; 0: never",
-    )
+    add_watchdog_flag(run)
     run.add_argument("--world_size", type=int, help="ranks to write strategies for without msrun")
     return parser
 

@@ -11,7 +11,17 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.decoder_parts import Columns, RMSNorm, Rotary, SharedInputs, SwiGLU, take_columns
+from mindrlhf.models.decoder_parts import (
+    Columns,
+    Reorder,
+    RMSNorm,
+    Rotary,
+    SharedInputs,
+    Softmax,
+    SwiGLU,
+    swapped,
+    take_columns,
+)
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
@@ -39,6 +49,8 @@ class Attention(nn.Cell):
         self.softmax_dtype = ms_dtype(config.softmax_compute_type)
         self.rotary_dtype = ms_dtype(config.rotary_dtype)
         self.rotary = Rotary()
+        self.reorder = Reorder()
+        self.softmax = Softmax()
         self.flash = config.use_flash_attention
         heads, hidden = config.num_heads, config.hidden_size
 
@@ -82,44 +94,44 @@ class Attention(nn.Cell):
         asked = length if columns is None else columns[1] - columns[0]
         query = self._turn(self.wq(asking), query_cos, query_sin)
         key = self._turn(self.wk(x), key_cos, key_sin)
-        query = self._heads(query, asked, self.kv_heads * self.group_size)
-        key = self._heads(key, length, self.kv_heads)
-        value = self._heads(self.wv(x), length, self.kv_heads)
-        mixed = (
-            self._flash(query, key, value, hidden) if self.flash else self._plain(query, key, value, hidden)
-        )
-        return self.wo(ops.transpose(mixed, (0, 2, 1, 3)).reshape((asking.shape[0], -1)))
+        heads = self.kv_heads * self.group_size
+        query = self._swap(query, asked, heads)
+        key = self._swap(key, length, self.kv_heads)
+        value = self._swap(self.wv(x), length, self.kv_heads)
+        attend = self._flash if self.flash else self._plain
+        mixed = self._swap(attend(query, key, value, asked, hidden), heads, asked)
+        return self.wo(mixed.reshape((asking.shape[0], -1)))
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions of (B * T, heads * D), head by head."""
         turned = self.rotary(ops.cast(x, self.rotary_dtype).reshape((-1, self.head_dim)), cos, sin)
         return ops.cast(turned, self.compute_dtype).reshape(x.shape)
 
-    def _heads(self, x: Tensor, length: int, heads: int) -> Tensor:
-        """(B * T, heads * D) -> (B, heads, T, D)."""
-        return ops.transpose(x.reshape((-1, length, heads, self.head_dim)), (0, 2, 1, 3))
+    def _swap(self, x: Tensor, first: int, second: int) -> Tensor:
+        """Vectors in the order (B, first, second), of any shape -> (B * second * first, D)."""
+        rows = x.reshape((-1, self.head_dim))
+        batch = rows.shape[0] // (first * second)
+        return self.reorder(rows, swapped(batch, first, second), swapped(batch, second, first))
 
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-        """Attention from plain operators: (B, heads, Q, D) and (B, kv heads, T, D) -> (B, heads, Q, D)."""
-        batch, _, asked, dim = query.shape
-        length = key.shape[2]
-        rows = (batch * self.kv_heads, self.group_size * asked, dim)
-        keys = (batch * self.kv_heads, length, dim)
-        scores = ops.BatchMatMul(transpose_b=True)(query.reshape(rows), key.reshape(keys))
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, asked: int, hidden: Tensor) -> Tensor:
+        """By plain operators: (B * heads * Q, D), twice (B * kv heads * T, D) -> (B * kv heads, ..., D)."""
+        length = hidden.shape[-1]
+        grouped = (-1, self.group_size * asked, self.head_dim)
+        keys = (-1, length, self.head_dim)
+        scores = ops.BatchMatMul(transpose_b=True)(query.reshape(grouped), key.reshape(keys))
         # Rows of one matrix: reductions of CPU are many times slower over more dimensions.
-        scores = ops.cast(scores.reshape((-1, length)), self.softmax_dtype)
-        weights = ops.cast(ops.softmax(scores + hidden, axis=-1), self.compute_dtype)
-        return ops.BatchMatMul()(weights.reshape((*rows[:2], length)), value.reshape(keys)).reshape(
-            query.shape
-        )
+        rows = ops.cast(scores.reshape((-1, length)), self.softmax_dtype)
+        weights = ops.cast(self.softmax(rows + hidden), self.compute_dtype)
+        return ops.BatchMatMul()(weights.reshape(scores.shape), value.reshape(keys))
 
-    def _flash(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, asked: int, hidden: Tensor) -> Tensor:
         """Attention by the Ascend kernel (FlashAttention, arXiv 2205.14135); there is none on CPU."""
+        heads, length = self.kv_heads * self.group_size, hidden.shape[-1]
         return ops.flash_attention_score(
-            query,
-            key,
-            value,
-            query.shape[1],
+            query.reshape((-1, heads, asked, self.head_dim)),
+            key.reshape((-1, self.kv_heads, length, self.head_dim)),
+            value.reshape((-1, self.kv_heads, length, self.head_dim)),
+            heads,
             attn_mask=ops.cast(hidden, ms.uint8),
             scalar_value=1.0,
             input_layout="BNSD",

@@ -120,10 +120,51 @@ class SwiGLU(nn.Cell):
         return gate * ops.sigmoid(gate) * up
 
     def bprop(self, gate: Tensor, up: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of ``gate`` and ``up``: ``silu' = s + silu (1 - s)`` with ``s = sigmoid(gate)``."""
+        """Gradients of ``gate`` and ``up``: ``up silu' = s up + (1 - s) out`` with ``s = sigmoid(gate)``."""
         sigmoid = ops.sigmoid(gate)
-        silu = gate * sigmoid
-        return dout * up * (sigmoid + silu - silu * sigmoid), dout * silu
+        return dout * (sigmoid * (up - out) + out), dout * (gate * sigmoid)
+
+
+class Softmax(nn.Cell):
+    """Softmax of rows with its gradient ``dx = y (dy - sum(dy y))`` written out.
+
+    MindSpore's own broadcasts the sum, for which its CPU kernel keeps 16 bytes an element as long as the
+    graph lives.
+    """
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (n, k) -> the same shape and type, each row with sum 1."""
+        return ops.softmax(x, axis=-1)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Gradient of ``x``."""
+        product = dout * out
+        total = product.sum(axis=-1, keepdims=True)
+        return (product - out * ops.tile(total, (1, x.shape[-1])),)
+
+
+class Reorder(nn.Cell):
+    """Rows of a matrix in another order; its gradient puts them back.
+
+    Heads change places with columns this way: a row is copied whole, while CPU's transpose goes by elements
+    and keeps 8 bytes for each as long as the graph lives.
+    """
+
+    def construct(self, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        """Row ``order[i]`` of ``x`` (n, k) as row ``i``; ``back`` is the inverse, both (n,) int32."""
+        return ops.gather(x, order, 0)
+
+    def bprop(
+        self, x: Tensor, order: Tensor, back: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of ``x``; the permutations are constants."""
+        return ops.gather(dout, back, 0), ops.zeros_like(order), ops.zeros_like(back)
+
+
+def swapped(batch: int, first: int, second: int) -> Tensor:
+    """Row numbers of (batch, first, second) in the order (batch, second, first), (n,) int32."""
+    rows = ops.arange(batch * first * second).reshape((batch, first, second))
+    return ops.cast(ops.transpose(rows, (0, 2, 1)).reshape((-1,)), ms.int32)
 
 
 class SharedInputs(nn.Cell):

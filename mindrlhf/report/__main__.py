@@ -32,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     files = parser.add_argument_group("files")
     files.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN_DIR", help="--save_ckpt_dir of a run (holds metrics.jsonl)"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="--save_ckpt_dir of a run of any stage (holds metrics.jsonl)",
     )
     files.add_argument(
         "--output",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from mindrlhf.report.stages import PPO, REWARD, SFT
+
 
 class Chart(NamedTuple):
     """One curve of the page.
@@ -118,20 +120,86 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     ),
 )  # fmt: skip
 
+_LEARNING: tuple[tuple[str, tuple[Chart, ...]], ...] = (
+    (
+        "Optimizer",
+        (
+            Chart("lr", "Learning rate", "", "0 where a step was skipped.", "", 0.0),
+            Chart("grad_norm", "Gradient norm", "before clipping", "", "", 0.0),
+            Chart(
+                "update/skipped", "Skipped updates", "per step",
+                "A loss or gradient was not finite; see skipped_updates.jsonl.", "", 0.0,
+            ),
+        ),
+    ),
+    (
+        "Speed",
+        (
+            Chart("tokens_per_second", "Throughput", "tokens per second", "", "", 0.0),
+            Chart("time/iteration", "Time per step", "seconds", "", "", 0.0),
+        ),
+    ),
+)  # fmt: skip
+
+STAGE_GROUPS: dict[str, tuple[tuple[str, tuple[Chart, ...]], ...]] = {
+    SFT: (
+        (
+            "Goal",
+            (
+                Chart(
+                    "loss/train", "Loss", "nats per token",
+                    "Of the response tokens; should fall, on held-out prompts too.", "eval/loss", wide=True,
+                ),
+                Chart(
+                    "eval/perplexity", "Held-out perplexity", "",
+                    "Exponential of the held-out loss: tokens it hesitates between.", "eval/perplexity",
+                ),
+            ),
+        ),
+        *_LEARNING,
+    ),
+    REWARD: (
+        (
+            "Goal",
+            (
+                Chart("loss/train", "Loss", "per pair", "0.69 is chance.", "eval/loss", 0.0, wide=True),
+                Chart(
+                    "train/accuracy", "Accuracy", "of the pairs",
+                    "The preferred response scores higher; 0.5 is chance.", "eval/accuracy", 0.0, 1.0,
+                ),
+                Chart("train/margin", "Margin", "", "Score preferred less score rejected.", "eval/margin"),
+                Chart("eval/scores", "Held-out score", "mean", "Before calibration.", "eval/scores"),
+                Chart(
+                    "eval/scores_std", "Spread of held-out scores", "standard deviation",
+                    "Before calibration.", "eval/scores_std", 0.0,
+                ),
+            ),
+        ),
+        *_LEARNING,
+    ),
+}  # fmt: skip
+"""Those of the stages before PPO; a metric that only evaluations have is drawn from them."""
+
 NOT_DRAWN = frozenset({"iteration", "episode", "epoch"})
 PHASE_PREFIX = "time/"
 TOTAL_TIME = "time/iteration"
 
 
-def groups_of(metrics: Iterable[str]) -> list[tuple[str, list[Chart]]]:
+def groups_of(
+    metrics: Iterable[str], kind: str = PPO, evaluated: Iterable[str] = ()
+) -> list[tuple[str, list[Chart]]]:
     """The groups with those charts that a run has, and under "Other" the metrics that have no place.
 
     Args:
         metrics: names of all runs; phases of an iteration (``time/...``) are drawn in one chart of their own.
+        kind: of the runs.
+        evaluated: metrics of evaluations.
     """
+    groups = STAGE_GROUPS.get(kind, GROUPS)
     present = dict.fromkeys(metrics)
-    found = [(title, [chart for chart in charts if chart.metric in present]) for title, charts in GROUPS]
-    known = {chart.metric for _, charts in GROUPS for chart in charts} | NOT_DRAWN
+    there = {*present, *evaluated}
+    found = [(title, [chart for chart in charts if chart.metric in there]) for title, charts in groups]
+    known = {chart.metric for _, charts in groups for chart in charts} | NOT_DRAWN
     other = [Chart(name, name) for name in present if name not in known and not is_phase(name)]
     return [(title, charts) for title, charts in [*found, ("Other", other)] if charts]
 

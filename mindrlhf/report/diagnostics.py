@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from mindrlhf.report.findings import Finding, not_finite, updates_skipped, worst_first
 from mindrlhf.report.reading import Run, Series
 from mindrlhf.report.trends import (
     PROGRESS_ITERATIONS,
@@ -51,70 +52,25 @@ TREND_ITERATIONS = 3
 """Fewer make no trend."""
 
 
-class Finding(NamedTuple):
-    """One warning.
-
-    Attributes:
-        kind: short name of the rule.
-        level: ``error`` (results are void), ``warning`` (mend it) or ``note`` (look at it).
-        text: what is wrong, with the iteration since which it holds.
-        detail: the numbers.
-        remedy: what to do.
-        since: that iteration.
-        metric: the metric it shows in.
-        threshold: the limit that was passed, in the metric's unit, when it is a constant.
-    """
-
-    kind: str
-    level: str
-    text: str
-    detail: str
-    remedy: str
-    since: int
-    metric: str
-    threshold: float | None = None
-
-
 def diagnose(run: Run) -> list[Finding]:
     """All findings about a run, the worst first."""
     settings = {name: run.setting(name) for name in ("kl_controller", "kl_target")}
     score = run.series("objective/scores")
-    found = [
-        not_finite({name: run.series(name) for name in run.metric_names() if name != "iteration"}),
-        kl_above_target(run.series("objective/kl"), settings),
-        kl_negative(run.series("objective/kl")),
-        clip_fraction_high(run.series("policy/clipfrac")),
-        ratio_far_from_one(run.series("policy/ratio")),
-        entropy_collapsed(run.series("policy/entropy")),
-        stop_rate_falling(run.series("response/eos_rate")),
-        never_stops(run.series("response/eos_rate")),
-        explained_variance_negative(run.series("value/explained_var")),
-        score_falling(score) or no_progress(score),
-        scores_equal(run.series("objective/scores_std")),
-    ]
-    order = ("error", "warning", "note")
-    return sorted((finding for finding in found if finding), key=lambda finding: order.index(finding.level))
-
-
-def not_finite(metrics: Mapping[str, Series]) -> Finding | None:
-    """NaN or infinity in any metric, since the first one."""
-    bad = {
-        name: int(series.iterations[~np.isfinite(series.values)][0])
-        for name, series in metrics.items()
-        if not np.isfinite(series.values).all()
-    }
-    if not bad:
-        return None
-    since = min(bad.values())
-    first = [name for name, iteration in bad.items() if iteration == since]
-    return Finding(
-        "nan",
-        "error",
-        f"NaN or infinity in {_listed(first)} since iteration {since}",
-        f"{len(bad)} metric(s) hold such values: {_listed(list(bad), 6)}.",
-        "Go on from a checkpoint before it with a lower learning rate; check the rewards for NaN.",
-        since,
-        first[0],
+    return worst_first(
+        [
+            not_finite({name: run.series(name) for name in run.metric_names() if name != "iteration"}),
+            kl_above_target(run.series("objective/kl"), settings),
+            kl_negative(run.series("objective/kl")),
+            clip_fraction_high(run.series("policy/clipfrac")),
+            ratio_far_from_one(run.series("policy/ratio")),
+            entropy_collapsed(run.series("policy/entropy")),
+            stop_rate_falling(run.series("response/eos_rate")),
+            never_stops(run.series("response/eos_rate")),
+            explained_variance_negative(run.series("value/explained_var")),
+            score_falling(score) or no_progress(score),
+            scores_equal(run.series("objective/scores_std")),
+            updates_skipped(run.series("update/skipped")),
+        ]
     )
 
 
@@ -332,8 +288,3 @@ def scores_equal(spread: Series) -> Finding | None:
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) and value > 0 else None
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

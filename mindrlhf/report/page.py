@@ -7,12 +7,15 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindrlhf.report.diagnostics import Finding, diagnose
+from mindrlhf.report.diagnostics import diagnose
+from mindrlhf.report.findings import Finding
 from mindrlhf.report.markup import Html, duration, join, json_for_script, number, tag
 from mindrlhf.report.payload import make_payload
 from mindrlhf.report.reading import Run
 from mindrlhf.report.settings import settings_section
-from mindrlhf.report.summary import ROWS, Row, Summary, summary_of, total_seconds
+from mindrlhf.report.stage_diagnostics import diagnose_stage
+from mindrlhf.report.stages import PPO, TITLES, unit_of
+from mindrlhf.report.summary import Row, Summary, rows_of, summary_of, total_seconds
 
 ASSETS = Path(__file__).parent / "assets"
 STYLES = ("style.css",)
@@ -31,12 +34,16 @@ _SECTIONS = (
 
 def render(runs: Sequence[Run]) -> str:
     """The page about one run, or about several side by side."""
-    findings = [diagnose(run) for run in runs]
+    kind = runs[0].kind
+    findings = [diagnose(run) if kind == PPO else diagnose_stage(run) for run in runs]
     style = Html("\n".join(_asset(name) for name in STYLES))
     script = Html("(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in SCRIPTS) + "\n})();")
     data = json_for_script(make_payload(runs, findings))
-    title = "PPO: " + ", ".join(run.name for run in runs)
-    shown = [(name, label) for name, label in _SECTIONS if name != "pairs" or _has_pairs(runs)]
+    title = f"{TITLES[kind]}: " + ", ".join(run.name for run in runs)
+    left_out = {
+        name for name, is_there in (("pairs", _has_pairs(runs)), ("samples", kind == PPO)) if not is_there
+    }
+    shown = [(name, label) for name, label in _SECTIONS if name not in left_out]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -58,7 +65,7 @@ def render(runs: Sequence[Run]) -> str:
             _section("warnings", "Warnings", _warnings(runs, findings)),
             _section("curves", "Curves", tag("div", id="charts"), _no_script()),
             _section("pairs", "Before and after", tag("div", id="pair-view")) if _has_pairs(runs) else None,
-            _section("samples", "Samples", tag("div", id="sample-view")),
+            _section("samples", "Samples", tag("div", id="sample-view")) if kind == PPO else None,
             _section("settings", "Configuration", settings_section(runs)),
         ),
         tag("div", id="tooltip", role="status", hidden=True),
@@ -104,7 +111,7 @@ def _header(runs: Sequence[Run]) -> Html:
         "header",
         tag(
             "div",
-            tag("p", "MindRLHF · PPO", class_="kicker"),
+            tag("p", f"MindRLHF · {TITLES[runs[0].kind]}", class_="kicker"),
             tag("h1", title),
             tag("p", *(tag("span", fact) for fact in facts), class_="facts"),
         ),
@@ -113,7 +120,7 @@ def _header(runs: Sequence[Run]) -> Html:
 
 
 def _facts(run: Run) -> list[str]:
-    facts = [f"{len(run.metrics):,} iterations"]
+    facts = [f"{len(run.metrics):,} {unit_of(run.kind)}s"]
     episodes = run.metrics[-1].get("episode")
     if episodes:
         facts.append(f"{int(episodes):,} replies")
@@ -145,7 +152,7 @@ def _navigation(sections: Sequence[tuple[str, str]], runs: Sequence[Run]) -> Htm
 
 
 def _overview(runs: Sequence[Run]) -> Html:
-    found = [(row, [summary_of(run, row) for run in runs]) for row in ROWS]
+    found = [(row, [summary_of(run, row) for run in runs]) for row in rows_of(runs[0].kind)]
     found = [(row, cells) for row, cells in found if any(cells)]
     if len(runs) == 1:
         return tag("div", *(_tile(row, cells[0]) for row, cells in found if cells[0]), class_="tiles")
@@ -177,7 +184,7 @@ def _comparison(runs: Sequence[Run], found: Sequence[tuple[Row, Sequence[Summary
     header = tag(
         "tr",
         tag("th", "Run", scope="col"),
-        tag("th", "Iterations", scope="col"),
+        tag("th", f"{unit_of(runs[0].kind).capitalize()}s", scope="col"),
         *(tag("th", row.title, scope="col") for row, _ in found),
         tag("th", "Time", scope="col"),
     )

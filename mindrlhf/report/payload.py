@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.report.catalogue import TOTAL_TIME, groups_of, is_phase
-from mindrlhf.report.diagnostics import Finding
+from mindrlhf.report.findings import Finding
 from mindrlhf.report.markup import plain_number
 from mindrlhf.report.reading import Line, Run, Series
+from mindrlhf.report.stages import unit_of
 from mindrlhf.report.thinning import Stretches, fit_samples, stretches_of, text_of
 
 SAMPLE_BYTES = 8_000_000
@@ -30,11 +31,14 @@ def make_payload(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> 
     """
     names = dict.fromkeys(name for run in runs for name in drawn_metrics(run))
     prompts: dict[str, int] = {}
+    kind = runs[0].kind
+    evaluated = {name for run in runs for line in run.evaluations for name in line}
     return {
+        "unit": unit_of(kind),
         "runs": [_run(run, found) for run, found in zip(runs, findings, strict=True)],
         "groups": [
             {"title": title, "charts": [chart._asdict() for chart in charts]}
-            for title, charts in groups_of(names)
+            for title, charts in groups_of(names, kind, evaluated)
         ],
         "samples": _samples([run.samples for run in runs], prompts, SAMPLE_BYTES),
         "evalSamples": _samples([run.eval_samples for run in runs], prompts, EVAL_SAMPLE_BYTES),

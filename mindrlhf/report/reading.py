@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindrlhf.report.stages import PPO, TITLES, counts_steps, kind_of, split_lines, unit_of
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 
@@ -58,6 +59,8 @@ class Run:
         config: content of ``config.json``; empty when there is none.
         state: content of the newest checkpoint's ``state.json``; empty when there is none.
         checkpoint: name of that checkpoint.
+        kind: a key of :data:`mindrlhf.report.stages.TITLES`. What is called an iteration here is a step of
+            a stage before PPO.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    kind: str = PPO
 
     @property
     def iterations(self) -> np.ndarray:
@@ -113,7 +117,14 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
             raise ReportError(f"{directory} is given twice; give each run once")
         seen[directory.resolve()] = directory
     names = short_names(list(seen))
-    return [read_run(path, name) for path, name in zip(directories, names, strict=True)]
+    runs = [read_run(path, name) for path, name in zip(directories, names, strict=True)]
+    for run in runs[1:]:
+        if run.kind != runs[0].kind:
+            raise ReportError(
+                f"{runs[0].directory} is a run of {TITLES[runs[0].kind]}, {run.directory} one of "
+                f"{TITLES[run.kind]}; give runs of one kind"
+            )
+    return runs
 
 
 def read_run(directory: Path, name: str | None = None) -> Run:
@@ -128,11 +139,17 @@ def read_run(directory: Path, name: str | None = None) -> Run:
             f"{directory}: no {METRICS_FILE}, so no results of a run.{_did_you_mean(directory)}"
         )
     metrics = read_lines(metrics_file, _check_metrics)
-    if not metrics:
-        raise ReportError(f"{metrics_file} is empty: the run has finished no iteration yet; try again later")
     _check_rising(metrics_file, metrics)
     evaluations = read_lines(directory / EVALUATIONS_FILE, _check_evaluation)
-    checkpoints = sorted(directory.glob(f"iteration_*/{STATE_FILE}"))
+    config = _read_object(directory / CONFIG_FILE)
+    kind = kind_of(metrics, config)
+    if kind != PPO:
+        metrics, evaluations = split_lines(metrics)
+    if not metrics:
+        raise ReportError(
+            f"{metrics_file} is empty: the run has finished no {unit_of(kind)} yet; try again later"
+        )
+    checkpoints = sorted(directory.glob(f"{unit_of(kind)}_*/{STATE_FILE}"))
     return Run(
         name=name or directory.resolve().name,
         directory=directory,
@@ -140,9 +157,10 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         samples=read_lines(directory / SAMPLES_FILE, _check_sample),
         evaluations=sorted(evaluations, key=lambda line: line["iteration"]),
         eval_samples=read_lines(directory / EVAL_SAMPLES_FILE, _check_sample),
-        config=_read_object(directory / CONFIG_FILE),
+        config=config,
         state=_read_object(checkpoints[-1]) if checkpoints else {},
         checkpoint=checkpoints[-1].parent.name if checkpoints else None,
+        kind=kind,
     )
 
 
@@ -237,18 +255,25 @@ def _check_sample(line: Line) -> str | None:
 
 
 def _check_iteration(line: Line) -> str | None:
-    if "iteration" not in line:
+    unit = _unit(line)
+    if unit not in line:
         return "no iteration"
-    value = line["iteration"]
+    value = line[unit]
     whole = _is_number(value) and math.isfinite(value) and int(value) == value and 0 <= value < 2**53
-    return None if whole else f"iteration is {_short(value)}, not a whole number"
+    return None if whole else f"{unit} is {_short(value)}, not a whole number"
+
+
+def _unit(line: Line) -> str:
+    """The name of what a line counts."""
+    return "step" if counts_steps(line) else "iteration"
 
 
 def _check_rising(path: Path, lines: Sequence[Line]) -> None:
     for number, (before, after) in enumerate(pairwise(lines), start=2):
-        if after["iteration"] <= before["iteration"]:
+        old, new = _unit(before), _unit(after)
+        if old != new or after[new] <= before[old]:
             raise ReportError(
-                f"{path}:{number}: iteration {after['iteration']} after iteration {before['iteration']}; "
+                f"{path}:{number}: {new} {after[new]} after {old} {before[old]}; "
                 "two runs have written here: give each run a --save_ckpt_dir of its own"
             )
 

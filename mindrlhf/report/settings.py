@@ -40,6 +40,8 @@ def sections_of(run: Run) -> dict[str, dict[str, str]]:
     nested = dict(configuration) if isinstance(configuration, Mapping) else {}
     if "ppo" in nested:
         sections["PPO"] = flatten(nested.pop("ppo"))
+    if "options" in nested:
+        sections["Flags"] = flatten(nested.pop("options"))
     software = {name: run.config.get(name) for name in ("versions", "git", "created")}
     sections["Versions"] = {
         key.removeprefix("versions."): text for key, text in flatten(software).items() if text != "none"

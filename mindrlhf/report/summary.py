@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mindrlhf.report.reading import Run, Series
+from mindrlhf.report.stages import REWARD, SFT
 
 
 class Row(NamedTuple):
@@ -56,6 +57,31 @@ ROWS = (
     Row("value/explained_var", "Explained variance", 1),
     Row("tokens_per_second", "Reply tokens per second", 1),
 )
+
+
+STAGE_ROWS = {
+    SFT: (
+        Row("eval/loss", "Held-out loss (nats per token)", -1, held_out=True),
+        Row("eval/perplexity", "Held-out perplexity", -1, held_out=True),
+        Row("loss/train", "Loss (nats per token)", -1),
+        Row("grad_norm", "Gradient norm"),
+        Row("tokens_per_second", "Tokens per second", 1),
+    ),
+    REWARD: (
+        Row("eval/accuracy", "Held-out accuracy", 1, held_out=True, share=True),
+        Row("eval/loss", "Held-out loss", -1, held_out=True),
+        Row("eval/margin", "Held-out margin", held_out=True),
+        Row("train/accuracy", "Accuracy", 1, share=True),
+        Row("loss/train", "Loss", -1),
+        Row("grad_norm", "Gradient norm"),
+        Row("tokens_per_second", "Tokens per second", 1),
+    ),
+}
+
+
+def rows_of(kind: str) -> tuple[Row, ...]:
+    """What the summary of runs of a kind shows."""
+    return STAGE_ROWS.get(kind, ROWS)
 
 
 def summarize(series: Series, better: int = 0) -> Summary | None:

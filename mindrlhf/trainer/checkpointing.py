@@ -185,7 +185,7 @@ class TrainingCheckpoints:
             state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{state_file}: damaged ({error}); resume from another one") from error
-        check_compatible(directory, self.job, self.kind)
+        check_compatible(directory, self.job, self.kind, quiet=True)
         meshes = stored_meshes(directory, self.kind)
         for name, model, optimizer in trained:
             stored = meshes[name]
@@ -200,7 +200,7 @@ class TrainingCheckpoints:
         return state
 
     def find(self, number: int) -> Path | None:
-        """The checkpoint of this run after an iteration or step when it is the last one, in this directory."""
+        """This run's checkpoint after an iteration or step when it is the last one, in this directory."""
         wanted = self._directory(number)
         return self.last if self.last is not None and self.last.resolve() == wanted.resolve() else None
 

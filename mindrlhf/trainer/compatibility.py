@@ -47,20 +47,21 @@ PPO_JOB = Kind(
     fixed=re.compile(
         rf"(train|critic)\.{MODEL_KEYS}|(train|critic)\.optimizer\.type|ppo\.(critic|seed|shuffle)|stage"
     ),
-    # The reference and the generating policy have the sizes of the trained one, see check_job; paths may move.
+    # Reference and generating policy have the sizes of the trained one, see check_job; paths may move.
     unimportant=re.compile(r"\w+\.(path|ignored.*)"),
 )
 _LAYOUT = re.compile(r"[\w.]+\.parallel\.\w+")
 _MISSING = "(not there)"
 
 
-def check_compatible(directory: Path, job: Any, kind: Kind = PPO_JOB) -> None:
+def check_compatible(directory: Path, job: Any, kind: Kind = PPO_JOB, *, quiet: bool = False) -> None:
     """Refuses a checkpoint of another kind of job, and logs what has changed otherwise.
 
     Args:
         directory: the checkpoint.
         job: the present configuration, a dataclass or a mapping.
         kind: of the job.
+        quiet: whether what has changed was told of already.
 
     Raises:
         CheckpointError: names every key that must not change, with both values; or the checkpoint's
@@ -82,6 +83,8 @@ def check_compatible(directory: Path, job: Any, kind: Kind = PPO_JOB) -> None:
             f"configuration that made it ({CONFIG_FILE} in it), or start anew in another --save_ckpt_dir:"
             + "".join(f"\n  - {line}" for line in refused)
         )
+    if quiet:
+        return
     resharded = [line for key, line in changed.items() if _LAYOUT.fullmatch(key)]
     if resharded:
         logger.info("the layout has changed, the checkpoint is resharded: %s", "; ".join(resharded))

@@ -175,6 +175,7 @@ def _make_trainer(
     options: JobOptions, job: JobConfig, data: Path, save: Path, stop: StopRequest, watchers: Watchers
 ) -> PPOTrainer:
     """Checks what the flags name, takes the device, joins the other workers, builds the models, resumes."""
+    from mindrlhf.trainer.compile_cache import open_compile_cache
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
     from mindrlhf.trainer.records import check_fresh
     from mindrlhf.trainer.resuming import choose_checkpoint
@@ -195,18 +196,14 @@ def _make_trainer(
     if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:
         logger.warning("--ptx_dataset_dir is not used: ptx_coef is 0")
     check_device(job.train.context)
-    if options.enable_compile_cache:
-        # Measured with MindSpore 2.9.0 on CPU: graphs from the cache keep parameters of their own, so an
-        # update no longer reaches the other graphs (KL exactly 0 after training, other losses, NaN).
-        logger.warning(
-            "--enable_compile_cache True is ignored: graphs that MindSpore 2.9.0 takes from its cache do not "
-            "share parameters, and training gives wrong numbers"
-        )
     runtime = start_runtime(
         job.train.context,
         use_parallel=env_world_size() > 1,
         litter_dir=litter,
     )
+    caches = []
+    if options.enable_compile_cache:
+        caches.append(open_compile_cache(job, runtime, Path(litter)))
     checkpoint = choose_checkpoint(
         save,
         options.resume_from,
@@ -229,7 +226,7 @@ def _make_trainer(
             verify_sync=options.verify_sync,
             reward_function=reward_function,
             stop=stop,
-            listeners=[watchers.console, watchdog],
+            listeners=[watchers.console, watchdog, *caches],
             trackers=watchers.trackers,
         )
     logger.info("models built and loaded in %.1f s", timer.seconds)

@@ -13,6 +13,7 @@ from mindspore.nn import Optimizer
 
 from mindrlhf.configs.optimizer import with_total_steps
 from mindrlhf.configs.schema import RunConfig
+from mindrlhf.trainer.formers import load_builders
 from mindrlhf.utils.errors import ConfigError
 
 
@@ -30,11 +31,7 @@ def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_st
         ConfigError: MindFormers does not accept a section.
     """
     with _quiet():
-        # Imported here: it costs seconds and writes a log folder, see LOCAL_DEFAULT_PATH in job.py.
-        from mindformers.core.lr import build_lr
-        from mindformers.core.optim import build_optim
-
-        return _build(config, parameters, total_steps, build_lr, build_optim)
+        return _build(config, parameters, total_steps, *load_builders())
 
 
 def _build(

@@ -52,7 +52,7 @@ class RunRecords:
         self.eval_samples: list[dict[str, Any]] = []
 
     def rewind(self, iteration: int) -> None:
-        """Goes on after an iteration or step: keeps the lines up to it, drops those of a run that was cut short."""
+        """Goes on after an iteration or step: keeps lines up to it, drops those of a run cut short."""
         done = partial(operator.ge, iteration)
         self._rewind(SAMPLES_FILE, done)
         self.metrics = self._rewind(METRICS_FILE, done)

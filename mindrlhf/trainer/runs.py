@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mindrlhf.utils.cli import str_to_bool
+from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT
+from mindrlhf.utils.cli import seconds, str_to_bool
 from mindrlhf.utils.errors import MindRLHFError
 
 RUNS = Path("runs")
@@ -69,6 +70,17 @@ def add_resume_flags(
         type=str_to_bool,
         default=False,
         help="True: go on from the newest whole checkpoint of --save_ckpt_dir; start anew when there is none",
+    )
+
+
+def add_watchdog_flag(run: argparse._ArgumentGroup) -> None:
+    """Adds ``--watchdog_timeout``."""
+    run.add_argument(
+        "--watchdog_timeout",
+        type=seconds,
+        default=DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help="end the job when no rank has made progress for so long; the first compilation counts; 0: never",
     )
 
 

@@ -73,7 +73,7 @@ class SkippedUpdates:
     def settle(
         self, number: int, sample_ids: np.ndarray, directory: Path | None, save: Callable[[], Path]
     ) -> None:
-        """Records what was skipped in an iteration or step, and stops the job when it was too much; collective.
+        """Records what was skipped in an iteration or step, stops the job when it was too much; collective.
 
         Args:
             number: of the iteration or step, counted from 1.

@@ -20,6 +20,7 @@ class Backward(nn.Cell):
 
     def __init__(self, loss: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
+        self.loss = loss  # else this cell lists no parameters, and a cached graph would get other ones
         self.value_and_grad = ops.value_and_grad(loss, None, loss.trainable_params(), has_aux=True)
 
     def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.utils import supervision
@@ -20,6 +21,16 @@ COMPUTING = frozenset({"rollout", "score", "train", "sync", "evaluate"})
 
 FIRST_PHASE = "rollout"
 """Of an iteration."""
+
+
+@dataclass
+class _Phase:
+    """A phase that is running, perhaps around another."""
+
+    name: str
+    total: int | None
+    unit: str
+    done: int = 0
 
 
 class Watchdog:
@@ -42,9 +53,8 @@ class Watchdog:
         self.timeout = timeout
         self.computing = (COMPUTING - waiting_phases) if computes and timeout else frozenset()
         self._iteration: Callable[[], int] = int
-        self._phases: list[tuple[str, int | None, str]] = []
+        self._phases: list[_Phase] = []
         self._steps = 0
-        self._done = 0
         self._number = 0
 
     def follow(self, iteration: Callable[[], int]) -> None:
@@ -53,16 +63,16 @@ class Watchdog:
 
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
         """A phase begins."""
-        self._phases.append((name, total, unit))
+        self._phases.append(_Phase(name, total, unit))
         self._steps += 1
-        self._done = 0
         if name == FIRST_PHASE:
             self._number = self._iteration()
         self._beat()
 
     def phase_advanced(self, done: int) -> None:
         """The phase goes on."""
-        self._done += done
+        if self._phases:
+            self._phases[-1].done += done
         self._beat()
 
     def phase_ended(self, name: str) -> None:
@@ -70,7 +80,7 @@ class Watchdog:
         if sys.exc_info()[0] is not None:
             return
         self._steps += 1
-        last = self._phases.pop() if self._phases else (name, None, "")
+        last = self._phases.pop() if self._phases else _Phase(name, None, "")
         if self._phases:
             self._beat()
         else:
@@ -80,21 +90,20 @@ class Watchdog:
         if self._phases:
             self._write(self._phases[-1], between=False)
 
-    def _write(self, phase: tuple[str, int | None, str], *, between: bool) -> None:
+    def _write(self, phase: _Phase, *, between: bool) -> None:
         member = supervision.membership()
         if member is None:
             return
-        name, total, unit = phase
         member.heartbeat.update(
             iteration=self._number,
-            phase=name,
+            phase=phase.name,
             between=between,
             steps=self._steps,
-            done=self._done,
-            total=total,
-            unit=unit,
+            done=phase.done,
+            total=phase.total,
+            unit=phase.unit,
             timeout=self.timeout,
-            may_idle=between or name not in self.computing,
+            may_idle=between or phase.name not in self.computing,
         )
 
 

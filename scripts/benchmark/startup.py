@@ -3,9 +3,10 @@
 
     python scripts/benchmark/startup.py --model default
 
-A fresh process does what ppo_one_stage.py does, with random weights from a file: imports, building and
-loading the models, then one iteration, in which every graph is compiled once. Compilation is timed network by
-network; what remains of a phase of the first iteration is its run.
+Fresh processes do what ppo_one_stage.py does, with random weights from a file: imports, building and loading
+the models, then one iteration, in which every graph is made once. By turns a process has no compile cache
+(cold) and one that an earlier process has filled (warm). Graphs are timed network by network; what remains of
+a phase of the first iteration is its run.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="default", help="sizes by name (default: default)")
     parser.add_argument("--layers", type=int, default=0, help="0: the model's (default)")
     parser.add_argument("--decode_steps", type=int, default=8, help="tokens a decode call (default: 8)")
-    parser.add_argument("--repeats", type=int, default=2, help="fresh processes (default: 2)")
+    parser.add_argument("--repeats", type=int, default=2, help="processes of each kind (default: 2)")
     parser.add_argument("--json", type=Path, help="append every process to this file")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)  # the time of the launch
+    parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -81,15 +83,13 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     import mindspore
 
     laps.lap("import mindspore")
-    import mindformers.core.lr
-    import mindformers.core.optim
+    from mindrlhf.trainer import compile_cache, formers, ppo_trainer
+    from mindrlhf.trainer.runtime import Runtime
 
-    laps.lap("import mindformers")
+    formers.load_builders()
+    laps.lap("import mindrlhf and MindFormers' builders")
     from ppo_iteration import build_job, build_trainer, write_inputs
 
-    from mindrlhf.trainer import ppo_trainer
-
-    laps.lap("import mindrlhf")
     time_compilations(compiled)
     sizes = {"prompt": 64, "response": 64, "batch": BATCH[args.model], "micro_batch": 0, "score_batch": 0}
     settings = argparse.Namespace(**vars(args), **sizes, steps=1, warm_up=0)
@@ -99,6 +99,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         written = time.time()
         laps.launched += written - laps.last  # inputs are there before a real launch
         laps.last = written
+        if args.cached:
+            compile_cache.open_compile_cache(job, Runtime(0, 1), Path(directory) / "scratch")
         trainer = build_trainer(job, Path(directory), files)
         laps.lap("build and load models")
         roll_out = trainer.rollout
@@ -113,15 +115,18 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         trainer.run_iteration(trainer.prompts.next_batch())
         laps.lap("rest of iteration 1")
     laps.seconds["to end of iteration 1"] = laps.total()
-    del mindspore, mindformers, ppo_trainer
+    del mindspore, ppo_trainer
     return {"laps": laps.seconds, "compiled": compiled}
 
 
-def launch(args: argparse.Namespace) -> dict[str, Any]:
+def launch(args: argparse.Namespace, cache: Path | None) -> dict[str, Any]:
     """Starts a fresh process and reads what it measured."""
     command = [sys.executable, __file__, "--model", args.model, "--layers", str(args.layers)]
     command += ["--decode_steps", str(args.decode_steps), "--child", repr(time.time())]
     environment = os.environ | {"GLOG_v": "3", "MINDRLHF_LOG": "ERROR"}
+    if cache is not None:
+        command.append("--cached")
+        environment["MS_COMPILER_CACHE_PATH"] = str(cache)
     with tempfile.TemporaryDirectory(prefix="mindrlhf_") as litter:
         environment["LOCAL_DEFAULT_PATH"] = litter
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -130,8 +135,8 @@ def launch(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
     """Laps and compilations, a column a process."""
-    columns = ("", *(f"process {number}, s" for number in range(1, len(runs) + 1)))
-    for title, key in (("from launch on", "laps"), ("compilation", "compiled")):
+    columns = ("", *(f"{run['kind']}, s" for run in runs))
+    for title, key in (("from launch on", "laps"), ("graphs", "compiled")):
         rows = [(name, *(f"{run[key].get(name, float('nan')):.2f}" for run in runs)) for name in runs[0][key]]
         if key == "compiled":
             rows.append(("all", *(f"{sum(run[key].values()):.2f}" for run in runs)))
@@ -139,23 +144,26 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """The fresh processes one after the other."""
+    """One process that fills a cache, then warm and cold ones by turns."""
     args = parse_args()
     if args.child:
         print(json.dumps(child(args)))
         return
     runs = []
-    for number in range(args.repeats):
-        runs.append(launch(args))
-        laps = runs[-1]["laps"]
-        print(
-            f"process {number + 1}: first rollout after {laps['to first rollout']:.1f} s, "
-            f"iteration 1 after {laps['to end of iteration 1']:.1f} s",
-            flush=True,
-        )
-        if args.json:
-            with args.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"model": args.model, **runs[-1]}) + "\n")
+    with tempfile.TemporaryDirectory(prefix="mindrlhf_") as directory:
+        for number in range(2 * args.repeats + 1):
+            kind = "fills the cache" if number == 0 else ("warm", "cold")[number % 2]
+            run = {"kind": kind} | launch(args, None if kind == "cold" else Path(directory))
+            laps = run["laps"]
+            print(
+                f"{kind}: first rollout after {laps['to first rollout']:.1f} s, "
+                f"iteration 1 after {laps['to end of iteration 1']:.1f} s",
+                flush=True,
+            )
+            runs.append(run)
+            if args.json:
+                with args.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"model": args.model, **run}) + "\n")
     print_runs(runs)
 
 

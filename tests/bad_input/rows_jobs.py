@@ -1,60 +1,22 @@
-"""Bad inputs of rlhf_data.py, the three stages of training and the launcher."""
+"""Bad inputs of ppo_one_stage.py and the launcher."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import socket
-from typing import Any
 
 import numpy as np
 
 from tests.bad_input.harness import (
-    DATA,
     LAUNCHER,
-    PAD,
     PPO,
-    REWARD,
-    SFT,
     VOCAB,
     Bad,
     Case,
-    prompt_columns,
-    write_records,
 )
+from tests.bad_input.spoiling import MODEL, REAL, checkpoint, records
 
-REAL = frozenset({"subprocess"})
-FULL = frozenset({"full_disk"})
 ALONE = frozenset({"alone"})
-NO_SPACE = r"No space left on device|File too large|MindRecord"
-MODEL = "model.model_config"
-
-
-def line(case: Case, number: int, text: str | bytes) -> None:
-    """Replaces a line of the jsonl."""
-    lines = (case / "data.jsonl").read_bytes().split(b"\n")
-    lines[number - 1] = text.encode() if isinstance(text, str) else text
-    case.write("data.jsonl", b"\n".join(lines))
-
-
-def vocabulary(case: Case, **changes: int) -> None:
-    content = json.loads((case / "tokenizer/vocab.json").read_text(encoding="utf-8"))
-    case.write("tokenizer/vocab.json", json.dumps({**content, **changes}))
-
-
-def records(case: Case, name: str = "data.mindrecord", **changes: Any) -> None:
-    """Writes a data set again with columns replaced (a function of the old one), added or (None) removed."""
-    columns = prompt_columns(case / name)
-    for key, change in changes.items():
-        if change is None:
-            del columns[key]
-        else:
-            columns[key] = change(columns.get(key))
-    write_records(case / name, **columns)
-
-
-def other_pad(column: np.ndarray) -> np.ndarray:
-    return np.where(column == PAD, PAD + 1, column)
 
 
 def renamed(case: Case, name: str) -> None:
@@ -85,21 +47,6 @@ def launch_on_port_in_use(case: Case) -> None:
 def port_in_use(case: Case) -> None:
     port = taken_port(case)
     under_msrun(case, "MS_SCHED", "1", MS_SCHED_HOST="127.0.0.1", MS_SCHED_PORT=port)
-
-
-def checkpoint(case: Case) -> str:
-    """A checkpoint as far as its manifest goes."""
-    directory = "runs/old/iteration_000001"
-    files = {"state.json": b'{"iteration": 1}', "policy/rank_0/checkpoint_0.ckpt": b"x" * 100}
-    for name, content in files.items():
-        case.write(f"{directory}/{name}", content)
-    listed = {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in files.items()
-    }
-    case.write(f"{directory}/manifest.json", json.dumps({"version": 1, "files": listed}))
-    case.give(resume_from=directory)
-    return directory
 
 
 def small_vocabulary(case: Case) -> None:
@@ -135,75 +82,21 @@ def damaged_strategy(case: Case) -> None:
     case.give(only_save_strategy="True")
 
 
-DATA_ROWS = [
-    Bad("no input file", DATA, lambda c: c.give(file_path="no.jsonl"),
-        r"no\.jsonl", "No such file", "give the path of a jsonl file", REAL),
-    Bad("input is a directory", DATA, lambda c: c.give(file_path="hf"),
-        "hf", "Is a directory", "give the path of a jsonl file"),
-    Bad("empty input", DATA, lambda c: c.write("data.jsonl", ""),
-        r"data\.jsonl", "is empty", "give a file with one JSON object a line"),
-    Bad("nothing but blank lines", DATA, lambda c: c.write("data.jsonl", "\n \n"),
-        r"data\.jsonl", "no row is left to write", "give"),
-    Bad("a line that is cut short", DATA, lambda c: line(c, 3, '{"prompt": "a", "pos'),
-        r"data\.jsonl:3", r"not JSON \(", "mend the file, or pass over with --skip_bad_lines"),
-    Bad("a line without the key", DATA, lambda c: line(c, 5, '{"promt": "a"}'),
-        r"data\.jsonl:5", "'prompt' is missing .*'promt'", "mend the file"),
-    Bad("a number where text belongs", DATA,
-        lambda c: line(c, 2, '{"prompt": 7, "pos_resp": "a", "neg_resp": "b"}'),
-        r"data\.jsonl:2", "'prompt' is int", "a string is wanted"),
-    Bad("bytes that are no UTF-8", DATA, lambda c: line(c, 4, b'{"prompt": "\xff"}'),
-        r"data\.jsonl:4", "not UTF-8 \\(byte 12", "mend the file"),
-    Bad("several bad lines", DATA, lambda c: (line(c, 1, "x"), line(c, 7, "[]")),
-        r"data\.jsonl:1: .*data\.jsonl:7: ", "2 bad lines", "mend the file"),
-    Bad("all prompts too long", DATA, lambda c: c.give(max_prompt_length=20),
-        r"data\.jsonl", "12 prompts longer than max_prompt_length", "raise --max_prompt_length"),
-    Bad("no room for a prompt", DATA, lambda c: c.give(max_prompt_length=10),
-        "max_prompt_length", "10, but the template around a prompt alone takes 19", "raise it"),
-    Bad("no room for a response", DATA, lambda c: c.give(seq_length=32),
-        "seq_length", "is 32", "must be greater than max_prompt_length 32"),
-    Bad("text where a number belongs", DATA, lambda c: c.give(seq_length="long"),
-        "--seq_length", "'long'", "invalid int value"),
-    Bad("batch of nothing", DATA, lambda c: c.give(batch=0),
-        "batch", "is 0", "must be at least 1"),
-    Bad("pairs without responses", DATA, lambda c: c.give(pairs="True", prompt_only=True),
-        "--pairs.*--prompt_only", "for none", "leave one of them out"),
-    Bad("fraction above one", DATA, lambda c: c.give(eval_output_path="e.mindrecord", eval_fraction=2),
-        "eval_fraction", r"is 2\.0", "above 0 and below 1"),
-    Bad("nothing held out", DATA, lambda c: c.give(eval_output_path="e.mindrecord", eval_fraction=1e-9),
-        r"data\.jsonl", "no prompt is held out at --eval_fraction 1e-09", "choose another one"),
-    Bad("one output twice", DATA, lambda c: c.give(eval_output_path="out.mindrecord"),
-        r"out\.mindrecord", "is the output and the held-out output", "give two names"),
-    Bad("output exists", DATA, lambda c: c.write("out.mindrecord", "mine"),
-        r"out\.mindrecord", "exists already", "give another output path, or --overwrite"),
-    Bad("output is a directory", DATA, lambda c: c.give(output_path="hf"),
-        "hf", "is a directory", "a file name is wanted"),
-    Bad("output below a file", DATA, lambda c: c.give(output_path="data.jsonl/out.mindrecord"),
-        r"data\.jsonl/out\.mindrecord", "Not a directory", "give another path"),
-    Bad("output where nothing can be made", DATA, lambda c: c.give(output_path="/proc/none/o.mindrecord"),
-        r"/proc/none/o\.mindrecord", "cannot be written", "give another path"),
-    Bad("full disk", DATA, lambda c: c.give(output_path="full/new/out.mindrecord"),
-        r"full/new/out\.mindrecord", NO_SPACE, "free space, or give another path", FULL),
-    Bad("no tokenizer", DATA, lambda c: c.give(tokenizer_path="no"),
-        "no: ", "no such tokenizer", "give"),
-    Bad("tokenizer given twice", DATA, lambda c: c.give(vocab_path="tokenizer/vocab.json"),
-        r"tokenizer/vocab\.json", "both", "give a tokenizer path, or a vocabulary"),
-    Bad("vocabulary without merges", DATA,
-        lambda c: c.give(tokenizer_path=None, vocab_path="tokenizer/vocab.json"),
-        "merges file", r"no merges file \(merges\.txt\) given", "give both"),
-    Bad("vocabulary cut short", DATA, lambda c: c.cut("tokenizer/vocab.json"),
-        r"tokenizer/vocab\.json", r"not JSON", "copy it again"),
-    Bad("vocabulary with a gap", DATA, lambda c: vocabulary(c, a=999),
-        r"tokenizer/vocab\.json", "id 64 is missing|id .* is missing", "must have the ids 0..255"),
-    Bad("merges of another vocabulary", DATA, lambda c: c.write("tokenizer/merges.txt", "x y\n"),
-        r"tokenizer/merges\.txt", "line 1: 'xy' is not in the vocabulary", "is it of another vocabulary"),
-    Bad("added tokens of another vocabulary", DATA,
-        lambda c: c.write("tokenizer/tokenizer_config.json",
-                          '{"added_tokens_decoder": {"300": {"content": "<|endoftext|>"}}}'),
-        r"tokenizer_config\.json", "'<|endoftext|>' has id 300", "it must be 256"),
-    Bad("a damaged sentencepiece model", DATA,
-        lambda c: (c.write("t.model", b"\x0a\xff\xff"), c.give(tokenizer_path="t.model")),
-        r"t\.model", "not a sentencepiece model", "copy it again"),
-]  # fmt: skip
+YAMLS = ("generate_x.yaml", "finetune_x.yaml")
+
+
+def other_reward_weights(case: Case) -> None:
+    """``other.ckpt``: the reward model with a larger vocabulary."""
+    from mindrlhf.checkpoint.opening import open_weights
+    from mindrlhf.checkpoint.source import ArraySource
+    from mindrlhf.checkpoint.writing import write_weights
+
+    with open_weights(case / "reward.ckpt") as source:
+        arrays = {name: source.read(name) for name in source.tensors}
+    name = "model.tok_embeddings.embedding_weight"
+    arrays[name] = np.zeros((280, 16), np.float32)
+    write_weights(case / "other.ckpt", ArraySource(arrays))
+
 
 PPO_ROWS = [
     Bad("no such YAML", PPO, lambda c: c.give(reward_path="no.yaml"),
@@ -348,69 +241,6 @@ PPO_ROWS = [
         r"strategy/ref_strategy/strategy_0\.ckpt", "is damaged", "write it again with --only_save_strategy"),
 ]  # fmt: skip
 
-YAMLS = ("generate_x.yaml", "finetune_x.yaml")
-
-
-def other_reward_weights(case: Case) -> None:
-    """``other.ckpt``: the reward model with a larger vocabulary."""
-    from mindrlhf.checkpoint.opening import open_weights
-    from mindrlhf.checkpoint.source import ArraySource
-    from mindrlhf.checkpoint.writing import write_weights
-
-    with open_weights(case / "reward.ckpt") as source:
-        arrays = {name: source.read(name) for name in source.tensors}
-    name = "model.tok_embeddings.embedding_weight"
-    arrays[name] = np.zeros((280, 16), np.float32)
-    write_weights(case / "other.ckpt", ArraySource(arrays))
-
-
-STAGE_ROWS = [
-    Bad("a YAML for generation", SFT,
-        lambda c: c.yaml("finetune_x.yaml", "optimizer", None),
-        r"finetune_x\.yaml: optimizer", "missing", "give a finetune_"),
-    Bad("no weights", SFT, lambda c: c.give(load_sft_checkpoint="no.ckpt"),
-        r"--load_sft_checkpoint no\.ckpt", "does not exist", "name weights that are there"),
-    Bad("weights cut short", SFT, lambda c: c.cut("policy.ckpt", 0.7),
-        r"policy\.ckpt", "damaged", "copy or save it again"),
-    Bad("more rows a batch than there are", SFT, lambda c: c.give(batch_size=64),
-        "--batch_size", r"64 rows, but there are only 11", "make it smaller"),
-    Bad("micro-batches that do not divide", SFT, lambda c: c.give(micro_batch_size=3),
-        "--micro_batch_size", "3 does not divide the 4 rows", "choose a divisor, or 0"),
-    Bad("learning rate below zero", SFT, lambda c: c.give(learning_rate=-1),
-        "--learning_rate", r"-1\.0", "must be above 0"),
-    Bad("a model shorter than the data", SFT, lambda c: c.yaml("finetune_x.yaml", f"{MODEL}.seq_length", 20),
-        r"data\.mindrecord: row 0", "more than the model's seq_length 20", "make the data again"),
-    Bad("data of another tokenizer", SFT, lambda c: c.give(valid_vocab_size=100),
-        r"data\.mindrecord: row 0", "is not below the model's vocab_size 100", "another tokenizer"),
-    Bad("data padded with another token", SFT,
-        lambda c: records(c, prompt_ids=other_pad, pretrain_ids=other_pad),
-        r"data\.mindrecord: row 0", "pad_token_id 256", "another tokenizer"),
-    Bad("prompts without responses", SFT,
-        lambda c: records(c, loss_mask=np.zeros_like),
-        r"data\.mindrecord: row 0", "there is no response", "can only be used for PPO"),
-    Bad("one prompt to hold out and none to train on", SFT, lambda c: c.give(eval_fraction=0.99),
-        r"data\.mindrecord", "12 different prompt", "give more data or another --eval_fraction"),
-    Bad("weights in one file that exists", SFT, lambda c: c.give(save_full_ckpt="reward.ckpt"),
-        r"--save_full_ckpt reward\.ckpt", "exists", "give another name"),
-    Bad("weights in one file of an unknown kind", SFT, lambda c: c.give(save_full_ckpt="w.bin"),
-        r"--save_full_ckpt w\.bin", r"w\.bin", r"name a \.ckpt or \.safetensors file"),
-    Bad("weights in one file where nothing can be made", SFT,
-        lambda c: c.give(save_full_ckpt="/proc/none/w.ckpt"),
-        r"/proc/none/w\.ckpt", "cannot write", "write elsewhere"),
-    Bad("results in a file", SFT, lambda c: c.give(save_ckpt_dir="data.jsonl"),
-        r"--save_ckpt_dir data\.jsonl", "Not a directory", "give a directory that can"),
-    Bad("no rejected responses", REWARD, lambda c: c.give(mind_dataset_dir="data.mindrecord"),
-        r"data\.mindrecord", "no column rejected_ids, rejected_mask", r"rlhf_data\.py --pairs", REAL),
-    Bad("one sample to calibrate with", REWARD, lambda c: c.give(calibration_samples=1),
-        "--calibration_samples", r"not allowed \(1\)", "must be at least 2"),
-    Bad("calibration on nothing known", REWARD, lambda c: c.give(calibrate="all"),
-        "--calibrate", "'all'", "choose from"),
-    Bad("an unknown key", REWARD,
-        lambda c: c.text("finetune_x.yaml", "warmup_ratio", "warm_up_ratio"),
-        r"finetune_x\.yaml: lr_schedule\.warm_up_ratio", "unknown key", r"did you mean warmup_ratio\?"),
-    Bad("a directory in place of the data", REWARD, lambda c: c.give(mind_dataset_dir="hf"),
-        "hf: ", "no such file", "a MindRecord data set is a file"),
-]  # fmt: skip
 
 LAUNCHER_ROWS = [
     Bad("no workers", LAUNCHER, lambda c: c.give(workers=0),
@@ -431,4 +261,5 @@ LAUNCHER_ROWS = [
         "--master_port", "got 70000", "from 1024 to 65535"),
 ]  # fmt: skip
 
-ROWS = [*DATA_ROWS, *PPO_ROWS, *STAGE_ROWS, *LAUNCHER_ROWS]
+
+ROWS = [*PPO_ROWS, *LAUNCHER_ROWS]

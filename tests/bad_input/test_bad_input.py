@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import harness, rows_jobs, rows_weights
+from tests.bad_input import harness, rows_data, rows_jobs, rows_stages, rows_weights
 from tests.bad_input.harness import CONVERT, LAUNCHER, TRANSFORM, Bad, Case
 
-ROWS: list[Bad] = [*rows_weights.ROWS, *rows_jobs.ROWS]
+ROWS: list[Bad] = [*rows_weights.ROWS, *rows_data.ROWS, *rows_jobs.ROWS, *rows_stages.ROWS]
 _NO_MINDSPORE = {CONVERT, TRANSFORM, LAUNCHER}
 _LIMIT_BYTES = 16 << 10
 

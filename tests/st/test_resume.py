@@ -1,7 +1,8 @@
 """A job that is killed, preempted, and finished in another layout, against one that was let be.
 
 ``ppo_one_stage.py --resume_training True`` each time: two workers until one of them gets SIGKILL, two workers
-until SIGTERM, then one process to the end. Nobody touches anything in between.
+until SIGTERM, then one process to the end. Nobody touches anything in between. All but the one that was let
+be use a compile cache, so that the second of them has its graphs from the first.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +116,7 @@ def start(ppo_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         flags += ["--load_sft_checkpoint_train", ppo_inputs.policy, "--load_rm_checkpoint", ppo_inputs.reward]
         flags += ["--mind_dataset_dir", ppo_inputs.data, "--save_ckpt_dir", directory / save]
         flags += ["--resume_training", "True", "--use_parallel", str(workers > 1)]
+        flags += ["--enable_compile_cache", str(name != "straight")]
         for override in (f"total_iterations={ITERATIONS}", *EXTRAS, *overrides):
             flags += ["--set", override]
         launcher = ["-u", REPO_ROOT / "scripts" / "msrun_launcher.py", "--workers", workers]
@@ -138,7 +141,7 @@ def _start(started: list[Job], directory: Path, name: str, command: Sequence[obj
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=directory,
-            env={**os.environ, "GLOG_v": "3"},
+            env={**os.environ, "GLOG_v": "3", "MS_COMPILER_CACHE_PATH": str(directory / "graphs")},
         )
     started.append(Job(process, output))
     return started[-1]
@@ -188,6 +191,23 @@ def test_a_fresh_start_and_both_resumptions_are_said(story: Story) -> None:
     assert "stopped by SIGTERM, the state is in" in story.stopped.text
     assert "train.parallel.data_parallel: 2 in the checkpoint, 1 now" in story.finished.text
     assert "resumed from" in story.finished.text
+
+
+def test_a_second_run_takes_its_graphs_from_the_cache_and_another_layout_its_own(story: Story) -> None:
+    lines = {
+        name: dict(re.findall(r"compile cache .*/graphs/(rank_\d_of_\d): (.*)", job.text))
+        for name, job in (("killed", story.killed), ("stopped", story.stopped), ("finished", story.finished))
+    }
+    # Two cells of one run can have one graph, so that a run which fills the cache may take some, too.
+    for name, place in (("killed", "rank_0_of_2"), ("finished", "rank_0_of_1")):
+        [compiled] = re.findall(r"(\d+) compiled in", lines[name][place])
+        assert int(compiled) >= 8
+    said = lines["stopped"]["rank_0_of_2"]
+    gain = r"(\d+) graph\(s\) taken in [\d.]+ s instead of [\d.]+ s to compile \([\d.]+ s gained\)"
+    [taken] = re.findall(gain, said)
+    assert int(taken) >= 15
+    # Resuming exchanges what a start does not.
+    assert sum(map(int, re.findall(r"(\d+) compiled in", said))) <= 3
 
 
 def test_sigterm_saves_although_no_checkpoint_was_due(story: Story) -> None:

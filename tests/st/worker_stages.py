@@ -1,4 +1,4 @@
-"""Runs ``sft.py``'s and ``reward_model.py``'s job with the options of a JSON file; under msrun or alone."""
+"""Runs jobs of ``sft.py`` and ``reward_model.py`` with the options of a JSON file; under msrun or alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
 from mindrlhf.trainer.start import serve_as_scheduler
 from mindrlhf.utils.ranks import env_rank, is_scheduler
 
-PATHS = ("config_path", "load_sft_checkpoint", "mind_dataset_dir", "save_ckpt_dir", "save_full_ckpt")
+PATHS = (
+    "config_path", "load_sft_checkpoint", "mind_dataset_dir", "save_ckpt_dir", "save_full_ckpt",
+    "resume_from",
+)  # fmt: skip
 
 
 def main(file: str) -> None:
-    """One stage after the other; the second starts from the first one's rank directories."""
+    """One job after the other, ``{name: {"stage": "sft" or "reward", options}}``."""
     from mindrlhf.trainer.runtime import start_runtime
     from mindrlhf.trainer.stages import runner
     from mindrlhf.trainer.stages.reward import run_reward
@@ -32,14 +35,14 @@ def main(file: str) -> None:
 
     runner.start_runtime = start_once
 
-    def options(name: str) -> dict[str, Any]:
-        given = json.loads(Path(file).read_text())[name]
-        return {key: Path(value) if key in PATHS else value for key, value in given.items()}
-
-    results = {
-        "sft": str(run_sft(SFTOptions(**options("sft")))),
-        "reward": str(run_reward(RewardOptions(**options("reward")))),
-    }
+    results = {}
+    for name, given in json.loads(Path(file).read_text()).items():
+        stage = given.pop("stage")
+        options = {key: Path(value) if key in PATHS else value for key, value in given.items()}
+        if stage == "sft":
+            results[name] = str(run_sft(SFTOptions(**options)))
+        else:
+            results[name] = str(run_reward(RewardOptions(**options)))
     write_results(env_rank(), results)
 
 

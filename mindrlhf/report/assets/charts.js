@@ -164,7 +164,7 @@ function stretchTitle(iteration) {
   const [{ run }] = visibleRuns();
   const place = placeOf(run.first, iteration);
   const [first, last] = [run.first[place], run.last[place]];
-  return first === last || iteration < first || iteration > last ? `iteration ${iteration}` : `iterations ${first} to ${last}, mean`;
+  return first === last || iteration < first || iteration > last ? `${data.unit} ${iteration}` : `${data.unit}s ${first} to ${last}, mean`;
 }
 
 // Low and high of what is drawn, with air around it; one huge first iteration (it compiles) does not count.
@@ -224,7 +224,7 @@ function lineChart(card, spec) {
     }
   }
 
-  const chart = new Chart(card, `${spec.title} over iterations`, {
+  const chart = new Chart(card, `${spec.title} over ${data.unit}s`, {
     values() {
       const columns = withMetric().map(({ run }) => run.curves[spec.metric].mean);
       const others = evaluations().flatMap(({ points }) => points.y);

@@ -55,7 +55,7 @@ function chartTools() {
     },
   });
   const together = data.runs.some((run) => run.iterations > run.last.length);
-  const note = together ? element('span', {}, 'Line: mean of neighbouring iterations; band: lowest to highest.') : null;
+  const note = together ? element('span', {}, `Line: mean of neighbouring ${data.unit}s; band: lowest to highest.`) : null;
   return element('div', { class: 'tools' }, element('label', {}, 'Smoothing', slider, value), note);
 }
 
@@ -79,7 +79,8 @@ function startCharts() {
 startTheme();
 startLegend();
 startCharts();
-sampleView(document.getElementById('sample-view'));
+const sampleHost = document.getElementById('sample-view');
+if (sampleHost) sampleView(sampleHost);
 const pairHost = document.getElementById('pair-view');
 if (pairHost) pairView(pairHost);
 document.body.dataset.ready = 'true';

@@ -147,7 +147,15 @@ def sft_responses(options: RewardOptions, job: Job) -> Sequences:
     prompts = data.read(filled)
     batch = PromptBatch(prompts.tokens[:, : data.prompt_columns], prompts.prompt_lengths, filled)
     with Timer() as timer:
-        rollout = generate_rollout(model, batch, job.groups.mesh, exchange, seed=options.seed, iteration=0)
+        rollout = generate_rollout(
+            model,
+            batch,
+            job.groups.mesh,
+            exchange,
+            seed=options.seed,
+            iteration=0,
+            on_tokens=job.timer.advance,
+        )
     logger.info(
         "%d responses sampled from %s for the calibration in %.1f s: mean length %.1f, stop rate %.2f",
         len(rows),
@@ -172,13 +180,9 @@ def write_report(trainer: StageTrainer, calibration: Calibration | None) -> None
     """``reward_model.json``: the evaluations before and after training, and the calibration."""
     if not trainer.exchange.runtime.is_main:
         return
-    evaluations = [
-        {name: value for name, value in metrics.items() if name == "step" or name.startswith("eval/")}
-        for metrics in trainer.evaluations
-    ]
     report = {
-        "before": evaluations[0] if evaluations else None,
-        "after": evaluations[-1] if evaluations else None,
+        "before": trainer.evaluations[0] if trainer.evaluations else None,
+        "after": trainer.evaluations[-1] if trainer.evaluations else None,
         "calibration": None if calibration is None else asdict(calibration),
     }
     with atomic_file(trainer.directory / REPORT_FILE) as file:

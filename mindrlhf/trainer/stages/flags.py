@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mindrlhf.trainer.runs import add_results_flags
+from mindrlhf.trainer.runs import add_results_flags, add_resume_flags, add_watchdog_flag
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
 from mindrlhf.utils.cli import str_to_bool
 
@@ -48,7 +48,7 @@ def add_stage_flags(
     add("--mind_dataset_dir", type=Path, required=True, help=data)
     add_results_flags(
         files,
-        f"final/rank_i: {result} where its YAML has the same split; configuration, metrics and curves",
+        f"final/rank_i: {result} where its YAML has the same split; configuration, metrics, checkpoints",
         required=True,
     )
     add(
@@ -56,6 +56,7 @@ def add_stage_flags(
         type=optional_path,
         help="write the weights to this .ckpt or .safetensors file too, merged: any split reads it",
     )
+    add_resume_flags(files, "a step_NNNNNN", path_type=optional_path)
     _add_training_flags(parser)
     return files
 
@@ -104,7 +105,20 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--save_interval",
         type=int,
         default=0,
-        help="steps between weights kept in step_NNNNNN, the newest two; 0: at the end only (default: 0)",
+        help="steps between checkpoints of the whole state in step_NNNNNN, after the last step one, too; "
+        "0: only when a signal stops the job (default: 0)",
+    )
+    add(
+        "--keep_checkpoints",
+        type=int,
+        default=2,
+        help="newest checkpoints that stay; 0: all (default: 2)",
+    )
+    add(
+        "--max_skipped_updates",
+        type=int,
+        default=3,
+        help="so many updates in a row with a NaN or infinite loss or gradient stop the job (default: 3)",
     )
     add("--seed", type=int, default=1, help="of the split, the order and a new head (default: 1)")
     run = parser.add_argument_group("run")
@@ -113,3 +127,4 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAML's device_target"
     )
+    add_watchdog_flag(run)

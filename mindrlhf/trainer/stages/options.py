@@ -11,7 +11,9 @@ from mindrlhf.checkpoint.writing import check_output_file
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.trainer.records import METRICS_FILE
+from mindrlhf.trainer.runs import check_resume_flags
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, check_trackers
+from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 
 FINAL = "final"
@@ -39,10 +41,20 @@ class StageOptions:
     max_eval_prompts: int = 512
     eval_interval: int = 50
     save_interval: int = 0
+    keep_checkpoints: int = 2
+    max_skipped_updates: int = 3
+    resume_from: Path | None = None
+    resume_training: bool = False
     seed: int = 1
     trackers: tuple[str, ...] = DEFAULT_TRACKERS
     use_parallel: bool = True
     device_target: str | None = None
+    watchdog_timeout: float = DEFAULT_TIMEOUT
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run may find results of its own."""
+        return self.resume_training or self.resume_from is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,25 +175,40 @@ def check_paths(options: StageOptions) -> None:
         raise MindRLHFError(
             f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name weights that are there"
         )
-    for name in (METRICS_FILE, FINAL):
-        if (options.save_ckpt_dir / name).exists():
-            raise MindRLHFError(
-                f"--save_ckpt_dir {options.save_ckpt_dir} holds the results of an earlier run ({name}); give "
-                "another directory"
-            )
+    check_resume_flags(
+        options.resume_from, resume_training=options.resume_training, checkpoint="a step_NNNNNN"
+    )
+    _check_results(options)
     full = options.save_full_ckpt
     if full is not None:
         if full.suffix not in (".ckpt", ".safetensors"):
             raise MindRLHFError(f"--save_full_ckpt {full}: name a .ckpt or .safetensors file")
-        if full.exists():
+        if full.exists() and not options.goes_on:
             raise MindRLHFError(f"--save_full_ckpt {full} exists: give another name")
-        check_output_file(full, overwrite=False)
+        check_output_file(full, overwrite=options.goes_on)
+
+
+def _check_results(options: StageOptions) -> None:
+    """Refuses a directory of results whose run is not to go on, or cannot."""
+    save = options.save_ckpt_dir
+    for name in () if options.goes_on else (METRICS_FILE, FINAL):
+        if (save / name).exists():
+            raise MindRLHFError(
+                f"--save_ckpt_dir {save} holds the results of an earlier run ({name}); give another "
+                "directory, or go on with --resume_training True or --resume_from one of its step_NNNNNN"
+            )
+    if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
+        raise MindRLHFError(
+            f"--save_ckpt_dir {save} holds the weights of a run that has finished ({FINAL}) and no "
+            "checkpoint to go on from: there is nothing left to do; to train anew, give another directory"
+        )
 
 
 def _range_faults(options: StageOptions) -> Iterator[str]:
     lowest: dict[str, float] = {
         "epochs": 1, "batch_size": 1, "micro_batch_size": 0, "valid_vocab_size": 0, "max_eval_prompts": 0,
-        "eval_interval": 0, "save_interval": 0, "seed": 0, "max_grad_norm": 0, "center_coef": 0,
+        "eval_interval": 0, "save_interval": 0, "keep_checkpoints": 0, "max_skipped_updates": 1,
+        "seed": 0, "max_grad_norm": 0, "center_coef": 0,
         "calibration_samples": 2, "max_response_length": 0,
     }  # fmt: skip
     for name, least in lowest.items():

@@ -20,10 +20,10 @@ from mindrlhf.trainer.stages.calibration import (
     write_report,
 )
 from mindrlhf.trainer.stages.options import RewardOptions, read_plan
-from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job
+from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
 from mindrlhf.trainer.start import count_workers, serve_as_scheduler
-from mindrlhf.trainer.watching import Watchers, watch_stage
+from mindrlhf.trainer.stopping import ignore_signals
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import is_scheduler
 from mindrlhf.utils.timers import PhaseTimer
@@ -161,6 +161,8 @@ class RewardStage(Stage):
 def run_reward(options: RewardOptions) -> Path:
     """Trains a reward model on this worker and returns the directory of its weights.
 
+    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+
     Raises:
         MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
             model is built.
@@ -168,32 +170,37 @@ def run_reward(options: RewardOptions) -> Path:
     os.environ.setdefault("GLOG_v", "3")
     plan = read_plan(options, count_workers(use_parallel=options.use_parallel))
     if is_scheduler():
+        ignore_signals()
         serve_as_scheduler()
         return options.save_ckpt_dir
-    with watch_stage("reward model", options.trackers) as watchers:
-        final = _train(options, start_job(options, plan, pairs=True), watchers)
+    with surrounded("reward model", options) as surroundings:
+        job = start_job("reward", "reward", options, plan, surroundings, pairs=True)
+        final = _train(options, job)
+    if final is None:
+        return options.save_ckpt_dir
     logger.info("weights: %s (for --load_rm_checkpoint and --load_critic_checkpoint)", final)
     return final
 
 
-def _train(options: RewardOptions, job: Job, watchers: Watchers) -> Path:
-    """Trains, calibrates, saves and reports; returns the directory of the weights."""
-    timer = PhaseTimer([watchers.console])
+def _train(options: RewardOptions, job: Job) -> Path | None:
+    """Trains, calibrates, saves and reports; returns the directory of the weights, ``None`` when stopped."""
     responses = None
     if options.calibrate == "sft":
         check_sampling(options, job)
         # Before training, so that the generating model is gone when the reward model is trained.
-        with timer.phase("calibrate"):
+        with job.timer.phase("calibrate"):
             responses = sft_responses(options, job)
     elif options.calibrate == "data":
         responses = data_responses(options, job)
-    with timer.phase("load"):
+    with job.timer.phase("load"):
         stage = RewardStage(job, options.center_coef)
-    trainer = StageTrainer(job, stage, watchers)
-    trainer.train()
+        trainer = StageTrainer(job, stage)
+    if not trainer.train():
+        return None
     calibration = None
     if responses is not None:
-        with timer.phase("calibrate"):
+        # The watchdog is at rest: nothing here tells of progress.
+        with PhaseTimer([job.surroundings.watchers.console]).phase("calibrate"):
             calibration = calibrate(stage.model, stage.scores, responses, options)
     final = trainer.save()
     write_report(trainer, calibration)

@@ -15,13 +15,12 @@ from mindrlhf.checkpoint.save import export_hf
 from mindrlhf.models.train import PPOModelTrain
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.stages.options import SFTOptions, read_plan
-from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job
+from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
 from mindrlhf.trainer.start import count_workers, load_model_tokenizer, serve_as_scheduler
-from mindrlhf.trainer.watching import watch_stage
+from mindrlhf.trainer.stopping import ignore_signals
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import is_scheduler
-from mindrlhf.utils.timers import PhaseTimer
 
 logger = get_logger(__name__)
 
@@ -121,6 +120,8 @@ class SFTStage(Stage):
 def run_sft(options: SFTOptions) -> Path:
     """Runs supervised fine-tuning on this worker and returns the directory of the last weights.
 
+    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+
     Raises:
         MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
             model is built.
@@ -128,18 +129,19 @@ def run_sft(options: SFTOptions) -> Path:
     os.environ.setdefault("GLOG_v", "3")
     plan = read_plan(options, count_workers(use_parallel=options.use_parallel))
     if is_scheduler():
+        ignore_signals()
         serve_as_scheduler()
         return options.save_ckpt_dir
     if options.tokenizer_path is not None:
         load_model_tokenizer(options.tokenizer_path, plan.config)
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
-    with watch_stage("SFT", options.trackers) as watchers:
-        job = start_job(options, plan, pairs=False)
-        with PhaseTimer([watchers.console]).phase("load"):
-            stage = SFTStage(job)
-        trainer = StageTrainer(job, stage, watchers)
-        trainer.train()
+    with surrounded("SFT", options) as surroundings:
+        job = start_job("sft", "policy", options, plan, surroundings, pairs=False)
+        with job.timer.phase("load"):
+            trainer = StageTrainer(job, SFTStage(job))
+        if not trainer.train():
+            return options.save_ckpt_dir
         final = trainer.save()
         if options.export_hf_dir is not None:
             _export(options, trainer, final)

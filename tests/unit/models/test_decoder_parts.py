@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.models.decoder_parts import RMSNorm, Rotary, SwiGLU, hidden_keys, rotary_tables, rotate
+from mindrlhf.models.decoder_parts import (
+    Reorder,
+    RMSNorm,
+    Rotary,
+    Softmax,
+    SwiGLU,
+    hidden_keys,
+    rotary_tables,
+    rotate,
+    swapped,
+)
+from mindrlhf.parallel.layers import AddBias
 
 torch = pytest.importorskip("torch")
 
@@ -93,3 +104,36 @@ def test_gradient_of_the_rotation_turns_back() -> None:
     found = gradients(Rotary(), weighted_by, x, cos, sin)[0]
     back = rotate(Tensor(weighted_by), Tensor(cos), Tensor(-sin)).asnumpy()
     np.testing.assert_allclose(found, back, atol=1e-6)
+
+
+def test_gradient_of_softmax_equals_torch() -> None:
+    x, weighted_by = 3 * normal(5, 9), normal(9, 5).reshape(5, 9)
+    x[0, 4:] = -1.0e9  # masked keys
+    expected = torch_gradients(lambda x: torch.softmax(x, -1), weighted_by, x)[0]
+    found = gradients(Softmax(), weighted_by, x)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert not found[0, 4:].any()
+
+
+def test_gradients_of_a_bias_equal_torch() -> None:
+    x, bias, weighted_by = normal(6, 5), normal(5), normal(5, 6).reshape(6, 5)
+    expected = torch_gradients(lambda x, b: x + b, weighted_by, x, bias)
+    for found, wanted in zip(gradients(AddBias(), weighted_by, x, bias), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_swap_places_and_their_gradients_go_back() -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    batch, length, heads, size = 2, 3, 4, 5
+    x, weighted_by = normal(batch * length * heads, size), normal(batch * heads * length, size, 1)[..., 0]
+    order, back = swapped(batch, length, heads), swapped(batch, heads, length)
+    found = Reorder()(Tensor(x), order, back).asnumpy()
+    expected = x.reshape(batch, length, heads, size).transpose(0, 2, 1, 3).reshape(-1, size)
+    np.testing.assert_array_equal(found, expected)
+
+    def total(x: Tensor) -> Tensor:
+        return (Reorder()(x, order, back) * Tensor(weighted_by)).sum()
+
+    found = ops.grad(total)(Tensor(x)).asnumpy()
+    expected = weighted_by.reshape(batch, heads, length, size).transpose(0, 2, 1, 3).reshape(-1, size)
+    np.testing.assert_array_equal(found, expected)

@@ -94,11 +94,8 @@ def test_activations_of_a_training_pass(tiny_job: MakeJob) -> None:
     # wider: 30 tokens x (5 x 20 + 2 x 16).
     widest = max(18 * (16 + 4 * 24), 30 * (100 + 32))
     assert graph.activations == 4 * (30 * (shared + 2 * layer + last_norm) + widest)
-    # Transposed forward and backward: (2 x 16 + 2 x 8) a token and layer, 8 bytes each; broadcast: the scores
-    # in the softmax's gradient and the two masks, 16 bytes each.
-    transposed = 8 * 2 * 30 * 2 * 48
-    broadcast = 16 * (30 * 2 * 4 * 10 + 10 * 10 + 3 * 10 * 10)
-    assert graph.kernels == transposed + broadcast
+    # Broadcast: the two masks, 16 bytes an element.
+    assert graph.kernels == 16 * (10 * 10 + 3 * 10 * 10)
 
 
 def test_a_scoring_pass_keeps_no_layers(tiny_job: MakeJob) -> None:
@@ -109,7 +106,7 @@ def test_a_scoring_pass_keeps_no_layers(tiny_job: MakeJob) -> None:
     feed_forward = 32 + 100
     head = 18 * (16 + 3 * 24)
     assert graph.activations == 4 * (30 * 88 + max(30 * max(attention, feed_forward), head))
-    assert graph.kernels == 8 * 30 * 2 * 48 + 16 * (10 * 10 + 3 * 10 * 10)
+    assert graph.kernels == 16 * (10 * 10 + 3 * 10 * 10)
 
 
 def test_flash_attention_keeps_no_scores(tiny_job: MakeJob) -> None:

@@ -191,9 +191,7 @@ def test_when_another_rank_cannot_write_this_one_stops_too(training: Training, t
             return np.stack([array, np.ones_like(array)])
 
     with pytest.raises(CheckpointError, match="rank 1 could not write its part"):
-        training.checkpoints(tmp_path).save(
-            1, training.trained(), {"iteration": 1}, Exchange(Runtime(0, 1))
-        )
+        training.checkpoints(tmp_path).save(1, training.trained(), {"iteration": 1}, Exchange(Runtime(0, 1)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,6 +43,21 @@ def test_phases_and_their_progress_are_written(heart: Heartbeat) -> None:
         assert heart.beat.iteration == 5
 
 
+def test_a_phase_inside_another_does_not_lose_its_count(heart: Heartbeat) -> None:
+    """A stage evaluates and saves in the middle of its training phase."""
+    timer = PhaseTimer([Watchdog(60.0, computes=True)])
+    with timer.phase("train", 54, "steps"):
+        timer.advance(20)
+        with timer.phase("save"):
+            assert heart.beat.place == "in phase save"
+            assert heart.beat.may_idle
+        assert heart.beat.place == "in phase train (20 of 54 steps done)"
+        assert not heart.beat.may_idle
+        timer.advance()
+        assert heart.beat.done == 21
+    assert heart.beat.place == "after phase train"
+
+
 def test_a_failure_stays_where_it_was(heart: Heartbeat) -> None:
     timer = PhaseTimer([Watchdog()])
 

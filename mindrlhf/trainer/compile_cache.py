@@ -1,0 +1,321 @@
+"""Compiled graphs kept from run to run, each found again by what it was made from.
+
+MindSpore's own compile cache has two traps (2.9.0, measured on CPU). A graph that is loaded gets the
+parameters that ``parameters_dict()`` of the called cell has under their names: one that the graph reaches
+otherwise, through a closure say, becomes memory of its own that holds anything and that no update reaches.
+And the graphs of a process are numbered in the order of compilation: a run with another order takes wrong
+ones without a word. So MindSpore works here in a directory of this process, which holds nothing but the one
+graph that is wanted; graphs are kept under a digest of all that they are made from; one with a parameter that
+its cell does not list is not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+from mindspore.graph.api import _cell_graph_executor as executor
+from mindspore.train.mind_ir_pb2 import ModelProto
+
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.trainer.graph_identity import code_identity, identity_of, inputs_identity
+from mindrlhf.trainer.runtime import Runtime
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.files import atomic_file, probe_directory
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.provenance import plain, versions
+from mindrlhf.utils.ranks import env_rank, env_world_size
+
+logger = get_logger(__name__)
+
+KEPT_BYTES = 2 << 30
+"""Bytes of a rank's graphs that stay when a run has stored new ones, those used last first."""
+
+_FORCE = "MS_DEV_FORCE_USE_COMPILE_CACHE"  # without it MindSpore looks for no graph any more after a miss
+_NUMBERED = re.compile(r"(\w*compile_cache_)(\d+)(\.mindir)")
+_IN_NO_GRAPH = (
+    "seed", "save_interval", "keep_checkpoints", "log_samples", "eval_interval", "eval_prompts",
+    "eval_samples", "shuffle",
+)  # fmt: skip
+_LAST_PHASE = "sync"  # of an iteration
+
+
+def cache_directory(rank: int, world_size: int) -> Path:
+    """Where a rank's graphs are kept: in ``MS_COMPILER_CACHE_PATH``, or in ``~/.cache/mindrlhf/graphs``."""
+    given = os.environ.get("MS_COMPILER_CACHE_PATH")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(given) if given else home / "mindrlhf" / "graphs") / f"rank_{rank}_of_{world_size}"
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One graph of this process.
+
+    Attributes:
+        network: class of its cell.
+        taken: whether it came from the cache.
+        seconds: until it could run.
+        compile_seconds: the same in the process that compiled it.
+    """
+
+    network: str
+    taken: bool
+    seconds: float
+    compile_seconds: float
+
+
+class CompileCache:
+    """Makes MindSpore take the graphs of cells from a directory, and puts there what had to be compiled.
+
+    As a listener to the phases of a run it says after the first iteration what the cache has gained.
+
+    Args:
+        directory: of this rank; several processes may use it at a time.
+        scratch: empty, and of this process alone.
+        made_from: on what graphs depend beside their cells: configuration, code, versions.
+
+    Attributes:
+        records: every graph so far.
+        refused: networks whose graphs were not kept, with the parameters that their cells do not list.
+
+    Raises:
+        MindRLHFError: the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, scratch: Path, made_from: Iterable[Any]) -> None:
+        try:
+            probe_directory(directory)
+        except OSError as error:
+            raise MindRLHFError(
+                f"--enable_compile_cache True: {directory} cannot be written ({error.strerror}); set "
+                "MS_COMPILER_CACHE_PATH to a directory that can"
+            ) from error
+        self.directory = directory
+        self.records: list[GraphRecord] = []
+        self.refused: dict[str, list[str]] = {}
+        self._made_from = identity_of(*made_from)
+        self._scratch = scratch
+        self._place = _first_place(scratch)  # of MindSpore's next graph
+        self._call: tuple[Any, ...] = ()
+        self._entry: _Entry | None = None
+        self._laid: tuple[Path, int] | None = None
+        self._forced = os.environ.get(_FORCE)
+        self._told = False
+
+    def open(self) -> None:
+        """From here on graphs come from the cache, when it has them."""
+        ms.set_context(enable_compile_cache=True, compile_cache_path=str(self._scratch))
+        os.environ[_FORCE] = "1"
+        # One executor serves all cells. It calls the second method only for a graph that it does not have.
+        executor.compile = self._compile
+        executor._set_compile_cache_dep_files = self._before_compilation
+
+    def close(self) -> None:
+        """MindSpore compiles by itself again."""
+        del executor.compile, executor._set_compile_cache_dep_files
+        ms.set_context(enable_compile_cache=False)
+        os.environ.pop(_FORCE)
+        if self._forced is not None:
+            os.environ[_FORCE] = self._forced
+
+    def _compile(self, network: Any, *args: Any, **kwargs: Any) -> tuple[str, bool]:
+        """In place of the executor's own method, which most often finds that there is nothing to do."""
+        self._call = (network, args, kwargs)
+        started = time.perf_counter()
+        try:
+            phase, is_new = type(executor).compile(executor, network, *args, **kwargs)
+        finally:
+            self._call = ()
+        if is_new:
+            self._after_compilation(network, time.perf_counter() - started)
+        return phase, is_new
+
+    def _before_compilation(self, phase: str) -> None:
+        """Lays the graph where MindSpore will look for it."""
+        # Without the files of the script, whose digest is its key to the whole directory.
+        executor._graph_executor.set_compile_cache_dep_files([])
+        network, args, kwargs = self._call
+        key = identity_of(self._made_from, network, inputs_identity(args, kwargs))
+        self._entry = _Entry(self.directory / f"{_name(network)}-{key[:40]}")
+        self._laid = None
+        for left in _graphs(self._scratch):
+            left.unlink()
+        if self._entry.is_whole():
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._entry.graph, self._place)
+            self._laid = self._place, self._place.stat().st_mtime_ns
+
+    def _after_compilation(self, network: Any, seconds: float) -> None:
+        """Finds out whether MindSpore took the graph that was laid there; keeps the one that it compiled."""
+        assert self._entry is not None
+        # A graph that it compiles it writes, in the place of one that it could not read or in another.
+        written = [path for path in _graphs(self._scratch) if (path, path.stat().st_mtime_ns) != self._laid]
+        taken = self._laid is not None and not written
+        for path in written[:1]:
+            self._place = path
+            unlisted = _unlisted_parameters(path, network)
+            if unlisted:
+                self.refused[_name(network)] = unlisted
+                logger.debug("compile cache: %s is not kept, unlisted: %s", _name(network), unlisted)
+            else:
+                self._entry.store(path, seconds)
+        self._place = _place_after(self._place)
+        stored = self._entry.use() if taken else seconds
+        self.records.append(GraphRecord(_name(network), taken, seconds, stored))
+
+    def summary(self) -> str:
+        """What the cache has gained so far, in a line."""
+        taken = [record for record in self.records if record.taken]
+        compiled = [record for record in self.records if not record.taken]
+        parts = []
+        if taken:
+            now, before = sum(r.seconds for r in taken), sum(r.compile_seconds for r in taken)
+            parts.append(
+                f"{len(taken)} graph(s) taken in {now:.1f} s instead of {before:.1f} s to compile "
+                f"({before - now:.1f} s gained)"
+            )
+        if compiled:
+            parts.append(f"{len(compiled)} compiled in {sum(r.seconds for r in compiled):.1f} s")
+            kept = len(compiled) - len(self.refused)
+            parts.append(f"{kept} of them kept for the next run")
+        return f"compile cache {self.directory}: {', '.join(parts) or 'no graph yet'}"
+
+    def phase_started(self, name: str, total: int | None, unit: str) -> None:
+        """Nothing to say."""
+
+    def phase_advanced(self, done: int) -> None:
+        """Nothing to say."""
+
+    def phase_ended(self, name: str) -> None:
+        """Says after the first iteration, when all its graphs are there, what the cache has gained."""
+        if name == _LAST_PHASE and not self._told:
+            self._told = True
+            logger.info("%s", self.summary())
+            if not all(record.taken for record in self.records):
+                remove_oldest(self.directory, KEPT_BYTES)
+
+
+def open_compile_cache(job: JobConfig, runtime: Runtime, scratch: Path) -> CompileCache:
+    """The cache of this worker for a job, open.
+
+    Args:
+        job: a graph is taken only by a job with the same configuration, but for keys that no graph knows.
+        runtime: this worker.
+        scratch: of this process; a directory in it is used.
+
+    Raises:
+        MindRLHFError: its directory cannot be written.
+    """
+    directory = cache_directory(runtime.rank, runtime.world_size)
+    package = Path(__file__).resolve().parents[1]
+    made_from = [job_identity(job), versions(), code_identity(package), runtime.rank, runtime.world_size]
+    cache = CompileCache(directory, scratch / "compile_cache", made_from)
+    cache.open()
+    return cache
+
+
+def job_identity(job: JobConfig) -> dict[str, Any]:
+    """All of a configuration but what certainly enters no graph."""
+    described = plain(job)
+    for role in ("infer", "train", "reward", "critic"):
+        for key in ("path", "ignored"):
+            del described[role][key]
+    for key in _IN_NO_GRAPH:
+        del described["ppo"][key]
+    return dict(described)
+
+
+class _Entry:
+    """A kept graph: its file, and beside it a digest of that and the seconds that it took to compile."""
+
+    def __init__(self, stem: Path) -> None:
+        self.graph = stem.with_name(stem.name + ".mindir")
+        self.note = stem.with_name(stem.name + ".json")
+
+    def is_whole(self) -> bool:
+        """Whether it is there, as it was stored."""
+        try:
+            return bool(self._read()["sha256"] == _digest(self.graph))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def use(self) -> float:
+        """Marks it as used now; the seconds that its compilation took."""
+        with suppress(OSError):
+            os.utime(self.note)
+        try:
+            return float(self._read()["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):  # another process has removed it since
+            return 0.0
+
+    def store(self, graph: Path, seconds: float) -> None:
+        """Keeps a graph; a disk that is full costs the cache, not the run."""
+        try:
+            with atomic_file(self.graph) as temporary:
+                shutil.copyfile(graph, temporary)
+            with atomic_file(self.note) as temporary:
+                temporary.write_text(json.dumps({"sha256": _digest(graph), "seconds": seconds}))
+        except OSError as error:
+            logger.warning("compile cache: %s cannot be kept (%s)", self.graph, error.strerror)
+
+    def _read(self) -> Any:
+        return json.loads(self.note.read_text(encoding="utf-8"))
+
+
+def remove_oldest(directory: Path, limit: int) -> None:
+    """Removes graphs of a rank, those used longest ago first, until they take ``limit`` bytes at most."""
+    found = []
+    for note in directory.glob("*.json"):
+        with suppress(OSError):  # another process has removed it already
+            graph = note.with_suffix(".mindir")
+            found.append((note.stat().st_mtime, graph.stat().st_size, note, graph))
+    total = 0
+    for _, size, note, graph in sorted(found, reverse=True):
+        total += size
+        if total > limit:
+            note.unlink(missing_ok=True)
+            graph.unlink(missing_ok=True)
+
+
+def _name(network: Any) -> str:
+    return type(network).__name__.strip("_")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _first_place(scratch: Path) -> Path:
+    """Where MindSpore looks for the first graph of this process."""
+    role = "MS_WORKER" if env_world_size() > 1 else ""
+    return scratch / f"rank_{env_rank()}" / "graph_cache" / f"{role}compile_cache_0.mindir"
+
+
+def _place_after(place: Path) -> Path:
+    found = _NUMBERED.fullmatch(place.name)
+    assert found is not None
+    return place.with_name(f"{found[1]}{int(found[2]) + 1}{found[3]}")
+
+
+def _graphs(scratch: Path) -> list[Path]:
+    return [path for path in scratch.glob("*/graph_cache/*.mindir") if _NUMBERED.fullmatch(path.name)]
+
+
+def _unlisted_parameters(graph: Path, network: Any) -> list[str]:
+    """Parameters of a graph that it would not share with other graphs if it were loaded."""
+    model = ModelProto()
+    model.ParseFromString(graph.read_bytes())
+    listed = network.parameters_dict()
+    # MindSpore writes "number of the graph:name".
+    names = [parameter.name.partition(":")[2] for parameter in model.graph.parameter]
+    return [name for name in names if name not in listed]

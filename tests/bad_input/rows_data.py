@@ -1,0 +1,98 @@
+"""Bad inputs of rlhf_data.py."""
+
+from __future__ import annotations
+
+import json
+
+from tests.bad_input.harness import (
+    DATA,
+    Bad,
+    Case,
+)
+from tests.bad_input.spoiling import REAL
+
+FULL = frozenset({"full_disk"})
+NO_SPACE = r"No space left on device|File too large|MindRecord"
+
+
+def line(case: Case, number: int, text: str | bytes) -> None:
+    """Replaces a line of the jsonl."""
+    lines = (case / "data.jsonl").read_bytes().split(b"\n")
+    lines[number - 1] = text.encode() if isinstance(text, str) else text
+    case.write("data.jsonl", b"\n".join(lines))
+
+
+def vocabulary(case: Case, **changes: int) -> None:
+    content = json.loads((case / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    case.write("tokenizer/vocab.json", json.dumps({**content, **changes}))
+
+
+ROWS = [
+    Bad("no input file", DATA, lambda c: c.give(file_path="no.jsonl"),
+        r"no\.jsonl", "No such file", "give the path of a jsonl file", REAL),
+    Bad("input is a directory", DATA, lambda c: c.give(file_path="hf"),
+        "hf", "Is a directory", "give the path of a jsonl file"),
+    Bad("empty input", DATA, lambda c: c.write("data.jsonl", ""),
+        r"data\.jsonl", "is empty", "give a file with one JSON object a line"),
+    Bad("nothing but blank lines", DATA, lambda c: c.write("data.jsonl", "\n \n"),
+        r"data\.jsonl", "no row is left to write", "give"),
+    Bad("a line that is cut short", DATA, lambda c: line(c, 3, '{"prompt": "a", "pos'),
+        r"data\.jsonl:3", r"not JSON \(", "mend the file, or pass over with --skip_bad_lines"),
+    Bad("a line without the key", DATA, lambda c: line(c, 5, '{"promt": "a"}'),
+        r"data\.jsonl:5", "'prompt' is missing .*'promt'", "mend the file"),
+    Bad("a number where text belongs", DATA,
+        lambda c: line(c, 2, '{"prompt": 7, "pos_resp": "a", "neg_resp": "b"}'),
+        r"data\.jsonl:2", "'prompt' is int", "a string is wanted"),
+    Bad("bytes that are no UTF-8", DATA, lambda c: line(c, 4, b'{"prompt": "\xff"}'),
+        r"data\.jsonl:4", "not UTF-8 \\(byte 12", "mend the file"),
+    Bad("several bad lines", DATA, lambda c: (line(c, 1, "x"), line(c, 7, "[]")),
+        r"data\.jsonl:1: .*data\.jsonl:7: ", "2 bad lines", "mend the file"),
+    Bad("all prompts too long", DATA, lambda c: c.give(max_prompt_length=20),
+        r"data\.jsonl", "12 prompts longer than max_prompt_length", "raise --max_prompt_length"),
+    Bad("no room for a prompt", DATA, lambda c: c.give(max_prompt_length=10),
+        "max_prompt_length", "10, but the template around a prompt alone takes 19", "raise it"),
+    Bad("no room for a response", DATA, lambda c: c.give(seq_length=32),
+        "seq_length", "is 32", "must be greater than max_prompt_length 32"),
+    Bad("text where a number belongs", DATA, lambda c: c.give(seq_length="long"),
+        "--seq_length", "'long'", "invalid int value"),
+    Bad("batch of nothing", DATA, lambda c: c.give(batch=0),
+        "batch", "is 0", "must be at least 1"),
+    Bad("pairs without responses", DATA, lambda c: c.give(pairs="True", prompt_only=True),
+        "--pairs.*--prompt_only", "for none", "leave one of them out"),
+    Bad("fraction above one", DATA, lambda c: c.give(eval_output_path="e.mindrecord", eval_fraction=2),
+        "eval_fraction", r"is 2\.0", "above 0 and below 1"),
+    Bad("nothing held out", DATA, lambda c: c.give(eval_output_path="e.mindrecord", eval_fraction=1e-9),
+        r"data\.jsonl", "no prompt is held out at --eval_fraction 1e-09", "choose another one"),
+    Bad("one output twice", DATA, lambda c: c.give(eval_output_path="out.mindrecord"),
+        r"out\.mindrecord", "is the output and the held-out output", "give two names"),
+    Bad("output exists", DATA, lambda c: c.write("out.mindrecord", "mine"),
+        r"out\.mindrecord", "exists already", "give another output path, or --overwrite"),
+    Bad("output is a directory", DATA, lambda c: c.give(output_path="hf"),
+        "hf", "is a directory", "a file name is wanted"),
+    Bad("output below a file", DATA, lambda c: c.give(output_path="data.jsonl/out.mindrecord"),
+        r"data\.jsonl/out\.mindrecord", "Not a directory", "give another path"),
+    Bad("output where nothing can be made", DATA, lambda c: c.give(output_path="/proc/none/o.mindrecord"),
+        r"/proc/none/o\.mindrecord", "cannot be written", "give another path"),
+    Bad("full disk", DATA, lambda c: c.give(output_path="full/new/out.mindrecord"),
+        r"full/new/out\.mindrecord", NO_SPACE, "free space, or give another path", FULL),
+    Bad("no tokenizer", DATA, lambda c: c.give(tokenizer_path="no"),
+        "no: ", "no such tokenizer", "give"),
+    Bad("tokenizer given twice", DATA, lambda c: c.give(vocab_path="tokenizer/vocab.json"),
+        r"tokenizer/vocab\.json", "both", "give a tokenizer path, or a vocabulary"),
+    Bad("vocabulary without merges", DATA,
+        lambda c: c.give(tokenizer_path=None, vocab_path="tokenizer/vocab.json"),
+        "merges file", r"no merges file \(merges\.txt\) given", "give both"),
+    Bad("vocabulary cut short", DATA, lambda c: c.cut("tokenizer/vocab.json"),
+        r"tokenizer/vocab\.json", r"not JSON", "copy it again"),
+    Bad("vocabulary with a gap", DATA, lambda c: vocabulary(c, a=999),
+        r"tokenizer/vocab\.json", "id 64 is missing|id .* is missing", "must have the ids 0..255"),
+    Bad("merges of another vocabulary", DATA, lambda c: c.write("tokenizer/merges.txt", "x y\n"),
+        r"tokenizer/merges\.txt", "line 1: 'xy' is not in the vocabulary", "is it of another vocabulary"),
+    Bad("added tokens of another vocabulary", DATA,
+        lambda c: c.write("tokenizer/tokenizer_config.json",
+                          '{"added_tokens_decoder": {"300": {"content": "<|endoftext|>"}}}'),
+        r"tokenizer_config\.json", "'<|endoftext|>' has id 300", "it must be 256"),
+    Bad("a damaged sentencepiece model", DATA,
+        lambda c: (c.write("t.model", b"\x0a\xff\xff"), c.give(tokenizer_path="t.model")),
+        r"t\.model", "not a sentencepiece model", "copy it again"),
+]  # fmt: skip

@@ -1,0 +1,48 @@
+"""Ways to spoil the inputs of a job that rows of several scripts share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from tests.bad_input.harness import (
+    PAD,
+    Case,
+    prompt_columns,
+    write_records,
+)
+
+REAL = frozenset({"subprocess"})
+MODEL = "model.model_config"
+
+
+def records(case: Case, name: str = "data.mindrecord", **changes: Any) -> None:
+    """Writes a data set again with columns replaced (a function of the old one), added or (None) removed."""
+    columns = prompt_columns(case / name)
+    for key, change in changes.items():
+        if change is None:
+            del columns[key]
+        else:
+            columns[key] = change(columns.get(key))
+    write_records(case / name, **columns)
+
+
+def other_pad(column: np.ndarray) -> np.ndarray:
+    return np.where(column == PAD, PAD + 1, column)
+
+
+def checkpoint(case: Case, directory: str = "runs/old/iteration_000001") -> str:
+    """A checkpoint as far as its manifest goes."""
+    files = {"state.json": b'{"iteration": 1}', "policy/rank_0/checkpoint_0.ckpt": b"x" * 100}
+    for name, content in files.items():
+        case.write(f"{directory}/{name}", content)
+    listed = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    case.write(f"{directory}/manifest.json", json.dumps({"version": 1, "files": listed}))
+    case.give(resume_from=directory)
+    return directory
