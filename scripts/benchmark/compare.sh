@@ -62,7 +62,7 @@ run() {
 # Rows of our backward and scoring passes: the same time as all at once, and less memory.
 rows() {
     case "$1" in
-        default) echo "--micro_batch 4 --score_batch 4" ;;
+        default) echo "--micro_batch 8 --score_batch 8" ;;
         large) echo "--micro_batch 2 --score_batch 2" ;;
     esac
 }

@@ -1,0 +1,142 @@
+"""Runs of the stages before PPO in this process: the smallest job, compiled once for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+import yaml
+from mindspore import Tensor
+
+from mindrlhf.checkpoint.source import ArraySource
+from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.configs.load import load_run_config
+from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.schema import prompt_schema
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.parameters import parameter_layouts
+from mindrlhf.trainer.optimizer import build_optimizer
+from mindrlhf.trainer.runtime import Runtime
+from mindrlhf.trainer.stages import reward, runner, sft
+from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
+from mindrlhf.trainer.train_step import TrainStep
+
+VOCAB, PAD, ROWS = 32, 2, 20
+MODEL = {
+    "hidden_size": 16, "num_layers": 1, "num_heads": 4, "n_kv_heads": 2, "intermediate_size": 16,
+    "seq_length": 12, "vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": PAD, "eos_token_id": [3],
+}  # fmt: skip
+STEPS = 12
+"""3 epochs of 16 rows, 4 a step."""
+CLOCK = ("time/step", "tokens_per_second")
+Run = Callable[..., Path]
+
+
+def write_files(directory: Path, repo_root: Path) -> Path:
+    """YAML, weights and pairs of the smallest job."""
+    shipped = repo_root / "model_configs" / "qwen_ppo" / "finetune_qwen2_tiny.yaml"
+    content = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    content["model"]["model_config"].update(MODEL)
+    content["parallel_config"].update(data_parallel=1, model_parallel=1)
+    (directory / "finetune.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    layouts = parameter_layouts(load_run_config(directory / "finetune.yaml").model, Mesh())
+    arrays = {name: rng.normal(0, 0.2, layout.shape).astype("f4") for name, layout in layouts.items()}
+    write_weights(directory / "weights.ckpt", ArraySource(arrays))
+    schema = prompt_schema(6, 12, pairs=True)
+    batch = {
+        name: np.full((ROWS, column.length), 0 if "mask" in name else PAD, np.int32)
+        for name, column in schema.items()
+    }
+    for row in range(ROWS):
+        prompt = [4 + row, *rng.integers(4, VOCAB, row % 4)]
+        n = len(prompt)
+        batch["prompt_ids"][row, -n:] = prompt
+        for ids, mask in (("pretrain_ids", "loss_mask"), ("rejected_ids", "rejected_mask")):
+            length = n + int(rng.integers(2, 5))
+            batch[ids][row, :length] = [*prompt, *rng.integers(4, VOCAB, length - n)]
+            batch[mask][row, n:length] = 1
+    write_mindrecord(directory / "pairs.mindrecord", schema, [batch])
+    return directory
+
+
+class Compiled:
+    """Model and optimizer step of each stage, made once: compiling is most of what a tiny run takes.
+
+    A run finds them as in a new process: weights from the file, moments 0. Only the length of the schedule is
+    always that of the first run.
+    """
+
+    def __init__(self) -> None:
+        self.stages: dict[type, Any] = {}
+        self.optimizers: dict[int, Any] = {}
+        self.steps: dict[int, Any] = {}
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module, make, fill in (
+            (sft, sft.SFTStage, sft.fill_model),
+            (reward, reward.RewardStage, reward.fill_model),
+        ):
+            monkeypatch.setattr(module, make.__name__, partial(self.stage, make, fill))
+        monkeypatch.setattr(runner, "build_optimizer", self.optimizer)
+        monkeypatch.setattr(runner, "TrainStep", self.step)
+
+    def stage(self, make: Any, fill: Any, job: Any, *arguments: float) -> Any:
+        stage = self.stages.get(make)
+        if stage is None:
+            stage = self.stages[make] = make(job, *arguments)
+        stage.job, stage.data = job, job.data
+        roles = ("reward model", "reward") if make is reward.RewardStage else ("policy",)
+        fill(stage.model, job.options.load_sft_checkpoint, job.options.seed, 0, *roles)
+        return stage
+
+    def optimizer(self, config: Any, parameters: Any, total_steps: int) -> Any:
+        key = id(parameters[0])
+        if key not in self.optimizers:
+            self.optimizers[key] = build_optimizer(config, parameters, total_steps)
+        optimizer = self.optimizers[key]
+        for state in (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.global_step):
+            state.set_data(Tensor(np.zeros(state.shape, np.float32)).astype(state.dtype))
+        return optimizer
+
+    def step(self, loss: Any, optimizer: Any, *arguments: Any) -> Any:
+        key = id(optimizer)
+        if key not in self.steps:
+            self.steps[key] = (TrainStep(loss, optimizer, *arguments), loss)
+        step, _ = self.steps[key]
+        step.discard()
+        return step
+
+
+def make_run(files: Path, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a stage in this process, whose device was chosen by another test perhaps."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    monkeypatch.setattr(runner, "start_runtime", lambda *arguments, **options: Runtime(0, 1))
+    compiled.patch(monkeypatch)
+
+    def start(stage: str, save: Path, **changes: Any) -> Path:
+        given: dict[str, Any] = {
+            "config_path": files / "finetune.yaml", "load_sft_checkpoint": files / "weights.ckpt",
+            "mind_dataset_dir": files / "pairs.mindrecord", "save_ckpt_dir": save, "use_parallel": False,
+            "epochs": 3, "batch_size": 4, "micro_batch_size": 2, "eval_fraction": 0.2, "eval_interval": 5,
+            "learning_rate": 1e-2, "watchdog_timeout": 0, "trackers": (),
+        }  # fmt: skip
+        if stage == "reward":
+            return reward.run_reward(
+                RewardOptions(**given | {"calibrate": "data", "calibration_samples": 8} | changes)
+            )
+        return sft.run_sft(SFTOptions(**given | changes))
+
+    return start
+
+
+def lines(save: Path) -> list[dict[str, Any]]:
+    text = (save / "metrics.jsonl").read_text(encoding="utf-8")
+    read = [json.loads(line) for line in text.splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read]
