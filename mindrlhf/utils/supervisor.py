@@ -196,6 +196,8 @@ class Supervisor:
                 self.end(verdict, beats)
                 return
             if self._only_scheduler_left(beats, looks):
+                # msrun may kill it before it can remove the folder itself.
+                shutil.rmtree(self.directory, ignore_errors=True)
                 return
             time.sleep(POLL_SECONDS)
 

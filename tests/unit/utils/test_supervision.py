@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from mindrlhf.utils.blame import MESSAGE_START
+from mindrlhf.utils.heartbeat import ENDED, SCHEDULER, Heartbeat
+from mindrlhf.utils.supervisor import Supervisor
 
 WORKERS = 3
 # What msrun does: a scheduler, then the workers, each with its log, all children of one process.
@@ -247,3 +249,15 @@ with watched(1.0):
     assert "in match" in stacks
     assert message.startswith("rank 0, in phase score: no progress for 1 s (--watchdog_timeout 1), it is at ")
     assert list(temporary.iterdir()) == []
+
+
+def test_when_only_the_scheduler_is_left_the_supervisor_takes_the_folder_along(tmp_path: Path) -> None:
+    """msrun kills its scheduler now and then, before that can remove the folder itself."""
+    folder = tmp_path / "mindrlhf_job_0_host_1_1"
+    folder.mkdir()
+    Heartbeat(folder, 0, 1).update(state=ENDED)
+    worker = folder / "rank_0.json"
+    worker.write_text(worker.read_text().replace('"birth": ', '"birth": 9'))  # nobody has that any more
+    Heartbeat(folder, SCHEDULER, 1)
+    Supervisor(folder).run()
+    assert not folder.exists()
