@@ -22,7 +22,10 @@ _OF_EVERY_CELL = {
     "mixed_precision_type", "requires_grad", "training",
 }  # fmt: skip
 # What a compilation leaves with a cell.
-_OF_COMPILED_CELLS = {"__parse_method__", "compile_phase", "current_phase", "sequence_modified"}
+_OF_COMPILED_CELLS = {
+    "__compile_cell_hook__", "__parse_method__", "compile_phase", "current_phase", "sequence_modified",
+}  # fmt: skip
+_LEFT_EMPTY = "_func_graph_flags"  # by a compilation, where there was none
 _LIBRARIES = ("mindspore", "mindformers", "numpy", "builtins")  # told apart by their versions
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
@@ -143,6 +146,8 @@ class _Writer:
         attributes = vars(value)
         skipped = _bookkeeping() if isinstance(value, nn.Cell) else set()
         for name in sorted(attributes.keys() - skipped):
+            if name == _LEFT_EMPTY and not attributes[name]:
+                continue
             self._write("attribute", name)
             self.add(attributes[name])
 

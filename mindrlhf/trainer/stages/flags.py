@@ -112,7 +112,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--keep_checkpoints",
         type=int,
         default=2,
-        help="newest checkpoints that stay; 0: all (default: 2)",
+        help="number of checkpoints that stay, the newest ones; 0: all (default: 2)",
     )
     add(
         "--max_skipped_updates",

@@ -130,6 +130,7 @@ class Doubled(nn.Cell):
 
 
 def test_identity_is_the_same_after_a_run() -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)  # else nothing is compiled
     outer = Doubled(nn.Dense(3, 2))
     before = identity_of(outer)
     for cell in (outer.inner, outer):
