@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mindrlhf.trainer.job import JobOptions, run_ppo, save_strategies
-from mindrlhf.trainer.runs import add_results_flags, add_resume_flags, add_watchdog_flag
+from mindrlhf.trainer.runs import add_device_flags, add_results_flags, add_resume_flags, add_watchdog_flag
 from mindrlhf.trainer.stages.flags import optional_path
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
 from mindrlhf.utils.cli import run_main, str_to_bool
@@ -83,9 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--trackers", type=tracker_names, default=DEFAULT_TRACKERS, help=TRACKERS_HELP)
     run.add_argument("--use_parallel", type=str_to_bool, default=True, help="False: one process, no msrun")
-    run.add_argument(
-        "--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAMLs' device_target"
-    )
+    add_device_flags(run)
     run.add_argument(
         "--enable_compile_cache",
         type=str_to_bool,

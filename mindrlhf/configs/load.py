@@ -19,7 +19,11 @@ AnyPath = str | PathLike[str]
 
 
 def load_run_config(
-    path: AnyPath, *, device_target: str | None = None, single_process: bool = False
+    path: AnyPath,
+    *,
+    device_target: str | None = None,
+    single_process: bool = False,
+    cpu_matmul_dtype: str = "float32",
 ) -> RunConfig:
     """Reads one MindFormers YAML.
 
@@ -27,12 +31,14 @@ def load_run_config(
         path: the YAML.
         device_target: replaces ``context.device_target``.
         single_process: replaces the split by data_parallel 1, model_parallel 1.
+        cpu_matmul_dtype: to what products round their operands on CPU.
 
     Raises:
         ConfigError: with every fault of the file.
     """
     with collected() as faults:
         draft = _read_checked(Path(path), faults, device_target, single_process)
+        _set_matmul_dtype(draft, cpu_matmul_dtype, faults)
     return draft.build()
 
 
@@ -59,6 +65,7 @@ def load_job(
     world_size: int | None = None,
     device_target: str | None = None,
     single_process: bool = False,
+    cpu_matmul_dtype: str = "float32",
 ) -> JobConfig:
     """Reads the five files of a PPO job and checks them against each other.
 
@@ -70,6 +77,7 @@ def load_job(
         world_size: ranks there are; ``None``: the files need only agree with each other.
         device_target: replaces ``context.device_target`` of every file.
         single_process: replaces the split of every file by data_parallel 1, model_parallel 1.
+        cpu_matmul_dtype: to what the products of every model round their operands on CPU.
 
     Raises:
         ConfigError: with every fault of all files.
@@ -80,6 +88,7 @@ def load_job(
         for path in map(Path, paths.values()):
             if path not in by_path:
                 by_path[path] = _read_checked(path, faults, device_target, single_process)
+                _set_matmul_dtype(by_path[path], cpu_matmul_dtype, faults)
         roles = {role: by_path[Path(path)] for role, path in paths.items()}
         ppo = read_ppo(Path(ppo_config), overrides, faults)
         check_ppo(ppo, faults)
@@ -100,6 +109,20 @@ def _read_checked(path: Path, faults: Faults, device_target: str | None, single_
     draft = read_run(path, faults, device_target=device_target, single_process=single_process)
     check_run(draft, faults)
     return draft
+
+
+def _set_matmul_dtype(draft: RunDraft, dtype: str, faults: Faults) -> None:
+    if dtype == "float32":
+        return
+    target = draft.context.get("device_target")
+    if target == "CPU":
+        draft.model["matmul_dtype"] = dtype
+    else:
+        faults.add(
+            "--cpu_matmul_dtype",
+            f"{dtype}, but {draft.path} runs on {target}",
+            "leave it out; there compute_dtype says it",
+        )
 
 
 def _with_optimizer_of(critic: RunConfig, train: RunConfig) -> RunConfig:

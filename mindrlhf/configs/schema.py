@@ -17,7 +17,10 @@ from mindrlhf.utils.sizes import exact_div
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and numerics of a Qwen2 model: section ``model.model_config`` (MindFormers' ``LlamaConfig``)."""
+    """Sizes and numerics of a Qwen2 model: section ``model.model_config`` (MindFormers' ``LlamaConfig``).
+
+    ``matmul_dtype`` is ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -37,6 +40,7 @@ class ModelConfig:
     layernorm_compute_type: str = "float32"
     softmax_compute_type: str = "float32"
     rotary_dtype: str = "float32"
+    matmul_dtype: str = "float32"
     batch_size: int = 1
     pad_token_id: int = 0
     bos_token_id: int = 0

@@ -7,6 +7,8 @@ report, arXiv 2407.10671). Cells are nested so that parameter names are the cano
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
@@ -62,6 +64,7 @@ class Attention(nn.Cell):
                 has_bias=config.qkv_has_bias,
                 compute_dtype=self.compute_dtype,
                 param_dtype=ms_dtype(config.param_init_type),
+                matmul_dtype=config.matmul_dtype,
             )
 
         self.copy_to_group = CopyToGroup(groups.mp_group)
@@ -74,6 +77,7 @@ class Attention(nn.Cell):
             groups,
             compute_dtype=self.compute_dtype,
             param_dtype=ms_dtype(config.param_init_type),
+            matmul_dtype=config.matmul_dtype,
         )
 
     def construct(self, x: Tensor, columns: Columns | None, hidden: Tensor, *tables: Tensor) -> Tensor:
@@ -143,9 +147,10 @@ class FeedForward(nn.Cell):
 
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         super().__init__()
-        dtypes = {
+        dtypes: dict[str, Any] = {
             "compute_dtype": ms_dtype(config.compute_dtype),
             "param_dtype": ms_dtype(config.param_init_type),
+            "matmul_dtype": config.matmul_dtype,
         }
         hidden, inner = config.hidden_size, config.intermediate_size
         self.copy_to_group = CopyToGroup(groups.mp_group)

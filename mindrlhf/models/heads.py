@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import empty_parameter, rows_matmul
+from mindrlhf.parallel.layers import RowsProduct, empty_parameter
 from mindrlhf.parallel.parameters import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.utils.seeds import random_stream
 from mindrlhf.utils.sizes import exact_div
@@ -21,12 +21,12 @@ class LMHead(nn.Cell):
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         super().__init__()
         rows = exact_div(config.vocab_size, groups.mesh.mp, "vocabulary by mp")
-        self.compute_dtype = ms_dtype(config.compute_dtype)
+        self.product = RowsProduct(ms_dtype(config.compute_dtype), config.matmul_dtype)
         self.weight = empty_parameter((rows, config.hidden_size), ms_dtype(config.param_init_type), "weight")
 
     def construct(self, hidden: Tensor) -> Tensor:
         """``hidden`` (B, R, H) -> logits (B, R, V / mp)."""
-        return rows_matmul(hidden, self.weight, self.compute_dtype)
+        return self.product(hidden, self.weight)
 
 
 class ScoreHead(nn.Cell):
@@ -38,12 +38,13 @@ class ScoreHead(nn.Cell):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.product = RowsProduct(ms.float32)
         self.weight = empty_parameter((1, config.hidden_size), ms.float32, "weight")
         self.bias = empty_parameter((1,), ms.float32, "bias")
 
     def construct(self, hidden: Tensor) -> Tensor:
         """``hidden`` (..., H) -> (...) float32."""
-        return (rows_matmul(hidden, self.weight, ms.float32) + self.bias).squeeze(-1)
+        return (self.product(hidden, self.weight) + self.bias).squeeze(-1)
 
 
 def new_score_head(hidden_size: int, seed: int, purpose: str, *, scale: float = 1.0) -> dict[str, np.ndarray]:

@@ -13,9 +13,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.kernels.products import bfloat16_columns_product
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import local_ids
+from mindrlhf.parallel.layers import RowsProduct, local_ids
 from mindrlhf.utils.sizes import exact_div
 
 
@@ -38,6 +39,7 @@ class LocalSizes:
     norm_dtype: ms.dtype
     softmax_dtype: ms.dtype
     flash_attention: bool
+    matmul_dtype: str = "float32"
 
     @property
     def slots(self) -> int:
@@ -80,7 +82,29 @@ def local_sizes(
         norm_dtype=ms_dtype(config.layernorm_compute_type),
         softmax_dtype=ms_dtype(config.softmax_compute_type),
         flash_attention=config.use_flash_attention and ms.get_context("device_target") == "Ascend",
+        matmul_dtype=config.matmul_dtype,
     )
+
+
+class ColumnsProduct(nn.Cell):
+    """``W X`` for the few columns ``X`` of a decode step."""
+
+    def __init__(self, sizes: LocalSizes) -> None:
+        super().__init__()
+        self.dtype = sizes.compute_dtype
+        self.rounded = sizes.matmul_dtype == "bfloat16"
+        self.product = bfloat16_columns_product() if self.rounded else ops.MatMul()
+        self.product_of_rows = ops.MatMul(transpose_b=True)
+
+    def construct(self, weight: Tensor, x: Tensor) -> Tensor:
+        """``weight`` (out, in), ``x`` (in, B) -> (out, B)."""
+        return self.product(ops.cast(weight, self.dtype), x)
+
+    def of_rows(self, weight: Tensor, x: Tensor) -> Tensor:
+        """``weight`` (out, in), ``x`` (B, in) -> (out, B)."""
+        if self.rounded:
+            return self.product.of_rows(weight, x)
+        return self.product_of_rows(ops.cast(weight, self.dtype), x)
 
 
 class Linear(nn.Cell):
@@ -101,16 +125,16 @@ class Linear(nn.Cell):
         if has_bias:
             self.bias = frozen_parameter((outputs,), sizes.param_dtype, f"{name}.bias")
             self.bias_add = ops.BiasAdd()
-        self.matmul = ops.MatMul()
-        self.matmul_transposed = ops.MatMul(transpose_b=True)
+        self.rows_product = RowsProduct(sizes.compute_dtype, sizes.matmul_dtype)
+        self.columns_product = ColumnsProduct(sizes)
 
     def construct(self, x: Tensor) -> Tensor:
         """Many rows: ``x`` (n, in) -> (n, out)."""
-        return self._add_bias(self.matmul_transposed(x, ops.cast(self.weight, self.dtype)))
+        return self._add_bias(self.rows_product(x, self.weight))
 
     def columns(self, x: Tensor) -> Tensor:
         """Columns to columns: ``x`` (in, B) -> (out, B), without bias."""
-        return self.matmul(ops.cast(self.weight, self.dtype), x)
+        return self.columns_product(self.weight, x)
 
     def columns_to_rows(self, x: Tensor) -> Tensor:
         """``x`` (in, B) -> (B, out)."""
@@ -118,7 +142,7 @@ class Linear(nn.Cell):
 
     def rows_to_columns(self, x: Tensor) -> Tensor:
         """``x`` (B, in) -> (out, B), without bias."""
-        return self.matmul_transposed(ops.cast(self.weight, self.dtype), x)
+        return self.columns_product.of_rows(self.weight, x)
 
     def _add_bias(self, y: Tensor) -> Tensor:
         if self.has_bias:

@@ -17,6 +17,7 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.infer_layers import (
+    ColumnsProduct,
     Embedding,
     Linear,
     LocalSizes,
@@ -233,7 +234,7 @@ class FusedDecoder(nn.Cell):
         self.norm = RMSNorm(sizes, "infer.norm")
         if not self.tied:
             self.head = frozen_parameter((sizes.vocab, sizes.hidden), sizes.param_dtype, "infer.head.weight")
-        self.matmul = ops.MatMul()
+        self.columns_product = ColumnsProduct(sizes)
         self.cache_columns = Tensor(np.arange(sizes.columns, dtype=np.int32)[None])
         self.prompt_columns = Tensor(np.arange(sizes.prompt_columns, dtype=np.int32)[None])
 
@@ -269,5 +270,5 @@ class FusedDecoder(nn.Cell):
 
     def _logits(self, x: Tensor) -> Tensor:
         """``x`` (H, B) -> (B, V / mp); see :class:`Linear` for the order of the factors."""
-        head = ops.cast(self.embedding.weight if self.tied else self.head, self.sizes.compute_dtype)
-        return ops.transpose(self.matmul(head, self.norm.columns(x)), (1, 0))
+        head = self.embedding.weight if self.tied else self.head
+        return ops.transpose(self.columns_product(head, self.norm.columns(x)), (1, 0))

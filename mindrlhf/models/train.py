@@ -17,7 +17,7 @@ from mindrlhf.models.decoder import Qwen2Decoder
 from mindrlhf.models.heads import LMHead, ScoreHead, last_token
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import VocabParallelLogProbs, rows_matmul
+from mindrlhf.parallel.layers import RowsProduct, VocabParallelLogProbs
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.parallel.parameters import parameter_layouts
 
@@ -98,7 +98,8 @@ class PPOModelTrain(SequenceModel):
         self.inverse_temperature = 1.0 / temperature
         self.tied = config.tie_word_embeddings
         self.value_head = value_head
-        self.compute_dtype = self.model.compute_dtype
+        if self.tied:
+            self.product = RowsProduct(self.model.compute_dtype, config.matmul_dtype)
         self.copy_to_group = CopyToGroup(groups.mp_group)
         self.log_probs = VocabParallelLogProbs(
             config.vocab_size, groups, valid_vocab_size=valid_vocab_size, with_entropy=with_entropy
@@ -128,7 +129,7 @@ class PPOModelTrain(SequenceModel):
         """This rank's logits over the temperature: (B, R, H) -> (B, R, V / mp)."""
         hidden = self.copy_to_group(hidden)
         if self.tied:
-            logits = rows_matmul(hidden, self.model.tok_embeddings.embedding_weight, self.compute_dtype)
+            logits = self.product(hidden, self.model.tok_embeddings.embedding_weight)
         else:
             logits = self.lm_head(hidden)
         logits = logits.astype(ms.float32)

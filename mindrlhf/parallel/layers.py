@@ -11,6 +11,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from mindrlhf.kernels.products import bfloat16_rows_product
 from mindrlhf.parallel.collectives import CopyToGroup, GroupMax, ReduceFromGroup
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div
@@ -19,6 +20,28 @@ from mindrlhf.utils.sizes import exact_div
 def empty_parameter(shape: tuple[int, ...], dtype: ms.dtype, name: str) -> Parameter:
     """A parameter of zeros, to be overwritten by a checkpoint."""
     return Parameter(initializer("zeros", shape, dtype), name=name)
+
+
+class RowsProduct(nn.Cell):
+    """``x W^T`` as one two-dimensional product.
+
+    Args:
+        compute_dtype: type of the product.
+        matmul_dtype: ``"bfloat16"``: operands are rounded to it on CPU while all else is float32.
+    """
+
+    def __init__(self, compute_dtype: ms.dtype, matmul_dtype: str = "float32") -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        rounded = matmul_dtype == "bfloat16"
+        self.product = bfloat16_rows_product() if rounded else ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` (..., in), ``weight`` (out, in) -> (..., out)."""
+        shape = x.shape
+        flat = ops.cast(x.reshape((-1, shape[-1])), self.compute_dtype)
+        product = self.product(flat, ops.cast(weight, self.compute_dtype))
+        return product.reshape((*shape[:-1], weight.shape[0]))
 
 
 class AddBias(nn.Cell):
@@ -49,6 +72,7 @@ class ColumnParallelLinear(nn.Cell):
         has_bias: whether there is a bias (split like the rows).
         compute_dtype: type of the product.
         param_dtype: type of the stored parameters.
+        matmul_dtype: of the operands on CPU, see :class:`RowsProduct`.
 
     Inputs: ``(..., in_features)``, equal on all ranks of the group, already passed through
     :class:`CopyToGroup` (one copy serves several projections of one input).
@@ -64,11 +88,13 @@ class ColumnParallelLinear(nn.Cell):
         has_bias: bool,
         compute_dtype: ms.dtype,
         param_dtype: ms.dtype,
+        matmul_dtype: str = "float32",
     ) -> None:
         super().__init__()
         local_out = exact_div(out_features, groups.mesh.mp, "output features by mp")
         self.has_bias = has_bias
         self.compute_dtype = compute_dtype
+        self.product = RowsProduct(compute_dtype, matmul_dtype)
         self.weight = empty_parameter((local_out, in_features), param_dtype, "weight")
         if has_bias:
             self.bias = empty_parameter((local_out,), param_dtype, "bias")
@@ -76,7 +102,7 @@ class ColumnParallelLinear(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` (..., in_features) -> (..., out_features / mp)."""
-        y = rows_matmul(x, self.weight, self.compute_dtype)
+        y = self.product(x, self.weight)
         if self.has_bias:
             rows = y.reshape((-1, y.shape[-1]))
             y = self.add_bias(rows, ops.cast(self.bias, self.compute_dtype)).reshape(y.shape)
@@ -98,16 +124,17 @@ class RowParallelLinear(nn.Cell):
         *,
         compute_dtype: ms.dtype,
         param_dtype: ms.dtype,
+        matmul_dtype: str = "float32",
     ) -> None:
         super().__init__()
         local_in = exact_div(in_features, groups.mesh.mp, "input features by mp")
-        self.compute_dtype = compute_dtype
+        self.product = RowsProduct(compute_dtype, matmul_dtype)
         self.weight = empty_parameter((out_features, local_in), param_dtype, "weight")
         self.reduce = ReduceFromGroup(groups.mp_group)
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` (..., in_features / mp) -> (..., out_features)."""
-        return self.reduce(rows_matmul(x, self.weight, self.compute_dtype))
+        return self.reduce(self.product(x, self.weight))
 
 
 class VocabParallelEmbedding(nn.Cell):
@@ -189,14 +216,6 @@ PADDED_LOGIT = -1.0e9
 it stays 0 in the entropy, which minus infinity would not."""
 
 
-def rows_matmul(x: Tensor, weight: Tensor, dtype: ms.dtype) -> Tensor:
-    """``x`` (..., in) times ``weight`` (out, in) transposed, as one two-dimensional product in ``dtype``."""
-    shape = x.shape
-    flat = ops.cast(x.reshape((-1, shape[-1])), dtype)
-    product = ops.MatMul(transpose_b=True)(flat, ops.cast(weight, dtype))
-    return product.reshape((*shape[:-1], weight.shape[0]))
-
-
 def local_ids(ids: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
     """Ids as row numbers of the shard ``first .. first + rows - 1`` (clipped), and which of them it holds."""
     local = ids - first
@@ -209,9 +228,9 @@ __all__ = [
     "ColumnParallelLinear",
     "CopyToGroup",
     "RowParallelLinear",
+    "RowsProduct",
     "VocabParallelEmbedding",
     "VocabParallelLogProbs",
     "empty_parameter",
     "local_ids",
-    "rows_matmul",
 ]

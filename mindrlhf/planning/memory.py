@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from mindrlhf.configs.schema import JobConfig
@@ -18,7 +19,7 @@ from mindrlhf.planning.models import (
     job_models,
     model_layouts,
 )
-from mindrlhf.planning.sizes import BYTES
+from mindrlhf.planning.sizes import BYTES, kinds_bytes
 from mindrlhf.planning.sync import SyncTraffic, sync_traffic
 
 PARTS = (
@@ -104,9 +105,8 @@ def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTrait
     """On a device: what stays, and what the phase takes from the pool, which it gives back."""
     phases = []
     for name in PHASES:
-        gradients, activations = _pool(models, name, adds_up=False)
         copies = _buckets(job) if name == SYNC else 0
-        phases.append(_phase(name, models, gradients, activations, 0, 0, copies, device.process))
+        phases.append(_phase(name, models, _pool(models, name), 0, 0, copies, device.process))
     return tuple(phases)
 
 
@@ -119,18 +119,16 @@ def _cumulative(
     first optimizer step. From the second iteration on, all phases stand at the peak.
     """
     phases = []
-    pool = gradients = kernels = graphs = 0
+    pool = kernels = graphs = 0
     for name in PHASES:
-        new_gradients, activations = _pool(models, name, adds_up=True)
-        pool = max(pool, new_gradients + activations)
-        gradients = max(gradients, new_gradients)
+        pool = max(pool, _pool(models, name))
         kernels += sum(model.graphs[name].kernels for model in models if name in model.graphs)
         graphs += sum(model.graphs[name].compiled for model in models if name in model.graphs)
         # Loading leaves a copy of one model's weights behind (measured on three models).
         copies = max(model.weights for model in models)
         copies += _buckets(job) if name in (SYNC, SAVE) else 0
         process = device.process + device.training_imports
-        phase = _phase(name, models, gradients, pool - gradients, kernels, graphs, copies, process)
+        phase = _phase(name, models, pool, kernels, graphs, copies, process)
         if name in (ROLLOUT, SCORING):
             phase.parts["moments"] = 0
         phases.append(phase)
@@ -140,7 +138,6 @@ def _cumulative(
 def _phase(
     name: str,
     models: tuple[ModelMemory, ...],
-    gradients: int,
     activations: int,
     kernels: int,
     graphs: int,
@@ -150,7 +147,7 @@ def _phase(
     parts = {
         "weights": sum(model.weights for model in models),
         "moments": sum(model.moments for model in models),
-        "gradients": gradients,
+        "gradients": _gradient_buffers(models),
         "activations": activations,
         "kv_cache": sum(model.kv_cache for model in models),
         "kernels": kernels,
@@ -161,25 +158,23 @@ def _phase(
     return PhaseMemory(name, parts)
 
 
-def _pool(models: tuple[ModelMemory, ...], phase: str, *, adds_up: bool) -> tuple[int, int]:
-    """Gradients and activations at the fullest moment of a phase; models run one after another.
-
-    The graph of an optimizer step holds the gradients it was given until it gets the next ones (measured on
-    CPU), so each trained model has a set that waits. A backward pass makes its own set while it frees the
-    activations: at best the larger of both counts; ``adds_up``: their sum, which is what was measured on CPU.
-    """
-    if phase != TRAINING:
-        activations = [model.graphs[phase].activations for model in models if phase in model.graphs]
-        return 0, max(activations, default=0)
-    held = sum(model.gradients for model in models)
-    moments = [(held, 0)]
+def _gradient_buffers(models: tuple[ModelMemory, ...]) -> int:
+    """Gradients add up in buffers that all trained models share where shapes are equal."""
+    shared: Counter[tuple[tuple[int, ...], int]] = Counter()
     for model in models:
-        if phase in model.graphs:
-            before = held + model.waiting_sets * model.gradients
-            moments.append((before + adds_up * model.gradients, model.graphs[phase].activations))
-            moments.append((before + model.gradients, 0))
-            moments.append((held + model.step_sets * model.gradients, 0))
-    return max(moments, key=sum)
+        shared |= model.gradient_kinds
+    return kinds_bytes(shared)
+
+
+def _pool(models: tuple[ModelMemory, ...], phase: str) -> int:
+    """What the pool holds at the fullest moment of a phase; models run one after another.
+
+    A backward pass adds each gradient to its buffer as soon as it is there, so no set of them is in the pool.
+    """
+    found = [model.graphs[phase].activations for model in models if phase in model.graphs]
+    if phase == TRAINING:
+        found += [model.step_sets * model.gradients for model in models]
+    return max(found, default=0)
 
 
 def _buckets(job: JobConfig) -> int:

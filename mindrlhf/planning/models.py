@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from mindrlhf.configs.schema import JobConfig, RunConfig
 from mindrlhf.parallel.layout import Layout, Mesh
@@ -18,7 +19,14 @@ from mindrlhf.planning.graphs import (
     scoring_graph,
     training_graph,
 )
-from mindrlhf.planning.sizes import BYTES, ParameterCount, RankSizes, count_parameters, rank_sizes
+from mindrlhf.planning.sizes import (
+    BYTES,
+    ParameterCount,
+    RankSizes,
+    count_parameters,
+    kinds_bytes,
+    rank_sizes,
+)
 
 FLOAT32 = BYTES["float32"]
 MOMENTS = 2
@@ -39,10 +47,9 @@ class ModelMemory:
         weights: their bytes.
         moments: of the optimizer, on the device.
         host_moments: of the optimizer, kept on the host (``optimizer.swap``).
-        gradients: one set.
-        step_sets: sets that the optimizer step makes: their sum over the replicas, and the clipped one,
-            which the fused kernel makes one parameter at a time.
-        waiting_sets: sets that live while a backward pass begins: those of earlier micro-batches.
+        gradient_kinds: how often there is a gradient of each shape and number of bytes.
+        step_sets: sets of gradients that the optimizer step makes: the clipped one, which the fused kernel
+            makes one parameter at a time.
         kv_cache: keys and values of a generate call.
         graphs: phase -> what its compiled graph takes.
     """
@@ -53,11 +60,15 @@ class ModelMemory:
     weights: int
     moments: int = 0
     host_moments: int = 0
-    gradients: int = 0
+    gradient_kinds: Counter[tuple[tuple[int, ...], int]] = field(default_factory=Counter)
     step_sets: int = 0
-    waiting_sets: int = 0
     kv_cache: int = 0
     graphs: dict[str, GraphMemory]
+
+    @property
+    def gradients(self) -> int:
+        """One set."""
+        return kinds_bytes(self.gradient_kinds)
 
     @property
     def activations(self) -> int:
@@ -71,7 +82,7 @@ class ModelMemory:
 
     @property
     def resident(self) -> int:
-        """What stays on the device between phases."""
+        """What stays on the device between phases, beside the gradients."""
         return self.weights + self.moments + self.kv_cache
 
 
@@ -185,9 +196,8 @@ def _trained(
         weights=count.weight_bytes(sizes.param),
         moments=0 if on_host else moments,
         host_moments=moments if on_host else 0,
-        gradients=count.weight_bytes(sizes.param),
-        step_sets=(config.parallel.data_parallel > 1) + (not device.fused_optimizer),
-        waiting_sets=int(micro < rows),
+        gradient_kinds=count.kinds(sizes.param),
+        step_sets=int(not device.fused_optimizer),
         graphs=graphs | {TRAINING: training_graph(sizes, work, count, device)},
     )
 

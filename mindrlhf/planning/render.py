@@ -61,7 +61,7 @@ def _basis(plan: MemoryPlan) -> str:
     return (
         "Computed from sizes, types and layouts, not measured: no such device was at hand. "
         f"{gigabytes(plan.device.process)} a rank are assumed for runtime and communication; "
-        "that a set of gradients of each trained model waits for the next step was measured on CPU."
+        "that a backward pass holds no second set of gradients was measured on CPU."
     )
 
 

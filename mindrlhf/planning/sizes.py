@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -76,12 +77,16 @@ class ParameterCount:
         head: the scalar head, always float32.
         largest: of the largest parameter.
         embedding: of the embedding table, which is looked up and not multiplied unless it is tied.
+        shapes: how often each shape comes in the body.
+        head_shapes: the same of the scalar head.
     """
 
     body: int
     head: int
     largest: int
     embedding: int
+    shapes: Counter[tuple[int, ...]]
+    head_shapes: Counter[tuple[int, ...]]
 
     @property
     def total(self) -> int:
@@ -92,6 +97,16 @@ class ParameterCount:
         """Bytes of the weights when the body takes ``param`` bytes a number."""
         return self.body * param + self.head * BYTES["float32"]
 
+    def kinds(self, param: int) -> Counter[tuple[tuple[int, ...], int]]:
+        """How often each shape comes with each number of bytes, when the body takes ``param`` a number."""
+        body = Counter({(shape, param): count for shape, count in self.shapes.items()})
+        return body + Counter({(shape, BYTES["float32"]): n for shape, n in self.head_shapes.items()})
+
+
+def kinds_bytes(kinds: Counter[tuple[tuple[int, ...], int]]) -> int:
+    """Bytes of all tensors that are counted."""
+    return sum(prod(shape) * size * count for (shape, size), count in kinds.items())
+
 
 @lru_cache(maxsize=512)
 def count_parameters(config: ModelConfig, mp: int, *, lm_head: bool, score_head: bool) -> ParameterCount:
@@ -99,4 +114,12 @@ def count_parameters(config: ModelConfig, mp: int, *, lm_head: bool, score_head:
     layouts = parameter_layouts(config, Mesh(1, mp), lm_head=lm_head, score_head=score_head)
     numbers = {name: prod(layout.local_shape) for name, layout in layouts.items()}
     head = sum(numbers[name] for name in SCORE_HEAD if name in numbers)
-    return ParameterCount(sum(numbers.values()) - head, head, max(numbers.values()), numbers[EMBEDDING])
+    shapes = Counter(layout.local_shape for name, layout in layouts.items() if name not in SCORE_HEAD)
+    return ParameterCount(
+        body=sum(numbers.values()) - head,
+        head=head,
+        largest=max(numbers.values()),
+        embedding=numbers[EMBEDDING],
+        shapes=shapes,
+        head_shapes=Counter(layout.local_shape for name, layout in layouts.items() if name in SCORE_HEAD),
+    )

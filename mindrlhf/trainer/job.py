@@ -71,6 +71,7 @@ class JobOptions:
     trackers: tuple[str, ...] = DEFAULT_TRACKERS
     use_parallel: bool = True
     device_target: str | None = None
+    cpu_matmul_dtype: str = "float32"
     enable_compile_cache: bool = False
     verify_sync: bool = False
     watchdog_timeout: float = DEFAULT_TIMEOUT
@@ -93,6 +94,7 @@ def read_job(options: JobOptions, world_size: int | None) -> JobConfig:
         world_size=world_size,
         device_target=options.device_target,
         single_process=not options.use_parallel,
+        cpu_matmul_dtype=options.cpu_matmul_dtype,
     )
 
 
@@ -179,7 +181,7 @@ def _make_trainer(
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
     from mindrlhf.trainer.records import check_fresh
     from mindrlhf.trainer.resuming import choose_checkpoint
-    from mindrlhf.trainer.runtime import HostExchange, check_device, start_runtime
+    from mindrlhf.trainer.runtime import HostExchange, check_device, check_products, start_runtime
 
     litter = litter_directory()
     weights = _weight_paths(options)
@@ -196,6 +198,7 @@ def _make_trainer(
     if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:
         logger.warning("--ptx_dataset_dir is not used: ptx_coef is 0")
     check_device(job.train.context)
+    check_products(job.train.model)
     runtime = start_runtime(
         job.train.context,
         use_parallel=env_world_size() > 1,

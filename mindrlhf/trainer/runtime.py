@@ -9,7 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.configs.schema import ContextConfig
+from mindrlhf.configs.schema import ContextConfig, ModelConfig
+from mindrlhf.kernels.library import product_library
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError
 
@@ -38,6 +39,16 @@ def check_device(context: ContextConfig) -> None:
             f"context.device_target is {context.device_target!r}, but this machine has no such device (or no "
             "driver for it); pass --device_target CPU to run on the CPU instead"
         )
+
+
+def check_products(model: ModelConfig) -> None:
+    """Makes ready what ``--cpu_matmul_dtype`` needs, before anything is built.
+
+    Raises:
+        MindRLHFError: this machine cannot do it; says what it lacks.
+    """
+    if model.matmul_dtype == "bfloat16":
+        product_library()
 
 
 def start_runtime(context: ContextConfig, *, use_parallel: bool, litter_dir: str) -> Runtime:

@@ -7,54 +7,54 @@ from collections.abc import Mapping, Sequence
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.nn import Optimizer
 
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
+from mindrlhf.trainer.gradients import GradientBuffers, clear
 from mindrlhf.trainer.optimizer import FusedAdamW
 
 
 class Backward(nn.Cell):
-    """Gradients of a loss cell that returns ``(loss, statistics)``."""
+    """Adds the gradients of a loss cell, which returns ``(loss, statistics)``, to buffers.
 
-    def __init__(self, loss: nn.Cell) -> None:
+    Args:
+        loss: the cell.
+        gradients: a buffer for each of its trainable parameters, in order.
+    """
+
+    def __init__(self, loss: nn.Cell, gradients: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
         self.loss = loss  # else this cell lists no parameters, and a cached graph would get other ones
+        self.gradients = gradients
         self.value_and_grad = ops.value_and_grad(loss, None, loss.trainable_params(), has_aux=True)
+        # From the last layer on: a gradient is added as soon as it is there, and its memory is free again.
+        self.map = ops.HyperMap(reverse=True)
 
-    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Inputs of the loss -> the loss, its statistics, and one gradient per parameter."""
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of the loss -> the loss and its statistics."""
         (loss, statistics), gradients = self.value_and_grad(*inputs)
-        return loss, statistics, gradients
-
-
-def add_gradients(totals: list[Tensor], gradients: tuple[Tensor, ...]) -> list[Tensor]:
-    """Adds the gradients of a micro-batch to those of the ones before, one after the other.
-
-    Each total that is replaced is freed at once: never are there three whole sets in memory, as a graph with
-    totals and gradients as its inputs would hold.
-    """
-    for index, gradient in enumerate(gradients):
-        totals[index] = totals[index] + gradient
-    return totals
+        added = self.map(_add, self.gradients, gradients)
+        return ops.depend(loss, added), statistics
 
 
 class GradientNorm(nn.Cell):
-    """Sums gradients over replicas and takes the norm over all shards, before anything is changed.
+    """Sums gradients over replicas and takes the norm over all shards, before any weight is changed.
 
-    Gradients come as separate arguments: a tuple of tensors is a constant to the graph compiler, so each
-    call would compile anew. ``HyperMap`` goes over them: a loop that appends to a tuple takes the compiler
-    quadratic time (364 tensors: 10 s against 0.6 s).
+    ``HyperMap`` goes over the gradients: a loop that appends to a tuple takes the compiler quadratic time
+    (364 tensors: 10 s against 0.6 s).
 
     Args:
+        gradients: buffers, one a parameter.
         split: whether each parameter is split over the model-parallel group; a split one's square sum
             is added up over the group, a replicated one counts once.
         groups: this rank's groups.
     """
 
-    def __init__(self, split: Sequence[bool], groups: Groups) -> None:
+    def __init__(self, gradients: ParameterTuple, split: Sequence[bool], groups: Groups) -> None:
         super().__init__(auto_prefix=False)
+        self.gradients = gradients
         self.map = ops.HyperMap()
         self.split = tuple(split)
         self.replicated_over_dp = groups.dp_group is not None
@@ -64,31 +64,31 @@ class GradientNorm(nn.Cell):
         if groups.mp_group is not None:
             self.mp_sum = ops.AllReduce(group=groups.mp_group)
 
-    def construct(self, fault: Tensor, *gradients: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Gradients of this rank's shards -> their norm, and their sums where there are replicas.
+    def construct(self, fault: Tensor) -> Tensor:
+        """Puts the sums over the replicas, where there are some, into the buffers.
 
         Args:
             fault: (1,) float32, 0, or NaN when this rank's loss is not finite.
-            gradients: one a parameter.
 
         Returns:
-            (1,) float32, not finite on every rank when a loss or a gradient of any rank is not; the summed
-            gradients, empty without replicas.
+            the norm, (1,) float32, not finite on every rank when a loss or a gradient of any rank is not.
         """
-        summed = gradients
         if self.replicated_over_dp:
             fault = self.dp_sum(fault)
-            summed = self.map(self.dp_sum, gradients)
-        norm = self.global_norm(summed, fault)
-        if self.replicated_over_dp:
-            return norm, summed
-        return norm, ()
+        return self.global_norm(self.map(self.square_sum, self.gradients), fault)
 
-    def global_norm(self, gradients: tuple[Tensor, ...], fault: Tensor) -> Tensor:
-        """L2 norm of the whole model's gradient, (1,) float32, equal on every rank."""
+    def square_sum(self, gradient: Parameter) -> Tensor:
+        """Sum of squares, (1,) float32, after the sum over the replicas, where there are some."""
+        if self.replicated_over_dp:
+            gradient = ops.assign(gradient, self.dp_sum(gradient))
+        # By rows first: on CPU one sum over everything takes six times as long.
+        wide = ops.cast(gradient, ms.float32).reshape((gradient.shape[0], -1))
+        return (wide * wide).sum(axis=1).sum().reshape((1,))
+
+    def global_norm(self, squares: tuple[Tensor, ...], fault: Tensor) -> Tensor:
+        """Square sums of this rank, (1,) each -> L2 norm of the whole model's gradient, (1,)."""
         split_sum = ops.zeros((1,), ms.float32)
         whole_sum = ops.zeros((1,), ms.float32)
-        squares = self.map(_square_sum, gradients)
         for index in range(len(self.split)):
             if self.split[index]:
                 split_sum = split_sum + squares[index]
@@ -107,34 +107,34 @@ class Update(nn.Cell):
 
     Args:
         optimizer: over the parameters the gradients belong to, in order.
+        gradients: their buffers.
         max_grad_norm: bound of the global norm; 0 turns clipping off.
     """
 
-    def __init__(self, optimizer: Optimizer, max_grad_norm: float) -> None:
+    def __init__(self, optimizer: Optimizer, gradients: ParameterTuple, max_grad_norm: float) -> None:
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
+        self.gradients = gradients
         self.fused = FusedAdamW(optimizer) if FusedAdamW.fits(optimizer) else None
         self.map = ops.HyperMap()
         self.max_grad_norm = max_grad_norm
 
-    def construct(self, norm: Tensor, *gradients: Tensor) -> Tensor:
-        """Norm (1,) and gradients of all replicas -> learning rate (1,) float32."""
+    def construct(self, norm: Tensor) -> Tensor:
+        """Norm (1,) of the gradients of all replicas -> learning rate (1,) float32."""
         scale = ops.ones_like(norm)
         if self.max_grad_norm > 0:
             # torch.nn.utils.clip_grad_norm_'s formula, so that updates can be compared to the last digits
             scale = ops.minimum(self.max_grad_norm / (norm + 1.0e-6), scale)
         rate = self.optimizer.get_lr()
         if self.fused is not None:
-            updated = self.fused(gradients, scale.reshape(()))
+            updated = self.fused(self.gradients, scale.reshape(()))
         else:
-            updated = self.optimizer(self.map(ops.partial(_scaled, scale.reshape(())), gradients))
+            updated = self.optimizer(self.map(ops.partial(_scaled, scale.reshape(())), self.gradients))
         return ops.depend(ops.cast(rate, ms.float32).reshape((1,)), updated)
 
 
-def _square_sum(gradient: Tensor) -> Tensor:
-    """Sum of squares, (1,) float32; by rows first: on CPU one sum over everything takes six times as long."""
-    wide = ops.cast(gradient, ms.float32).reshape((gradient.shape[0], -1))
-    return (wide * wide).sum(axis=1).sum().reshape((1,))
+def _add(total: Parameter, gradient: Tensor) -> Tensor:
+    return ops.assign_add(total, gradient)
 
 
 def _scaled(scale: Tensor, gradient: Tensor) -> Tensor:
@@ -155,6 +155,7 @@ class TrainStep:
         max_grad_norm: bound of the global gradient norm.
         mixed_in: another loss cell over the same parameters, whose gradients :meth:`accumulate` can add to
             the same step; compiled when it is first used.
+        buffers: where gradients add up; shared by steps that never wait for their update at the same time.
     """
 
     def __init__(
@@ -165,15 +166,17 @@ class TrainStep:
         groups: Groups,
         max_grad_norm: float,
         mixed_in: nn.Cell | None = None,
+        buffers: GradientBuffers | None = None,
     ) -> None:
-        names = [parameter.name for parameter in loss.trainable_params()]
+        parameters = loss.trainable_params()
         self.optimizer = optimizer
-        self._backward = Backward(loss)
-        self._mixed_in = None if mixed_in is None else Backward(mixed_in)
-        self._total: list[Tensor] = []
+        self._gradients = (buffers or GradientBuffers()).matching(parameters)
+        self._backward = Backward(loss, self._gradients)
+        self._mixed_in = None if mixed_in is None else Backward(mixed_in, self._gradients)
         self._losses: list[float] = []
-        self._norm = GradientNorm([layouts[name].is_split for name in names], groups)
-        self._update = Update(optimizer, max_grad_norm)
+        split = [layouts[parameter.name].is_split for parameter in parameters]
+        self._norm = GradientNorm(self._gradients, split, groups)
+        self._update = Update(optimizer, self._gradients, max_grad_norm)
 
     def step(self, micro_batches: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, float, float]:
         """One optimizer step over the micro-batches of this rank; skipped as :meth:`update` says.
@@ -199,12 +202,12 @@ class TrainStep:
         backward = self._mixed_in if mixed_in else self._backward
         assert backward is not None
         losses, statistics = [], []
+        if not self._losses:
+            clear(self._gradients)
         for arrays in micro_batches:
-            loss, part, gradients = backward(*(Tensor(array) for array in arrays))
+            loss, part = backward(*(Tensor(array) for array in arrays))
             losses.append(loss)
             statistics.append(part)
-            self._total = add_gradients(self._total, gradients) if self._total else list(gradients)
-            del gradients  # else this set stays in memory while the next backward makes another
         self._losses += [float(loss.asnumpy()) for loss in losses]
         return np.sum([part.asnumpy() for part in statistics], axis=0)
 
@@ -215,13 +218,10 @@ class TrainStep:
         step is skipped on every rank: weights, moments and schedule stay as they are, and the rate is 0.
         """
         fault = np.zeros(1, np.float32) if np.isfinite(self._losses).all() else np.full(1, np.nan, np.float32)
-        norm, summed = self._norm(Tensor(fault), *self._total)
-        if summed:
-            self._total = list(summed)
-        del summed
+        norm = self._norm(Tensor(fault))
         found, rate = float(norm.asnumpy()[0]), 0.0
         if math.isfinite(found):
-            rate = float(self._update(norm, *self._total).asnumpy()[0])
+            rate = float(self._update(norm).asnumpy()[0])
         self.discard()
         return found, rate
 
@@ -232,4 +232,4 @@ class TrainStep:
 
     def discard(self) -> None:
         """Forgets the gradients so far."""
-        self._total, self._losses = [], []
+        self._losses = []

@@ -13,6 +13,7 @@ from mindrlhf.models.train import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
+from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.losses import (
     POLICY_STATISTICS,
     VALUE_STATISTICS,
@@ -92,12 +93,14 @@ class PPOUpdate:
         self.pretraining = pretraining
         self.skips = SkippedUpdates(config.max_skipped_updates)
         self.policy_mesh = models.train.groups.mesh
+        buffers = GradientBuffers()  # of both: the critic's turn comes when the policy has done its step
         self.policy_step = _train_step(
             PolicyLoss(models.train, config),
             job.train,
             config.policy_optimizer_steps,
             models.train,
             config.max_grad_norm,
+            buffers,
             PretrainLoss(models.train, config.ptx_coef) if pretraining is not None else None,
         )
         self.critic_step: TrainStep | None = None
@@ -109,6 +112,7 @@ class PPOUpdate:
                 config.optimizer_steps,
                 models.critic,
                 config.max_grad_norm,
+                buffers,
             )
 
     def run(self, experience: Experience, iteration: int, on_step: Callable[[], None]) -> UpdateResult:
@@ -256,10 +260,11 @@ def _train_step(
     steps: int,
     model: SequenceModel,
     max_grad_norm: float,
+    buffers: GradientBuffers,
     mixed_in: PretrainLoss | None = None,
 ) -> TrainStep:
     optimizer = build_optimizer(config, loss.trainable_params(), steps)
-    return TrainStep(loss, optimizer, model.layouts, model.groups, max_grad_norm, mixed_in)
+    return TrainStep(loss, optimizer, model.layouts, model.groups, max_grad_norm, mixed_in, buffers)
 
 
 def minibatches(count: int, config: PPOConfig, iteration: int) -> Iterator[np.ndarray]:

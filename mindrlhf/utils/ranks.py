@@ -17,7 +17,12 @@ def is_scheduler() -> bool:
     return os.environ.get("MS_ROLE") == "MS_SCHED"
 
 
-def _env_int(name: str) -> int | None:
+def env_int(name: str) -> int | None:
+    """A number of the environment, ``None`` without one.
+
+    Raises:
+        MindRLHFError: it is not a number.
+    """
     text = os.environ.get(name, "").strip()
     if not text:
         return None
@@ -38,7 +43,7 @@ def env_rank() -> int:
     if not under_msrun():
         return 0
     for name in ("RANK_ID", "MS_NODE_ID"):
-        rank = _env_int(name)
+        rank = env_int(name)
         if rank is not None and rank >= 0:
             return rank
     return 0
@@ -50,4 +55,4 @@ def env_world_size() -> int:
     Raises:
         MindRLHFError: the environment holds something that is not a number.
     """
-    return max(_env_int("MS_WORKER_NUM") or 1, 1) if under_msrun() else 1
+    return max(env_int("MS_WORKER_NUM") or 1, 1) if under_msrun() else 1

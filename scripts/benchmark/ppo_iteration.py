@@ -3,7 +3,7 @@
 
     python scripts/benchmark/ppo_iteration.py --model default
 
-One process, float32, prompts of --prompt tokens, responses that always have --response tokens, one rollout, a
+One process, prompts of --prompt tokens, responses that always have --response tokens, one rollout, a
 separate critic and a reward model of the policy's size, a reference, one AdamW step of policy and of critic
 over the whole batch. ``scoring`` includes rewards and advantages; an iteration is all of it, the drawing of
 prompts and the records too. Figures are medians of the steps after the warm-up.
@@ -41,6 +41,8 @@ from results import (
     table,
 )
 
+DTYPES = ("float32", "bfloat16")
+
 if TYPE_CHECKING:
     from mindrlhf.configs.schema import JobConfig
     from mindrlhf.trainer.ppo_trainer import PPOTrainer
@@ -52,6 +54,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="default", help="sizes by name (default: default)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the operands of products (default: float32)"
+    )
     parser.add_argument("--layers", type=int, default=0, help="0: the model's (default)")
     parser.add_argument("--batch", type=int, default=0, help="sequences; 0: the model's (default)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: 64)")
@@ -74,7 +79,9 @@ def build_job(args: argparse.Namespace) -> JobConfig:
         path=Path("benchmark"),
         context=ContextConfig(),
         parallel=ParallelConfig(),
-        model=model_config(args.model, seq_length=args.prompt + args.response, **changes),
+        model=model_config(
+            args.model, seq_length=args.prompt + args.response, matmul_dtype=args.dtype, **changes
+        ),
         optimizer={"type": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
         lr_schedule={
             "type": "ConstantWarmUpLR",
@@ -162,7 +169,7 @@ def measure(args: argparse.Namespace) -> Steps:
     steps = Steps(
         system="MindRLHF",
         model=args.model,
-        dtype="float32",
+        dtype=args.dtype,
         batch=job.ppo.rollout_batch_size,
         prompt=args.prompt,
         response=args.response,

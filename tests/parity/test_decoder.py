@@ -16,6 +16,7 @@ from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.train import CriticModel, PPOModelTrain, RewardModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.train_step import Backward
 
 torch = pytest.importorskip("torch")
@@ -144,7 +145,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     policy.load(canonical(hf, dict(hf.named_parameters())))
     loss = WeightedLogProbs(policy)
     weights = np.random.default_rng(2).standard_normal(RESPONSE_MASK.shape).astype(np.float32) * RESPONSE_MASK
-    _, outputs, gradients = Backward(loss)(*INPUTS, Tensor(weights))
+    gradients = GradientBuffers().matching(loss.trainable_params())
+    _, outputs = Backward(loss, gradients)(*INPUTS, Tensor(weights))
     names = [parameter.name for parameter in loss.trainable_params()]
     return Case(
         config,

@@ -15,10 +15,11 @@ from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.train import PPOModelTrain, RewardModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.stages.reward import PairLoss
 from mindrlhf.trainer.stages.sft import SFTLoss
 from mindrlhf.trainer.stages.stage import network_inputs
-from mindrlhf.trainer.train_step import Backward, add_gradients
+from mindrlhf.trainer.train_step import Backward
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -90,12 +91,12 @@ def gradients_of(
     loss: nn.Cell, micro_batches: list[tuple[np.ndarray, ...]]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Statistics summed over micro-batches, and the accumulated gradient of every parameter."""
-    backward = Backward(loss)
-    sums, total = [], []
+    total = GradientBuffers().matching(loss.trainable_params())
+    backward = Backward(loss, total)
+    sums = []
     for arrays in micro_batches:
-        _, part, gradients = backward(*map(ms.Tensor, arrays))
+        _, part = backward(*map(ms.Tensor, arrays))
         sums.append(part.asnumpy())
-        total = add_gradients(total, gradients) if total else list(gradients)
     names = [parameter.name for parameter in loss.trainable_params()]
     return np.sum(sums, axis=0), {name: g.asnumpy() for name, g in zip(names, total, strict=True)}
 

@@ -1,4 +1,4 @@
-"""``run_workers``: a script of this directory under msrun; ``ppo_inputs``: the smallest PPO job."""
+"""``run_workers``: a script of this directory under msrun; inputs of the smallest jobs."""
 
 from __future__ import annotations
 
@@ -97,6 +97,12 @@ def failure_report(log_dir: Path, workers: int) -> str:
     raised = {name: text for name, text in texts.items() if "Traceback (most recent call last)" in text}
     shown = {name: text for name, text in (raised or texts).items() if text} or {"msrun": msrun}
     return "".join(f"--- end of the log of {name} ---\n{text}\n" for name, text in shown.items())
+
+
+@pytest.fixture(scope="session")
+def split_reports(run_workers: RunWorkers) -> list[dict[str, Any]]:
+    """What 4 workers reported to ``test_parallel.py`` and ``test_infer.py``, one dictionary a rank."""
+    return run_workers("worker_split.py", 4, timeout=400)
 
 
 @dataclass(frozen=True)
@@ -258,3 +264,42 @@ def _write_prompts(path: Path, rows: int, seed: int) -> None:
         learnt[row, len(ids) : end] = 1
     batch = {"prompt_ids": prompts, "pretrain_ids": pretrain, "loss_mask": learnt}
     write_mindrecord(path, prompt_schema(columns, sequence), [batch])
+
+
+ROWS, WORD, STOP = 120, 7, 5
+RESPONSE_TOKENS = np.array([30, 31, 32, 33])
+
+
+@pytest.fixture(scope="session")
+def pairs(ppo_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs in the columns of ``rlhf_data.py --pairs``; no two prompts are alike.
+
+    The preferred responses are made of a few tokens, one of which never stands in a rejected one: SFT can
+    learn the tokens, a reward model the difference.
+    """
+    from mindrlhf.data.mindrecord import write_mindrecord
+    from mindrlhf.data.schema import prompt_schema
+
+    schema = prompt_schema(ppo_inputs.PROMPT_COLUMNS, 16, pairs=True)
+    batch = {
+        name: np.full((ROWS, column.length), 0 if "mask" in name else ppo_inputs.PAD, np.int32)
+        for name, column in schema.items()
+    }
+    rng = np.random.default_rng(0)
+    for row in range(ROWS):
+        prompt = [3 + row % 50, 3 + row // 50, *rng.integers(3, 61, row % 5)]
+        n = len(prompt)
+        batch["prompt_ids"][row, -n:] = prompt
+        for ids, mask, is_chosen in (
+            ("pretrain_ids", "loss_mask", True),
+            ("rejected_ids", "rejected_mask", False),
+        ):
+            answer = rng.choice(RESPONSE_TOKENS, rng.integers(2, 5))
+            if is_chosen:
+                answer[rng.integers(len(answer))] = WORD
+            length = n + len(answer) + 1
+            batch[ids][row, :length] = [*prompt, *answer, STOP]
+            batch[mask][row, n:length] = 1
+    path = tmp_path_factory.mktemp("pairs") / "pairs.mindrecord"
+    write_mindrecord(path, schema, [batch])
+    return path

@@ -1,12 +1,7 @@
-"""SFT, reward model and PPO one after the other, as commands; and the first two on several layouts.
-
-The data's preferred responses are made of a few tokens, one of which never stands in a rejected one: SFT
-can learn the tokens, a reward model the difference.
-"""
+"""SFT, reward model and PPO one after the other, as commands."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -14,49 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.st.stage_metrics import assert_metrics_close, read_lines
+
 REPO_ROOT = Path(__file__).resolve().parents[2]
 TUTORIAL = REPO_ROOT / "examples" / "qwen_ppo_tutorial"
 HIDDEN_VARIABLES = ("LOCAL_DEFAULT_PATH", "LOG_MF_PATH", "MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "GLOG_v")
-ROWS, WORD, STOP = 120, 7, 5
-RESPONSE_TOKENS = np.array([30, 31, 32, 33])
-
-
-@pytest.fixture(scope="module")
-def pairs(ppo_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs in the columns of ``rlhf_data.py --pairs``; no two prompts are alike."""
-    from mindrlhf.data.mindrecord import write_mindrecord
-    from mindrlhf.data.schema import prompt_schema
-
-    schema = prompt_schema(ppo_inputs.PROMPT_COLUMNS, 16, pairs=True)
-    batch = {
-        name: np.full((ROWS, column.length), 0 if "mask" in name else ppo_inputs.PAD, np.int32)
-        for name, column in schema.items()
-    }
-    rng = np.random.default_rng(0)
-    for row in range(ROWS):
-        prompt = [3 + row % 50, 3 + row // 50, *rng.integers(3, 61, row % 5)]
-        n = len(prompt)
-        batch["prompt_ids"][row, -n:] = prompt
-        for ids, mask, is_chosen in (
-            ("pretrain_ids", "loss_mask", True),
-            ("rejected_ids", "rejected_mask", False),
-        ):
-            answer = rng.choice(RESPONSE_TOKENS, rng.integers(2, 5))
-            if is_chosen:
-                answer[rng.integers(len(answer))] = WORD
-            length = n + len(answer) + 1
-            batch[ids][row, :length] = [*prompt, *answer, STOP]
-            batch[mask][row, n:length] = 1
-    path = tmp_path_factory.mktemp("pairs") / "pairs.mindrecord"
-    write_mindrecord(path, schema, [batch])
-    return path
 
 
 class Workshop:
@@ -110,10 +74,6 @@ class Workshop:
 
     def metrics(self, name: str) -> list[dict[str, float]]:
         return read_lines(self.directory / name / "metrics.jsonl")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 SHARED = ("--batch_size", "12", "--eval_interval", "9", "--learning_rate", "1e-2")
@@ -248,115 +208,3 @@ def test_a_command_that_is_killed_and_stopped_ends_as_if_nothing_had_been(
     shutil.rmtree(stages.directory / "broken")
     for left in stages.temporary.iterdir():  # of the one that got SIGKILL
         shutil.rmtree(left, ignore_errors=True)
-
-
-@pytest.mark.msrun
-def test_layouts_do_not_change_the_stages(
-    run_workers: Any, ppo_inputs: Any, pairs: Path, tmp_path: Path
-) -> None:
-    """dp2 mp2 with micro-batches equals one process: losses, accuracy, calibration, every step.
-
-    The workers go on from a checkpoint of theirs to the last digit, one process from the same one resharded.
-    """
-    files = {}
-    for name, mesh in {"one": (1, 1), "four": (2, 2)}.items():
-        shared = {
-            "config_path": str(ppo_inputs.yaml("finetune", *mesh)),
-            "mind_dataset_dir": str(pairs),
-            "batch_size": 8,
-            "epochs": 1,
-            "eval_interval": 4,
-            "max_eval_prompts": 9,
-            "learning_rate": 3e-3,
-            "micro_batch_size": 2 if name == "four" else 0,
-            "watchdog_timeout": 0,
-        }
-        stages = {
-            "sft": {
-                "stage": "sft",
-                "save_interval": 4,
-                "keep_checkpoints": 0,
-                "load_sft_checkpoint": str(ppo_inputs.policy),
-                "save_ckpt_dir": str(tmp_path / name / "sft"),
-            },
-            "reward": {
-                "stage": "reward",
-                "load_sft_checkpoint": str(tmp_path / name / "sft" / "final"),
-                "save_ckpt_dir": str(tmp_path / name / "reward"),
-                "save_full_ckpt": str(tmp_path / name / "reward.ckpt"),
-                "calibration_samples": 21,
-                "center_coef": 0.01,
-            },
-        }
-        resumed = stages["sft"] | {
-            "save_ckpt_dir": str(tmp_path / name / "resumed"),
-            "resume_from": str(tmp_path / "four" / "sft" / "step_000004"),
-        }
-        jobs = {"four": stages | {"resumed": resumed}, "one": stages, "alone": {"resumed": resumed}}
-        for file in ("four",) if name == "four" else ("one", "alone"):
-            files[file] = tmp_path / f"{file}.json"
-            files[file].write_text(json.dumps({key: shared | given for key, given in jobs[file].items()}))
-    with working_alone(files["one"], tmp_path) as alone:
-        run_workers("worker_stages.py", 4, str(files["four"]), timeout=400)
-        assert alone.wait(timeout=300) == 0, (tmp_path / "one.log").read_text()[-3000:]
-    with working_alone(files["alone"], tmp_path) as alone:
-        assert alone.wait(timeout=300) == 0, (tmp_path / "alone.log").read_text()[-3000:]
-    straight = read_lines(tmp_path / "four" / "sft" / "metrics.jsonl")[5:]
-    assert_metrics_close(read_lines(tmp_path / "four" / "resumed" / "metrics.jsonl"), straight, rel=1e-6)
-    assert_metrics_close(read_lines(tmp_path / "one" / "resumed" / "metrics.jsonl"), straight, rel=1e-4)
-    assert (
-        "the checkpoint is resharded: plan.config.parallel.data_parallel: 2 in the checkpoint, 1 now"
-        in (tmp_path / "alone.log").read_text()
-    )
-    for stage in ("sft", "reward"):
-        one, four = (read_lines(tmp_path / name / stage / "metrics.jsonl") for name in ("one", "four"))
-        assert len(one) == len(four) > 10
-        assert_metrics_close(four, one, rel=1e-4)
-    one, four = (
-        json.loads((tmp_path / name / "reward" / "reward_model.json").read_text()) for name in ("one", "four")
-    )
-    assert four["calibration"].pop("source") == one["calibration"].pop("source") == "sft"
-    assert four["calibration"] == pytest.approx(one["calibration"], rel=1e-3, abs=1e-4)
-    assert_same_weights(tmp_path / "one" / "reward.ckpt", tmp_path / "four" / "reward.ckpt", ppo_inputs)
-
-
-@contextlib.contextmanager
-def working_alone(file: Path, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """worker_stages.py in one process; its output is in a log named after the file."""
-    with (directory / f"{file.stem}.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "worker_stages.py"), str(file)],
-            env={**os.environ, "MINDRLHF_TEST_RESULTS": str(directory), "PYTHONPATH": str(REPO_ROOT)},
-            cwd=directory,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def assert_metrics_close(
-    actual: list[dict[str, float]], expected: list[dict[str, float]], rel: float
-) -> None:
-    """Every line has the same metrics, but for those of the clock."""
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.keys() == other.keys()
-        for key in other.keys() - {"time/step", "tokens_per_second"}:
-            assert one[key] == pytest.approx(other[key], rel=rel, abs=rel / 10), (other["step"], key)
-
-
-def assert_same_weights(first: Path, second: Path, inputs: Any) -> None:
-    from mindrlhf.checkpoint.load import load_shard
-    from mindrlhf.configs.load import load_run_config
-    from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
-
-    model = load_run_config(inputs.yaml("finetune", 1, 1)).model
-    layouts = parameter_layouts(model, Mesh(), lm_head=False, score_head=True)
-    one, other = (load_shard(path, layouts, 0) for path in (first, second))
-    for name, array in one.items():
-        np.testing.assert_allclose(other[name], array, rtol=0, atol=1e-4, err_msg=name)

@@ -1,4 +1,4 @@
-"""One job of 4 workers: generation with split models and, on rank 0, with a whole one (see test_infer.py)."""
+"""What 4 workers generate for test_infer.py, with split models and, on rank 0, with a whole one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from worker_support import start, write_results
 
 from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.speaker import Speaker
@@ -107,8 +106,8 @@ def chat(groups: Groups, runtime: Runtime) -> list[int]:
     return said
 
 
-def main() -> None:
-    rank, size = start()
+def generate_all(rank: int, size: int) -> dict[str, Any]:
+    """Name of a run -> what it gave."""
     results: dict[str, Any] = {}
     for mesh, case in RUNS:
         results[f"{mesh} {case}"] = generate(case, mesh, create_groups(mesh, rank))
@@ -117,8 +116,4 @@ def main() -> None:
         results["whole chat"] = chat(Groups(Mesh(1, 1), 0), Runtime(0, 1))
         for case in CASES:
             results[f"whole {case}"] = generate(case, Mesh(1, 1), Groups(Mesh(1, 1), 0))
-    write_results(rank, results)
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,4 +1,4 @@
-"""One job of 4 workers that checks resharding, checksums and sharded layers (see test_parallel.py)."""
+"""What 4 workers check for test_parallel.py: resharding, checksums and sharded layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.np_dtype import bfloat16
-from worker_support import results_directory, start, write_results
+from worker_support import results_directory
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
@@ -246,10 +246,9 @@ def run_sharded_net(groups: Groups) -> dict[str, np.ndarray]:
     return arrays
 
 
-def main() -> None:
-    begin = time.perf_counter()
-    rank, world_size = start()
-    results: dict[str, Any] = {"seconds/init": time.perf_counter() - begin, "world_size": world_size}
+def check_all(rank: int) -> dict[str, Any]:
+    """Name -> verdict or figure; the networks' arrays go to files beside the results."""
+    results: dict[str, Any] = {}
     groups = {mesh: create_groups(mesh, rank) for mesh in MESHES}
     for check in (check_reshard, check_group_stack, check_model_reshard, check_checksums):
         begin = time.perf_counter()
@@ -260,8 +259,4 @@ def main() -> None:
         np.savez(results_directory() / f"net_{slug(mesh)}_rank{rank}.npz", **run_sharded_net(groups[mesh]))
     np.savez(results_directory() / f"inputs_rank{rank}.npz", **net_inputs())
     results["seconds/layers"] = time.perf_counter() - begin
-    write_results(rank, results)
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ PATHS = (
     "config_path", "load_sft_checkpoint", "mind_dataset_dir", "save_ckpt_dir", "save_full_ckpt",
     "resume_from",
 )  # fmt: skip
+SECONDS = 240
+
+
+def wait_for(checkpoint: Path | None) -> None:
+    """Another job that runs beside this one writes it."""
+    end = time.monotonic() + SECONDS
+    while checkpoint is not None and not checkpoint.is_dir() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def main(file: str) -> None:
@@ -39,6 +48,7 @@ def main(file: str) -> None:
     for name, given in json.loads(Path(file).read_text()).items():
         stage = given.pop("stage")
         options = {key: Path(value) if key in PATHS else value for key, value in given.items()}
+        wait_for(options.get("resume_from"))
         if stage == "sft":
             results[name] = str(run_sft(SFTOptions(**options)))
         else:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mindrlhf.trainer.runs import add_results_flags, add_resume_flags, add_watchdog_flag
+from mindrlhf.trainer.runs import (
+    add_device_flags,
+    add_results_flags,
+    add_resume_flags,
+    add_watchdog_flag,
+)
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
 from mindrlhf.utils.cli import str_to_bool
 
@@ -124,7 +129,5 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--trackers", type=tracker_names, default=DEFAULT_TRACKERS, help=TRACKERS_HELP)
     run.add_argument("--use_parallel", type=str_to_bool, default=True, help="False: one process, no msrun")
-    run.add_argument(
-        "--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAML's device_target"
-    )
+    add_device_flags(run)
     add_watchdog_flag(run)

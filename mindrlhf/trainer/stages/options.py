@@ -49,6 +49,7 @@ class StageOptions:
     trackers: tuple[str, ...] = DEFAULT_TRACKERS
     use_parallel: bool = True
     device_target: str | None = None
+    cpu_matmul_dtype: str = "float32"
     watchdog_timeout: float = DEFAULT_TIMEOUT
 
     @property
@@ -128,7 +129,10 @@ def read_plan(options: StageOptions, world_size: int) -> StagePlan:
         ConfigError: with every fault.
     """
     config = load_run_config(
-        options.config_path, device_target=options.device_target, single_process=not options.use_parallel
+        options.config_path,
+        device_target=options.device_target,
+        single_process=not options.use_parallel,
+        cpu_matmul_dtype=options.cpu_matmul_dtype,
     )
     dp = config.parallel.data_parallel
     batch_size = config.runner.batch_size * dp if options.batch_size is None else options.batch_size

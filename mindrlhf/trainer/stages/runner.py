@@ -24,7 +24,13 @@ from mindrlhf.trainer.console.state import Column
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.recording import start_records
 from mindrlhf.trainer.resuming import choose_checkpoint
-from mindrlhf.trainer.runtime import HostExchange, check_device, local_rows, start_runtime
+from mindrlhf.trainer.runtime import (
+    HostExchange,
+    check_device,
+    check_products,
+    local_rows,
+    start_runtime,
+)
 from mindrlhf.trainer.skipping import SkippedUpdates, not_finite
 from mindrlhf.trainer.stages.batches import RowStream
 from mindrlhf.trainer.stages.options import FINAL, StageOptions, StagePlan, check_paths
@@ -119,6 +125,7 @@ def start_job(
     train_rows, held_out_rows = data.split(options.eval_fraction, options.max_eval_prompts, options.seed)
     steps = plan.total_steps(len(train_rows))
     check_device(config.context)
+    check_products(config.model)
     runtime = start_runtime(config.context, use_parallel=config.parallel.world_size > 1, litter_dir=litter)
     check_writable(options.save_ckpt_dir, runtime.rank)
     logger.info(

@@ -26,7 +26,7 @@ def stage_kind(part: str) -> Kind:
         unimportant=re.compile(
             r"plan\.config\.(path|ignored.*)"
             r"|options\.(\w+_(path|dir|checkpoint|ckpt)|resume_\w+|trackers|watchdog_timeout|use_parallel"
-            r"|device_target|epochs|batch_size|micro_batch_size|learning_rate)"
+            r"|device_target|cpu_matmul_dtype|epochs|batch_size|micro_batch_size|learning_rate)"
         ),
     )
 

@@ -216,6 +216,18 @@ def test_device_target_override(job: Any, log: pytest.LogCaptureFixture) -> None
     ]
 
 
+def test_products_of_every_model_round_on_cpu_alone(job: Any) -> None:
+    loaded = job.load(cpu_matmul_dtype="bfloat16")
+    runs = (loaded.infer, loaded.train, loaded.reward, loaded.critic)
+    assert {(run.model.matmul_dtype, run.model.compute_dtype) for run in runs} == {("bfloat16", "float32")}
+    assert job.load().train.model.matmul_dtype == "float32"
+    job.edit("train", "context.device_target", "Ascend")
+    assert (
+        "--cpu_matmul_dtype: bfloat16, but train.yaml runs on Ascend - leave it out; there "
+        "compute_dtype says it"
+    ) in job.faults(cpu_matmul_dtype="bfloat16")
+
+
 def test_single_process_replaces_every_split(job: Any) -> None:
     loaded = job.load(world_size=1, single_process=True)
     assert {
@@ -301,7 +313,8 @@ def test_every_ppo_field_is_read_from_yaml() -> None:
 def test_every_model_field_is_read_from_yaml() -> None:
     from mindrlhf.configs.keys import MODEL_RULES
 
-    assert set(MODEL_RULES) == {field.name for field in dataclasses.fields(ModelConfig)}
+    flags = {"matmul_dtype"}  # --cpu_matmul_dtype
+    assert set(MODEL_RULES) | flags == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 def test_derived_sizes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
@@ -12,6 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout, Mesh
+from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.train_step import TrainStep
 from mindrlhf.trainer.update import minibatches
@@ -69,12 +71,14 @@ class Squares(nn.Cell):
 class Job:
     """The loss, its weights and the step; :meth:`restart` goes back to before the first step."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, buffers: GradientBuffers | None = None) -> None:
         self.loss = Squares()
         parameters = self.loss.trainable_params()
         layouts = {p.name: Layout(Mesh(), tuple(p.shape), (None,) * p.ndim) for p in parameters}
         self.optimizer = build_optimizer(config, parameters, TOTAL_STEPS)
-        self.train_step = TrainStep(self.loss, self.optimizer, layouts, Groups(Mesh(), 0), MAX_NORM)
+        self.train_step = TrainStep(
+            self.loss, self.optimizer, layouts, Groups(Mesh(), 0), MAX_NORM, buffers=buffers
+        )
         self.step = self.train_step.step
 
     def restart(self) -> None:
@@ -88,9 +92,19 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(tiny_job: JobConfig) -> Job:
+def buffers() -> GradientBuffers:
+    return GradientBuffers()
+
+
+@pytest.fixture(scope="module")
+def config(tiny_job: JobConfig) -> RunConfig:
     decay = {**tiny_job.train.optimizer, "weight_decay": 0.3}
-    return Job(replace(tiny_job.train, lr_schedule=SCHEDULE, optimizer=decay))
+    return replace(tiny_job.train, lr_schedule=SCHEDULE, optimizer=decay)
+
+
+@pytest.fixture(scope="module")
+def job(config: RunConfig, buffers: GradientBuffers) -> Job:
+    return Job(config, buffers)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +168,41 @@ def test_micro_batches_add_up_to_the_whole(job: Job, whole: dict[str, Any]) -> N
         assert found[1] == 6  # rows of all micro-batches
         assert found_norm == pytest.approx(norm, rel=1e-5)
         np.testing.assert_allclose(job.loss.weight.asnumpy(), weights[0], atol=1e-6)
+
+
+def test_steps_that_take_turns_share_their_gradient_buffers(
+    job: Job, whole: dict[str, Any], config: RunConfig, buffers: GradientBuffers
+) -> None:
+    """What one step left, or gave up, does not come into the other's."""
+    other = Job(config, buffers)
+    assert list(map(id, other.train_step._gradients)) == list(map(id, job.train_step._gradients))
+    job.restart()
+    for weights in whole["weights"][:3]:
+        for one in (job, other):
+            one.train_step.accumulate([(X, Y * np.float32("nan"), INVERSE_ROWS)])
+            one.train_step.discard()
+            one.step([(X, Y, INVERSE_ROWS)])
+            for found, wanted in zip(one.weights(), weights, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_buffer_for_each_parameter_of_a_shape_and_type() -> None:
+    def parameters(*kinds: tuple[tuple[int, ...], type]) -> list[Parameter]:
+        return [
+            Parameter(Tensor(np.ones(shape, kind)), name=f"p{n}") for n, (shape, kind) in enumerate(kinds)
+        ]
+
+    buffers = GradientBuffers()
+    first = buffers.matching(parameters(((2, 3), np.float32), ((2, 3), np.float32), ((3,), np.float32)))
+    second = buffers.matching(parameters(((3,), np.float32), ((2, 3), np.float16), ((2, 3), np.float32)))
+    assert len({buffer.name for buffer in (*first, *second)}) == len({id(b) for b in (*first, *second)}) == 4
+    assert (second[0] is first[2], second[2] is first[0]) == (True, True)
+    assert [(tuple(buffer.shape), buffer.dtype) for buffer in second] == [
+        ((3,), ms.float32),
+        ((2, 3), ms.float16),
+        ((2, 3), ms.float32),
+    ]
+    assert not any(buffer.requires_grad or buffer.asnumpy().any() for buffer in (*first, *second))
 
 
 def test_a_section_mindformers_refuses_is_a_config_error(tiny_job: JobConfig) -> None:

@@ -1,0 +1,121 @@
+"""Compiles the C++ operators of this package and keeps what comes out.
+
+As PyTorch's ``torch.utils.cpp_extension.load`` does: compiled when first wanted, then taken from a directory,
+under a digest of the source, the command and the libraries it is linked with. One file serves all processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.ranks import env_int
+
+logger = get_logger(__name__)
+
+SOURCE = Path(__file__).with_name("bf16_products.cpp")
+NEEDED_FLAG = "avx512_bf16"
+"""The processor's name for the instructions of bfloat16 products (those with AMX have them, too)."""
+
+_OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra")
+
+
+def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What the processor can do, in Linux's words; nothing where Linux does not say."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()[2:]) for line in lines if line.startswith("flags")), set())
+
+
+def check_processor() -> None:
+    """Refuses bfloat16 products on a processor without instructions for them.
+
+    Raises:
+        MindRLHFError: it has none; oneDNN would emulate them, slower than float32.
+    """
+    if NEEDED_FLAG not in processor_flags():
+        raise MindRLHFError(
+            f"--cpu_matmul_dtype bfloat16: this processor ({platform.machine()}) has no {NEEDED_FLAG} "
+            "instructions; leave it at float32"
+        )
+
+
+@functools.cache
+def product_library() -> Path:
+    """The operators of ``bf16_products.cpp``, compiled, loaded, and told how many threads to use.
+
+    Raises:
+        MindRLHFError: the processor has no bfloat16 instructions, there is no compiler, or it fails.
+    """
+    check_processor()
+    library = _compiled(SOURCE, _onednn())
+    ctypes.CDLL(str(library)).SetThreads(
+        thread_count()
+    )  # MindSpore loads the same file: one copy of its state
+    return library
+
+
+def thread_count() -> int:
+    """Threads of one product: ``OMP_NUM_THREADS``, or this worker's part of the processors it may use."""
+    given = env_int("OMP_NUM_THREADS")
+    if given:
+        return max(1, given)
+    workers = max(1, env_int("MS_WORKER_NUM") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def library_directory() -> Path:
+    """Where compiled operators are kept: ``~/.cache/mindrlhf/kernels``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindrlhf" / "kernels"
+
+
+def _onednn() -> Path:
+    """MindSpore's own oneDNN."""
+    package = importlib.util.find_spec("mindspore")
+    places = [] if package is None else list(package.submodule_search_locations or [])
+    found = [file for place in places for file in sorted(Path(place, "lib").glob("libdnnl.so.3*"))]
+    if not found:
+        raise MindRLHFError(
+            f"--cpu_matmul_dtype bfloat16: no lib/libdnnl.so.3 (oneDNN) in MindSpore's package {places}; "
+            "leave it at float32"
+        )
+    return found[0]
+
+
+def _compiled(source: Path, onednn: Path) -> Path:
+    compiler = os.environ.get("CXX") or "g++"
+    linked = [f"-L{onednn.parent}", f"-l:{onednn.name}", f"-Wl,-rpath,{onednn.parent}"]
+    made_from = [source.read_bytes(), " ".join([compiler, *_OPTIONS, *linked]).encode()]
+    library = (
+        library_directory() / f"{source.stem}_{hashlib.sha256(b'|'.join(made_from)).hexdigest()[:16]}.so"
+    )
+    if library.is_file():
+        return library
+    if shutil.which(compiler) is None:
+        raise MindRLHFError(
+            f"--cpu_matmul_dtype bfloat16 needs a C++ compiler and {compiler} is not there; install g++, or "
+            "set CXX, or leave it at float32"
+        )
+    logger.info("compiling %s with %s into %s", source.name, compiler, library)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(library) as temporary:
+            command = [compiler, *_OPTIONS, str(source), "-o", str(temporary), *linked]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    except subprocess.CalledProcessError as error:
+        raise MindRLHFError(f"{' '.join(command)} failed:\n{error.stderr[-2000:]}") from error
+    except OSError as error:
+        raise MindRLHFError(f"{library} cannot be written: {error.strerror}; set XDG_CACHE_HOME") from error
+    return library

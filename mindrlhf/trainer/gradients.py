@@ -1,0 +1,50 @@
+"""Where gradients add up: parameters that all graphs of an optimizer step refer to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, ops
+
+
+class GradientBuffers:
+    """One set of gradients for all models that are trained one after the other.
+
+    A compiled graph holds the tensors that it was given until it is given the next ones (measured on CPU),
+    and all its results are there at its end. To parameters it only refers, and a gradient that it has added
+    to one is free at once: beside this set there is never a second one.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[tuple[int, ...], ms.Type], list[Parameter]] = {}
+
+    def matching(self, parameters: Sequence[Parameter]) -> ParameterTuple:
+        """A buffer for each parameter; other parameters of the same shape and type get the same ones."""
+        taken: Counter[tuple[tuple[int, ...], ms.Type]] = Counter()
+        chosen = []
+        for parameter in parameters:
+            kind = tuple(parameter.shape), parameter.dtype
+            buffers = self._buffers.setdefault(kind, [])
+            if taken[kind] == len(buffers):
+                buffers.append(_new_buffer(*kind, number=len(buffers)))
+            chosen.append(buffers[taken[kind]])
+            taken[kind] += 1
+        return ParameterTuple(chosen)
+
+
+def clear(buffers: Sequence[Parameter]) -> None:
+    """Sets all to zero, whatever they hold; on CPU a parameter's array is its memory, elsewhere a copy."""
+    for buffer in buffers:
+        if ms.get_context("device_target") == "CPU":
+            buffer.asnumpy().fill(0)
+        else:
+            ops.assign(buffer, ops.zeros_like(buffer))
+
+
+def _new_buffer(shape: tuple[int, ...], dtype: ms.Type, *, number: int) -> Parameter:
+    sizes = "x".join(map(str, shape))
+    zeros = Tensor(np.zeros(shape, np.float32)).astype(dtype)
+    return Parameter(zeros, name=f"gradient.{dtype}.{sizes}.{number}", requires_grad=False)
