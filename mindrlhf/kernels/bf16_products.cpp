@@ -17,6 +17,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -61,6 +62,7 @@ int dnnl_threadpool_interop_set_max_concurrency(int);
 namespace {
 
 constexpr int kCpu = 1, kInOrder = 1, kBFloat16 = 2, kFloat32 = 3, kScratchOfCaller = 1;
+constexpr int kNoMemory = 1;  // as oneDNN says it
 constexpr int kArgA = 1, kArgB = 33, kArgC = 17, kArgScratch = 80, kQueryScratch = 136;
 constexpr int64_t kRoundAtOnce = 1 << 16;  // elements
 
@@ -78,6 +80,7 @@ class Buffer {
   void* AtLeast(size_t bytes) {
     if (bytes > size_) {
       data_.reset();
+      size_ = 0;
       data_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
       size_ = bytes;
     }
@@ -103,6 +106,7 @@ class Team {
 
   // Calls work(piece, member) for each piece; gives the last status that is not 0.
   int Run(int pieces, const std::function<int(int, int)>& work) {
+    if (pieces == 1) return work(0, 0);  // nobody need wake up
     {
       std::lock_guard<std::mutex> lock(mutex_);
       work_ = &work;
@@ -299,7 +303,18 @@ int Locked(const std::function<void(Products&)>& work) {
     return 0;
   } catch (int status) {
     return status;
+  } catch (const std::exception&) {
+    return kNoMemory;
   }
+}
+
+int Product(void** data, int64_t** shapes, const char** types, bool b_transposed) {
+  const int64_t m = shapes[0][0], k = shapes[0][1], n = shapes[1][b_transposed ? 0 : 1];
+  return Locked([&](Products& products) {
+    const BFloat16* a = products.Operand(data[0], m * k, types[0], 0);
+    const BFloat16* b = products.Operand(data[1], k * n, types[1], 1);
+    products.Multiply({m, k, n, false, b_transposed}, a, b, data[2]);
+  });
 }
 
 }  // namespace
@@ -316,22 +331,12 @@ int Rounded(int, void** data, int*, int64_t** shapes, const char**, void*, void*
 
 // x (m, k), weight (n, k) -> x weight^T (m, n).
 int RowsProduct(int, void** data, int*, int64_t** shapes, const char** types, void*, void*) {
-  const int64_t m = shapes[0][0], k = shapes[0][1], n = shapes[1][0];
-  return Locked([&](Products& products) {
-    const BFloat16* x = products.Operand(data[0], m * k, types[0], 0);
-    const BFloat16* weight = products.Operand(data[1], n * k, types[1], 1);
-    products.Multiply({m, k, n, false, true}, x, weight, data[2]);
-  });
+  return Product(data, shapes, types, true);
 }
 
 // weight (m, k), x (k, n) -> weight x (m, n).
 int ColumnsProduct(int, void** data, int*, int64_t** shapes, const char** types, void*, void*) {
-  const int64_t m = shapes[0][0], k = shapes[0][1], n = shapes[1][1];
-  return Locked([&](Products& products) {
-    const BFloat16* weight = products.Operand(data[0], m * k, types[0], 0);
-    const BFloat16* x = products.Operand(data[1], k * n, types[1], 1);
-    products.Multiply({m, k, n, false, false}, weight, x, data[2]);
-  });
+  return Product(data, shapes, types, false);
 }
 
 // dy (m, n), x (m, k), weight (n, k) -> dx = dy weight (m, k) and dweight = dy^T x (n, k).

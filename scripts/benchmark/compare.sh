@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # One PPO iteration of MindRLHF beside TRL's on this machine, as one table of times, memory and ratios.
 #
-#   scripts/benchmark/compare.sh [--rounds N] [--steps N] [--dtypes "float32 autocast bf16"] [--output FILE]
-#                                [small] [default] [large]
+#   scripts/benchmark/compare.sh [--rounds N] [--steps N] [--dtypes "float32 autocast bf16"]
+#                                [--own_dtypes "float32 bfloat16"] [--output FILE] [small] [default] [large]
+#
+# --dtypes are TRL's; --own_dtypes ours: the operands of products (bfloat16 needs avx512_bf16 and g++).
 #
 # Ours and TRL's runs alternate (A B A B), each a process of its own of at most RUN_LIMIT seconds (default 240),
 # so that what else the machine does meets both. TRL lives in TRL_VENV (default ~/.cache/mindrlhf/trl_venv), made
@@ -17,7 +19,7 @@ source "$HERE/../common.sh"
 TRL_VENV="${TRL_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/mindrlhf/trl_venv}"
 TRL_PACKAGES=(trl==1.12.0 transformers==5.23.0 torch==2.13.0)
 RUN_LIMIT="${RUN_LIMIT:-240}"
-rounds=2 steps=3 dtypes="float32 autocast bf16" output="" models=()
+rounds=2 steps=3 dtypes="float32 autocast bf16" own_dtypes="float32 bfloat16" output="" models=()
 
 usage() {
     sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -28,6 +30,7 @@ while [[ $# -gt 0 ]]; do
         --rounds) rounds="$2"; shift 2 ;;
         --steps) steps="$2"; shift 2 ;;
         --dtypes) dtypes="$2"; shift 2 ;;
+        --own_dtypes) own_dtypes="$2"; shift 2 ;;
         --output) output="$2"; shift 2 ;;
         -h | --help) usage; exit 0 ;;
         small | default | large) models+=("$1"); shift ;;
@@ -73,9 +76,11 @@ log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
 for ((round = 1; round <= rounds; round++)); do
     for model in "${models[@]}"; do
-        # shellcheck disable=SC2046
-        run "round $round/$rounds: MindRLHF $model" \
-            "$PYTHON" "$HERE/ppo_iteration.py" --model "$model" $(rows "$model")
+        for dtype in $own_dtypes; do
+            # shellcheck disable=SC2046
+            run "round $round/$rounds: MindRLHF $model $dtype" \
+                "$PYTHON" "$HERE/ppo_iteration.py" --model "$model" --dtype "$dtype" $(rows "$model")
+        done
         for dtype in $dtypes; do
             [[ "$dtype $model" != "bf16 large" ]] || continue
             run "round $round/$rounds: TRL $model $dtype" \

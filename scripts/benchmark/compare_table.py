@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Prints the runs of compare.sh as one table, with ratios: how many times MindRLHF's figure TRL's is.
 
+TRL's float32 stands beside our float32; its two kinds of bfloat16 beside our bfloat16 products, if there are.
+
 python scripts/benchmark/compare_table.py RUNS.jsonl
 """
 
@@ -27,13 +29,15 @@ def grouped(runs: list[Steps]) -> list[Steps]:
     return sorted((pooled(group) for group in groups.values()), key=lambda run: order[run.model])
 
 
-def ratios(run: Steps, ours: dict[str, Steps]) -> tuple[str, ...]:
-    """Whole iteration, rollout, scoring, training and memory of TRL over ours, and the goal."""
-    if run.system == OURS or run.model not in ours:
-        return ("",) * 6
-    base = ours[run.model]
+def ratios(run: Steps, ours: dict[tuple[str, str], Steps]) -> tuple[str, ...]:
+    """Which of ours it stands beside; iteration, rollout, scoring, training and memory over ours; goal."""
+    like = "float32" if run.dtype == "float32" else "bfloat16"
+    base = ours.get((run.model, like)) or ours.get((run.model, "float32"))
+    if run.system == OURS or base is None:
+        return ("",) * 7
     times = [run.median(name) / base.median(name) for name in ("iteration", "rollout", "scoring", "training")]
     return (
+        base.dtype,
         *(f"{ratio:.2f}" for ratio in (*times, run.peak_gib / base.peak_gib)),
         f"{GOALS[run.dtype]:.1f}",
     )
@@ -46,8 +50,17 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, help="what --json of ppo_iteration.py and trl_baseline.py wrote")
     runs = grouped(read_json(parser.parse_args().runs))
-    ours = {run.model: run for run in runs if run.system == OURS}
-    columns = (*COLUMNS, "x iteration", "x rollout", "x scoring", "x training", "x memory", "goal")
+    ours = {(run.model, run.dtype): run for run in runs if run.system == OURS}
+    columns = (
+        *COLUMNS,
+        "beside our",
+        "x iteration",
+        "x rollout",
+        "x scoring",
+        "x training",
+        "x memory",
+        "goal",
+    )
     print("medians of all clean steps, highest peaks; x: TRL's figure over MindRLHF's\n")
     print(table(columns, [row(run) + ratios(run, ours) for run in runs]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -67,8 +68,13 @@ def test_ratios_are_theirs_over_ours(load: Load) -> None:
     table = load("compare_table")
     ours = steps(load, "MindRLHF", [9.0, 9.0, 2.0])
     theirs = steps(load, "TRL 1.12.0", [9.0, 9.0, 5.0], peak_gib=1.0)
-    assert table.ratios(ours, {"small": ours}) == ("",) * 6
-    assert table.ratios(theirs, {"small": ours}) == ("2.50", "2.50", "2.50", "2.50", "0.50", "2.0")
+    rounding = dataclasses.replace(steps(load, "MindRLHF", [9.0, 9.0, 1.0]), dtype="bfloat16")
+    own = {("small", "float32"): ours, ("small", "bfloat16"): rounding}
+    assert table.ratios(ours, own) == table.ratios(rounding, own) == ("",) * 7
+    assert table.ratios(theirs, own) == ("float32", "2.50", "2.50", "2.50", "2.50", "0.50", "2.0")
+    autocast = dataclasses.replace(theirs, dtype="autocast")
+    assert table.ratios(autocast, own)[:2] == ("bfloat16", "5.00")
+    assert table.ratios(autocast, {("small", "float32"): ours})[:2] == ("float32", "2.50")
 
 
 def test_exponent_is_the_slope_of_the_logarithms(load: Load) -> None:
