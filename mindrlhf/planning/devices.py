@@ -18,8 +18,8 @@ class DeviceTraits:
         transpose_index: bytes that a ``Transpose`` kernel keeps for each element, as long as its graph lives.
         broadcast_index: the same of an element-wise kernel that broadcasts.
         first_graph: bytes that compiling anything at all takes: threads, generated code.
-        graph: bytes of a compiled graph, whatever is in it.
-        forward_layer, backward_layer, decode_layer: bytes of a compiled layer in a graph of each kind.
+        forward_layer, backward_layer, decode_layer: bytes of a compiled layer in a graph of each kind; the
+            graphs of an optimizer step count with the backward pass.
         fused_optimizer: whether an AdamW step is one kernel a parameter, which needs no copies.
         host_shared: whether the models live in the memory of the process.
     """
@@ -30,7 +30,6 @@ class DeviceTraits:
     transpose_index: int
     broadcast_index: int
     first_graph: int
-    graph: int
     forward_layer: int
     backward_layer: int
     decode_layer: int
@@ -44,16 +43,16 @@ CPU = DeviceTraits(
     training_imports=30 * MIB,
     transpose_index=8,
     broadcast_index=16,
-    first_graph=97 * MIB,
-    graph=15 * MIB,
-    forward_layer=5 * MIB,
-    backward_layer=13 * MIB,
-    decode_layer=3 * MIB,
+    first_graph=50 * MIB,
+    forward_layer=7 * MIB,
+    backward_layer=25 * MIB,
+    decode_layer=5 * MIB,
     fused_optimizer=True,
     host_shared=True,
 )
 """Measured with MindSpore 2.9.0: what its CPU kernels keep, by chains of ten operations of one kind; compiled
-graphs, by models of 2, 8 and 12 layers that have next to no weights and by the quick start's 30 layers."""
+graphs, by how the heap grows from phase to phase on models of 4, 6 and 8 layers, and by the peak of the quick
+start's 30 layers."""
 
 ASCEND = DeviceTraits(
     measured=False,
@@ -62,7 +61,6 @@ ASCEND = DeviceTraits(
     transpose_index=0,
     broadcast_index=0,
     first_graph=0,
-    graph=0,
     forward_layer=0,
     backward_layer=0,
     decode_layer=0,

@@ -72,23 +72,24 @@ def scoring_graph(sizes: RankSizes, work: Pass, device: DeviceTraits) -> GraphMe
     widest = work.tokens * max(_attention_forward(sizes, work.columns), _feed_forward(sizes))
     activations = work.tokens * _shared(sizes, work.columns) + max(widest, _head_forward(sizes, work))
     kernels = device.broadcast_index * _broadcast_once(sizes, work)
-    return GraphMemory(activations, kernels, device.graph + device.forward_layer * sizes.layers)
+    return GraphMemory(activations, kernels, device.forward_layer * sizes.layers)
 
 
 def training_graph(
     sizes: RankSizes, work: Pass, parameters: ParameterCount, device: DeviceTraits
 ) -> GraphMemory:
-    """Forward and backward pass with its gradients.
+    """Forward and backward pass, which adds its gradients to buffers.
 
-    The pool is fullest when the backward pass begins: all layers' activations and the head's gradients.
+    The pool is fullest when the backward pass begins: all layers' activations and the head's gradients. Of
+    the parameters' gradients a layer's and the largest one are there before they are added (measured on CPU).
     """
     layer = work.tokens * _kept_by_layer(sizes, work.columns)
     start = sizes.layers * layer + work.tokens * sizes.hidden * (sizes.norm + sizes.compute)
-    start += _weight_copies(sizes, parameters)
+    start += _weight_copies(sizes, parameters) + (parameters.layer + parameters.largest) * sizes.param
     widest = max(_head_backward(sizes, work), work.tokens * _layer_backward(sizes, work.columns))
     activations = work.tokens * _shared(sizes, work.columns) + start + widest
     kernels = device.broadcast_index * _broadcast_once(sizes, work)
-    return GraphMemory(activations, kernels, device.graph + device.backward_layer * sizes.layers)
+    return GraphMemory(activations, kernels, device.backward_layer * sizes.layers)
 
 
 def generation_graphs(

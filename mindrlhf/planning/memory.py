@@ -115,8 +115,9 @@ def _cumulative(
 ) -> tuple[PhaseMemory, ...]:
     """On CPU: what a phase takes from the system is not given back, so later phases have it too.
 
-    Rollout and scoring are those of the first iteration; moments are zeros that nobody has touched until the
-    first optimizer step. From the second iteration on, all phases stand at the peak.
+    Rollout and scoring are those of the first iteration, when of the moments, which are zeros, nobody has
+    touched more than what loading a model has left. From the second iteration on, all phases stand at the
+    peak.
     """
     phases = []
     pool = kernels = graphs = 0
@@ -124,13 +125,11 @@ def _cumulative(
         pool = max(pool, _pool(models, name))
         kernels += sum(model.graphs[name].kernels for model in models if name in model.graphs)
         graphs += sum(model.graphs[name].compiled for model in models if name in model.graphs)
-        # Loading leaves a copy of one model's weights behind (measured on three models).
-        copies = max(model.weights for model in models)
-        copies += _buckets(job) if name in (SYNC, SAVE) else 0
+        copies = _buckets(job) if name in (SYNC, SAVE) else 0
         process = device.process + device.training_imports
         phase = _phase(name, models, pool, kernels, graphs, copies, process)
         if name in (ROLLOUT, SCORING):
-            phase.parts["moments"] = 0
+            phase.parts["moments"] = min(phase.parts["moments"], max(model.weights for model in models))
         phases.append(phase)
     return tuple(phases)
 

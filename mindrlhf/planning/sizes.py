@@ -9,7 +9,7 @@ from math import prod
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import EMBEDDING, SCORE_HEAD, parameter_layouts
+from mindrlhf.parallel.parameters import EMBEDDING, SCORE_HEAD, layer_prefix, parameter_layouts
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number, by its name in a YAML."""
@@ -76,6 +76,7 @@ class ParameterCount:
         body: all parameters but the scalar head, stored in the YAML's ``param_init_type``.
         head: the scalar head, always float32.
         largest: of the largest parameter.
+        layer: of a decoder layer.
         embedding: of the embedding table, which is looked up and not multiplied unless it is tied.
         shapes: how often each shape comes in the body.
         head_shapes: the same of the scalar head.
@@ -84,6 +85,7 @@ class ParameterCount:
     body: int
     head: int
     largest: int
+    layer: int
     embedding: int
     shapes: Counter[tuple[int, ...]]
     head_shapes: Counter[tuple[int, ...]]
@@ -119,6 +121,7 @@ def count_parameters(config: ModelConfig, mp: int, *, lm_head: bool, score_head:
         body=sum(numbers.values()) - head,
         head=head,
         largest=max(numbers.values()),
+        layer=sum(number for name, number in numbers.items() if name.startswith(layer_prefix(0))),
         embedding=numbers[EMBEDDING],
         shapes=shapes,
         head_shapes=Counter(layout.local_shape for name, layout in layouts.items() if name in SCORE_HEAD),

@@ -62,9 +62,11 @@ run() {
     grep -E '^\| (MindRLHF|TRL)' "$log" || true
 }
 
-# Rows of our backward and scoring passes: the same time as all at once, and less memory.
+# Rows of our backward and scoring passes and steps of a decode call: nearly the same time as all at once, and less
+# memory than TRL.
 rows() {
     case "$1" in
+        small) echo "--micro_batch 8 --decode_steps 4" ;;
         default) echo "--micro_batch 8 --score_batch 8" ;;
         large) echo "--micro_batch 2 --score_batch 2" ;;
     esac
