@@ -92,7 +92,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
 
     time_compilations(compiled)
     sizes = {"prompt": 64, "response": 64, "batch": BATCH[args.model], "micro_batch": 0, "score_batch": 0}
-    settings = argparse.Namespace(**vars(args), **sizes, steps=1, warm_up=0)
+    settings = argparse.Namespace(**vars(args), **sizes, dtype="float32", steps=1, warm_up=0)
     job = build_job(settings)
     with tempfile.TemporaryDirectory(prefix="mindrlhf_") as directory:
         files = write_inputs(job, Path(directory))
