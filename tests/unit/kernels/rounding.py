@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from mindrlhf.kernels.library import NEEDED_FLAG, processor_flags
 
 needs_bfloat16 = pytest.mark.skipif(
-    NEEDED_FLAG not in processor_flags(), reason="this processor has no avx512_bf16"
+    NEEDED_FLAG not in processor_flags() or shutil.which("g++") is None, reason="needs avx512_bf16 and g++"
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import pytest
 
 from mindrlhf.kernels import library
 from mindrlhf.utils.errors import MindRLHFError
+from tests.unit.kernels.rounding import needs_bfloat16
 
 ORIGINAL_FLAGS = library.processor_flags  # the fixture below replaces it
-CAN_ROUND = library.NEEDED_FLAG in library.processor_flags()
-needs_bfloat16 = pytest.mark.skipif(not CAN_ROUND, reason="this processor has no avx512_bf16")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +64,6 @@ def test_without_onednn_the_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
         library.product_library()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @needs_bfloat16
 def test_compiled_once_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = library.product_library()
