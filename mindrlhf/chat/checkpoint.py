@@ -159,7 +159,8 @@ def _recorded_sizes(record: Path, device_target: str | None) -> Sizes | None:
     """Sizes and split of the trained policy from the ``config.json`` of a PPO run."""
     try:
         train = json.loads(record.read_text(encoding="utf-8"))["configuration"]["train"]
-        model = _dataclass(ModelConfig, train["model"])
+        # Of the training job, not of the model: here there may be another device or processor.
+        model = _dataclass(ModelConfig, train["model"] | {"matmul_dtype": "float32"})
         parallel = _dataclass(ParallelConfig, train["parallel"])
         context = ContextConfig(device_target=device_target or train["context"]["device_target"])
     except (OSError, ValueError, KeyError, TypeError):

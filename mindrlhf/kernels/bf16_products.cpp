@@ -1,7 +1,7 @@
 // Matrix products with bfloat16 operands and float32 results, as custom operators of MindSpore on CPU.
 //
 // MindSpore has no bfloat16 product on CPU, but ships oneDNN, which has one for processors with AVX512-BF16 or
-// AMX: about twice as fast as float32. float32 operands are rounded to bfloat16 (to the nearest, ties to even; NaN
+// AMX, and beats that of float32. float32 operands are rounded to bfloat16 (to the nearest, ties to even; NaN
 // stays NaN, what is below the normal numbers becomes 0); sums and results are float32.
 //
 // oneDNN's headers are not in MindSpore's package, so what is used of its C interface, which is the same in all

@@ -68,7 +68,10 @@ def product_library() -> Path:
 
 
 def thread_count() -> int:
-    """Threads of one product: ``OMP_NUM_THREADS``, or this worker's part of the processors it may use."""
+    """Threads of one product: ``OMP_NUM_THREADS``, or an equal part of the processors it may use.
+
+    Workers on other hosts count too, so with several hosts ``OMP_NUM_THREADS`` should say it.
+    """
     given = env_int("OMP_NUM_THREADS")
     if given:
         return max(1, given)

@@ -36,9 +36,10 @@ class BFloat16RowsProduct(nn.Cell):
 
 
 class BFloat16ColumnsProduct(nn.Cell):
-    """``W X`` for the few columns of decode steps, which read the weight and do little else.
+    """``W X`` for the few columns of decode steps, so that generation rounds what training rounds.
 
-    The weight is rounded by an operation of its own, so that the steps of a graph share what it gives.
+    With 16 columns it is no faster than float32 (measured), but the ratio is 1 before the first update. The
+    weight is rounded by an operation of its own, so that the steps of a graph share what it gives.
     """
 
     def __init__(self) -> None:

@@ -82,8 +82,8 @@ def add_device_flags(run: argparse._ArgumentGroup) -> None:
         "--cpu_matmul_dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="bfloat16: on CPU round the operands of products to it, sums and all else stay float32; nearly "
-        "twice as fast where the processor has avx512_bf16 (default: float32)",
+        help="bfloat16: on CPU round the operands of products to it, sums and all else stay float32; needs a "
+        "processor with avx512_bf16, and g++ (default: float32)",
     )
 
 

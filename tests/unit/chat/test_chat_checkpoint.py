@@ -103,7 +103,7 @@ def test_rank_directories_are_merged_as_their_yaml_split_them(
 def record(run: Path, made: SimpleNamespace, mesh: Mesh) -> None:
     """What a PPO run writes into its directory, as far as it matters here."""
     train: dict[str, Any] = {
-        "model": plain(made.model),
+        "model": plain(made.model) | {"matmul_dtype": "bfloat16"},  # of the job, no part of the model
         "parallel": {"data_parallel": mesh.dp, "model_parallel": mesh.mp},
         "context": {"device_target": "CPU"},
     }
