@@ -68,7 +68,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mindrlhf", "mindrlhf.*"]),
-    package_data={"mindrlhf.kernels": ["*.cpp"], "mindrlhf.report": ["assets/*"]},
+    package_data={"mindrlhf.kernels": ["*.cpp", "*.h"], "mindrlhf.report": ["assets/*"]},
     entry_points={
         "console_scripts": [f"mindrlhf-{name} = {home}:command" for name, home in COMMANDS.items()]
     },

@@ -13,18 +13,15 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <cstring>
 #include <exception>
 #include <functional>
 #include <map>
-#include <memory>
 #include <mutex>
-#include <thread>
 #include <tuple>
 #include <vector>
+
+#include "team.h"
 
 extern "C" {
 struct dnnl_engine;
@@ -61,6 +58,10 @@ int dnnl_threadpool_interop_set_max_concurrency(int);
 
 namespace {
 
+using mindrlhf::Buffer;
+using mindrlhf::CeilDiv;
+using mindrlhf::Team;
+
 constexpr int kCpu = 1, kInOrder = 1, kBFloat16 = 2, kFloat32 = 3, kScratchOfCaller = 1;
 constexpr int kNoMemory = 1;  // as oneDNN says it
 constexpr int kArgA = 1, kArgB = 33, kArgC = 17, kArgScratch = 80, kQueryScratch = 136;
@@ -71,94 +72,6 @@ using BFloat16 = uint16_t;
 void Check(int status) {
   if (status != 0) throw status;
 }
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory that grows, at addresses that oneDNN likes.
-class Buffer {
- public:
-  void* AtLeast(size_t bytes) {
-    if (bytes > size_) {
-      data_.reset();
-      size_ = 0;
-      data_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-      size_ = bytes;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* data) const { ::operator delete(data, std::align_val_t(64)); }
-  };
-  std::unique_ptr<char, Free> data_;
-  size_t size_ = 0;
-};
-
-// Threads that take numbered pieces of work until none is left. The caller is one of them.
-class Team {
- public:
-  explicit Team(int size) : size_(size) {
-    for (int member = 1; member < size; ++member) std::thread([this, member] { Serve(member); }).detach();
-  }
-
-  int size() const { return size_; }
-
-  // Calls work(piece, member) for each piece; gives the last status that is not 0.
-  int Run(int pieces, const std::function<int(int, int)>& work) {
-    if (pieces == 1) return work(0, 0);  // nobody need wake up
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      work_ = &work;
-      pieces_ = pieces;
-      next_ = 0;
-      status_ = 0;
-      working_ = size_ - 1;
-      ++round_;
-    }
-    wake_.notify_all();
-    TakePieces(0);
-    for (int spins = 0; working_.load(std::memory_order_acquire) > 0; ++spins) Pause(spins);
-    return status_;
-  }
-
- private:
-  static void Pause(int spins) {
-    if (spins < kSpins) {
-      _mm_pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
-
-  void TakePieces(int member) {
-    for (int piece = next_++; piece < pieces_; piece = next_++) {
-      if (int status = (*work_)(piece, member)) status_ = status;
-    }
-  }
-
-  void Serve(int member) {
-    for (uint64_t seen = 0;; ++seen) {
-      // The next product is mostly near: waking up takes longer than waiting a little.
-      for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen; ++spins) _mm_pause();
-      if (round_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return round_.load() != seen; });
-      }
-      TakePieces(member);
-      working_.fetch_sub(1, std::memory_order_release);
-    }
-  }
-
-  static constexpr int kSpins = 2000;
-  const int size_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  const std::function<int(int, int)>* work_ = nullptr;
-  int pieces_ = 0;
-  std::atomic<int> next_{0}, working_{0}, status_{0};
-  std::atomic<uint64_t> round_{0};
-};
 
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void RoundSome(const float* from, BFloat16* to,
                                                                                 int64_t count) {
@@ -239,22 +152,16 @@ class Products {
     for (dnnl_stream*& stream : streams_) Check(dnnl_stream_create(&stream, engine_, kInOrder));
   }
 
-  void Round(const void* from, int64_t count, void* to) {
+  // A float32 operand, rounded into the memory of `slot`.
+  const BFloat16* Rounded(const void* from, int64_t count, int slot) {
     const auto* source = static_cast<const float*>(from);
-    auto* rounded = static_cast<BFloat16*>(to);
+    auto* rounded = static_cast<BFloat16*>(operands_[slot].AtLeast(count * sizeof(BFloat16)));
     team_.Run(static_cast<int>(CeilDiv(count, kRoundAtOnce)), [&](int piece, int) {
       const int64_t first = piece * kRoundAtOnce;
       RoundSome(source + first, rounded + first, std::min(kRoundAtOnce, count - first));
       return 0;
     });
-  }
-
-  // A float32 operand, rounded into the memory of `slot`; one that is bfloat16 already stays where it is.
-  const BFloat16* Operand(const void* from, int64_t count, const char* type, int slot) {
-    if (std::strcmp(type, "bfloat16") == 0) return static_cast<const BFloat16*>(from);
-    void* rounded = operands_[slot].AtLeast(count * sizeof(BFloat16));
-    Round(from, count, rounded);
-    return static_cast<const BFloat16*>(rounded);
+    return rounded;
   }
 
   void Multiply(const Sizes& sizes, const BFloat16* a, const BFloat16* b, void* c) {
@@ -308,15 +215,6 @@ int Locked(const std::function<void(Products&)>& work) {
   }
 }
 
-int Product(void** data, int64_t** shapes, const char** types, bool b_transposed) {
-  const int64_t m = shapes[0][0], k = shapes[0][1], n = shapes[1][b_transposed ? 0 : 1];
-  return Locked([&](Products& products) {
-    const BFloat16* a = products.Operand(data[0], m * k, types[0], 0);
-    const BFloat16* b = products.Operand(data[1], k * n, types[1], 1);
-    products.Multiply({m, k, n, false, b_transposed}, a, b, data[2]);
-  });
-}
-
 }  // namespace
 
 extern "C" {
@@ -324,28 +222,23 @@ extern "C" {
 // Threads that share the work; called before the first product.
 void SetThreads(int count) { thread_count = std::max(1, count); }
 
-// float32 (m, n) -> bfloat16 (m, n).
-int Rounded(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
-  return Locked([&](Products& products) { products.Round(data[0], shapes[0][0] * shapes[0][1], data[1]); });
-}
-
 // x (m, k), weight (n, k) -> x weight^T (m, n).
-int RowsProduct(int, void** data, int*, int64_t** shapes, const char** types, void*, void*) {
-  return Product(data, shapes, types, true);
-}
-
-// weight (m, k), x (k, n) -> weight x (m, n).
-int ColumnsProduct(int, void** data, int*, int64_t** shapes, const char** types, void*, void*) {
-  return Product(data, shapes, types, false);
+int RowsProduct(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+  const int64_t m = shapes[0][0], k = shapes[0][1], n = shapes[1][0];
+  return Locked([&](Products& products) {
+    const BFloat16* x = products.Rounded(data[0], m * k, 0);
+    const BFloat16* weight = products.Rounded(data[1], n * k, 1);
+    products.Multiply({m, k, n, false, true}, x, weight, data[2]);
+  });
 }
 
 // dy (m, n), x (m, k), weight (n, k) -> dx = dy weight (m, k) and dweight = dy^T x (n, k).
-int RowsProductGradient(int, void** data, int*, int64_t** shapes, const char** types, void*, void*) {
+int RowsProductGradient(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t m = shapes[0][0], n = shapes[0][1], k = shapes[1][1];
   return Locked([&](Products& products) {
-    const BFloat16* dy = products.Operand(data[0], m * n, types[0], 0);
-    const BFloat16* x = products.Operand(data[1], m * k, types[1], 1);
-    const BFloat16* weight = products.Operand(data[2], n * k, types[2], 2);
+    const BFloat16* dy = products.Rounded(data[0], m * n, 0);
+    const BFloat16* x = products.Rounded(data[1], m * k, 1);
+    const BFloat16* weight = products.Rounded(data[2], n * k, 2);
     products.Multiply({m, n, k, false, false}, dy, weight, data[3]);
     products.Multiply({n, m, k, true, false}, dy, x, data[4]);
   });

@@ -17,17 +17,25 @@ import subprocess
 from pathlib import Path
 
 from mindrlhf.utils.errors import MindRLHFError
-from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.files import atomic_file, locked
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_int
 
 logger = get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("bf16_products.cpp")
+PRODUCTS = Path(__file__).with_name("bf16_products.cpp")
+DECODE_STEPS = Path(__file__).with_name("decode_steps.cpp")
 NEEDED_FLAG = "avx512_bf16"
 """The processor's name for the instructions of bfloat16 products (those with AMX have them, too)."""
 
-_OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra")
+DECODE_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})
+"""Instructions that ``decode_steps.cpp`` is written in."""
+
+# GCC 12 takes its own vector intrinsics for uninitialized (its bug 105593).
+_OPTIONS = (
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+)  # fmt: skip
 
 
 def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
@@ -60,11 +68,29 @@ def product_library() -> Path:
         MindRLHFError: the processor has no bfloat16 instructions, there is no compiler, or it fails.
     """
     check_processor()
-    library = _compiled(SOURCE, _onednn())
-    ctypes.CDLL(str(library)).SetThreads(
-        thread_count()
-    )  # MindSpore loads the same file: one copy of its state
-    return library
+    onednn = _onednn()
+    linked = (f"-L{onednn.parent}", f"-l:{onednn.name}", f"-Wl,-rpath,{onednn.parent}")
+    try:
+        return _loaded(_compiled(PRODUCTS, linked))
+    except MindRLHFError as error:
+        raise MindRLHFError(f"--cpu_matmul_dtype bfloat16: {error}, or leave it at float32") from error
+
+
+@functools.cache
+def decode_library() -> Path | None:
+    """The operators of ``decode_steps.cpp``, likewise; nothing where this machine cannot have them.
+
+    Generation does the same in MindSpore's own operations then, two to three times slower; a line says why.
+    """
+    flags = processor_flags()
+    try:
+        if missing := DECODE_FLAGS - flags:
+            raise MindRLHFError(f"this processor ({platform.machine()}) has no {', '.join(sorted(missing))}")
+        wanted = sorted(DECODE_FLAGS | ({NEEDED_FLAG} & flags))
+        return _loaded(_compiled(DECODE_STEPS, tuple(f"-m{flag.replace('_', '')}" for flag in wanted)))
+    except MindRLHFError as error:
+        logger.warning("decoding by MindSpore's own operations, which is slower: %s", error)
+        return None
 
 
 def thread_count() -> int:
@@ -97,28 +123,36 @@ def _onednn() -> Path:
     return found[0]
 
 
-def _compiled(source: Path, onednn: Path) -> Path:
+def _loaded(library: Path) -> Path:
+    """Tells it its threads. MindSpore loads the same file, so there is one copy of what it keeps."""
+    ctypes.CDLL(str(library)).SetThreads(thread_count())
+    return library
+
+
+def _compiled(source: Path, options: tuple[str, ...]) -> Path:
+    """The library made from a source and the headers beside it."""
     compiler = os.environ.get("CXX") or "g++"
-    linked = [f"-L{onednn.parent}", f"-l:{onednn.name}", f"-Wl,-rpath,{onednn.parent}"]
-    made_from = [source.read_bytes(), " ".join([compiler, *_OPTIONS, *linked]).encode()]
-    library = (
-        library_directory() / f"{source.stem}_{hashlib.sha256(b'|'.join(made_from)).hexdigest()[:16]}.so"
-    )
+    command = [compiler, *_OPTIONS, str(source), *options]
+    made_from = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    digest = hashlib.sha256(b"|".join([*made_from, " ".join([compiler, *_OPTIONS, *options]).encode()]))
+    library = library_directory() / f"{source.stem}_{digest.hexdigest()[:16]}.so"
     if library.is_file():
         return library
     if shutil.which(compiler) is None:
-        raise MindRLHFError(
-            f"--cpu_matmul_dtype bfloat16 needs a C++ compiler and {compiler} is not there; install g++, or "
-            "set CXX, or leave it at float32"
-        )
-    logger.info("compiling %s with %s into %s", source.name, compiler, library)
+        raise MindRLHFError(f"there is no C++ compiler {compiler}; install g++, or set CXX")
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(library) as temporary:
-            command = [compiler, *_OPTIONS, str(source), "-o", str(temporary), *linked]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        with locked(library.parent):  # one worker compiles, the others find it
+            if not library.is_file():
+                logger.info("compiling %s with %s into %s", source.name, compiler, library)
+                with atomic_file(library) as temporary:
+                    subprocess.run(
+                        [*command, "-o", str(temporary)], check=True, capture_output=True, text=True, timeout=300
+                    )
     except subprocess.CalledProcessError as error:
         raise MindRLHFError(f"{' '.join(command)} failed:\n{error.stderr[-2000:]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise MindRLHFError(f"{' '.join(command)} took longer than {error.timeout:.0f} s") from error
     except OSError as error:
         raise MindRLHFError(f"{library} cannot be written: {error.strerror}; set XDG_CACHE_HOME") from error
     return library

@@ -35,28 +35,6 @@ class BFloat16RowsProduct(nn.Cell):
         return self.gradient(dout, x, weight)
 
 
-class BFloat16ColumnsProduct(nn.Cell):
-    """``W X`` for the few columns of decode steps, so that generation rounds what training rounds.
-
-    With 16 columns it is no faster than float32 (measured), but the ratio is 1 before the first update. The
-    weight is rounded by an operation of its own, so that the steps of a graph share what it gives.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rounded = _operator("Rounded", lambda weight: weight, ms.bfloat16)
-        self.product = _operator("ColumnsProduct", lambda weight, x: (weight[0], x[1]), ms.float32)
-        self.product_of_rows = _operator("RowsProduct", lambda weight, x: (weight[0], x[0]), ms.float32)
-
-    def construct(self, weight: Tensor, x: Tensor) -> Tensor:
-        """``weight`` (out, in), ``x`` (in, n), float32 both -> (out, n) float32."""
-        return self.product(self.rounded(weight), x)
-
-    def of_rows(self, weight: Tensor, x: Tensor) -> Tensor:
-        """``weight`` (out, in), ``x`` (n, in), float32 both -> (out, n) float32."""
-        return self.product_of_rows(self.rounded(weight), x)
-
-
 def _operator(name: str, shape: Callable[..., Any], dtype: Any) -> ops.Custom:
     """An operator of the library; ``shape`` gives its results' shapes from those of its operands."""
     return ops.Custom(f"{product_library()}:{name}", shape, lambda *_: dtype, func_type="aot")
@@ -70,9 +48,3 @@ def bfloat16_rows_product() -> BFloat16RowsProduct:
         MindRLHFError: there can be none on this machine, see :func:`product_library`.
     """
     return BFloat16RowsProduct()
-
-
-@functools.cache
-def bfloat16_columns_product() -> BFloat16ColumnsProduct:
-    """The one of this process; raises as :func:`bfloat16_rows_product`."""
-    return BFloat16ColumnsProduct()

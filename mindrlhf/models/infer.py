@@ -324,7 +324,7 @@ class _Decode(nn.Cell):
         tokens, logprobs = [], []
         uniforms = self.unstack(uniforms)
         for step in range(self.steps):
-            logits = self.decoder.decode(token, column + step, starts)
+            logits = self.decoder.decode(token, done, column + step, starts)
             token, logprob, done = self.picker(logits, uniforms[step], done)
             tokens.append(token)
             logprobs.append(logprob)

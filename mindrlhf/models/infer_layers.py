@@ -13,7 +13,6 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.kernels.products import bfloat16_columns_product
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layers import RowsProduct, local_ids
@@ -92,8 +91,7 @@ class ColumnsProduct(nn.Cell):
     def __init__(self, sizes: LocalSizes) -> None:
         super().__init__()
         self.dtype = sizes.compute_dtype
-        self.rounded = sizes.matmul_dtype == "bfloat16"
-        self.product = bfloat16_columns_product() if self.rounded else ops.MatMul()
+        self.product = ops.MatMul()
         self.product_of_rows = ops.MatMul(transpose_b=True)
 
     def construct(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -102,8 +100,6 @@ class ColumnsProduct(nn.Cell):
 
     def of_rows(self, weight: Tensor, x: Tensor) -> Tensor:
         """``weight`` (out, in), ``x`` (B, in) -> (out, B)."""
-        if self.rounded:
-            return self.product.of_rows(weight, x)
         return self.product_of_rows(ops.cast(weight, self.dtype), x)
 
 

@@ -12,10 +12,12 @@ rank, G queries per key/value head, I intermediate size of this rank.
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.kernels.decoding import DecodeSteps, decode_steps
 from mindrlhf.models.infer_layers import (
     ColumnsProduct,
     Embedding,
@@ -51,6 +53,7 @@ class FusedLayer(nn.Cell):
         self.sizes = sizes
         self.attention_norm = RMSNorm(sizes, f"{name}.attention_norm")
         self.qkv = Linear(sizes.hidden, sizes.qkv, sizes, f"{name}.qkv", has_bias=config.qkv_has_bias)
+        self.no_bias = Tensor(np.zeros(sizes.qkv, np.float32))
         self.out = Linear(sizes.attention, sizes.hidden, sizes, f"{name}.out")
         self.ffn_norm = RMSNorm(sizes, f"{name}.ffn_norm")
         self.gate_up = Linear(sizes.hidden, 2 * sizes.intermediate, sizes, f"{name}.gate_up")
@@ -68,6 +71,28 @@ class FusedLayer(nn.Cell):
         self.split = groups.mp_group is not None
         if self.split:
             self.all_reduce = ops.AllReduce(group=groups.mp_group)
+
+    def step(
+        self, x: Tensor, place: tuple[Tensor, Tensor, Tensor], steps: DecodeSteps, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """One column of each sequence by the operators of :class:`DecodeSteps`, whose letters these are.
+
+        Args:
+            x: (B, H).
+            place: ended, starts, column.
+            steps: the operators.
+            rotary: tables of cos and sin.
+
+        Returns:
+            (B, H).
+        """
+        bias = self.qkv.bias if self.qkv.has_bias else self.no_bias
+        projections = (self.qkv.weight, bias, self.out.weight)
+        cache = (self.cache.keys, self.cache.values)
+        norm = self.attention_norm.weight
+        x = self._sum(steps.attention(x, place, norm, projections, rotary, cache))
+        weights = (self.ffn_norm.weight, self.gate_up.weight, self.down.weight)
+        return self._sum(steps.feed_forward(x, place[0], *weights))
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
         """One column of each sequence.
@@ -235,6 +260,8 @@ class FusedDecoder(nn.Cell):
         if not self.tied:
             self.head = frozen_parameter((sizes.vocab, sizes.hidden), sizes.param_dtype, "infer.head.weight")
         self.columns_product = ColumnsProduct(sizes)
+        self.steps = _steps(sizes, groups)
+        self.none_ended = Tensor(np.zeros(sizes.rows, np.bool_))
         self.cache_columns = Tensor(np.arange(sizes.columns, dtype=np.int32)[None])
         self.prompt_columns = Tensor(np.arange(sizes.prompt_columns, dtype=np.int32)[None])
 
@@ -250,10 +277,18 @@ class FusedDecoder(nn.Cell):
             x = layer.prefill(x, cos, sin, visible)
         x = ops.reshape(x, (sizes.rows, sizes.prompt_columns, sizes.hidden))
         x = ops.slice(x, (0, sizes.prompt_columns - 1, 0), (sizes.rows, 1, sizes.hidden))
-        return self._logits(ops.transpose(ops.reshape(x, (sizes.rows, sizes.hidden)), (1, 0)))
+        x = ops.reshape(x, (sizes.rows, sizes.hidden))
+        if self.steps is not None:
+            return self.steps.logits(x, self.none_ended, self.norm.weight, self._head())
+        return self._logits(ops.transpose(x, (1, 0)))
 
-    def decode(self, tokens: Tensor, column: Tensor, starts: Tensor) -> Tensor:
-        """``tokens`` (B,) stand at ``column`` (scalar int32) -> logits of the next token (B, V / mp)."""
+    def decode(self, tokens: Tensor, ended: Tensor, column: Tensor, starts: Tensor) -> Tensor:
+        """``tokens`` (B,) stand at ``column`` (scalar int32) -> logits of the next token (B, V / mp).
+
+        Logits of sequences that have ``ended``, (B,) bool, are any finite numbers.
+        """
+        if self.steps is not None:
+            return self._step(tokens, (ended, starts, column))
         sizes = self.sizes
         cos, sin = self.rotary.angles(column - starts)
         hidden = ops.logical_or(self.cache_columns < ops.expand_dims(starts, 1), self.cache_columns > column)
@@ -268,7 +303,24 @@ class FusedDecoder(nn.Cell):
             x = layer.decode(x, cos, sin, entries, mask)
         return self._logits(x)
 
+    def _step(self, tokens: Tensor, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer.step(x, place, self.steps, (self.rotary.cos, self.rotary.sin))
+        return self.steps.logits(x, place[0], self.norm.weight, self._head())
+
+    def _head(self) -> Parameter:
+        return self.embedding.weight if self.tied else self.head
+
     def _logits(self, x: Tensor) -> Tensor:
         """``x`` (H, B) -> (B, V / mp); see :class:`Linear` for the order of the factors."""
-        head = self.embedding.weight if self.tied else self.head
-        return ops.transpose(self.columns_product(head, self.norm.columns(x)), (1, 0))
+        return ops.transpose(self.columns_product(self._head(), self.norm.columns(x)), (1, 0))
+
+
+def _steps(sizes: LocalSizes, groups: Groups) -> DecodeSteps | None:
+    """The operators for decode steps, where there are some: on a CPU that has them, in float32."""
+    types = {sizes.param_dtype, sizes.compute_dtype, sizes.norm_dtype, sizes.softmax_dtype}
+    if ms.get_context("device_target") != "CPU" or types != {ms.float32}:
+        return None
+    rounded = sizes.matmul_dtype == "bfloat16"
+    return decode_steps(rounded=rounded, eps=sizes.eps, adds_residual=groups.mp_index == 0)

@@ -8,21 +8,20 @@ the token does not depend on how the vocabulary is split, and all ranks of the g
 
 from __future__ import annotations
 
-import math
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mindrlhf.kernels.decoding import KernelMasses, kernel_masses
+from mindrlhf.models.masses import IntervalLookup, PlainMasses, row_element, row_numbers
 from mindrlhf.parallel.gather import GroupStack
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layers import PADDED_LOGIT
 from mindrlhf.utils.sizes import exact_div
 
-# Masses below the floor are passed over when an interval is looked up. The floors fall from ranks to
-# blocks to single ids by more than the number of parts, so what is picked always has a part to pick.
+# Ranks with less of the mass are passed over. The floor is above that of blocks by more than the number of parts,
+# so what is picked always has a part to pick.
 _RANK_FLOOR = 1.0e-28
-_BLOCK_FLOOR = 1.0e-33
 
 # 28 halvings of [largest - 32, largest + 1]: to 1.2e-7, the relative precision of a float32 probability.
 _BISECTIONS = 28
@@ -79,20 +78,19 @@ class VocabParallelSampler(nn.Cell):
         self.inverse_temperature = 1.0 / temperature
         self.top_k = top_k if do_sample and 0 < top_k < valid_vocab_size else 0
         self.top_p = top_p if do_sample and top_p < 1.0 else 1.0
-        self.block = smallest_divisor_from(self.rows, math.isqrt(self.rows))
         ids = np.arange(self.first, self.first + self.rows)
         self.has_padding = self.first + self.rows > valid_vocab_size
         self.padding_bias = Tensor(np.where(ids < valid_vocab_size, 0.0, PADDED_LOGIT).astype(np.float32))
         self.row_numbers = row_numbers(batch_size)
         self.in_ranks = IntervalLookup(batch_size, self.mp, _RANK_FLOOR)
-        self.in_blocks = IntervalLookup(batch_size, self.rows // self.block, _BLOCK_FLOOR)
-        self.in_ids = IntervalLookup(batch_size, self.block, 0.0)
         self.stack_ranks = GroupStack(groups)
         if groups.mp_group is not None:
             self.all_reduce = ops.AllReduce(group=groups.mp_group)
+        self.whole = Tensor(np.ones((batch_size, 1), np.float32))
+        self.none = Tensor(np.zeros(batch_size, np.int32))
         self.unstack_pair = ops.Unstack(axis=1)
         self.unstack = ops.Unstack(axis=2)
-        self.softmax = ops.Softmax(-1)
+        self.masses = _masses(batch_size, self.rows)
         self.best = ops.ArgMaxWithValue(axis=1)
         self.largest = ops.TopK(sorted=True)
         self.row_sum = ops.ReduceSum()
@@ -105,8 +103,8 @@ class VocabParallelSampler(nn.Cell):
             scaled = scaled * self.inverse_temperature
         if self.has_padding:
             scaled = scaled + self.padding_bias
-        masses = self.softmax(scaled)
-        largest, log_total, shares, best_ids = self._normalise(scaled, masses)
+        masses, best, largest, log_sum = self.masses(scaled)
+        largest, log_total, shares, best_ids = self._normalise(best, largest, log_sum)
         if not self.do_sample:
             return best_ids, -log_total
         if self.top_k > 0:
@@ -117,20 +115,21 @@ class VocabParallelSampler(nn.Cell):
         tokens, chosen = self._inverse_cdf(scaled, masses, shares, uniforms)
         return tokens, (chosen - largest) - log_total
 
-    def _normalise(self, scaled: Tensor, masses: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _normalise(
+        self, index: Tensor, largest: Tensor, log_sum: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What all ranks know of each row, by one exchange of three numbers a row.
 
         Args:
-            scaled: (B, V / mp) this rank's scaled logits.
-            masses: (B, V / mp) their softmax.
+            index, largest: (B,) place and number of this rank's largest scaled logit.
+            log_sum: (B,) log(sum(exp(scaled - largest))) of this rank.
 
         Returns:
             largest scaled logit (B,); log(sum(exp(scaled - largest))) (B,); share of the mass of each rank
             (B, mp); smallest id of the largest logit (B,) int32.
         """
-        index, largest = self.best(scaled)
-        # The softmax of the largest logit is 1 / sum(exp(scaled - largest)).
-        log_sum = -ops.log(self._element(masses, index))
+        if self.mp == 1:
+            return largest, log_sum, self.whole, index
         ids = ops.cast(index + self.first, ms.float32)
         gathered = self._gather(ops.stack((largest, log_sum, ids), 1))
         largests, log_sums, best_ids = self.unstack(gathered)
@@ -146,24 +145,22 @@ class VocabParallelSampler(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         """The id in whose interval of the cumulative mass ``u * total`` falls, and its scaled logit.
 
-        The interval is looked up among the ranks, then among the blocks of the rank that has it, then
-        among the ids of the block: short sums, which round less than one over the vocabulary.
+        The interval is looked up among the ranks, then among the ids of the rank that has it.
         """
         count = masses.shape[0]
-        blocks = ops.reshape(masses, (-1, self.block))
-        block_masses = ops.reshape(self.row_sum(blocks, 1), (count, -1))
-        rank_masses = shares
-        if self.top_k > 0 or self.top_p < 1.0:
-            rank_masses = rank_masses * self._rank_sums(block_masses)
-        owner, target = self.in_ranks(rank_masses, uniforms * self.row_sum(rank_masses, 1))
-        # From here on in units of this rank's own softmax; the owner's share is above the floor.
-        share = ops.reshape(ops.slice(shares, (0, self.rank), (count, 1)), (-1,))
-        target = target / ops.maximum(share, _RANK_FLOOR)
-        block, target = self.in_blocks(block_masses, target)
-        chosen_block = ops.gather(blocks, self.row_numbers * block_masses.shape[1] + block, 0)
-        offset, _ = self.in_ids(chosen_block, target)
-        index = block * self.block + offset
-        chosen = self._element(scaled, index)
+        filtered = self.top_k > 0 or self.top_p < 1.0
+        owner, target = self.none, uniforms
+        if self.mp > 1:
+            rank_masses = shares
+            if filtered:
+                rank_masses = rank_masses * self._gather_one(self.masses.totals(masses))
+            owner, target = self.in_ranks(rank_masses, uniforms * self.row_sum(rank_masses, 1))
+            # From here on in units of this rank's own softmax; the owner's share is above the floor.
+            share = ops.reshape(ops.slice(shares, (0, self.rank), (count, 1)), (-1,))
+            target = target / ops.maximum(share, _RANK_FLOOR)
+        elif filtered:
+            target = uniforms * self.masses.totals(masses)
+        index, chosen = self.masses.look_up(masses, scaled, target)
         if self.mp == 1:
             return index, chosen
         mine = ops.cast(ops.expand_dims(owner == self.rank, 1), ms.float32)
@@ -201,10 +198,6 @@ class VocabParallelSampler(nn.Cell):
         sums = self._gather_one(local) * shares
         return ops.expand_dims(self.row_sum(sums, 1), 1)
 
-    def _rank_sums(self, block_masses: Tensor) -> Tensor:
-        """Sum of each rank's blocks (B, n) -> (B, mp); gathered, so equal bit for bit on all ranks."""
-        return self._gather_one(self.row_sum(block_masses, 1))
-
     def _gather(self, x: Tensor) -> Tensor:
         """``x`` (B, n) of every rank, (B, mp, n)."""
         return ops.transpose(self.stack_ranks(x), (1, 0, 2))
@@ -218,45 +211,6 @@ class VocabParallelSampler(nn.Cell):
         return row_element(x, index, self.row_numbers)
 
 
-class IntervalLookup(nn.Cell):
-    """Which of n intervals laid end to end holds a target, and where in it.
-
-    The answer is the last interval that has mass and begins at or before the target. Rounding can put the
-    target beyond the end or into an empty interval; the last one with mass before it is taken then, so
-    nothing without mass is ever picked.
-
-    Args:
-        batch_size: B.
-        intervals: n.
-        floor: intervals up to this mass count as empty.
-    """
-
-    def __init__(self, batch_size: int, intervals: int, floor: float) -> None:
-        super().__init__()
-        self.floor = floor
-        self.row_numbers = row_numbers(batch_size)
-        self.positions = Tensor(np.arange(intervals, dtype=np.float32))
-        self.cumsum_before = ops.CumSum(exclusive=True)
-        self.row_max = ops.ReduceMax()
-
-    def construct(self, masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``masses`` (B, n), ``target`` (B,) -> index (B,) int32, what is left of the target (B,)."""
-        begins = self.cumsum_before(masses, 1)
-        possible = ops.logical_and(masses > self.floor, begins <= ops.expand_dims(target, 1))
-        index = ops.cast(self.row_max(ops.cast(possible, ms.float32) * self.positions, 1), ms.int32)
-        return index, target - row_element(begins, index, self.row_numbers)
-
-
-def row_numbers(batch_size: int) -> Tensor:
-    """0 .. B-1, int32; a constant, because making it inside the graph takes long to compile."""
-    return Tensor(np.arange(batch_size, dtype=np.int32))
-
-
-def row_element(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``x`` (B, n), ``index`` (B,) int32, ``rows`` 0 .. B-1 -> ``x[b, index[b]]`` (B,)."""
-    return ops.gather(ops.reshape(x, (-1,)), rows * x.shape[1] + index, 0)
-
-
 def widen(column: Tensor, columns: int) -> Tensor:
     """``column`` (B, 1) -> (B, columns); on CPU cheaper by far than broadcasting in the operation."""
     return ops.tile(column, (1, columns))
@@ -267,6 +221,6 @@ def above(x: Tensor, threshold: Tensor) -> Tensor:
     return ops.relu(ops.sign(x - widen(threshold, x.shape[1])))
 
 
-def smallest_divisor_from(number: int, least: int) -> int:
-    """The smallest divisor of ``number`` that is not below ``least``."""
-    return next(size for size in range(max(least, 1), number + 1) if number % size == 0)
+def _masses(batch_size: int, vocab: int) -> KernelMasses | PlainMasses:
+    on_cpu = ms.get_context("device_target") == "CPU"
+    return (kernel_masses() if on_cpu else None) or PlainMasses(batch_size, vocab)

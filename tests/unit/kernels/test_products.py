@@ -13,7 +13,6 @@ pytestmark = needs_bfloat16
 
 # Rows, inputs, outputs: one element; one row; odd; more outputs than rows; blocks of rows; of columns.
 SIZES = [(1, 1, 1), (1, 64, 40), (77, 130, 33), (17, 16, 515), (1500, 24, 48), (40, 32, 1111)]
-COLUMN_SIZES = [(1, 1, 1), (37, 130, 3), (96, 64, 16), (5, 24, 90)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,27 +52,6 @@ def test_product_and_gradients(rows: int, inputs: int, outputs: int) -> None:
     if rows * inputs > 1:
         exact = x.astype(np.float64) @ weight.T.astype(np.float64)
         assert np.abs(y.asnumpy() - exact).max() > 1e-4, "operands must have been rounded"
-
-
-@pytest.mark.parametrize(
-    ("outputs", "inputs", "columns"), [(1, 1, 1), (37, 130, 3), (96, 64, 16), (5, 24, 90)]
-)
-def test_a_weight_times_columns_and_rows(outputs: int, inputs: int, columns: int) -> None:
-    from mindrlhf.kernels.products import bfloat16_columns_product
-
-    class Both(nn.Cell):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell = bfloat16_columns_product()
-
-        def construct(self, weight: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            return self.cell(weight, x), self.cell.of_rows(weight, rows)
-
-    weight, x = random(outputs, inputs), random(inputs, columns, seed=1)
-    wanted = rounded(weight) @ rounded(x)
-    for found in Both()(Tensor(weight), Tensor(x), Tensor(np.ascontiguousarray(x.T))):
-        assert found.shape == (outputs, columns)
-        check(found, wanted)
 
 
 def test_ties_go_to_even_and_infinities_and_nan_stay() -> None:

@@ -1,0 +1,144 @@
+"""Decode steps on CPU as one operator a half layer; see ``decode_steps.cpp``.
+
+What vLLM and FasterTransformer do for GPUs: with one token a sequence, the time of a layer is that of reading
+its weights, if nothing else gets in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindrlhf.kernels.library import decode_library
+from mindrlhf.utils.errors import MindRLHFError
+
+
+class DecodeSteps(nn.Cell):
+    """The operators of one library, and what is the same for all layers.
+
+    Letters as in :mod:`mindrlhf.models.infer_network`; rows of sequences that have ended are not computed, and
+    zeros in the results.
+
+    Args:
+        library: from :func:`decode_library`.
+        rounded: whether products round their operands to bfloat16, as training does then.
+        eps: of the normalisation.
+        adds_residual: whether this rank's parts have ``x`` in them; one rank of a model-parallel group does.
+    """
+
+    def __init__(self, library: Path, *, rounded: bool, eps: float, adds_residual: bool) -> None:
+        super().__init__()
+        suffix = "Rounded" if rounded else ""
+        self.eps = Tensor(np.array([eps], np.float32))
+        self.adds = Tensor(np.array(adds_residual))
+        self.attention_step = _operator(library, f"AttentionStep{suffix}", lambda x, *_: x)
+        self.feed_forward_step = _operator(library, f"FeedForwardStep{suffix}", lambda x, *_: x)
+        self.logits_step = _operator(library, f"LogitsStep{suffix}", _logits_shape)
+
+    def attention(
+        self,
+        x: Tensor,
+        place: tuple[Tensor, Tensor, Tensor],
+        norm: Parameter,
+        projections: tuple[Parameter, Tensor, Parameter],
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Parameter, Parameter],
+    ) -> Tensor:
+        """This rank's part of ``x`` and what attention adds to it; writes the new column into the cache.
+
+        Args:
+            x: (B, H) float32.
+            place: ended (B,) bool; first real column of each sequence (B,) int32; column of the tokens, scalar int32.
+            norm: (H,).
+            projections: fused (qkv, H); its bias (qkv,); output (H, attention).
+            rotary: cos and sin of every position, (S, qkv) each.
+            cache: keys and values, (B * N, S, D) each.
+
+        Returns:
+            (B, H).
+        """
+        ended, starts, column = place
+        qkv, bias, out = projections
+        return self.attention_step(
+            x, ended, starts, column, norm, self.eps, qkv, bias, *rotary, out, *cache, self.adds
+        )
+
+    def feed_forward(
+        self, x: Tensor, ended: Tensor, norm: Parameter, gate_up: Parameter, down: Parameter
+    ) -> Tensor:
+        """The same of the feed-forward half: ``gate_up`` (2 * I, H), ``down`` (H, I) -> (B, H)."""
+        return self.feed_forward_step(x, ended, norm, self.eps, gate_up, down, self.adds)
+
+    def logits(self, x: Tensor, ended: Tensor, norm: Parameter, head: Parameter) -> Tensor:
+        """``x`` (B, H), ``head`` (V / mp, H) -> (B, V / mp)."""
+        return self.logits_step(x, ended, norm, self.eps, head)
+
+
+class KernelMasses(nn.Cell):
+    """What :class:`mindrlhf.models.masses.PlainMasses` does, in a tenth of the time on CPU.
+
+    Args:
+        library: from :func:`decode_library`.
+    """
+
+    def __init__(self, library: Path) -> None:
+        super().__init__()
+        self.masses = ops.Custom(
+            f"{library}:TokenMasses",
+            lambda logits: (logits, logits[:1], logits[:1], logits[:1]),
+            lambda *_: (ms.float32, ms.int32, ms.float32, ms.float32),
+            func_type="aot",
+        )
+        self.sums = _operator(library, "RowSums", lambda masses: masses[:1])
+        self.lookup = ops.Custom(
+            f"{library}:LookUp",
+            lambda masses, logits, target: (target, target),
+            lambda *_: (ms.int32, ms.float32),
+            func_type="aot",
+        )
+
+    def construct(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``logits`` (B, V) -> masses (B, V); place of the largest, the largest, log of the sum, (B,) each."""
+        return self.masses(logits)
+
+    def totals(self, masses: Tensor) -> Tensor:
+        """``masses`` (B, V) -> their sums (B,)."""
+        return self.sums(masses)
+
+    def look_up(self, masses: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``masses``, ``logits`` (B, V), ``target`` (B,) -> ids (B,) int32 and their logits (B,)."""
+        return self.lookup(masses, logits, target)
+
+
+def kernel_masses() -> KernelMasses | None:
+    """That of this machine; nothing where there is none, see :func:`decode_library`."""
+    library = decode_library()
+    return None if library is None else KernelMasses(library)
+
+
+def decode_steps(*, rounded: bool, eps: float, adds_residual: bool) -> DecodeSteps | None:
+    """Those of this machine; nothing where there are none, see :func:`decode_library`.
+
+    Raises:
+        MindRLHFError: there are none and products are rounded, which MindSpore's own operations cannot do.
+    """
+    library = decode_library()
+    if library is None and rounded:
+        raise MindRLHFError("--cpu_matmul_dtype bfloat16 needs decode_steps.cpp compiled; leave it at float32")
+    if library is None:
+        return None
+    return DecodeSteps(library, rounded=rounded, eps=eps, adds_residual=adds_residual)
+
+
+def _logits_shape(
+    x: list[int], ended: list[int], norm: list[int], eps: list[int], head: list[int]
+) -> list[int]:
+    return [x[0], head[0]]
+
+
+def _operator(library: Path, name: str, shape: Callable[..., list[int]]) -> ops.Custom:
+    return ops.Custom(f"{library}:{name}", shape, lambda *_: ms.float32, func_type="aot")

@@ -1,0 +1,118 @@
+"""The masses of the tokens a rank holds: softmax, look-up of the token at a place of the cumulative distribution.
+
+Two of a kind: :class:`PlainMasses` in MindSpore's operations, and
+:class:`mindrlhf.kernels.decoding.KernelMasses` for CPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+# Masses below the floor are passed over when an interval is looked up. It is above that of ids by more than the
+# number of ids, so what is picked always has an id to pick.
+BLOCK_FLOOR = 1.0e-33
+
+
+class PlainMasses(nn.Cell):
+    """Softmax and look-up for B rows of V logits, in any device's operations."""
+
+    def __init__(self, batch_size: int, vocab: int) -> None:
+        super().__init__()
+        self.block = smallest_divisor_from(vocab, math.isqrt(vocab))
+        self.row_numbers = row_numbers(batch_size)
+        self.in_blocks = IntervalLookup(batch_size, vocab // self.block, BLOCK_FLOOR)
+        self.in_ids = IntervalLookup(batch_size, self.block, 0.0)
+        self.softmax = ops.Softmax(-1)
+        self.best = ops.ArgMaxWithValue(axis=1)
+        self.row_sum = ops.ReduceSum()
+
+    def construct(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Softmax and what it is made from.
+
+        Args:
+            logits: (B, V) float32.
+
+        Returns:
+            masses (B, V); first place of the largest logit (B,) int32; that logit (B,);
+            log(sum(exp(logits - largest))) (B,).
+        """
+        masses = self.softmax(logits)
+        index, largest = self.best(logits)
+        # The softmax of the largest logit is 1 / sum(exp(logits - largest)).
+        return masses, index, largest, -ops.log(row_element(masses, index, self.row_numbers))
+
+    def totals(self, masses: Tensor) -> Tensor:
+        """``masses`` (B, V) -> their sums (B,)."""
+        return self.row_sum(self._of_blocks(masses), 1)
+
+    def look_up(self, masses: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The id in whose interval of the cumulative sum ``target`` falls.
+
+        It is looked up among blocks of ids, then among the ids of the block: short sums, which round less than
+        one over the vocabulary.
+
+        Args:
+            masses, logits: (B, V).
+            target: (B,), from 0 up to the sum of the masses.
+
+        Returns:
+            ids (B,) int32, and their logits (B,).
+        """
+        blocks = ops.reshape(masses, (-1, self.block))
+        block_masses = self._of_blocks(masses)
+        block, target = self.in_blocks(block_masses, target)
+        chosen_block = ops.gather(blocks, self.row_numbers * block_masses.shape[1] + block, 0)
+        offset, _ = self.in_ids(chosen_block, target)
+        index = block * self.block + offset
+        return index, row_element(logits, index, self.row_numbers)
+
+    def _of_blocks(self, masses: Tensor) -> Tensor:
+        blocks = ops.reshape(masses, (-1, self.block))
+        return ops.reshape(self.row_sum(blocks, 1), (masses.shape[0], -1))
+
+
+class IntervalLookup(nn.Cell):
+    """Which of n intervals laid end to end holds a target, and where in it.
+
+    The answer is the last interval that has mass and begins at or before the target. Rounding can put the
+    target beyond the end or into an empty interval; the last one with mass before it is taken then, so
+    nothing without mass is ever picked.
+
+    Args:
+        batch_size: B.
+        intervals: n.
+        floor: intervals up to this mass count as empty.
+    """
+
+    def __init__(self, batch_size: int, intervals: int, floor: float) -> None:
+        super().__init__()
+        self.floor = floor
+        self.row_numbers = row_numbers(batch_size)
+        self.positions = Tensor(np.arange(intervals, dtype=np.float32))
+        self.cumsum_before = ops.CumSum(exclusive=True)
+        self.row_max = ops.ReduceMax()
+
+    def construct(self, masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``masses`` (B, n), ``target`` (B,) -> index (B,) int32, what is left of the target (B,)."""
+        begins = self.cumsum_before(masses, 1)
+        possible = ops.logical_and(masses > self.floor, begins <= ops.expand_dims(target, 1))
+        index = ops.cast(self.row_max(ops.cast(possible, ms.float32) * self.positions, 1), ms.int32)
+        return index, target - row_element(begins, index, self.row_numbers)
+
+
+def row_numbers(batch_size: int) -> Tensor:
+    """0 .. B-1, int32; a constant, because making it inside the graph takes long to compile."""
+    return Tensor(np.arange(batch_size, dtype=np.int32))
+
+
+def row_element(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """``x`` (B, n), ``index`` (B,) int32, ``rows`` 0 .. B-1 -> ``x[b, index[b]]`` (B,)."""
+    return ops.gather(ops.reshape(x, (-1,)), rows * x.shape[1] + index, 0)
+
+
+def smallest_divisor_from(number: int, least: int) -> int:
+    """The smallest divisor of ``number`` that is not below ``least``."""
+    return next(size for size in range(max(least, 1), number + 1) if number % size == 0)
