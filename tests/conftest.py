@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,20 @@ def _what_stays_is_no_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", params=["kernels", "plain"])
+def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Once with the CPU kernels, once by MindSpore's operations, which every other device has."""
+    from mindrlhf.kernels.library import kernel_library
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            for module in ("decoding", "parts"):
+                patch.setattr(f"mindrlhf.kernels.{module}.kernel_library", lambda: None)
+        elif kernel_library() is None:
+            pytest.skip("no kernels on this machine")
+        yield
 
 
 @pytest.fixture(scope="session")

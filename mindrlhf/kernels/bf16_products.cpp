@@ -14,10 +14,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <map>
-#include <mutex>
 #include <tuple>
 #include <vector>
 
@@ -58,12 +56,9 @@ int dnnl_threadpool_interop_set_max_concurrency(int);
 
 namespace {
 
-using mindrlhf::Buffer;
-using mindrlhf::CeilDiv;
-using mindrlhf::Team;
+using namespace mindrlhf;
 
 constexpr int kCpu = 1, kInOrder = 1, kBFloat16 = 2, kFloat32 = 3, kScratchOfCaller = 1;
-constexpr int kNoMemory = 1;  // as oneDNN says it
 constexpr int kArgA = 1, kArgB = 33, kArgC = 17, kArgScratch = 80, kQueryScratch = 136;
 constexpr int64_t kRoundAtOnce = 1 << 16;  // elements
 
@@ -147,7 +142,7 @@ class Block {
 // All that lives between calls. Made once and never destroyed: its threads run until the process ends.
 class Products {
  public:
-  explicit Products(int threads) : team_(threads), streams_(threads), scratch_(threads) {
+  Products() : streams_(TheTeam().size()), scratch_(TheTeam().size()) {
     Check(dnnl_engine_create(&engine_, kCpu, 0));
     for (dnnl_stream*& stream : streams_) Check(dnnl_stream_create(&stream, engine_, kInOrder));
   }
@@ -156,7 +151,7 @@ class Products {
   const BFloat16* Rounded(const void* from, int64_t count, int slot) {
     const auto* source = static_cast<const float*>(from);
     auto* rounded = static_cast<BFloat16*>(operands_[slot].AtLeast(count * sizeof(BFloat16)));
-    team_.Run(static_cast<int>(CeilDiv(count, kRoundAtOnce)), [&](int piece, int) {
+    TheTeam().Run(static_cast<int>(CeilDiv(count, kRoundAtOnce)), [&](int piece, int) {
       const int64_t first = piece * kRoundAtOnce;
       RoundSome(source + first, rounded + first, std::min(kRoundAtOnce, count - first));
       return 0;
@@ -166,7 +161,7 @@ class Products {
 
   void Multiply(const Sizes& sizes, const BFloat16* a, const BFloat16* b, void* c) {
     const std::vector<Block>& blocks = Cut(sizes);
-    Check(team_.Run(static_cast<int>(blocks.size()), [&](int piece, int member) {
+    Check(TheTeam().Run(static_cast<int>(blocks.size()), [&](int piece, int member) {
       return blocks[piece].Run(streams_[member], a, b, static_cast<float*>(c), scratch_[member]);
     }));
   }
@@ -177,7 +172,7 @@ class Products {
     if (found != cuts_.end()) return found->second;
     const bool by_rows = sizes.m >= sizes.n;
     const int64_t length = by_rows ? sizes.m : sizes.n;
-    const int64_t step = CeilDiv(CeilDiv(length, team_.size()), 16) * 16;  // more blocks are no faster
+    const int64_t step = CeilDiv(CeilDiv(length, TheTeam().size()), 16) * 16;  // more blocks are no faster
     std::vector<Block> blocks;
     Check(dnnl_threadpool_interop_set_max_concurrency(1));
     for (int64_t first = 0; first < length; first += step) {
@@ -191,7 +186,6 @@ class Products {
     return cuts_.emplace(sizes, std::move(blocks)).first->second;
   }
 
-  Team team_;
   dnnl_engine* engine_ = nullptr;
   std::vector<dnnl_stream*> streams_;
   std::vector<Buffer> scratch_;
@@ -199,33 +193,27 @@ class Products {
   std::map<Sizes, std::vector<Block>> cuts_;
 };
 
-std::mutex in_use;  // MindSpore may run independent operators at a time; each has all threads anyway
-int thread_count = 1;
-
-int Locked(const std::function<void(Products&)>& work) {
-  std::lock_guard<std::mutex> lock(in_use);
-  static Products* products = new Products(thread_count);
-  try {
-    work(*products);
-    return 0;
-  } catch (int status) {
-    return status;
-  } catch (const std::exception&) {
-    return kNoMemory;
-  }
+int WithProducts(const std::function<void(Products&)>& work) {
+  int status = 0;
+  const int failed = Alone([&] {
+    static Products* products = new Products;  // never destroyed, as its threads
+    try {
+      work(*products);
+    } catch (int of_onednn) {
+      status = of_onednn;
+    }
+  });
+  return failed | status;
 }
 
 }  // namespace
 
 extern "C" {
 
-// Threads that share the work; called before the first product.
-void SetThreads(int count) { thread_count = std::max(1, count); }
-
 // x (m, k), weight (n, k) -> x weight^T (m, n).
 int RowsProduct(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t m = shapes[0][0], k = shapes[0][1], n = shapes[1][0];
-  return Locked([&](Products& products) {
+  return WithProducts([&](Products& products) {
     const BFloat16* x = products.Rounded(data[0], m * k, 0);
     const BFloat16* weight = products.Rounded(data[1], n * k, 1);
     products.Multiply({m, k, n, false, true}, x, weight, data[2]);
@@ -235,7 +223,7 @@ int RowsProduct(int, void** data, int*, int64_t** shapes, const char**, void*, v
 // dy (m, n), x (m, k), weight (n, k) -> dx = dy weight (m, k) and dweight = dy^T x (n, k).
 int RowsProductGradient(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t m = shapes[0][0], n = shapes[0][1], k = shapes[1][1];
-  return Locked([&](Products& products) {
+  return WithProducts([&](Products& products) {
     const BFloat16* dy = products.Rounded(data[0], m * n, 0);
     const BFloat16* x = products.Rounded(data[1], m * k, 1);
     const BFloat16* weight = products.Rounded(data[2], n * k, 2);

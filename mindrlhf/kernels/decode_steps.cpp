@@ -15,9 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <exception>
 #include <functional>
-#include <mutex>
 #include <vector>
 
 #include "decode_attention.h"
@@ -29,7 +27,6 @@ namespace {
 
 using namespace mindrlhf;
 
-constexpr int kFailed = 1;
 constexpr int64_t kBlock = 16 * kLanes;  // of a vocabulary
 constexpr int64_t kOutputsAtOnce = 8 * kTileOutputs;
 
@@ -40,8 +37,7 @@ const float* Residual(void* x, void* adds) { return *static_cast<const bool*>(ad
 
 // What the operators keep between calls.
 struct Workshop {
-  explicit Workshop(int threads) : team(threads), scores(threads), queries(threads) {}
-  Team team;
+  Workshop() : scores(TheTeam().size()), queries(TheTeam().size()) {}
   Buffer packed, wide, mixed;
   std::vector<Buffer> scores, queries;  // of each thread
 };
@@ -107,7 +103,7 @@ class Step {
   }
 
   void Run(int64_t pieces, const std::function<int(int, int)>& work) {
-    if (count() > 0) shop_.team.Run(static_cast<int>(pieces), work);
+    if (count() > 0) TheTeam().Run(static_cast<int>(pieces), work);
   }
 
   Workshop& shop() { return shop_; }
@@ -117,18 +113,12 @@ class Step {
   std::vector<int64_t> rows_;
 };
 
-std::mutex in_use;  // MindSpore may run independent operators at a time; each has all threads anyway
-int thread_count = 1;
-
-int Locked(const std::function<void(Workshop&)>& work) {
-  std::lock_guard<std::mutex> lock(in_use);
-  static Workshop* shop = new Workshop(thread_count);  // never destroyed: its threads run until the process ends
-  try {
+template <class Work>
+int InWorkshop(const Work& work) {
+  return Alone([&] {
+    static Workshop* shop = new Workshop;
     work(*shop);
-    return 0;
-  } catch (const std::exception&) {
-    return kFailed;
-  }
+  });
 }
 
 // The last interval of positive length, of those laid end to end, that begins at or before `target`; 0 if there is none.
@@ -167,7 +157,7 @@ int RunAttention(void** data, int64_t** shapes) {
   attention.keys = static_cast<float*>(data[11]);
   attention.values = static_cast<float*>(data[12]);
   const int64_t heads = attention.kv_heads, per_head = attention.queries * attention.size;
-  return Locked([&](Workshop& shop) {
+  return InWorkshop([&](Workshop& shop) {
     Step<Kind> step(shop, batch, data[1]);
     auto* fused = static_cast<float*>(shop.wide.AtLeast(batch * fused_size * sizeof(float)));
     step.Product(step.Normed(Floats(data[0]), hidden, Floats(data[4]), *Floats(data[5])), Floats(data[6]), hidden,
@@ -188,7 +178,7 @@ int RunAttention(void** data, int64_t** shapes) {
 template <class Kind>
 int RunFeedForward(void** data, int64_t** shapes) {
   const int64_t batch = shapes[0][0], hidden = shapes[0][1], intermediate = shapes[5][1];
-  return Locked([&](Workshop& shop) {
+  return InWorkshop([&](Workshop& shop) {
     Step<Kind> step(shop, batch, data[1]);
     const auto* x = step.Normed(Floats(data[0]), hidden, Floats(data[2]), *Floats(data[3]));
     const int64_t outputs = 2 * intermediate;
@@ -200,7 +190,7 @@ int RunFeedForward(void** data, int64_t** shapes) {
       }
       for (int64_t index = 0; index < step.count(); ++index) {
         float* gate = gate_up + index * outputs + first;
-        SwiGlu(gate, gate + intermediate, last - first);
+        SwiGlu(gate, gate + intermediate, last - first, gate);
       }
       return 0;
     });
@@ -213,7 +203,7 @@ int RunFeedForward(void** data, int64_t** shapes) {
 template <class Kind>
 int RunLogits(void** data, int64_t** shapes) {
   const int64_t batch = shapes[0][0], hidden = shapes[0][1], vocab = shapes[4][0];
-  return Locked([&](Workshop& shop) {
+  return InWorkshop([&](Workshop& shop) {
     Step<Kind> step(shop, batch, data[1]);
     const auto* x = step.Normed(Floats(data[0]), hidden, Floats(data[2]), *Floats(data[3]));
     step.Result(x, Floats(data[4]), hidden, vocab, batch, nullptr, static_cast<float*>(data[5]));
@@ -223,9 +213,6 @@ int RunLogits(void** data, int64_t** shapes) {
 }  // namespace
 
 extern "C" {
-
-// Threads that share the work; called before the first step.
-void SetThreads(int count) { thread_count = std::max(1, count); }
 
 // x (B, H), ended (B,) bool, starts (B,) int32 first column of each sequence, column () int32 where the tokens stand,
 // norm (H,), eps (1,), qkv (F, H), bias (F,), cos and sin (positions, F), out (H, N G D), keys and values (B N, S, D),
@@ -248,8 +235,8 @@ int LogitsStep(int, void** data, int*, int64_t** shapes, const char**, void*, vo
 // log(sum(exp(logit - largest))) (B,).
 int TokenMasses(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t rows = shapes[0][0], vocab = shapes[0][1];
-  return Locked([&](Workshop& shop) {
-    shop.team.Run(static_cast<int>(rows), [&](int row, int) {
+  return Alone([&] {
+    TheTeam().Run(static_cast<int>(rows), [&](int row, int) {
       const float *logits = Floats(data[0]) + row * vocab, largest = Largest(logits, vocab);
       const int64_t place = std::find(logits, logits + vocab, largest) - logits;
       static_cast<int32_t*>(data[2])[row] = static_cast<int32_t>(place % vocab);  // where all are NaN, 0

@@ -13,18 +13,18 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.kernels.library import decode_library
+from mindrlhf.kernels.library import kernel_library
 from mindrlhf.utils.errors import MindRLHFError
 
 
 class DecodeSteps(nn.Cell):
     """The operators of one library, and what is the same for all layers.
 
-    Letters as in :mod:`mindrlhf.models.infer_network`; rows of sequences that have ended are not computed, and
-    zeros in the results.
+    Letters as in :mod:`mindrlhf.models.infer_network`; sequences that have ended are not computed
+    and give zeros.
 
     Args:
-        library: from :func:`decode_library`.
+        library: from :func:`kernel_library`.
         rounded: whether products round their operands to bfloat16, as training does then.
         eps: of the normalisation.
         adds_residual: whether this rank's parts have ``x`` in them; one rank of a model-parallel group does.
@@ -52,7 +52,7 @@ class DecodeSteps(nn.Cell):
 
         Args:
             x: (B, H) float32.
-            place: ended (B,) bool; first real column of each sequence (B,) int32; column of the tokens, scalar int32.
+            place: ended (B,) bool; first real column of each (B,) int32; column of the tokens, int32.
             norm: (H,).
             projections: fused (qkv, H); its bias (qkv,); output (H, attention).
             rotary: cos and sin of every position, (S, qkv) each.
@@ -82,7 +82,7 @@ class KernelMasses(nn.Cell):
     """What :class:`mindrlhf.models.masses.PlainMasses` does, in a tenth of the time on CPU.
 
     Args:
-        library: from :func:`decode_library`.
+        library: from :func:`kernel_library`.
     """
 
     def __init__(self, library: Path) -> None:
@@ -102,7 +102,7 @@ class KernelMasses(nn.Cell):
         )
 
     def construct(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``logits`` (B, V) -> masses (B, V); place of the largest, the largest, log of the sum, (B,) each."""
+        """``logits`` (B, V) -> masses (B, V); place of the largest, the largest, log of the sum, (B,)."""
         return self.masses(logits)
 
     def totals(self, masses: Tensor) -> Tensor:
@@ -115,20 +115,20 @@ class KernelMasses(nn.Cell):
 
 
 def kernel_masses() -> KernelMasses | None:
-    """That of this machine; nothing where there is none, see :func:`decode_library`."""
-    library = decode_library()
+    """That of this machine; nothing where there is none, see :func:`kernel_library`."""
+    library = kernel_library()
     return None if library is None else KernelMasses(library)
 
 
 def decode_steps(*, rounded: bool, eps: float, adds_residual: bool) -> DecodeSteps | None:
-    """Those of this machine; nothing where there are none, see :func:`decode_library`.
+    """Those of this machine; nothing where there are none, see :func:`kernel_library`.
 
     Raises:
         MindRLHFError: there are none and products are rounded, which MindSpore's own operations cannot do.
     """
-    library = decode_library()
+    library = kernel_library()
     if library is None and rounded:
-        raise MindRLHFError("--cpu_matmul_dtype bfloat16 needs decode_steps.cpp compiled; leave it at float32")
+        raise MindRLHFError("--cpu_matmul_dtype bfloat16 needs compiled kernels; leave it at float32")
     if library is None:
         return None
     return DecodeSteps(library, rounded=rounded, eps=eps, adds_residual=adds_residual)

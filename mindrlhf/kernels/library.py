@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from mindrlhf.utils.errors import MindRLHFError
@@ -23,13 +24,18 @@ from mindrlhf.utils.ranks import env_int
 
 logger = get_logger(__name__)
 
-PRODUCTS = Path(__file__).with_name("bf16_products.cpp")
-DECODE_STEPS = Path(__file__).with_name("decode_steps.cpp")
+SOURCES = ("decode_steps.cpp", "layer_parts.cpp")
+PRODUCTS = "bf16_products.cpp"
+"""Joins the others where there are instructions for it."""
+
 NEEDED_FLAG = "avx512_bf16"
 """The processor's name for the instructions of bfloat16 products (those with AMX have them, too)."""
 
-DECODE_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})
-"""Instructions that ``decode_steps.cpp`` is written in."""
+KERNEL_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})
+"""Instructions that the operators are written in."""
+
+SWITCH = "MINDRLHF_KERNELS"
+"""Environment variable: ``off`` leaves all to MindSpore's own operations, for comparison."""
 
 # GCC 12 takes its own vector intrinsics for uninitialized (its bug 105593).
 _OPTIONS = (
@@ -61,36 +67,51 @@ def check_processor() -> None:
 
 
 @functools.cache
+def kernel_library() -> Path | None:
+    """The operators of this package, compiled, loaded, and told how many threads to use.
+
+    Nothing where this machine cannot have them: MindSpore's own operations do the same then, in more time; a
+    line says why.
+    """
+    try:
+        return _library()
+    except MindRLHFError as error:
+        logger.warning("MindSpore's own operations in place of our kernels, which is slower: %s", error)
+        return None
+
+
 def product_library() -> Path:
-    """The operators of ``bf16_products.cpp``, compiled, loaded, and told how many threads to use.
+    """The same for bfloat16 products, which MindSpore has none of.
 
     Raises:
-        MindRLHFError: the processor has no bfloat16 instructions, there is no compiler, or it fails.
+        MindRLHFError: the processor has no bfloat16 instructions, or there is no oneDNN or working compiler.
     """
     check_processor()
-    onednn = _onednn()
-    linked = (f"-L{onednn.parent}", f"-l:{onednn.name}", f"-Wl,-rpath,{onednn.parent}")
     try:
-        return _loaded(_compiled(PRODUCTS, linked))
+        _onednn()
+        return _library()
     except MindRLHFError as error:
-        raise MindRLHFError(f"--cpu_matmul_dtype bfloat16: {error}, or leave it at float32") from error
+        raise MindRLHFError(f"--cpu_matmul_dtype bfloat16: {error}; or leave it at float32") from error
 
 
 @functools.cache
-def decode_library() -> Path | None:
-    """The operators of ``decode_steps.cpp``, likewise; nothing where this machine cannot have them.
-
-    Generation does the same in MindSpore's own operations then, two to three times slower; a line says why.
-    """
+def _library() -> Path:
     flags = processor_flags()
-    try:
-        if missing := DECODE_FLAGS - flags:
-            raise MindRLHFError(f"this processor ({platform.machine()}) has no {', '.join(sorted(missing))}")
-        wanted = sorted(DECODE_FLAGS | ({NEEDED_FLAG} & flags))
-        return _loaded(_compiled(DECODE_STEPS, tuple(f"-m{flag.replace('_', '')}" for flag in wanted)))
-    except MindRLHFError as error:
-        logger.warning("decoding by MindSpore's own operations, which is slower: %s", error)
-        return None
+    if os.environ.get(SWITCH) == "off":
+        raise MindRLHFError(f"{SWITCH} is off")
+    if missing := KERNEL_FLAGS - flags:
+        raise MindRLHFError(f"this processor ({platform.machine()}) has no {', '.join(sorted(missing))}")
+    sources, wanted, linked = list(SOURCES), sorted(KERNEL_FLAGS), []
+    if NEEDED_FLAG in flags:
+        wanted.append(NEEDED_FLAG)
+        with suppress(MindRLHFError):
+            onednn = _onednn()
+            linked = [f"-L{onednn.parent}", f"-l:{onednn.name}", f"-Wl,-rpath,{onednn.parent}"]
+            sources.append(PRODUCTS)
+    library = _compiled(sources, [f"-m{flag.replace('_', '')}" for flag in wanted] + linked)
+    # MindSpore loads the same file, so there is one copy of its state.
+    ctypes.CDLL(str(library)).SetThreads(thread_count())
+    return library
 
 
 def thread_count() -> int:
@@ -116,26 +137,19 @@ def _onednn() -> Path:
     places = [] if package is None else list(package.submodule_search_locations or [])
     found = [file for place in places for file in sorted(Path(place, "lib").glob("libdnnl.so.3*"))]
     if not found:
-        raise MindRLHFError(
-            f"--cpu_matmul_dtype bfloat16: no lib/libdnnl.so.3 (oneDNN) in MindSpore's package {places}; "
-            "leave it at float32"
-        )
+        raise MindRLHFError(f"there is no lib/libdnnl.so.3 (oneDNN) in MindSpore's package {places}")
     return found[0]
 
 
-def _loaded(library: Path) -> Path:
-    """Tells it its threads. MindSpore loads the same file, so there is one copy of what it keeps."""
-    ctypes.CDLL(str(library)).SetThreads(thread_count())
-    return library
-
-
-def _compiled(source: Path, options: tuple[str, ...]) -> Path:
-    """The library made from a source and the headers beside it."""
+def _compiled(sources: list[str], options: list[str]) -> Path:
+    """The library made from sources of this package and the headers beside them."""
+    here = Path(__file__).parent
     compiler = os.environ.get("CXX") or "g++"
-    command = [compiler, *_OPTIONS, str(source), *options]
-    made_from = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    digest = hashlib.sha256(b"|".join([*made_from, " ".join([compiler, *_OPTIONS, *options]).encode()]))
-    library = library_directory() / f"{source.stem}_{digest.hexdigest()[:16]}.so"
+    command = [compiler, *_OPTIONS, *(str(here / source) for source in sources), *options]
+    digest = hashlib.sha256(" ".join([compiler, *_OPTIONS, *options]).encode())
+    for path in [*(here / source for source in sources), *sorted(here.glob("*.h"))]:
+        digest.update(b"|" + path.read_bytes())
+    library = library_directory() / f"kernels_{digest.hexdigest()[:16]}.so"
     if library.is_file():
         return library
     if shutil.which(compiler) is None:
@@ -144,11 +158,7 @@ def _compiled(source: Path, options: tuple[str, ...]) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with locked(library.parent):  # one worker compiles, the others find it
             if not library.is_file():
-                logger.info("compiling %s with %s into %s", source.name, compiler, library)
-                with atomic_file(library) as temporary:
-                    subprocess.run(
-                        [*command, "-o", str(temporary)], check=True, capture_output=True, text=True, timeout=300
-                    )
+                _compile(command, library)
     except subprocess.CalledProcessError as error:
         raise MindRLHFError(f"{' '.join(command)} failed:\n{error.stderr[-2000:]}") from error
     except subprocess.TimeoutExpired as error:
@@ -156,3 +166,10 @@ def _compiled(source: Path, options: tuple[str, ...]) -> Path:
     except OSError as error:
         raise MindRLHFError(f"{library} cannot be written: {error.strerror}; set XDG_CACHE_HOME") from error
     return library
+
+
+def _compile(command: list[str], library: Path) -> None:
+    logger.info("compiling the CPU kernels with %s into %s", command[0], library)
+    with atomic_file(library) as temporary:
+        whole = [*command, "-o", str(temporary)]
+        subprocess.run(whole, check=True, capture_output=True, text=True, timeout=300)

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -93,7 +94,7 @@ class Team {
     }
   }
 
-  static constexpr int kSpins = 8000;
+  static constexpr int kSpins = 2000;
   const int size_;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -102,5 +103,28 @@ class Team {
   std::atomic<int> next_{0}, working_{0}, status_{0};
   std::atomic<uint64_t> round_{0};
 };
+
+constexpr int kFailed = 1;  // what an operator gives to MindSpore when it fails
+
+inline int thread_count = 1;
+inline std::mutex in_use;  // MindSpore may run independent operators at a time; each has all threads anyway
+
+// The one of this process; never destroyed: its threads run until the process ends.
+inline Team& TheTeam() {
+  static Team* team = new Team(thread_count);
+  return *team;
+}
+
+// Does `work` while no other operator does, and gives 0, or kFailed if it throws.
+template <class Work>
+int Alone(const Work& work) {
+  std::lock_guard<std::mutex> lock(in_use);
+  try {
+    work();
+    return 0;
+  } catch (const std::exception&) {
+    return kFailed;
+  }
+}
 
 }  // namespace mindrlhf

@@ -69,14 +69,17 @@ inline float Softmax(const float* scores, float largest, int64_t count, float* w
   return total;
 }
 
-// gate * sigmoid(gate) * up, into `gate`.
-inline void SwiGlu(float* gate, const float* up, int64_t count) {
+inline __m512 Sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, Exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// gate * sigmoid(gate) * up, which may be in place.
+inline void SwiGlu(const float* gate, const float* up, int64_t count, float* result) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const __mmask16 lanes = FirstLanes(count - i);
     const __m512 g = _mm512_maskz_loadu_ps(lanes, gate + i), u = _mm512_maskz_loadu_ps(lanes, up + i);
-    const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, Exp(_mm512_sub_ps(_mm512_setzero_ps(), g))));
-    _mm512_mask_storeu_ps(gate + i, lanes, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid), u));
+    _mm512_mask_storeu_ps(result + i, lanes, _mm512_mul_ps(_mm512_mul_ps(g, Sigmoid(g)), u));
   }
 }
 

@@ -17,11 +17,11 @@ from mindrlhf.models.decoder_parts import (
     Columns,
     Reorder,
     RMSNorm,
-    Rotary,
     SharedInputs,
-    Softmax,
-    SwiGLU,
+    masked_softmax,
+    rotary,
     swapped,
+    swiglu,
     take_columns,
 )
 from mindrlhf.models.dtypes import ms_dtype
@@ -50,9 +50,9 @@ class Attention(nn.Cell):
         self.compute_dtype = ms_dtype(config.compute_dtype)
         self.softmax_dtype = ms_dtype(config.softmax_compute_type)
         self.rotary_dtype = ms_dtype(config.rotary_dtype)
-        self.rotary = Rotary()
+        self.rotary = rotary(self.rotary_dtype)
         self.reorder = Reorder()
-        self.softmax = Softmax()
+        self.softmax = masked_softmax(self.softmax_dtype)
         self.flash = config.use_flash_attention
         heads, hidden = config.num_heads, config.hidden_size
 
@@ -125,7 +125,8 @@ class Attention(nn.Cell):
         scores = ops.BatchMatMul(transpose_b=True)(query.reshape(grouped), key.reshape(keys))
         # Rows of one matrix: reductions of CPU are many times slower over more dimensions.
         rows = ops.cast(scores.reshape((-1, length)), self.softmax_dtype)
-        weights = ops.cast(self.softmax(rows + hidden), self.compute_dtype)
+        hidden = hidden.reshape((-1, asked, length))
+        weights = ops.cast(self.softmax(rows, hidden), self.compute_dtype)
         return ops.BatchMatMul()(weights.reshape(scores.shape), value.reshape(keys))
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, asked: int, hidden: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class FeedForward(nn.Cell):
         self.w1 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
         self.w3 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
         self.w2 = RowParallelLinear(inner, hidden, groups, **dtypes)
-        self.swiglu = SwiGLU()
+        self.swiglu = swiglu(dtypes["compute_dtype"])
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` (B * T, H) -> (B * T, H)."""

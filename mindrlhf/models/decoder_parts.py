@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.kernels.parts import KernelNormalise, KernelRotary, KernelSoftmax, KernelSwiGLU, layer_kernels
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layers import empty_parameter
@@ -34,7 +35,8 @@ class RMSNorm(nn.Cell):
         self.compute_dtype = compute_dtype
         self.weight = empty_parameter((hidden_size,), param_dtype, "weight")
 
-        self.normalise = _Normalise(hidden_size, eps)
+        library = layer_kernels(compute_dtype)
+        self.normalise = KernelNormalise(library, eps) if library else _Normalise(hidden_size, eps)
 
     def construct(self, x: Tensor) -> Tensor:
         """``x`` (..., H) -> the same shape and type."""
@@ -125,6 +127,18 @@ class SwiGLU(nn.Cell):
         return dout * (sigmoid * (up - out) + out), dout * (gate * sigmoid)
 
 
+class MaskedSoftmax(nn.Cell):
+    """Softmax of attention scores plus what hides keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = Softmax()
+
+    def construct(self, scores: Tensor, hidden: Tensor) -> Tensor:
+        """``scores`` (B * heads * Q, T), ``hidden`` (B * heads, Q, T) -> the shape of the scores."""
+        return self.softmax(scores + hidden.reshape(scores.shape))
+
+
 class Softmax(nn.Cell):
     """Softmax of rows with its gradient ``dx = y (dy - sum(dy y))`` written out.
 
@@ -141,6 +155,24 @@ class Softmax(nn.Cell):
         product = dout * out
         total = product.sum(axis=-1, keepdims=True)
         return (product - out * ops.tile(total, (1, x.shape[-1])),)
+
+
+def masked_softmax(dtype: ms.dtype) -> nn.Cell:
+    """That of this device: attention scores in ``dtype``."""
+    library = layer_kernels(dtype)
+    return KernelSoftmax(library) if library else MaskedSoftmax()
+
+
+def rotary(dtype: ms.dtype) -> nn.Cell:
+    """That of this device: rotary positions in ``dtype``."""
+    library = layer_kernels(dtype)
+    return KernelRotary(library) if library else Rotary()
+
+
+def swiglu(dtype: ms.dtype) -> nn.Cell:
+    """That of this device: the feed-forward's inner features in ``dtype``."""
+    library = layer_kernels(dtype)
+    return KernelSwiGLU(library) if library else SwiGLU()
 
 
 class Reorder(nn.Cell):
@@ -186,18 +218,20 @@ class SharedInputs(nn.Cell):
         self.scale = config.head_dim**-0.5
         self.kv_heads = exact_div(config.n_kv_heads, groups.mesh.mp, "key/value heads by mp")
         self.heads = self.kv_heads * config.queries_per_kv_head
+        self.mask_heads = 1 if layer_kernels(self.softmax_dtype) else self.heads
 
     def construct(self, valid: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         """From (B, T) int32 each.
 
         Returns:
-            what is added to the scores, (B * heads * T, T), 0 or ``MASKED_SCORE`` (with flash attention
-            (B, 1, T, T), 1 at hidden keys); cos and sin of the queries (B * T * heads, D), which carry the
-            scale 1 / sqrt(D) of the scores; cos and sin of the keys (B * T * kv heads, D).
+            what is added to the scores, (B * heads * T, T), or (B * T, T) where a kernel knows the heads, 0
+            or ``MASKED_SCORE`` (with flash attention (B, 1, T, T), 1 at hidden keys); cos and sin of the
+            queries (B * T * heads, D), which carry the scale 1 / sqrt(D) of the scores; cos and sin of the
+            keys (B * T * kv heads, D).
         """
         hidden = hidden_keys(valid, self.softmax_dtype)
         if not self.flash:
-            hidden = ops.tile(hidden * MASKED_SCORE, (1, self.heads, 1, 1)).reshape((-1, valid.shape[1]))
+            hidden = ops.tile(hidden * MASKED_SCORE, (1, self.mask_heads, 1, 1)).reshape((-1, valid.shape[1]))
         flat = position_ids.reshape((-1,))
         cos, sin = ops.gather(self.cos_table, flat, 0), ops.gather(self.sin_table, flat, 0)
         return (

@@ -73,7 +73,11 @@ class FusedLayer(nn.Cell):
             self.all_reduce = ops.AllReduce(group=groups.mp_group)
 
     def step(
-        self, x: Tensor, place: tuple[Tensor, Tensor, Tensor], steps: DecodeSteps, rotary: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        place: tuple[Tensor, Tensor, Tensor],
+        steps: DecodeSteps,
+        rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
         """One column of each sequence by the operators of :class:`DecodeSteps`, whose letters these are.
 
@@ -288,7 +292,7 @@ class FusedDecoder(nn.Cell):
         Logits of sequences that have ``ended``, (B,) bool, are any finite numbers.
         """
         if self.steps is not None:
-            return self._step(tokens, (ended, starts, column))
+            return self._step(self.steps, tokens, (ended, starts, column))
         sizes = self.sizes
         cos, sin = self.rotary.angles(column - starts)
         hidden = ops.logical_or(self.cache_columns < ops.expand_dims(starts, 1), self.cache_columns > column)
@@ -303,11 +307,11 @@ class FusedDecoder(nn.Cell):
             x = layer.decode(x, cos, sin, entries, mask)
         return self._logits(x)
 
-    def _step(self, tokens: Tensor, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _step(self, steps: DecodeSteps, tokens: Tensor, place: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = layer.step(x, place, self.steps, (self.rotary.cos, self.rotary.sin))
-        return self.steps.logits(x, place[0], self.norm.weight, self._head())
+            x = layer.step(x, place, steps, (self.rotary.cos, self.rotary.sin))
+        return steps.logits(x, place[0], self.norm.weight, self._head())
 
     def _head(self) -> Parameter:
         return self.embedding.weight if self.tied else self.head

@@ -1,4 +1,4 @@
-"""The masses of the tokens a rank holds: softmax, look-up of the token at a place of the cumulative distribution.
+"""The masses of the tokens a rank holds: softmax, and the token at a place of the cumulative sum.
 
 Two of a kind: :class:`PlainMasses` in MindSpore's operations, and
 :class:`mindrlhf.kernels.decoding.KernelMasses` for CPU.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-# Masses below the floor are passed over when an interval is looked up. It is above that of ids by more than the
-# number of ids, so what is picked always has an id to pick.
+# Blocks with less mass are passed over when an interval is looked up. The floor is above that of ids by more
+# than the number of ids, so what is picked always has an id to pick.
 BLOCK_FLOOR = 1.0e-33
 
 
@@ -42,7 +43,8 @@ class PlainMasses(nn.Cell):
         masses = self.softmax(logits)
         index, largest = self.best(logits)
         # The softmax of the largest logit is 1 / sum(exp(logits - largest)).
-        return masses, index, largest, -ops.log(row_element(masses, index, self.row_numbers))
+        log_sum = -ops.log(row_element(masses, index, self.row_numbers))
+        return masses, ops.cast(index, ms.int32), largest, log_sum
 
     def totals(self, masses: Tensor) -> Tensor:
         """``masses`` (B, V) -> their sums (B,)."""
@@ -51,8 +53,8 @@ class PlainMasses(nn.Cell):
     def look_up(self, masses: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The id in whose interval of the cumulative sum ``target`` falls.
 
-        It is looked up among blocks of ids, then among the ids of the block: short sums, which round less than
-        one over the vocabulary.
+        It is looked up among blocks of ids, then among the ids of the block: short sums, which round less
+        than one over the vocabulary.
 
         Args:
             masses, logits: (B, V).

@@ -19,8 +19,8 @@ from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layers import PADDED_LOGIT
 from mindrlhf.utils.sizes import exact_div
 
-# Ranks with less of the mass are passed over. The floor is above that of blocks by more than the number of parts,
-# so what is picked always has a part to pick.
+# Ranks with less of the mass are passed over. The floor is above that of blocks by more than the number of
+# parts, so what is picked always has a part to pick.
 _RANK_FLOOR = 1.0e-28
 
 # 28 halvings of [largest - 32, largest + 1]: to 1.2e-7, the relative precision of a float32 probability.

@@ -61,7 +61,7 @@ def parents_of(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """One process of a machine at a time is in the block; the others wait. Leaves nothing in the directory."""
+    """One process of a machine at a time is in the block; the others wait. Leaves nothing behind."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -42,7 +42,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _graph_mode() -> None:
+def _graph_mode(either_kernels: None) -> None:
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
 
 
@@ -135,7 +135,7 @@ class WeightedLogProbs(nn.Cell):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request: pytest.FixtureRequest, either_kernels: None) -> Case:
     layers, heads, kv_heads, tied, valid_vocab_size = CASES[request.param]
     config = model_config(layers, heads, kv_heads, tied)
     hf = hugging_face(config, seed=1)
@@ -188,7 +188,7 @@ def test_gradients_equal_torch_autograd(case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def scalar_models() -> tuple[ModelConfig, Any, dict[str, np.ndarray], Any]:
+def scalar_models(either_kernels: None) -> tuple[ModelConfig, Any, dict[str, np.ndarray], Any]:
     """A backbone with a scalar head: config, transformers' model, canonical weights, values (B, T)."""
     config = model_config(1, 4, 2, True)
     hf = hugging_face(config, seed=3)

@@ -31,7 +31,7 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _graph_mode() -> None:
+def _graph_mode(either_kernels: None) -> None:
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
 
 

@@ -1,4 +1,4 @@
-"""What bfloat16 products are compared with."""
+"""What machines tests of kernels need, and what bfloat16 products are compared with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from mindrlhf.kernels.library import NEEDED_FLAG, processor_flags
+from mindrlhf.kernels.library import KERNEL_FLAGS, NEEDED_FLAG, processor_flags
 
 needs_bfloat16 = pytest.mark.skipif(
     NEEDED_FLAG not in processor_flags() or shutil.which("g++") is None, reason="needs avx512_bf16 and g++"
+)
+
+needs_kernels = pytest.mark.skipif(
+    not processor_flags() >= KERNEL_FLAGS or shutil.which("g++") is None, reason="needs AVX-512 and g++"
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +21,16 @@ ORIGINAL_FLAGS = library.processor_flags  # the fixture below replaces it
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(library, "processor_flags", lambda: {library.NEEDED_FLAG})
-    library.product_library.cache_clear()
+    monkeypatch.delenv(library.SWITCH, raising=False)
+    monkeypatch.setattr(library, "processor_flags", lambda: {library.NEEDED_FLAG, *library.KERNEL_FLAGS})
+    forget()
     yield
-    library.product_library.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    library._library.cache_clear()
+    library.kernel_library.cache_clear()
 
 
 def test_flags_are_those_of_the_first_processor(tmp_path: Path) -> None:
@@ -39,11 +47,37 @@ def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.Mon
         library.product_library()
 
 
-def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_remedy_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(MindRLHFError, match=r"no-such-compiler is not there; install g\+\+, or set CXX"):
+    message = "there is no C++ compiler no-such-compiler; install g++, or set CXX"
+    with pytest.raises(MindRLHFError, match=re.escape(f"bfloat16: {message}; or leave it at float32")):
         library.product_library()
+    assert library.kernel_library() is None
+    assert f"MindSpore's own operations in place of our kernels, which is slower: {message}" in caplog.text
     assert not library.library_directory().exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "switch", "message"),
+    [
+        ({"avx2", "fma"}, "on", "has no avx512bw, avx512dq, avx512f, avx512vl"),
+        (None, "off", "MINDRLHF_KERNELS is off"),
+    ],
+)
+def test_other_machines_do_without_kernels(
+    flags: set[str] | None,
+    switch: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if flags is not None:
+        monkeypatch.setattr(library, "processor_flags", lambda: flags)
+    monkeypatch.setenv(library.SWITCH, switch)
+    assert library.kernel_library() is None
+    assert message in caplog.text
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
@@ -65,15 +99,26 @@ def test_without_onednn_the_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_bfloat16
+def test_kernels_do_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ctypes.CDLL(str(library.product_library()))
+    forget()
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    without = ctypes.CDLL(str(library.kernel_library()))
+    assert hasattr(whole, "RowsProduct")
+    assert not hasattr(without, "RowsProduct")
+    assert hasattr(without, "AttentionStepRounded")
+
+
+@needs_bfloat16
 def test_compiled_once_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = library.product_library()
     assert [first] == list(library.library_directory().iterdir())
     made = first.stat().st_mtime_ns
-    library.product_library.cache_clear()
+    forget()
     assert library.product_library() == first
     assert first.stat().st_mtime_ns == made
     monkeypatch.setattr(library, "_OPTIONS", (*library._OPTIONS, "-g0"))
-    library.product_library.cache_clear()
+    forget()
     assert library.product_library() != first
 
 
