@@ -62,13 +62,13 @@ run() {
     grep -E '^\| (MindRLHF|TRL)' "$log" || true
 }
 
-# Rows of our backward and scoring passes and steps of a decode call: nearly the same time as all at once, and less
+# Rows of our backward and scoring passes and steps of a decode call, by model and dtype: nearly the same time as all at once, and less
 # memory than TRL.
 rows() {
     case "$1" in
-        small) echo "--micro_batch 8 --decode_steps 4" ;;
+        small) echo "--micro_batch $([[ $2 == float32 ]] && echo 8 || echo 16) --decode_steps 4" ;;
         default) echo "--micro_batch 8 --score_batch 8" ;;
-        large) echo "--micro_batch 2 --score_batch 2" ;;
+        large) echo "--micro_batch 4 --score_batch 4" ;;
     esac
 }
 
@@ -81,7 +81,7 @@ for ((round = 1; round <= rounds; round++)); do
         for dtype in $own_dtypes; do
             # shellcheck disable=SC2046
             run "round $round/$rounds: MindRLHF $model $dtype" \
-                "$PYTHON" "$HERE/ppo_iteration.py" --model "$model" --dtype "$dtype" $(rows "$model")
+                "$PYTHON" "$HERE/ppo_iteration.py" --model "$model" --dtype "$dtype" $(rows "$model" "$dtype")
         done
         for dtype in $dtypes; do
             [[ "$dtype $model" != "bf16 large" ]] || continue
