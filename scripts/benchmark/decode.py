@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """How fast PPOModelInfer generates: ms per decode step, tokens per second, share of the memory bandwidth.
 
-A decode step reads every weight once, so its floor is their size in float32 over the memory bandwidth, which is
-measured here too (a copy by as many threads as there are cores). The KV cache, which it also reads, is not counted.
+A decode step reads every weight once, so its floor is their size in float32 over the memory bandwidth, which
+is measured here too (a copy by as many threads as there are cores). The KV cache, which it also reads, is not
+counted.
 """
 
 from __future__ import annotations
