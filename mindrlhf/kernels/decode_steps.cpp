@@ -106,8 +106,6 @@ class Step {
     if (count() > 0) TheTeam().Run(static_cast<int>(pieces), work);
   }
 
-  Workshop& shop() { return shop_; }
-
  private:
   Workshop& shop_;
   std::vector<int64_t> rows_;

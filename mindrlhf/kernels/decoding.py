@@ -6,14 +6,14 @@ its weights, if nothing else gets in the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn
 
 from mindrlhf.kernels.library import kernel_library
+from mindrlhf.kernels.operators import operator
 from mindrlhf.utils.errors import MindRLHFError
 
 
@@ -35,9 +35,9 @@ class DecodeSteps(nn.Cell):
         suffix = "Rounded" if rounded else ""
         self.eps = Tensor(np.array([eps], np.float32))
         self.adds = Tensor(np.array(adds_residual))
-        self.attention_step = _operator(library, f"AttentionStep{suffix}", lambda x, *_: x)
-        self.feed_forward_step = _operator(library, f"FeedForwardStep{suffix}", lambda x, *_: x)
-        self.logits_step = _operator(library, f"LogitsStep{suffix}", _logits_shape)
+        self.attention_step = operator(library, f"AttentionStep{suffix}", lambda x, *_: x, ms.float32)
+        self.feed_forward_step = operator(library, f"FeedForwardStep{suffix}", lambda x, *_: x, ms.float32)
+        self.logits_step = operator(library, f"LogitsStep{suffix}", _logits_shape, ms.float32)
 
     def attention(
         self,
@@ -87,18 +87,15 @@ class KernelMasses(nn.Cell):
 
     def __init__(self, library: Path) -> None:
         super().__init__()
-        self.masses = ops.Custom(
-            f"{library}:TokenMasses",
+        self.masses = operator(
+            library,
+            "TokenMasses",
             lambda logits: (logits, logits[:1], logits[:1], logits[:1]),
-            lambda *_: (ms.float32, ms.int32, ms.float32, ms.float32),
-            func_type="aot",
+            (ms.float32, ms.int32, ms.float32, ms.float32),
         )
-        self.sums = _operator(library, "RowSums", lambda masses: masses[:1])
-        self.lookup = ops.Custom(
-            f"{library}:LookUp",
-            lambda masses, logits, target: (target, target),
-            lambda *_: (ms.int32, ms.float32),
-            func_type="aot",
+        self.sums = operator(library, "RowSums", lambda masses: masses[:1], ms.float32)
+        self.lookup = operator(
+            library, "LookUp", lambda masses, logits, target: (target, target), (ms.int32, ms.float32)
         )
 
     def construct(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +135,3 @@ def _logits_shape(
     x: list[int], ended: list[int], norm: list[int], eps: list[int], head: list[int]
 ) -> list[int]:
     return [x[0], head[0]]
-
-
-def _operator(library: Path, name: str, shape: Callable[..., list[int]]) -> ops.Custom:
-    return ops.Custom(f"{library}:{name}", shape, lambda *_: ms.float32, func_type="aot")

@@ -6,15 +6,14 @@ its gradient, for float32 on CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.kernels.library import kernel_library
+from mindrlhf.kernels.operators import operator
 
 
 class KernelNormalise(nn.Cell):
@@ -23,8 +22,8 @@ class KernelNormalise(nn.Cell):
     def __init__(self, library: Path, eps: float) -> None:
         super().__init__()
         self.eps = Tensor(np.array([eps], np.float32))
-        self.forward = _operator(library, "Normalise", lambda x, *_: x, ms.float32)
-        self.gradient = _operator(
+        self.forward = operator(library, "Normalise", lambda x, *_: x, ms.float32)
+        self.gradient = operator(
             library, "NormaliseGradient", lambda x, weight, *_: (x, weight), (ms.float32, ms.float32)
         )
 
@@ -42,8 +41,8 @@ class KernelSwiGLU(nn.Cell):
 
     def __init__(self, library: Path) -> None:
         super().__init__()
-        self.forward = _operator(library, "SwiGluRows", lambda gate, up: gate, ms.float32)
-        self.gradient = _operator(
+        self.forward = operator(library, "SwiGluRows", lambda gate, up: gate, ms.float32)
+        self.gradient = operator(
             library, "SwiGluGradient", lambda gate, up, dy: (gate, up), (ms.float32, ms.float32)
         )
 
@@ -61,8 +60,8 @@ class KernelSoftmax(nn.Cell):
 
     def __init__(self, library: Path) -> None:
         super().__init__()
-        self.forward = _operator(library, "MaskedSoftmax", lambda scores, hidden: scores, ms.float32)
-        self.gradient = _operator(library, "SoftmaxGradient", lambda y, dy: y, ms.float32)
+        self.forward = operator(library, "MaskedSoftmax", lambda scores, hidden: scores, ms.float32)
+        self.gradient = operator(library, "SoftmaxGradient", lambda y, dy: y, ms.float32)
 
     def construct(self, scores: Tensor, hidden: Tensor) -> Tensor:
         """``scores`` (B * heads * Q, T), ``hidden`` (B, Q, T) -> the shape of the scores."""
@@ -78,8 +77,8 @@ class KernelRotary(nn.Cell):
 
     def __init__(self, library: Path) -> None:
         super().__init__()
-        self.forward = _operator(library, "Rotate", lambda x, cos, sin: x, ms.float32)
-        self.gradient = _operator(library, "RotateGradient", lambda x, cos, sin: x, ms.float32)
+        self.forward = operator(library, "Rotate", lambda x, cos, sin: x, ms.float32)
+        self.gradient = operator(library, "RotateGradient", lambda x, cos, sin: x, ms.float32)
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``x`` and tables (n, D) -> (n, D)."""
@@ -97,8 +96,3 @@ def layer_kernels(dtype: ms.dtype) -> Path | None:
     if dtype != ms.float32 or ms.get_context("device_target") != "CPU":
         return None
     return kernel_library()
-
-
-def _operator(library: Path, name: str, shape: Callable[..., Any], dtype: Any) -> ops.Custom:
-    """An operator of the library; ``shape`` gives its results' shapes from those of its operands."""
-    return ops.Custom(f"{library}:{name}", shape, lambda *_: dtype, func_type="aot")

@@ -7,13 +7,12 @@ which stay float32. The operators are those of ``bf16_products.cpp``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from mindrlhf.kernels.library import product_library
+from mindrlhf.kernels.operators import operator
 
 
 class BFloat16RowsProduct(nn.Cell):
@@ -21,9 +20,14 @@ class BFloat16RowsProduct(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.product = _operator("RowsProduct", lambda x, weight: (x[0], weight[0]), ms.float32)
-        self.gradient = _operator(
-            "RowsProductGradient", lambda dy, x, weight: (x, weight), (ms.float32, ms.float32)
+        self.product = operator(
+            product_library(), "RowsProduct", lambda x, weight: (x[0], weight[0]), ms.float32
+        )
+        self.gradient = operator(
+            product_library(),
+            "RowsProductGradient",
+            lambda dy, x, weight: (x, weight),
+            (ms.float32, ms.float32),
         )
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -33,11 +37,6 @@ class BFloat16RowsProduct(nn.Cell):
     def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of ``x`` and ``weight``, also of operands rounded to bfloat16."""
         return self.gradient(dout, x, weight)
-
-
-def _operator(name: str, shape: Callable[..., Any], dtype: Any) -> ops.Custom:
-    """An operator of the library; ``shape`` gives its results' shapes from those of its operands."""
-    return ops.Custom(f"{product_library()}:{name}", shape, lambda *_: dtype, func_type="aot")
 
 
 @functools.cache
