@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from mindrlhf.data.prompts import PromptBatch, PromptStream
     from mindrlhf.data.sequences import SequenceData
     from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
-    from mindrlhf.models.infer import GenerationConfig, GenerationOutput, PPOModelInfer
-    from mindrlhf.models.train import CriticModel, PPOModelTrain, RewardModel
+    from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
+    from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel
     from mindrlhf.parallel.groups import Groups, create_groups
     from mindrlhf.parallel.layout import Layout, Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
     from mindrlhf.parallel.reshard import Resharder
     from mindrlhf.parallel.strategy import write_strategies
     from mindrlhf.report.__main__ import write_report
@@ -115,11 +115,11 @@ _MODULES = {
     "data.prompts": "PromptBatch PromptStream",
     "data.sequences": "SequenceData",
     "data.tokenizers": "Tokenizer load_tokenizer",
-    "models.infer": "GenerationConfig GenerationOutput PPOModelInfer",
-    "models.train": "CriticModel PPOModelTrain RewardModel",
+    "models.qwen2.generator": "GenerationConfig GenerationOutput PPOModelInfer",
+    "models.qwen2.layouts": "parameter_layouts",
+    "models.qwen2.networks": "CriticModel PPOModelTrain RewardModel",
     "parallel.groups": "Groups create_groups",
     "parallel.layout": "Layout Mesh",
-    "parallel.parameters": "parameter_layouts",
     "parallel.reshard": "Resharder",
     "parallel.strategy": "write_strategies",
     "report.__main__": "write_report",

@@ -61,7 +61,7 @@ def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            for module in ("decoding", "parts"):
+            for module in ("decoding", "fused_layers"):
                 patch.setattr(f"mindrlhf.kernels.{module}.kernel_library", lambda: None)
         elif kernel_library() is None:
             pytest.skip("no kernels on this machine")

@@ -18,8 +18,8 @@ from mindrlhf.checkpoint.views import CastSource, LocalSource, SelectedSource
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig
 from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.models.qwen2.layouts import LM_HEAD, parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import LM_HEAD, parameter_layouts
 from mindrlhf.utils.errors import CheckpointError, DataError
 
 YAML_SUFFIXES = (".yaml", ".yml")

@@ -11,7 +11,7 @@ from mindrlhf.chat.checkpoint import Checkpoint
 from mindrlhf.chat.options import ChatOptions
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.tokenizers import chat_stop_ids
-from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError

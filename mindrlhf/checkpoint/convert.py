@@ -25,7 +25,6 @@ from mindrlhf.checkpoint.hf_export import (
     is_weights_name,
     write_hf_directory,
 )
-from mindrlhf.checkpoint.names import canonical_to_hf, count_layers
 from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.shards import open_full, rank_directories
 from mindrlhf.checkpoint.source import WeightSource
@@ -33,8 +32,9 @@ from mindrlhf.checkpoint.views import CastSource, RenamedSource, SelectedSource
 from mindrlhf.checkpoint.writing import check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.qwen2.layouts import EMBEDDING
+from mindrlhf.models.qwen2.weight_names import canonical_to_hf, count_layers
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import EMBEDDING
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.logging import get_logger
 

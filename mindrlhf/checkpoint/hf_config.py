@@ -12,7 +12,7 @@ from mindrlhf.checkpoint.views import bullet_list
 from mindrlhf.configs.faults import shown
 from mindrlhf.configs.rules import MAX_INT
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD_WEIGHT
+from mindrlhf.models.qwen2.layouts import LM_HEAD, SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError
 
 CONFIG_NAME = "config.json"

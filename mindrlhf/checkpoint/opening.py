@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoint import names as weight_names
 from mindrlhf.checkpoint.ckpt_file import open_ckpt
 from mindrlhf.checkpoint.hf_directory import has_hf_weights, open_hf_directory
 from mindrlhf.checkpoint.safetensors_file import open_safetensors
 from mindrlhf.checkpoint.source import ArraySource, WeightSource
 from mindrlhf.checkpoint.torch_file import TorchSource
 from mindrlhf.checkpoint.views import CastSource, RenamedSource, UnitedSource
-from mindrlhf.parallel.parameters import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
+from mindrlhf.models.qwen2 import weight_names
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError
 
 CKPT, SAFETENSORS = ".ckpt", ".safetensors"

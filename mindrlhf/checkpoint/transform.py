@@ -11,7 +11,7 @@ from mindrlhf.checkpoint.views import bullet_list
 from mindrlhf.checkpoint.writing import check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig, RunConfig
-from mindrlhf.parallel.parameters import mesh_of
+from mindrlhf.parallel.layout import mesh_of
 from mindrlhf.utils.errors import CheckpointError
 
 

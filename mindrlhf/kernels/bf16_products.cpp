@@ -6,7 +6,7 @@
 //
 // oneDNN's headers are not in MindSpore's package, so what is used of its C interface, which is the same in all
 // 3.x, is declared here. MindSpore builds it to be given a thread pool, which its C interface cannot: without
-// one each call runs on its own thread. So the result is cut into blocks, and a team of threads takes them.
+// one each call runs on its own thread. So the result is cut into blocks, and a pool of threads takes them.
 //
 // Built by mindrlhf/kernels/library.py. An operator gives 0, or a number that MindSpore reports as failure.
 
@@ -19,7 +19,7 @@
 #include <tuple>
 #include <vector>
 
-#include "team.h"
+#include "thread_pool.h"
 
 extern "C" {
 struct dnnl_engine;
@@ -142,7 +142,7 @@ class Block {
 // All that lives between calls. Made once and never destroyed: its threads run until the process ends.
 class Products {
  public:
-  Products() : streams_(TheTeam().size()), scratch_(TheTeam().size()) {
+  Products() : streams_(SharedPool().size()), scratch_(SharedPool().size()) {
     Check(dnnl_engine_create(&engine_, kCpu, 0));
     for (dnnl_stream*& stream : streams_) Check(dnnl_stream_create(&stream, engine_, kInOrder));
   }
@@ -151,7 +151,7 @@ class Products {
   const BFloat16* Rounded(const void* from, int64_t count, int slot) {
     const auto* source = static_cast<const float*>(from);
     auto* rounded = static_cast<BFloat16*>(operands_[slot].AtLeast(count * sizeof(BFloat16)));
-    TheTeam().Run(static_cast<int>(CeilDiv(count, kRoundAtOnce)), [&](int piece, int) {
+    SharedPool().Run(static_cast<int>(CeilDiv(count, kRoundAtOnce)), [&](int piece, int) {
       const int64_t first = piece * kRoundAtOnce;
       RoundSome(source + first, rounded + first, std::min(kRoundAtOnce, count - first));
       return 0;
@@ -161,7 +161,7 @@ class Products {
 
   void Multiply(const Sizes& sizes, const BFloat16* a, const BFloat16* b, void* c) {
     const std::vector<Block>& blocks = Cut(sizes);
-    Check(TheTeam().Run(static_cast<int>(blocks.size()), [&](int piece, int member) {
+    Check(SharedPool().Run(static_cast<int>(blocks.size()), [&](int piece, int member) {
       return blocks[piece].Run(streams_[member], a, b, static_cast<float*>(c), scratch_[member]);
     }));
   }
@@ -172,7 +172,7 @@ class Products {
     if (found != cuts_.end()) return found->second;
     const bool by_rows = sizes.m >= sizes.n;
     const int64_t length = by_rows ? sizes.m : sizes.n;
-    const int64_t step = CeilDiv(CeilDiv(length, TheTeam().size()), 16) * 16;  // more blocks are no faster
+    const int64_t step = CeilDiv(CeilDiv(length, SharedPool().size()), 16) * 16;  // more blocks are no faster
     std::vector<Block> blocks;
     Check(dnnl_threadpool_interop_set_max_concurrency(1));
     for (int64_t first = 0; first < length; first += step) {

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "few_rows.h"
-#include "team.h"
+#include "thread_pool.h"
 #include "vector_math.h"
 
 namespace mindrlhf {

@@ -20,7 +20,7 @@
 
 #include "decode_attention.h"
 #include "few_rows.h"
-#include "team.h"
+#include "thread_pool.h"
 #include "vector_math.h"
 
 namespace {
@@ -37,7 +37,7 @@ const float* Residual(void* x, void* adds) { return *static_cast<const bool*>(ad
 
 // What the operators keep between calls.
 struct Workshop {
-  Workshop() : scores(TheTeam().size()), queries(TheTeam().size()) {}
+  Workshop() : scores(SharedPool().size()), queries(SharedPool().size()) {}
   Buffer packed, wide, mixed;
   std::vector<Buffer> scores, queries;  // of each thread
 };
@@ -103,7 +103,7 @@ class Step {
   }
 
   void Run(int64_t pieces, const std::function<int(int, int)>& work) {
-    if (count() > 0) TheTeam().Run(static_cast<int>(pieces), work);
+    if (count() > 0) SharedPool().Run(static_cast<int>(pieces), work);
   }
 
  private:
@@ -234,7 +234,7 @@ int LogitsStep(int, void** data, int*, int64_t** shapes, const char**, void*, vo
 int TokenMasses(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t rows = shapes[0][0], vocab = shapes[0][1];
   return Alone([&] {
-    TheTeam().Run(static_cast<int>(rows), [&](int row, int) {
+    SharedPool().Run(static_cast<int>(rows), [&](int row, int) {
       const float *logits = Floats(data[0]) + row * vocab, largest = Largest(logits, vocab);
       const int64_t place = std::find(logits, logits + vocab, largest) - logits;
       static_cast<int32_t*>(data[2])[row] = static_cast<int32_t>(place % vocab);  // where all are NaN, 0

@@ -20,7 +20,7 @@ from mindrlhf.utils.errors import MindRLHFError
 class DecodeSteps(nn.Cell):
     """The operators of one library, and what is the same for all layers.
 
-    Letters as in :mod:`mindrlhf.models.infer_network`; sequences that have ended are not computed
+    Letters as in :mod:`mindrlhf.models.qwen2.generator_network`; sequences that have ended are not computed
     and give zeros.
 
     Args:
@@ -79,7 +79,7 @@ class DecodeSteps(nn.Cell):
 
 
 class KernelMasses(nn.Cell):
-    """What :class:`mindrlhf.models.masses.PlainMasses` does, in a tenth of the time on CPU.
+    """What :class:`mindrlhf.models.inverse_cdf.PlainMasses` does, in a tenth of the time on CPU.
 
     Args:
         library: from :func:`kernel_library`.

@@ -24,7 +24,7 @@ from mindrlhf.utils.ranks import env_int
 
 logger = get_logger(__name__)
 
-SOURCES = ("decode_steps.cpp", "layer_parts.cpp")
+SOURCES = ("decode_steps.cpp", "fused_layers.cpp")
 PRODUCTS = "bf16_products.cpp"
 """Joins the others where there are instructions for it."""
 

@@ -13,10 +13,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.kernels.decoding import KernelMasses, kernel_masses
-from mindrlhf.models.masses import IntervalLookup, PlainMasses, row_element, row_numbers
+from mindrlhf.models.inverse_cdf import IntervalLookup, PlainMasses, row_element, row_numbers
 from mindrlhf.parallel.gather import GroupStack
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import PADDED_LOGIT
+from mindrlhf.parallel.tensor_parallel import PADDED_LOGIT
 from mindrlhf.utils.sizes import exact_div
 
 # Ranks with less of the mass are passed over. The floor is above that of blocks by more than the number of

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from mindrlhf.configs.schema import RunConfig
 from mindrlhf.utils.sizes import exact_div
 
 AxisName = Literal["mp"]
@@ -120,3 +121,8 @@ class Layout:
     def on(self, mesh: Mesh) -> Layout:
         """The same tensor, split along the same dimension over another mesh."""
         return Layout(mesh, self.shape, self.axes)
+
+
+def mesh_of(config: RunConfig) -> Mesh:
+    """The mesh that a YAML asks for."""
+    return Mesh(config.parallel.data_parallel, config.parallel.model_parallel)

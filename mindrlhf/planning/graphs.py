@@ -15,7 +15,7 @@ from mindrlhf.planning.sizes import ParameterCount, RankSizes
 
 FLOAT32 = 4
 QUERY_BLOCK = 512
-"""Prompt columns that go through attention at a time when generating (models/infer_network.py)."""
+"""Prompt columns that go through attention at a time when generating (models/qwen2/generator_network.py)."""
 
 FLASH_STATISTICS = 64
 """Bytes a head and token that flash attention keeps for its gradient: 8 float32 of maximum and of sum."""
@@ -124,7 +124,7 @@ def kv_cache_bytes(sizes: RankSizes, rows: int, columns: int) -> int:
 
 
 def decode_steps(response: int, steps_per_call: int) -> int:
-    """Steps in one decode graph (models/infer.py)."""
+    """Steps in one decode graph (models/qwen2/generator.py)."""
     return max(1, min(steps_per_call, response - 1))
 
 

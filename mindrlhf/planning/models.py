@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mindrlhf.configs.schema import JobConfig, RunConfig
-from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.parallel.parameters import mesh_of, parameter_layouts
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.parallel.layout import Layout, Mesh, mesh_of
 from mindrlhf.planning.devices import DeviceTraits
 from mindrlhf.planning.graphs import (
     GraphMemory,

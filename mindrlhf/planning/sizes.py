@@ -8,8 +8,8 @@ from functools import lru_cache
 from math import prod
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.qwen2.layouts import EMBEDDING, SCORE_HEAD, layer_prefix, parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import EMBEDDING, SCORE_HEAD, layer_prefix, parameter_layouts
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number, by its name in a YAML."""

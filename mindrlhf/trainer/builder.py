@@ -11,13 +11,19 @@ import numpy as np
 
 from mindrlhf.checkpoint.load import load_shard
 from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
-from mindrlhf.models.heads import new_score_head
-from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
-from mindrlhf.models.train import CriticModel, PolicyValues, PPOModelTrain, RewardModel, SequenceModel
+from mindrlhf.models.job_layouts import job_layouts
+from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.heads import new_score_head
+from mindrlhf.models.qwen2.layouts import LM_HEAD, SCORE_HEAD
+from mindrlhf.models.qwen2.networks import (
+    CriticModel,
+    PolicyValues,
+    PPOModelTrain,
+    RewardModel,
+    SequenceModel,
+)
 from mindrlhf.parallel.groups import Groups, create_groups
-from mindrlhf.parallel.layout import Layout
-from mindrlhf.parallel.parameters import LM_HEAD, SCORE_HEAD, mesh_of
-from mindrlhf.trainer.layouts import job_layouts
+from mindrlhf.parallel.layout import Layout, mesh_of
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 

@@ -34,7 +34,7 @@ from mindrlhf.checkpoint.load import load_resharded
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
 from mindrlhf.checkpoint.save import save_shard
 from mindrlhf.checkpoint.shards import rank_file_name
-from mindrlhf.models.train import SequenceModel
+from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible, stored_meshes
 from mindrlhf.trainer.runtime import HostExchange

@@ -11,7 +11,7 @@ from mindrlhf.checkpoint.hf_export import check_hf_output
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizers import Tokenizer
-from mindrlhf.parallel.parameters import SCORE_HEAD
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD
 from mindrlhf.trainer.runs import check_resume_flags
 from mindrlhf.trainer.start import (
     check_experience_place,
@@ -117,8 +117,8 @@ def save_strategies(options: JobOptions, directory: Path) -> list[Path]:
     Under msrun a worker writes its own rank's; alone, those of all ranks of ``--world_size``, or of as
     many as the YAMLs ask for.
     """
+    from mindrlhf.models.job_layouts import job_layouts
     from mindrlhf.parallel.strategy import write_strategies
-    from mindrlhf.trainer.layouts import job_layouts
 
     under_msrun = env_world_size() > 1
     world_size = env_world_size() if under_msrun else options.world_size

@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.losses import entropy_sum, policy_loss_terms, value_loss_terms
 from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.models.train import CriticModel, PPOModelTrain
+from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
 from mindrlhf.trainer.experience import Experience
 
 POLICY_SUMS = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared", "entropy")

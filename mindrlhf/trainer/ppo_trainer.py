@@ -18,12 +18,12 @@ from mindrlhf.algorithms.kl import sequence_kl
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.groups import create_groups
 from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models
 from mindrlhf.trainer.checkpointing import Stateful, TrainingCheckpoints, load_states
 from mindrlhf.trainer.evaluation import HeldOutEvaluation, held_out_prompts
 from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
-from mindrlhf.trainer.layouts import job_layouts
 from mindrlhf.trainer.metrics import iteration_metrics, time_metrics
 from mindrlhf.trainer.parts import make_kl_controller, open_prompts, trained_models
 from mindrlhf.trainer.pretraining import open_pretraining

@@ -14,7 +14,7 @@ from mindrlhf.algorithms.masks import position_ids
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.mindrecord import read_rows, read_schema
 from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS
-from mindrlhf.models.train import PPOModelTrain
+from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.trainer.builder import valid_vocab_size
 from mindrlhf.trainer.experience import SequenceInputs
 from mindrlhf.utils.errors import DataError

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mindrlhf.data.prompts import PromptBatch
-from mindrlhf.models.infer import PPOModelInfer
+from mindrlhf.models.qwen2.generator import PPOModelInfer
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.experience import Rollout
 from mindrlhf.trainer.runtime import HostExchange, local_rows

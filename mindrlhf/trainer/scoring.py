@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor
 
 from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.models.train import SequenceModel
+from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Rollout, Scores, sequence_inputs
 from mindrlhf.trainer.runtime import HostExchange, local_rows

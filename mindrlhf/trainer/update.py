@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
-from mindrlhf.models.train import SequenceModel
+from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from mindrlhf.models.infer import PPOModelInfer
-from mindrlhf.models.train import PPOModelTrain
+from mindrlhf.models.qwen2.generator import PPOModelInfer
+from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout

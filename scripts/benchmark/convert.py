@@ -23,12 +23,12 @@ from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
 from mindrlhf.checkpoint.dtypes import BFLOAT16, parse_dtype
 from mindrlhf.checkpoint.hf_config import hf_config_from_model
 from mindrlhf.checkpoint.hf_export import write_hf_directory
-from mindrlhf.checkpoint.names import canonical_to_hf
 from mindrlhf.checkpoint.source import Slices, TensorInfo, WeightSource, bounded
 from mindrlhf.checkpoint.views import CastSource
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.qwen2.weight_names import canonical_to_hf
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 
 HIDDEN, INTERMEDIATE, VOCAB = 2048, 5632, 151936
 BYTES_PER_LAYER = 2 * HIDDEN * (HIDDEN * 5 // 2 + 3 * INTERMEDIATE)

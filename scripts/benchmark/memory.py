@@ -37,8 +37,8 @@ from mindrlhf.configs.schema import (
     PPOConfig,
     RunConfig,
 )
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.planning.memory import plan_memory
 
 ROOT = Path(__file__).resolve().parents[2]

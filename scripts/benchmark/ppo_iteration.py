@@ -120,8 +120,8 @@ def write_inputs(job: JobConfig, directory: Path) -> tuple[Path, Path]:
     from mindrlhf.checkpoint.writing import write_weights
     from mindrlhf.data.mindrecord import write_mindrecord
     from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
 
     weights, data = directory / "policy.safetensors", directory / "prompts.mindrecord"
     model, rows, columns = job.train.model, 4 * job.ppo.rollout_batch_size, job.ppo.max_prompt_length

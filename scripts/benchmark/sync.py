@@ -28,8 +28,8 @@ import numpy as np
 from common import MODELS, copy_bandwidth, model_config, random_shards, seconds_of
 from results import table
 
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.parallel.reshard import Resharder
 from mindrlhf.utils.ranks import env_rank, env_world_size
 
@@ -148,8 +148,8 @@ def time_exchanges(name: str, repeats: int) -> None:
 
 def build_sync(name: str) -> tuple[Any, dict[str, np.ndarray]]:
     """A sync between two models in one process, and the weights of the trained one."""
-    from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
-    from mindrlhf.models.train import PPOModelTrain
+    from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+    from mindrlhf.models.qwen2.networks import PPOModelTrain
     from mindrlhf.parallel.groups import Groups
     from mindrlhf.trainer.weight_sync import WeightSync
 

@@ -75,10 +75,10 @@ def build(args: argparse.Namespace) -> Case:
     from mindspore import Tensor
 
     from mindrlhf.configs.schema import ContextConfig, ParallelConfig, PPOConfig, RunConfig
-    from mindrlhf.models.train import PPOModelTrain
+    from mindrlhf.models.qwen2.layouts import EMBEDDING, LM_HEAD
+    from mindrlhf.models.qwen2.networks import PPOModelTrain
     from mindrlhf.parallel.groups import Groups
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import EMBEDDING, LM_HEAD
     from mindrlhf.trainer.losses import PolicyLoss
     from mindrlhf.trainer.optimizer import build_optimizer
     from mindrlhf.trainer.train_step import TrainStep

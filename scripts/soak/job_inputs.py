@@ -15,8 +15,8 @@ from mindrlhf.checkpoint.writing import write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "model_configs" / "qwen_ppo"

@@ -289,8 +289,8 @@ def _write_weights(directory: Path) -> None:
     from mindrlhf.checkpoint.source import ArraySource
     from mindrlhf.checkpoint.writing import write_weights
     from mindrlhf.configs.load import load_run_config
+    from mindrlhf.models.qwen2.layouts import LM_HEAD, parameter_layouts
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import LM_HEAD, parameter_layouts
 
     model = load_run_config(directory / "finetune_x.yaml").model
     random = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
-from mindrlhf.checkpoint.names import hf_to_canonical
 from mindrlhf.configs.schema import ModelConfig, PPOConfig
+from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.trainer.experience import Experience, SequenceInputs
 from mindrlhf.trainer.pretraining import PretrainBatch
 

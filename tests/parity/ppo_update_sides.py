@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mindrlhf.checkpoint.names import hf_to_canonical
 from mindrlhf.configs.schema import ContextConfig, JobConfig, ParallelConfig, RunConfig
-from mindrlhf.models.train import CriticModel, PPOModelTrain
+from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
+from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import PPOModels

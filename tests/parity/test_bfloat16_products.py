@@ -15,10 +15,10 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindrlhf.algorithms.masks import attention_mask, position_ids
-from mindrlhf.models.train import PPOModelTrain
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.train_step import Backward
 from tests.parity.ppo_update_case import (
@@ -153,7 +153,7 @@ def test_rounding_costs_little(
 
 def test_log_probs_of_a_rollout_are_those_of_the_trained_network() -> None:
     """Generation must round what training rounds: else the ratio is not 1 before the first update."""
-    from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
+    from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
 
     groups = Groups(Mesh(), 0)
     weights = hugging_face(seed=1)

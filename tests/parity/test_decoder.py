@@ -11,9 +11,9 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
-from mindrlhf.checkpoint.names import hf_to_canonical
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.train import CriticModel, PPOModelTrain, RewardModel
+from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel
+from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.gradients import GradientBuffers

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from mindspore import Tensor, ops
 
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import VocabParallelLogProbs
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.tensor_parallel import VocabParallelLogProbs
 from tests.parity.formula_batches import Texts, central_difference, exp_error, texts
 
 

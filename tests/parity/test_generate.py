@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.infer import GenerationConfig, GenerationOutput, PPOModelInfer
+from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -210,7 +210,7 @@ def test_long_prompts_go_through_attention_in_blocks(monkeypatch: pytest.MonkeyP
     weights = random_weights(config, seed=10)
     ids, lengths = prompts(np.random.default_rng(11), rows=3, columns=13)
     whole = generate(config, weights, ids, lengths, do_sample=False)
-    monkeypatch.setattr("mindrlhf.models.infer_network._QUERY_BLOCK", 4)
+    monkeypatch.setattr("mindrlhf.models.qwen2.generator_network._QUERY_BLOCK", 4)
     blocks = generate(config, weights, ids, lengths, do_sample=False)
     np.testing.assert_array_equal(blocks.response_ids, whole.response_ids)
     np.testing.assert_allclose(blocks.logprobs, whole.logprobs, atol=1e-5, rtol=0)

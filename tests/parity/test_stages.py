@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindrlhf.checkpoint.names import hf_to_canonical
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.train import PPOModelTrain, RewardModel
+from mindrlhf.models.qwen2.networks import PPOModelTrain, RewardModel
+from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.gradients import GradientBuffers

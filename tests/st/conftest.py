@@ -230,8 +230,8 @@ def _write_random_weights(path: Path, model: Any, *, seed: int, **heads: bool) -
     """Weights large enough that the distribution over tokens is far from uniform; biases not zero."""
     from mindrlhf.checkpoint.source import ArraySource
     from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
 
     rng = np.random.default_rng(seed)
     arrays = {}

@@ -170,8 +170,8 @@ def read_whole(path: Path, layouts: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def policy_layouts(inputs: Any, mesh: tuple[int, int], critic: str) -> dict[str, Any]:
     from mindrlhf.configs.load import load_run_config
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
 
     model = load_run_config(inputs.yaml("finetune", *mesh)).model
     return parameter_layouts(model, Mesh(*mesh), score_head=critic == "shared")

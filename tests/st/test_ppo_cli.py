@@ -277,10 +277,10 @@ def test_export_loads_in_transformers_and_holds_the_merged_shards(
     from transformers import AutoModelForCausalLM
 
     from mindrlhf.checkpoint.load import load_shard
-    from mindrlhf.checkpoint.names import canonical_to_hf
     from mindrlhf.configs.load import load_run_config
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
+    from mindrlhf.models.qwen2.weight_names import canonical_to_hf
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
 
     exported = trained.directory / "exported"
     model, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)

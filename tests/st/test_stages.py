@@ -150,8 +150,8 @@ def test_ppo_takes_both_as_they_are(stages: Workshop) -> None:
 def test_weights_in_all_forms_are_the_same(stages: Workshop, ppo_inputs: Any) -> None:
     from mindrlhf.checkpoint.load import load_shard
     from mindrlhf.configs.load import load_run_config
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
 
     layouts = parameter_layouts(load_run_config(ppo_inputs.yaml("finetune", 1, 1)).model, Mesh())
     ranks, full, hf = (

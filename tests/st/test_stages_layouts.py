@@ -107,8 +107,8 @@ def working_alone(file: Path, directory: Path) -> Iterator[subprocess.Popen[byte
 def assert_same_weights(first: Path, second: Path, inputs: Any) -> None:
     from mindrlhf.checkpoint.load import load_shard
     from mindrlhf.configs.load import load_run_config
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
 
     model = load_run_config(inputs.yaml("finetune", 1, 1)).model
     layouts = parameter_layouts(model, Mesh(), lm_head=False, score_head=True)

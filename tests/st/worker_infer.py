@@ -13,10 +13,10 @@ from mindrlhf.chat.speaker import Speaker
 from mindrlhf.chat.team import Team
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.tokenizers import SpecialIds
-from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 
 ROWS, PROMPT, RESPONSE = 8, 5, 6

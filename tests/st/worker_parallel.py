@@ -14,19 +14,19 @@ from mindspore.common.np_dtype import bfloat16
 from worker_support import results_directory
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
 from mindrlhf.parallel.gather import GroupStack
 from mindrlhf.parallel.groups import Groups, create_groups
-from mindrlhf.parallel.layers import (
+from mindrlhf.parallel.layout import AxisName, Layout, Mesh
+from mindrlhf.parallel.reshard import Resharder
+from mindrlhf.parallel.tensor_parallel import (
     ColumnParallelLinear,
     CopyToGroup,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelLogProbs,
 )
-from mindrlhf.parallel.layout import AxisName, Layout, Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
-from mindrlhf.parallel.reshard import Resharder
 
 MESHES = (Mesh(4, 1), Mesh(2, 2), Mesh(1, 4))
 KINDS: dict[str, tuple[tuple[int, ...], tuple[AxisName | None, ...]]] = {

@@ -14,9 +14,9 @@ import numpy as np
 
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
-from mindrlhf.models.train import RewardModel
-from mindrlhf.parallel.parameters import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, parameter_layouts
+from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, parameter_layouts
+from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.trainer.builder import load_shards
 from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.stages.options import RewardOptions

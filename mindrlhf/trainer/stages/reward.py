@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.train import RewardModel
+from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.stages.calibration import (
     calibrate,

@@ -15,9 +15,9 @@ import numpy as np
 
 from mindrlhf.checkpoint.save import merge_shards, save_shard
 from mindrlhf.data.sequences import SequenceData
-from mindrlhf.models.train import SequenceModel
+from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
-from mindrlhf.parallel.parameters import mesh_of
+from mindrlhf.parallel.layout import mesh_of
 from mindrlhf.trainer.checkpointing import Trained, TrainingCheckpoints, load_states
 from mindrlhf.trainer.compatibility import Kind
 from mindrlhf.trainer.console.state import Column

@@ -12,7 +12,7 @@ from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.checkpoint.hf_export import check_hf_output
 from mindrlhf.checkpoint.save import export_hf
-from mindrlhf.models.train import PPOModelTrain
+from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.stages.options import SFTOptions, read_plan
 from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded

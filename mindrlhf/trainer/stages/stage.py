@@ -10,7 +10,7 @@ from mindspore import nn
 
 from mindrlhf.algorithms.masks import attention_mask, position_ids
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.train import SequenceModel
+from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.experience import SequenceInputs
 from mindrlhf.trainer.runtime import HostExchange, local_rows

@@ -45,12 +45,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Calla
     import shutil
 
     from mindrlhf.checkpoint.hf_config import hf_config_from_model
-    from mindrlhf.checkpoint.names import canonical_to_hf
     from mindrlhf.checkpoint.source import ArraySource
     from mindrlhf.checkpoint.writing import write_weights
     from mindrlhf.configs.schema import ModelConfig
+    from mindrlhf.models.qwen2.layouts import parameter_layouts
+    from mindrlhf.models.qwen2.weight_names import canonical_to_hf
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.parallel.parameters import parameter_layouts
 
     def make(seed: int, **changes: Any) -> SimpleNamespace:
         model = ModelConfig(**{**SIZES, **changes})

@@ -16,8 +16,8 @@ from mindrlhf.chat.checkpoint import Checkpoint, find_checkpoint
 from mindrlhf.checkpoint.save import save_shard
 from mindrlhf.checkpoint.source import ArraySource
 from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, parameter_layouts
 from mindrlhf.utils.errors import CheckpointError, DataError
 from mindrlhf.utils.provenance import plain
 

@@ -21,10 +21,10 @@ from mindrlhf.chat.speaker import bucket, prompt_limit, speaking_mesh
 from mindrlhf.chat.team import Broadcast, Team
 from mindrlhf.checkpoint.save import save_shard
 from mindrlhf.data.tokenizers import Tokenizer, chat_stop_ids
-from mindrlhf.models.infer import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import SCORE_HEAD, parameter_layouts
 from mindrlhf.trainer import runtime
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.utils.errors import MindRLHFError

@@ -10,12 +10,12 @@ from mindrlhf.checkpoint.checking import expected_layouts
 from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
 from mindrlhf.checkpoint.load import load_shard
-from mindrlhf.checkpoint.names import hf_to_canonical
 from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.save import export_hf, merge_shards, save_shard
 from mindrlhf.checkpoint.shards import find_rank_file, open_full, split_to_ranks
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
+from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import SCORE_HEAD, parameter_layouts
 from mindrlhf.utils.errors import CheckpointError
 
 # Sizes that four ranks can split.

@@ -10,11 +10,11 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.infer import GenerationConfig, GenerationOutput, PPOModelInfer
-from mindrlhf.models.masses import PlainMasses
+from mindrlhf.models.inverse_cdf import PlainMasses
+from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from tests.unit.kernels.rounding import needs_kernels
 
 pytestmark = needs_kernels

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mindrlhf.models.masses import smallest_divisor_from
+from mindrlhf.models.inverse_cdf import smallest_divisor_from
 from mindrlhf.models.sampling import VocabParallelSampler
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.parallel.strategy import Strategy, read_strategy, write_strategies, write_strategy
 from mindrlhf.utils.errors import CheckpointError
 

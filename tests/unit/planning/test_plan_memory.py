@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mindrlhf.configs.schema import JobConfig
+from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.planning.devices import CPU
 from mindrlhf.planning.graphs import (
     Pass,
@@ -20,7 +21,6 @@ from mindrlhf.planning.graphs import (
 from mindrlhf.planning.memory import plan_memory
 from mindrlhf.planning.models import ModelMemory, job_models, model_layouts
 from mindrlhf.planning.sizes import count_parameters, rank_sizes
-from mindrlhf.trainer.layouts import job_layouts
 
 MakeJob = Callable[..., JobConfig]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from mindrlhf.configs.schema import JobConfig
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.parallel.reshard import Resharder
 from mindrlhf.planning.memory import plan_sync
 from mindrlhf.planning.sync import SyncTraffic, sync_traffic

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from mindrlhf.checkpoint.hf_config import hf_config_from_model
-from mindrlhf.checkpoint.names import canonical_to_hf
 from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.source import ArraySource
 from mindrlhf.checkpoint.writing import write_weights
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.qwen2.weight_names import canonical_to_hf
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 
 MODEL = ModelConfig(

@@ -13,8 +13,8 @@ from mindrlhf.checkpoint.load import load_shard
 from mindrlhf.checkpoint.source import ArraySource
 from mindrlhf.checkpoint.writing import write_weights
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import mesh_of, parameter_layouts
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.utils.errors import CheckpointError
 
 

@@ -19,8 +19,8 @@ from mindrlhf.checkpoint.writing import write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.schema import prompt_schema
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.runtime import Runtime
 from mindrlhf.trainer.stages import reward, runner, sft

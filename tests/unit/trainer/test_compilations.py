@@ -16,8 +16,8 @@ from mindrlhf.checkpoint.writing import write_weights
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
 from mindrlhf.trainer.runtime import Runtime

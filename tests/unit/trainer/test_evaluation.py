@@ -21,8 +21,8 @@ from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.schema import prompt_schema
 from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.evaluation import Evaluation, evaluate, held_out_prompts
 from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths

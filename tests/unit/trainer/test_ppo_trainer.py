@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mindrlhf.checkpoint.load import load_shard
 from mindrlhf.data.mindrecord import read_columns
-from mindrlhf.parallel.parameters import EMBEDDING, SCORE_HEAD_WEIGHT
+from mindrlhf.models.qwen2.layouts import EMBEDDING, SCORE_HEAD_WEIGHT
 from mindrlhf.trainer.experience import Rollout, Scores
 from mindrlhf.trainer.ppo_trainer import PPOTrainer
 from mindrlhf.trainer.stopping import StopRequest

@@ -15,8 +15,8 @@ from mindspore import Parameter, Tensor, nn
 
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.heads import new_score_head
-from mindrlhf.models.train import RewardModel
+from mindrlhf.models.qwen2.heads import new_score_head
+from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.runtime import HostExchange, Runtime

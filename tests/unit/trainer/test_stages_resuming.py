@@ -16,8 +16,8 @@ import yaml
 
 from mindrlhf.checkpoint.load import load_shard
 from mindrlhf.configs.load import load_run_config
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 from mindrlhf.trainer.skipping import SKIPPED_FILE
 from mindrlhf.trainer.stages.batches import RowStream
 from mindrlhf.trainer.stages.runner import StageTrainer

@@ -7,12 +7,12 @@ import pytest
 from mindspore import Tensor
 
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.models.train import PPOModelTrain
+from mindrlhf.models.job_layouts import job_layouts
+from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import build_infer
-from mindrlhf.trainer.layouts import job_layouts
 from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.errors import MindRLHFError
@@ -62,7 +62,7 @@ def test_one_process_copies_straight_into_the_generating_model(
 
     before = addresses()
     weight_sync.infer.load({name: np.zeros_like(array) for name, array in weight_sync.infer.shards()})
-    monkeypatch.setattr("mindrlhf.models.infer_weights.Tensor", NoTensor)
+    monkeypatch.setattr("mindrlhf.models.qwen2.generator_weights.Tensor", NoTensor)
     weight_sync.sync()
     monkeypatch.undo()
     assert addresses() == before

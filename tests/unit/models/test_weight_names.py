@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mindrlhf.checkpoint.hf_config import model_config_from_hf, read_hf_config
-from mindrlhf.checkpoint.names import canonical_to_hf, count_layers, hf_to_canonical, is_hf
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.qwen2.weight_names import canonical_to_hf, count_layers, hf_to_canonical, is_hf
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import parameter_layouts
 
 
 def test_one_layer_by_hand():

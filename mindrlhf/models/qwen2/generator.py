@@ -10,9 +10,9 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.infer_layers import local_sizes
-from mindrlhf.models.infer_network import FusedDecoder
-from mindrlhf.models.infer_weights import FusedWeights, Shards
+from mindrlhf.models.qwen2.generator_layers import local_sizes
+from mindrlhf.models.qwen2.generator_network import FusedDecoder
+from mindrlhf.models.qwen2.generator_weights import FusedWeights, Shards
 from mindrlhf.models.sampling import VocabParallelSampler
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div

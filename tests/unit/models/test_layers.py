@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.models.decoder_parts import (
+from mindrlhf.models.qwen2.layers import (
     Reorder,
     RMSNorm,
     Rotary,
@@ -20,7 +20,7 @@ from mindrlhf.models.decoder_parts import (
     rotate,
     swapped,
 )
-from mindrlhf.parallel.layers import AddBias
+from mindrlhf.parallel.tensor_parallel import AddBias
 
 torch = pytest.importorskip("torch")
 

@@ -7,7 +7,7 @@ projections back to the hidden size by input columns, embeddings by vocabulary r
 
 from __future__ import annotations
 
-from mindrlhf.configs.schema import ModelConfig, RunConfig
+from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
 
 EMBEDDING = "model.tok_embeddings.embedding_weight"
@@ -16,11 +16,6 @@ LM_HEAD = "lm_head.weight"
 SCORE_HEAD_WEIGHT = "score_head.weight"
 SCORE_HEAD_BIAS = "score_head.bias"
 SCORE_HEAD = (SCORE_HEAD_WEIGHT, SCORE_HEAD_BIAS)
-
-
-def mesh_of(config: RunConfig) -> Mesh:
-    """The mesh that a YAML asks for."""
-    return Mesh(config.parallel.data_parallel, config.parallel.model_parallel)
 
 
 def layer_prefix(layer: int) -> str:

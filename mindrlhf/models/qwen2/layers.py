@@ -12,10 +12,16 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.kernels.parts import KernelNormalise, KernelRotary, KernelSoftmax, KernelSwiGLU, layer_kernels
+from mindrlhf.kernels.fused_layers import (
+    KernelNormalise,
+    KernelRotary,
+    KernelSoftmax,
+    KernelSwiGLU,
+    layer_kernels,
+)
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import empty_parameter
+from mindrlhf.parallel.tensor_parallel import empty_parameter
 from mindrlhf.utils.sizes import exact_div
 
 MASKED_SCORE = -1.0e9

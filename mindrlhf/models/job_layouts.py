@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mindrlhf.configs.schema import JobConfig, RunConfig
-from mindrlhf.parallel.layout import Layout
-from mindrlhf.parallel.parameters import mesh_of, parameter_layouts
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.parallel.layout import Layout, mesh_of
 
 
 def job_layouts(job: JobConfig) -> dict[str, dict[str, Layout]]:

@@ -13,10 +13,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, get_context
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.infer_layers import LocalSizes
-from mindrlhf.models.infer_network import FusedDecoder, FusedLayer
+from mindrlhf.models.qwen2.generator_layers import LocalSizes
+from mindrlhf.models.qwen2.generator_network import FusedDecoder, FusedLayer
+from mindrlhf.models.qwen2.layouts import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix, parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.parallel.parameters import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix, parameter_layouts
 from mindrlhf.utils.errors import CheckpointError
 
 Shards = Mapping[str, np.ndarray | Tensor] | Iterable[tuple[str, np.ndarray | Tensor]]

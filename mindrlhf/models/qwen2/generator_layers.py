@@ -1,6 +1,6 @@
 """Pieces of the generation network: sizes of one rank, products, norm, embedding, rotary positions.
 
-See :mod:`mindrlhf.models.infer_network` for the letters.
+See :mod:`mindrlhf.models.qwen2.generator_network` for the letters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mindspore.common.initializer import initializer
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import RowsProduct, local_ids
+from mindrlhf.parallel.tensor_parallel import RowsProduct, local_ids
 from mindrlhf.utils.sizes import exact_div
 
 

@@ -3,8 +3,8 @@
 It computes what the training network computes, with another storage: the rows of query, key and value
 that belong to one key/value head lie together, ``[q .. q | k | v]`` (called slots: G + 2 of them for G
 queries a key/value head), so that one product and one rotation serve all three; gate and up
-projection are one product. :mod:`mindrlhf.models.infer_weights` maps the canonical parameters to this
-storage and back.
+projection are one product. :mod:`mindrlhf.models.qwen2.generator_weights` maps the canonical
+parameters to this storage and back.
 
 Letters: B rows, P prompt columns, S cache columns, H hidden, D head size, N key/value heads of this
 rank, G queries per key/value head, I intermediate size of this rank.
@@ -18,7 +18,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.kernels.decoding import DecodeSteps, decode_steps
-from mindrlhf.models.infer_layers import (
+from mindrlhf.models.qwen2.generator_layers import (
     ColumnsProduct,
     Embedding,
     Linear,
@@ -27,7 +27,7 @@ from mindrlhf.models.infer_layers import (
     Rotary,
     frozen_parameter,
 )
-from mindrlhf.models.kv_cache import KVCache
+from mindrlhf.models.qwen2.kv_cache import KVCache
 from mindrlhf.parallel.groups import Groups
 
 # Finite, so that a row whose keys are all masked (a pad position as query) gets a mean, not a NaN.

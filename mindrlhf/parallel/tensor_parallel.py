@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from mindrlhf.kernels.products import bfloat16_rows_product
+from mindrlhf.kernels.bf16_products import bfloat16_rows_product
 from mindrlhf.parallel.collectives import CopyToGroup, GroupMax, ReduceFromGroup
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "team.h"
+#include "thread_pool.h"
 #include "vector_math.h"
 
 namespace {
@@ -31,7 +31,7 @@ template <class Work>
 int EachRow(int64_t rows, int64_t columns, const Work& work) {
   const int64_t step = RowsAtOnce(columns);
   return Alone([&] {
-    TheTeam().Run(static_cast<int>(CeilDiv(rows, step)), [&](int piece, int) {
+    SharedPool().Run(static_cast<int>(CeilDiv(rows, step)), [&](int piece, int) {
       for (int64_t row = piece * step; row < std::min(rows, (piece + 1) * step); ++row) work(row);
       return 0;
     });
@@ -120,7 +120,7 @@ int NormaliseGradient(int, void** data, int*, int64_t** shapes, const char**, vo
     static Buffer& buffer = *new Buffer;
     auto* sums = static_cast<float*>(buffer.AtLeast(pieces * size * sizeof(float)));
     std::fill_n(sums, pieces * size, 0.0f);
-    TheTeam().Run(static_cast<int>(pieces), [&](int piece, int) {
+    SharedPool().Run(static_cast<int>(pieces), [&](int piece, int) {
       for (int64_t row = piece * step; row < std::min(rows, (piece + 1) * step); ++row) {
         NormaliseBack(Read(data[0]) + row * size, Read(data[1]), Read(data[3]) + row * size, *Read(data[2]), size,
                       Write(data[4]) + row * size, sums + piece * size);

@@ -13,13 +13,13 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.decoder import Qwen2Decoder
-from mindrlhf.models.heads import LMHead, ScoreHead, last_token
+from mindrlhf.models.qwen2.decoder import Qwen2Decoder
+from mindrlhf.models.qwen2.heads import LMHead, ScoreHead, last_token
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import RowsProduct, VocabParallelLogProbs
 from mindrlhf.parallel.layout import Layout
-from mindrlhf.parallel.parameters import parameter_layouts
+from mindrlhf.parallel.tensor_parallel import RowsProduct, VocabParallelLogProbs
 
 
 class SequenceModel(nn.Cell):

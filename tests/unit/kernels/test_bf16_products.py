@@ -25,7 +25,7 @@ class WithGradients(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        from mindrlhf.kernels.products import bfloat16_rows_product
+        from mindrlhf.kernels.bf16_products import bfloat16_rows_product
 
         self.product = bfloat16_rows_product()
         self.gradients = ops.GradOperation(get_all=True, sens_param=True)
@@ -74,7 +74,7 @@ def test_the_same_product_gives_the_same_bits_and_depends_on_no_earlier_one() ->
 
 
 def test_a_layer_with_many_rows_in_more_dimensions() -> None:
-    from mindrlhf.parallel.layers import RowsProduct
+    from mindrlhf.parallel.tensor_parallel import RowsProduct
 
     x, weight = random(2, 3, 8), random(5, 8, seed=1)
     y = RowsProduct(ms.float32, "bfloat16")(Tensor(x), Tensor(weight))

@@ -2,7 +2,7 @@
 
 Grouped-query attention with rotary positions, RMSNorm and a SwiGLU feed-forward (Qwen2 technical
 report, arXiv 2407.10671). Cells are nested so that parameter names are the canonical ones of
-:mod:`mindrlhf.parallel.parameters`. Generation has its own network, :mod:`mindrlhf.models.infer`.
+:mod:`mindrlhf.models.qwen2.layouts`. Generation has its own network, :mod:`mindrlhf.models.qwen2.generator`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.decoder_parts import (
+from mindrlhf.models.dtypes import ms_dtype
+from mindrlhf.models.qwen2.layers import (
     Columns,
     Reorder,
     RMSNorm,
@@ -24,10 +25,9 @@ from mindrlhf.models.decoder_parts import (
     swiglu,
     take_columns,
 )
-from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import (
+from mindrlhf.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from mindrlhf.parallel.parameters import (
+from mindrlhf.models.qwen2.layouts import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,

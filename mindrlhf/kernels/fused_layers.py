@@ -1,6 +1,6 @@
-"""What a decoder layer does between its products, one pass over memory each; see ``layer_parts.cpp``.
+"""What a decoder layer does between its products, one pass over memory each; see ``fused_layers.cpp``.
 
-Each cell does what its namesake of :mod:`mindrlhf.models.decoder_parts` does in MindSpore's operations, with
+Each cell does what its namesake of :mod:`mindrlhf.models.qwen2.layers` does in MindSpore's operations, with
 its gradient, for float32 on CPU.
 """
 

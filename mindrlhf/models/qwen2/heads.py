@@ -8,9 +8,9 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.dtypes import ms_dtype
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layers import RowsProduct, empty_parameter
-from mindrlhf.parallel.parameters import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
+from mindrlhf.parallel.tensor_parallel import RowsProduct, empty_parameter
 from mindrlhf.utils.seeds import random_stream
 from mindrlhf.utils.sizes import exact_div
 

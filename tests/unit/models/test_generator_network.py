@@ -10,9 +10,9 @@ import pytest
 from mindspore import Tensor, ops
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.infer_layers import LocalSizes, local_sizes, rotary_tables
-from mindrlhf.models.infer_network import PrefillAttention
-from mindrlhf.models.kv_cache import KVCache
+from mindrlhf.models.qwen2.generator_layers import LocalSizes, local_sizes, rotary_tables
+from mindrlhf.models.qwen2.generator_network import PrefillAttention
+from mindrlhf.models.qwen2.kv_cache import KVCache
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 
@@ -63,7 +63,7 @@ def fake_flash(
 @pytest.mark.parametrize("kind", ["whole", "blocks", "flash"])
 def test_prefill_attention_equals_numpy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "blocks":
-        monkeypatch.setattr("mindrlhf.models.infer_network._QUERY_BLOCK", 2)
+        monkeypatch.setattr("mindrlhf.models.qwen2.generator_network._QUERY_BLOCK", 2)
     monkeypatch.setattr(ops, "flash_attention_score", fake_flash)
     attend = PrefillAttention(sizes(flash_attention=kind == "flash"))
     rng = np.random.default_rng(1)

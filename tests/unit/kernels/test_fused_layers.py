@@ -46,14 +46,14 @@ def softmax(scores: Any, hidden: Any) -> Any:
 
 
 def cell(name: str) -> nn.Cell:
-    from mindrlhf.kernels import parts
+    from mindrlhf.kernels import fused_layers
     from mindrlhf.kernels.library import kernel_library
 
     library = kernel_library()
     return (
-        parts.KernelNormalise(library, EPS)
+        fused_layers.KernelNormalise(library, EPS)
         if name == "Normalise"
-        else getattr(parts, f"Kernel{name}")(library)
+        else getattr(fused_layers, f"Kernel{name}")(library)
     )
 
 

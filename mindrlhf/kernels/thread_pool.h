@@ -40,9 +40,9 @@ class Buffer {
 };
 
 // Threads that take numbered pieces of work until none is left. The caller is one of them.
-class Team {
+class ThreadPool {
  public:
-  explicit Team(int size) : size_(size) {
+  explicit ThreadPool(int size) : size_(size) {
     for (int member = 1; member < size; ++member) std::thread([this, member] { Serve(member); }).detach();
   }
 
@@ -110,9 +110,9 @@ inline int thread_count = 1;
 inline std::mutex in_use;  // MindSpore may run independent operators at a time; each has all threads anyway
 
 // The one of this process; never destroyed: its threads run until the process ends.
-inline Team& TheTeam() {
-  static Team* team = new Team(thread_count);
-  return *team;
+inline ThreadPool& SharedPool() {
+  static ThreadPool* pool = new ThreadPool(thread_count);
+  return *pool;
 }
 
 // Does `work` while no other operator does, and gives 0, or kFailed if it throws.
