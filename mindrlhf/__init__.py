@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from mindrlhf.algorithms.rewards import token_rewards
     from mindrlhf.chat.options import ChatOptions
     from mindrlhf.chat.run import run_chat
-    from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
-    from mindrlhf.checkpoint.load import load_shard
-    from mindrlhf.checkpoint.save import export_hf, merge_shards, save_shard
+    from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf
+    from mindrlhf.checkpoint.shards import load_shard, merge_shards, save_shard
     from mindrlhf.checkpoint.transform import transform_checkpoint
     from mindrlhf.configs.load import load_job, load_ppo_config, load_run_config
     from mindrlhf.configs.schema import JobConfig, ModelConfig, PPOConfig, RunConfig
     from mindrlhf.data.preprocess import PreprocessOptions, preprocess
     from mindrlhf.data.prompts import PromptBatch, PromptStream
     from mindrlhf.data.sequences import SequenceData
-    from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+    from mindrlhf.data.tokenizer import Tokenizer
+    from mindrlhf.data.tokenizer_loading import load_tokenizer
     from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel
@@ -105,16 +105,16 @@ _MODULES = {
     "algorithms.rewards": "token_rewards",
     "chat.options": "ChatOptions",
     "chat.run": "run_chat",
-    "checkpoint.convert": "hf_to_mindspore mindspore_to_hf",
-    "checkpoint.load": "load_shard",
-    "checkpoint.save": "export_hf merge_shards save_shard",
+    "checkpoint.conversion": "export_hf hf_to_mindspore mindspore_to_hf",
+    "checkpoint.shards": "load_shard merge_shards save_shard",
     "checkpoint.transform": "transform_checkpoint",
     "configs.load": "load_job load_ppo_config load_run_config",
     "configs.schema": "JobConfig ModelConfig PPOConfig RunConfig",
     "data.preprocess": "PreprocessOptions preprocess",
     "data.prompts": "PromptBatch PromptStream",
     "data.sequences": "SequenceData",
-    "data.tokenizers": "Tokenizer load_tokenizer",
+    "data.tokenizer": "Tokenizer",
+    "data.tokenizer_loading": "load_tokenizer",
     "models.qwen2.generator": "GenerationConfig GenerationOutput PPOModelInfer",
     "models.qwen2.layouts": "parameter_layouts",
     "models.qwen2.networks": "CriticModel PPOModelTrain RewardModel",

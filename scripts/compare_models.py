@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoint.dtypes import to_numpy
-from mindrlhf.checkpoint.opening import open_weights
-from mindrlhf.checkpoint.source import WeightSource
+from mindrlhf.checkpoint.element_types import to_numpy
+from mindrlhf.checkpoint.sources import WeightSource
+from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.utils.cli import run_main
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.parsers import new_parser

@@ -24,8 +24,14 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.data.chat import QWEN2_SYSTEM_PROMPT
-from mindrlhf.data.tokenizers import END_OF_TEXT, IM_END, IM_START, QWEN2_SPECIAL_TOKENS, QWEN_SPLIT_PATTERN
+from mindrlhf.data.prompt_format import QWEN2_SYSTEM_PROMPT
+from mindrlhf.data.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    QWEN2_SPECIAL_TOKENS,
+    QWEN_SPLIT_PATTERN,
+)
 from mindrlhf.utils.cli import run_main, str_to_bool
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.dtypes import BY_NAME, to_numpy
+from mindrlhf.checkpoint.element_types import BY_NAME, to_numpy
 from mindrlhf.checkpoint.hf_config import CONFIG_NAME, model_config_from_hf, read_hf_config
-from mindrlhf.checkpoint.hf_directory import has_hf_weights
 from mindrlhf.checkpoint.shards import open_full, rank_directories
-from mindrlhf.checkpoint.views import CastSource, LocalSource, SelectedSource
+from mindrlhf.checkpoint.sources import CastSource, LocalSource, SelectedSource
+from mindrlhf.checkpoint.weight_files import has_hf_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig
-from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.models.qwen2.layouts import LM_HEAD, parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError, DataError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindrlhf.data.chat import chatml_format, raw_format
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.prompt_format import chatml_format, raw_format
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 
 

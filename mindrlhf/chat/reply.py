@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 # What moves the cursor, changes colours or rings: everything below the blank but tab and line end, and C1.

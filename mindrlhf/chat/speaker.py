@@ -10,7 +10,7 @@ import numpy as np
 from mindrlhf.chat.checkpoint import Checkpoint
 from mindrlhf.chat.options import ChatOptions
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.data.tokenizers import chat_stop_ids
+from mindrlhf.data.tokenizer import chat_stop_ids
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

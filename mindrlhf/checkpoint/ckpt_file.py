@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from mindrlhf.checkpoint.dtypes import BY_MINDSPORE
-from mindrlhf.checkpoint.file_source import Extent, FileSource, open_for_reading
-from mindrlhf.checkpoint.source import TensorInfo, WeightSource
+from mindrlhf.checkpoint.element_types import BY_MINDSPORE
+from mindrlhf.checkpoint.sources import Extent, FileSource, TensorInfo, WeightSource, open_for_reading
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.progress import track
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.checkpoint.dtypes import ElementType
-from mindrlhf.checkpoint.views import bullet_list
+from mindrlhf.checkpoint.element_types import ElementType
+from mindrlhf.checkpoint.sources import bullet_list
 from mindrlhf.configs.faults import shown
 from mindrlhf.configs.rules import MAX_INT
 from mindrlhf.configs.schema import ModelConfig

@@ -14,9 +14,8 @@ from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
-from mindrlhf.checkpoint.dtypes import BY_SAFETENSORS
-from mindrlhf.checkpoint.file_source import Extent, FileSource
-from mindrlhf.checkpoint.source import TensorInfo, WeightSource
+from mindrlhf.checkpoint.element_types import BY_SAFETENSORS
+from mindrlhf.checkpoint.sources import Extent, FileSource, TensorInfo, WeightSource
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.progress import track
 

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from mindrlhf.checkpoint.checking import (
+import numpy as np
+
+from mindrlhf.checkpoint.element_types import element_type, to_numpy
+from mindrlhf.checkpoint.fit import (
     expected_layouts,
     find_faults,
     full_shapes,
     local_shapes,
     raise_faults,
 )
-from mindrlhf.checkpoint.opening import CKPT, only_weights_file, open_weights
-from mindrlhf.checkpoint.source import WeightSource
-from mindrlhf.checkpoint.views import LocalSource, MergedSource, SelectedSource
-from mindrlhf.checkpoint.writing import check_output_directory, write_weights
+from mindrlhf.checkpoint.manifest import Digest
+from mindrlhf.checkpoint.sources import (
+    ArraySource,
+    CastSource,
+    LocalSource,
+    MergedSource,
+    SelectedSource,
+    WeightSource,
+)
+from mindrlhf.checkpoint.weight_files import (
+    CKPT,
+    check_output_directory,
+    only_weights_file,
+    open_weights,
+    write_weights,
+)
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError
@@ -181,3 +197,132 @@ def split_to_ranks(
 
 def _is_rank_directory(entry: Path) -> bool:
     return entry.is_dir() and _RANK_DIRECTORY.fullmatch(entry.name) is not None
+
+
+def load_shard(
+    path: Path,
+    layouts: Mapping[str, Layout],
+    rank: int,
+    *,
+    dtype: np.dtype[Any] | None = None,
+    new: Collection[str] = (),
+    ignore: Collection[str] = (),
+) -> dict[str, np.ndarray]:
+    """This rank's arrays by canonical name; nothing is loaded that does not fit exactly.
+
+    Args:
+        path: a full ``.ckpt`` or ``.safetensors`` file, a Hugging Face directory (its names are mapped), or
+            a directory with ``rank_0/ rank_1/ ...``, one per rank or one per model-parallel index.
+        layouts: canonical name -> layout of everything the model wants.
+        rank: whose part.
+        dtype: what to cast to; ``None`` keeps what is stored. bfloat16 is MindSpore's numpy type.
+        new: names that the file may lack (fresh heads); they are then absent from the result.
+        ignore: names that the file may have unused. A tied model's ``lm_head.weight`` that equals the
+            embedding needs no mention.
+
+    Raises:
+        CheckpointError: everything else that is missing, extra or misshapen, in one error; damaged files;
+            values that do not fit ``dtype``.
+    """
+    with _open_local(Path(path), layouts, rank, new, ignore) as local:
+        wanted = CastSource(local, None if dtype is None else element_type(dtype))
+        arrays = {name: to_numpy(wanted.read(name), info.dtype) for name, info in wanted.tensors.items()}
+        wanted.check_overflow()
+        return arrays
+
+
+def load_resharded(
+    path: Path, layouts: Mapping[str, Layout], rank: int, stored: Mesh
+) -> dict[str, np.ndarray]:
+    """This rank's arrays from rank directories that were split over another mesh.
+
+    Of each tensor only the bytes of this rank's slice are read, from the files that have them.
+
+    Args:
+        path: holds ``rank_0/ rank_1/ ...``.
+        layouts: canonical name -> layout of everything the model wants, over the present mesh.
+        rank: whose part.
+        stored: the mesh of the rank directories.
+
+    Raises:
+        CheckpointError: ranks are missing, or do not fit the layouts, all faults in one error.
+    """
+    if stored == next(iter(layouts.values())).mesh:
+        return load_shard(path, layouts, rank)
+    before = {name: layout.on(stored) for name, layout in layouts.items()}
+    with ExitStack() as stack:
+        files = [find_rank_file(path, stored, part) for part in range(stored.mp)]
+        parts = [stack.enter_context(open_weights(file)) for file in files]
+        local = LocalSource(merge_parts(parts, before, str(path)), layouts, rank)
+        return {name: to_numpy(local.read(name), info.dtype) for name, info in local.tensors.items()}
+
+
+def _open_local(
+    path: Path, layouts: Mapping[str, Layout], rank: int, new: Collection[str], ignore: Collection[str]
+) -> WeightSource:
+    """A checked source of exactly this rank's local tensors."""
+    is_split = bool(rank_directories(path))
+    if is_split:
+        mesh = next(iter(layouts.values())).mesh
+        source = open_weights(find_rank_file(path, mesh, rank))
+        shapes = local_shapes(layouts)
+        remedy = RESHARD_REMEDY
+    else:
+        source = open_weights(path)
+        shapes = full_shapes(layouts)
+        remedy = "check the YAML's sizes against the file"
+    try:
+        raise_faults(source.where, find_faults(source, shapes, new=new, ignore=ignore), remedy)
+    except BaseException:
+        source.close()
+        raise
+    if is_split:
+        return SelectedSource(source, [name for name in layouts if name in source.tensors])
+    return LocalSource(source, layouts, rank)
+
+
+def save_shard(
+    directory: Path,
+    rank: int,
+    params: Mapping[str, np.ndarray],
+    *,
+    prefix: str = FILE_PREFIX,
+    digest: Digest | None = None,
+) -> Path:
+    """Writes ``directory/rank_{rank}/{prefix}{rank}.ckpt``, which appears when whole.
+
+    Args:
+        directory: of all ranks.
+        rank: whose part.
+        params: canonical name -> local array, MindSpore's bfloat16 included.
+        prefix: of the file name.
+        digest: takes in the file's bytes.
+
+    Returns:
+        the file.
+
+    Raises:
+        CheckpointError: an array's type cannot be stored, or the disk refuses.
+    """
+    path = Path(directory) / rank_file_name(rank, prefix)
+    write_weights(path, ArraySource(params), digest=digest)
+    return path
+
+
+def merge_shards(directory: Path, layouts: Mapping[str, Layout], output_file: Path) -> None:
+    """Writes the full model of the rank directories in ``directory`` to one file, block by block.
+
+    Args:
+        directory: holds ``rank_0/ rank_1/ ...``.
+        layouts: canonical name -> layout of the ranks.
+        output_file: ``.ckpt`` or ``.safetensors``; an older one is replaced.
+
+    Raises:
+        CheckpointError: ranks are missing, or do not fit ``layouts``, all faults in one error.
+    """
+    directory = Path(directory)
+    mesh = next(iter(layouts.values())).mesh
+    with ExitStack() as stack:
+        files = [find_rank_file(directory, mesh, rank) for rank in range(mesh.mp)]
+        parts = [stack.enter_context(open_weights(file)) for file in files]
+        write_weights(Path(output_file), merge_parts(parts, layouts, str(directory)))

@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.dtypes import BFLOAT16, BY_NAME
-from mindrlhf.checkpoint.source import Slices, TensorInfo, WeightSource, bounded
+from mindrlhf.checkpoint.element_types import BFLOAT16, BY_NAME
+from mindrlhf.checkpoint.sources import (
+    Slices,
+    TensorInfo,
+    WeightSource,
+    bounded,
+)
 from mindrlhf.utils.errors import CheckpointError
 
 

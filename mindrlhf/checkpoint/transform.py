@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindrlhf.checkpoint.hf_config import SIZE_KEYS
-from mindrlhf.checkpoint.opening import CKPT
 from mindrlhf.checkpoint.shards import open_full, rank_directories, split_to_ranks
-from mindrlhf.checkpoint.views import bullet_list
-from mindrlhf.checkpoint.writing import check_output_file, write_weights
+from mindrlhf.checkpoint.sources import bullet_list
+from mindrlhf.checkpoint.weight_files import CKPT, check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig, RunConfig
 from mindrlhf.parallel.layout import mesh_of

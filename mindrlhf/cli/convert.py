@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mindrlhf.checkpoint.convert import ConversionReport, hf_to_mindspore, mindspore_to_hf
-from mindrlhf.checkpoint.dtypes import OUTPUT_DTYPES, parse_dtype
-from mindrlhf.checkpoint.hf_export import parse_size
+from mindrlhf.checkpoint.conversion import ConversionReport, hf_to_mindspore, mindspore_to_hf, parse_size
+from mindrlhf.checkpoint.element_types import OUTPUT_DTYPES, parse_dtype
 from mindrlhf.utils.cli import run_main, str_to_bool
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.parsers import new_parser

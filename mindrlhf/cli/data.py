@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
-from mindrlhf.data.rows import RowCounts
-from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, RowCounts, preprocess
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.cli import run_main, str_to_bool
 from mindrlhf.utils.parsers import new_parser
 

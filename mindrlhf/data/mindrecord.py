@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.data.schema import Column
+from mindrlhf.data.columns import Column
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import parents_of, probe_directory
 

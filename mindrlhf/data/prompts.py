@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindrlhf.data.columns import (
+    LOSS_MASK,
+    PRETRAIN_IDS,
+    PROMPT_IDS,
+    prompt_length,
+    prompt_schema,
+)
 from mindrlhf.data.mindrecord import read_rows, read_schema
-from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_length, prompt_schema
+from mindrlhf.data.stream import RowStream
 from mindrlhf.utils.errors import DataError
-from mindrlhf.utils.seeds import random_stream
+from mindrlhf.utils.progress import track
 
 
 class PromptBatch(NamedTuple):
@@ -36,7 +44,7 @@ class PromptStream:
     not grow with the data set. Every rank reads the same global batch.
 
     Args:
-        path: MindRecord file with the columns of :mod:`mindrlhf.data.schema`.
+        path: MindRecord file with the columns of :mod:`mindrlhf.data.columns`.
         batch_size: B, prompts of a global batch.
         max_prompt_length: P; must be the one the file was made with.
         pad_token_id: what the file is padded with.
@@ -64,22 +72,19 @@ class PromptStream:
         self._batch_size = batch_size
         self._max_prompt_length = max_prompt_length
         self._pad_token_id = pad_token_id
-        self._seed = seed
-        self._shuffle = shuffle
         self._vocab_size = vocab_size
-        self._rows = self._check_file()
-        self._epoch = 0
-        self._cursor = 0
-        self._order = self._permutation(0)
+        self._rows = RowStream(
+            self._check_file(), purpose="prompts", seed=seed, source=self._path, shuffle=shuffle
+        )
 
     def __len__(self) -> int:
         """Rows of the data set."""
-        return self._rows
+        return len(self._rows)
 
     @property
     def epoch(self) -> int:
-        """Number of times all rows have been drawn."""
-        return self._epoch
+        """Number of the epoch that the last drawn prompt belongs to, counted from 0."""
+        return self._rows.epoch
 
     def next_batch(self) -> PromptBatch:
         """The next B prompts.
@@ -87,7 +92,7 @@ class PromptStream:
         Raises:
             DataError: a row does not hold what it should; the message names the row.
         """
-        sample_ids = self._draw(self._batch_size)
+        sample_ids = self._rows.draw(self._batch_size)
         rows = read_rows(self._path, sample_ids, (PROMPT_IDS, PRETRAIN_IDS, LOSS_MASK))
         lengths = [self._check_row(int(i), row) for i, row in zip(sample_ids, rows, strict=True)]
         return PromptBatch(
@@ -98,13 +103,7 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as plain numbers (JSON can hold it)."""
-        return {
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "rows": self._rows,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-        }
+        return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on exactly where :meth:`state_dict` was taken; the batch size may differ.
@@ -112,42 +111,7 @@ class PromptStream:
         Raises:
             DataError: the state is of another data set, seed or order, which would repeat or skip prompts.
         """
-        mine = self.state_dict()
-        if state.keys() != mine.keys():
-            raise DataError(f"{self._path}: prompt stream state has {sorted(state)}, wanted {sorted(mine)}")
-        other = [
-            f"{key} was {state[key]}, is {mine[key]}"
-            for key in ("rows", "seed", "shuffle")
-            if state[key] != mine[key]
-        ]
-        if other:
-            raise DataError(
-                f"{self._path}: cannot resume the prompt stream: {'; '.join(other)}; "
-                "use the data set and seed of the run that was saved"
-            )
-        epoch, cursor = int(state["epoch"]), int(state["cursor"])
-        if epoch < 0 or not 0 <= cursor <= self._rows:
-            raise DataError(
-                f"{self._path}: prompt stream state: epoch {epoch}, cursor {cursor} is no place in it"
-            )
-        self._epoch, self._cursor = epoch, cursor
-        self._order = self._permutation(epoch)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(self._rows)
-        return random_stream("prompts", self._seed, epoch).permutation(self._rows)
-
-    def _draw(self, count: int) -> np.ndarray:
-        """The next ``count`` row numbers, over the end of an epoch if need be; (count,) int64."""
-        drawn = self._order[self._cursor : self._cursor + count]
-        self._cursor += len(drawn)
-        while len(drawn) < count:
-            self._epoch += 1
-            self._order = self._permutation(self._epoch)
-            self._cursor = min(count - len(drawn), self._rows)
-            drawn = np.concatenate([drawn, self._order[: self._cursor]])
-        return drawn.astype(np.int64)
+        self._rows.load_state_dict(state)
 
     def _check_file(self) -> int:
         """Columns and number of rows; the latter is returned."""
@@ -208,3 +172,70 @@ class PromptStream:
                 f"{self._vocab_size}; the data was made with another tokenizer"
             )
         return length
+
+
+_ROWS_AT_ONCE = 4096
+
+
+def read_held_out(
+    path: Path, *, count: int, max_prompt_length: int, pad_token_id: int, vocab_size: int
+) -> PromptBatch:
+    """The first ``count`` prompts of a data set (0: all), in file order.
+
+    Args:
+        path: MindRecord file as for training.
+        count: how many at most.
+        max_prompt_length, pad_token_id, vocab_size: see :class:`mindrlhf.data.prompts.PromptStream`.
+
+    Raises:
+        DataError: the file is missing, damaged, or of another schema, length or tokenizer.
+    """
+
+    def stream(rows: int) -> PromptStream:
+        return PromptStream(
+            path,
+            batch_size=rows,
+            max_prompt_length=max_prompt_length,
+            pad_token_id=pad_token_id,
+            seed=0,
+            shuffle=False,
+            vocab_size=vocab_size,
+        )
+
+    rows = len(stream(1))
+    return stream(min(count or rows, rows)).next_batch()
+
+
+def overlapping_rows(prompts: PromptBatch, train_path: Path) -> np.ndarray:
+    """Row numbers of held-out prompts that a training data set has too; (n,) int64.
+
+    Goes through the training data once, a few thousand rows at a time, and keeps only hashes.
+
+    Args:
+        prompts: the held-out prompts.
+        train_path: MindRecord file made with the same ``max_prompt_length``.
+
+    Raises:
+        DataError: the training data cannot be read.
+    """
+    numbers: dict[bytes, list[int]] = {}
+    for digest, number in zip(_digests(prompts.prompt_ids), prompts.sample_ids, strict=True):
+        numbers.setdefault(digest, []).append(int(number))
+    found: set[int] = set()
+    _, rows = read_schema(train_path)
+    starts = range(0, rows, _ROWS_AT_ONCE)
+    for start in track(starts, description="looking for held-out prompts in the training data"):
+        some = np.arange(start, min(start + _ROWS_AT_ONCE, rows))
+        for digest in _digests(row[PROMPT_IDS] for row in read_rows(train_path, some, [PROMPT_IDS])):
+            found.update(numbers.get(digest, ()))
+    return np.array(sorted(found), np.int64)
+
+
+def prompts_digest(prompts: PromptBatch) -> str:
+    """A short name of these very prompts in this order."""
+    return hashlib.sha256(b"".join(_digests(prompts.prompt_ids))).hexdigest()[:16]
+
+
+def _digests(rows: Iterable[np.ndarray]) -> Iterator[bytes]:
+    for row in rows:
+        yield hashlib.blake2b(np.ascontiguousarray(row, "<i4").tobytes(), digest_size=16).digest()

@@ -13,8 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mindrlhf.data.columns import (
+    LOSS_MASK,
+    PRETRAIN_IDS,
+    PROMPT_IDS,
+    REJECTED_IDS,
+    REJECTED_MASK,
+)
 from mindrlhf.data.mindrecord import read_rows, read_schema
-from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, REJECTED_IDS, REJECTED_MASK
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.progress import ProgressBar
 
@@ -43,7 +49,7 @@ class SequenceData:
     """A data set of ``rlhf_data.py`` as whole sequences; every rank reads the same.
 
     Args:
-        path: MindRecord file with the columns of :mod:`mindrlhf.data.schema`.
+        path: MindRecord file with the columns of :mod:`mindrlhf.data.columns`.
         pad_token_id: what the file is padded with.
         vocab_size: every token must be below it.
         max_length: most tokens of prompt and response, the model's ``seq_length``. A row may have one more,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers as rust
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mindrlhf.data.tokenizer_files import (
-    TokenizerConfig,
-    place_added_tokens,
-    read_merges,
-    read_tokenizer_config,
-    read_vocab,
+from mindrlhf.data.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    QWEN2_SPECIAL_TOKENS,
+    QWEN_SPLIT_PATTERN,
+    SpecialIds,
+    read_text,
 )
-from mindrlhf.data.tokenizers import END_OF_TEXT, IM_END, IM_START, QWEN_SPLIT_PATTERN, SpecialIds
 from mindrlhf.utils.errors import DataError
 
 
@@ -104,13 +110,13 @@ class Qwen2Tokenizer:
         return self._chat_template
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """Ids of each text; see :class:`mindrlhf.data.tokenizers.Tokenizer`."""
+        """Ids of each text; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
         self._core.encode_special_tokens = not parse_special
         encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ``ids``; see :class:`mindrlhf.data.tokenizers.Tokenizer`."""
+        """The text of ``ids``; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
         kept = [int(i) for i in ids if not (skip_special and int(i) in self._special_ids)]
         return str(self._core.decode(kept, skip_special_tokens=False))
 
@@ -129,3 +135,197 @@ def _special_ids(tokens: Mapping[str, int], config: TokenizerConfig | None, sour
         turn_start=tokens.get(IM_START),
         turn_end=tokens.get(IM_END),
     )
+
+
+_SHOWN_FAULTS = 5
+# Control tokens may stand in a vocabulary without a merge that makes them.
+_LOOKS_SPECIAL = re.compile(r"<.*>|\[.*\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The part of ``tokenizer_config.json`` that matters here.
+
+    Attributes:
+        added: text of each added token with its id, in id order.
+        eos, pad: text of these tokens, ``None`` when the file names none.
+        chat_template: the template text, ``None`` when there is none.
+    """
+
+    added: Mapping[str, int]
+    eos: str | None = None
+    pad: str | None = None
+    chat_template: str | None = None
+
+
+def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DataError: not JSON, not an object, or a key stands twice where keys must be unique.
+    """
+
+    def pairs_to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = sorted(_twice(keys))
+            raise DataError(f"{path}: {len(twice)} tokens stand twice: {_some(map(repr, twice))}")
+        return found
+
+    try:
+        content = json.loads(read_text(path), object_pairs_hook=pairs_to_dict if unique_keys else None)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a JSON {type(content).__name__}, a JSON object is wanted")
+    return content
+
+
+def _twice(keys: Sequence[str]) -> set[str]:
+    seen: set[str] = set()
+    return {key for key in keys if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
+
+
+def _some(faults: Any) -> str:
+    listed = list(faults)
+    more = f", and {len(listed) - _SHOWN_FAULTS} more" if len(listed) > _SHOWN_FAULTS else ""
+    return ", ".join(listed[:_SHOWN_FAULTS]) + more
+
+
+def read_vocab(path: Path) -> dict[str, int]:
+    """Token text to id from ``vocab.json``; ids are exactly 0 .. n - 1.
+
+    Raises:
+        DataError: a token or an id stands twice, an id is no whole number, or ids have a gap.
+    """
+    vocab = read_json(path, unique_keys=True)
+    wrong = [f"{token!r}: {value!r}" for token, value in vocab.items() if type(value) is not int]
+    if wrong:
+        raise DataError(f"{path}: ids that are not whole numbers: {_some(wrong)}")
+    if not vocab:
+        raise DataError(f"{path}: holds no token")
+    ids = sorted(vocab.values())
+    repeated = sorted({low for low, high in itertools.pairwise(ids) if low == high})
+    if repeated:
+        raise DataError(f"{path}: ids used by two tokens: {_some(map(str, repeated))}")
+    if ids[0] != 0 or ids[-1] != len(ids) - 1:
+        gap = next(wanted for wanted, found in enumerate(ids) if wanted != found)
+        raise DataError(
+            f"{path}: {len(ids)} tokens must have the ids 0..{len(ids) - 1} without a gap, "
+            f"but id {gap} is missing (smallest {ids[0]}, largest {ids[-1]})"
+        )
+    return vocab
+
+
+def read_merges(path: Path, vocab: Mapping[str, int], added: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The merge rules of ``merges.txt`` in order, with or without the ``#version`` line on top.
+
+    Args:
+        path: the merges file.
+        vocab: token text to id.
+        added: added tokens, which no merge has to make.
+
+    Raises:
+        DataError: a line is not two tokens, a merge uses or makes a token that the vocabulary does not
+            have, or a token of the vocabulary is made by no merge (a cut or foreign merges file).
+    """
+    merges: list[tuple[str, str]] = []
+    faults: list[str] = []
+    # Only \n ends a line: other characters that Unicode counts as line ends may be part of a token.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            faults.append(f"line {number}: {line[:60]!r} is not two tokens")
+            continue
+        unknown = [token for token in (left, right, left + right) if token not in vocab]
+        if unknown:
+            faults.append(f"line {number}: {unknown[0][:60]!r} is not in the vocabulary")
+        merges.append((left, right))
+    if faults:
+        raise DataError(f"{path}: {len(faults)} bad merges: {_some(faults)}; is it of another vocabulary?")
+    made = {left + right for left, right in merges}
+    orphans = [
+        token
+        for token in vocab
+        if len(token) > 1 and token not in made and token not in added and not _LOOKS_SPECIAL.fullmatch(token)
+    ]
+    if orphans:
+        raise DataError(
+            f"{path}: no merge makes {len(orphans)} tokens of the vocabulary ({_some(map(repr, orphans))}); "
+            "the file is cut short or belongs to another vocabulary"
+        )
+    return merges
+
+
+def _token_text(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def read_tokenizer_config(path: Path) -> TokenizerConfig:
+    """The added tokens, end and padding tokens and chat template of ``tokenizer_config.json``.
+
+    Raises:
+        DataError: not JSON, or an added token has no id, no text, or the text or id of another one.
+    """
+    content = read_json(path)
+    entries = content.get("added_tokens_decoder") or {}
+    if not isinstance(entries, Mapping):
+        raise DataError(f"{path}: added_tokens_decoder is {type(entries).__name__}, an object is wanted")
+    added: dict[str, int] = {}
+    for key, value in entries.items():
+        text = _token_text(value)
+        if not key.isdecimal() or not text:
+            raise DataError(f"{path}: added_tokens_decoder[{key!r}] is not an id with a token's content")
+        if text in added:
+            raise DataError(f"{path}: added token {text!r} has two ids, {added[text]} and {key}")
+        added[text] = int(key)
+    if len(set(added.values())) < len(added):
+        raise DataError(f"{path}: added_tokens_decoder gives one id to two tokens")
+    template = content.get("chat_template")
+    return TokenizerConfig(
+        added=dict(sorted(added.items(), key=lambda item: item[1])),
+        eos=_token_text(content.get("eos_token")),
+        pad=_token_text(content.get("pad_token")),
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def place_added_tokens(
+    config: TokenizerConfig | None, vocab: Mapping[str, int], source: str
+) -> dict[str, int]:
+    """Ids of all added tokens: those of the config, else Qwen2's three, directly after the vocabulary.
+
+    Args:
+        config: the tokenizer config, or ``None``.
+        vocab: token text to id, ids 0 .. n - 1.
+        source: names the config in an error.
+
+    Raises:
+        DataError: an added id contradicts the vocabulary, or leaves a gap after it.
+    """
+    added = dict(config.added) if config is not None else {}
+    following = len(vocab)
+    for text, wanted in sorted(added.items(), key=lambda item: item[1]):
+        if text in vocab:
+            expected = vocab[text]
+        else:
+            expected = following
+            following += 1
+        if wanted != expected:
+            raise DataError(
+                f"{source}: added token {text!r} has id {wanted}, but with a vocabulary of {len(vocab)} "
+                f"tokens it must be {expected}; the config belongs to another vocabulary"
+            )
+    for text in QWEN2_SPECIAL_TOKENS if not added else ():
+        if text in vocab:
+            added[text] = vocab[text]
+        else:
+            added[text] = following
+            following += 1
+    return added

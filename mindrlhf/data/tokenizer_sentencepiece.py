@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from mindrlhf.data.tokenizers import IM_END, IM_START, SpecialIds
+from mindrlhf.data.tokenizer import IM_END, IM_START, SpecialIds
 from mindrlhf.utils.errors import DataError
 
 
@@ -67,7 +67,7 @@ class SentencePieceTokenizer:
         return None
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """Ids of each text; see :class:`mindrlhf.data.tokenizers.Tokenizer`."""
+        """Ids of each text; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
         if not parse_special:
             return [list(ids) for ids in self._core.Encode(list(texts), out_type=int)]
         return [self._encode_with_special(text) for text in texts]
@@ -82,7 +82,7 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ``ids``; see :class:`mindrlhf.data.tokenizers.Tokenizer`."""
+        """The text of ``ids``; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
         parts: list[str] = []
         run: list[int] = []
         for i in map(int, ids):

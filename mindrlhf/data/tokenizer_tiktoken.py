@@ -10,14 +10,14 @@ from pathlib import Path
 
 import tiktoken
 
-from mindrlhf.data.tokenizer_files import read_text
-from mindrlhf.data.tokenizers import (
+from mindrlhf.data.tokenizer import (
     END_OF_TEXT,
     IM_END,
     IM_START,
     QWEN2_SPECIAL_TOKENS,
     QWEN_SPLIT_PATTERN,
     SpecialIds,
+    read_text,
 )
 from mindrlhf.utils.errors import DataError
 
@@ -67,14 +67,14 @@ class TiktokenTokenizer:
         return None
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """Ids of each text; see :class:`mindrlhf.data.tokenizers.Tokenizer`."""
+        """Ids of each text; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
         normal = [unicodedata.normalize("NFC", text) for text in texts]
         if parse_special:
             return self._core.encode_batch(normal, allowed_special="all")
         return self._core.encode_ordinary_batch(normal)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ``ids``; see :class:`mindrlhf.data.tokenizers.Tokenizer`."""
+        """The text of ``ids``; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
         return str(
             self._core.decode([int(i) for i in ids if not (skip_special and int(i) in self._special_ids)])
         )

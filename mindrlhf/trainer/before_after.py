@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.data.tokenizers import IM_END, IM_START
+from mindrlhf.data.tokenizer import IM_END, IM_START
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.tables import markdown_table, text_table
 

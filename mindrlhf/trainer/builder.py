@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer

@@ -30,10 +30,8 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn import Optimizer
 
-from mindrlhf.checkpoint.load import load_resharded
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
-from mindrlhf.checkpoint.save import save_shard
-from mindrlhf.checkpoint.shards import rank_file_name
+from mindrlhf.checkpoint.shards import load_resharded, rank_file_name, save_shard
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible, stored_meshes

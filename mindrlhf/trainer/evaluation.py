@@ -18,9 +18,8 @@ import numpy as np
 from mindrlhf.algorithms.kl import token_kl
 from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.configs.schema import JobConfig, PPOConfig
-from mindrlhf.data.held_out import overlapping_rows, prompts_digest, read_held_out
-from mindrlhf.data.prompts import PromptBatch
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.prompts import PromptBatch, overlapping_rows, prompts_digest, read_held_out
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.builder import PPOModels, valid_vocab_size

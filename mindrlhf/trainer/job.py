@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindrlhf.checkpoint.hf_export import check_hf_output
+from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD
 from mindrlhf.trainer.runs import check_resume_flags
 from mindrlhf.trainer.start import (
@@ -287,7 +287,7 @@ def _reward_function(options: JobOptions) -> RewardFunction | None:
 
 def _export(options: JobOptions, trainer: PPOTrainer, checkpoint: Path) -> None:
     """The final policy in Hugging Face format, merged from all ranks' shards by the main rank."""
-    from mindrlhf.checkpoint.save import export_hf
+    from mindrlhf.checkpoint.conversion import export_hf
     from mindrlhf.trainer.compatibility import stored_meshes
 
     assert options.export_hf_dir is not None

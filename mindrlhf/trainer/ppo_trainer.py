@@ -17,7 +17,7 @@ import numpy as np
 from mindrlhf.algorithms.kl import sequence_kl
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.prompts import PromptBatch
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.groups import create_groups
 from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models

@@ -12,8 +12,8 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import position_ids
 from mindrlhf.configs.schema import JobConfig
+from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS
 from mindrlhf.data.mindrecord import read_rows, read_schema
-from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.trainer.builder import valid_vocab_size
 from mindrlhf.trainer.experience import SequenceInputs
@@ -44,7 +44,7 @@ class PretrainStream:
     compiled and short texts cost little; columns behind a text's last target change nothing.
 
     Args:
-        path: MindRecord file with ``pretrain_ids`` and ``loss_mask`` (S,), see :mod:`mindrlhf.data.schema`.
+        path: MindRecord file with ``pretrain_ids`` and ``loss_mask`` (S,), see :mod:`mindrlhf.data.columns`.
         batch_size: B, texts of a global batch.
         max_length: most columns of the network, the model's ``seq_length``; longer texts are cut.
         vocab_size: every token must be below it.

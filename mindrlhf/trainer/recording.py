@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mindrlhf.configs.schema import JobConfig, PPOConfig
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.trainer.experience import Experience, Rollout, Scores
 from mindrlhf.trainer.metrics import ratio_histogram
 from mindrlhf.trainer.records import RunRecords, choose_rows, sample_texts, summary_line

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from mindrlhf.data.columns import Column
 from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.data.schema import Column
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.experience import Experience, Rollout, Scores
 from mindrlhf.trainer.trackers.group import Trackers

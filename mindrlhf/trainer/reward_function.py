@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.trainer.experience import Rollout
 from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.utils.errors import MindRLHFError

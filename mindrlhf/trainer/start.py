@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from mindrlhf.configs.schema import RunConfig
-from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 from mindrlhf.utils.files import probe_directory
 from mindrlhf.utils.ranks import env_world_size

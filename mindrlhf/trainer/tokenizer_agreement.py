@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.errors import MindRLHFError
 
 _PROBE = "What is 12 + 345? It's good; 你好，世界。\n\tRésumé <|im_end|>"

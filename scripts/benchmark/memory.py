@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from common import BATCH, MODELS, model_config, random_shards
 
-from mindrlhf.checkpoint.source import ArraySource
-from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import (
     ContextConfig,
@@ -136,8 +136,8 @@ class HighWater:
 
 def run_worker(directory: Path, job: JobConfig) -> None:
     """Runs PPO in this process and leaves the peaks in ``directory/peaks.json``."""
+    from mindrlhf.data.columns import prompt_schema
     from mindrlhf.data.mindrecord import write_mindrecord
-    from mindrlhf.data.schema import prompt_schema
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
     from mindrlhf.trainer.runtime import start_runtime

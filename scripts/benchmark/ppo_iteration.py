@@ -116,10 +116,15 @@ def build_job(args: argparse.Namespace) -> JobConfig:
 
 def write_inputs(job: JobConfig, directory: Path) -> tuple[Path, Path]:
     """Random weights and random prompts without padding, as files; their paths."""
-    from mindrlhf.checkpoint.source import ArraySource
-    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.checkpoint.sources import ArraySource
+    from mindrlhf.checkpoint.weight_files import write_weights
+    from mindrlhf.data.columns import (
+        LOSS_MASK,
+        PRETRAIN_IDS,
+        PROMPT_IDS,
+        prompt_schema,
+    )
     from mindrlhf.data.mindrecord import write_mindrecord
-    from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh
 

@@ -16,7 +16,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from mindrlhf.data.preprocess import PreprocessOptions, preprocess
-from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.cli import run_main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from mindrlhf.checkpoint.ckpt_file import write_ckpt
-from mindrlhf.checkpoint.dtypes import BY_SAFETENSORS
+from mindrlhf.checkpoint.element_types import BY_SAFETENSORS
 from mindrlhf.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from mindrlhf.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -29,12 +29,12 @@ from mindrlhf.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from mindrlhf.checkpoint.opening import open_weights
 from mindrlhf.checkpoint.safetensors_file import write_safetensors
-from mindrlhf.checkpoint.source import ArraySource, WeightSource
+from mindrlhf.checkpoint.sources import ArraySource, WeightSource
+from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.configs.load import load_ppo_config, load_run_config
 from mindrlhf.data.jsonl import CValuesReader
-from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.parallel.strategy import read_strategy, write_strategy
 

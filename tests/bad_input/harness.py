@@ -284,10 +284,10 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def _write_weights(directory: Path) -> None:
-    from mindrlhf.checkpoint.convert import mindspore_to_hf
-    from mindrlhf.checkpoint.save import save_shard
-    from mindrlhf.checkpoint.source import ArraySource
-    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.checkpoint.conversion import mindspore_to_hf
+    from mindrlhf.checkpoint.shards import save_shard
+    from mindrlhf.checkpoint.sources import ArraySource
+    from mindrlhf.checkpoint.weight_files import write_weights
     from mindrlhf.configs.load import load_run_config
     from mindrlhf.models.qwen2.layouts import LM_HEAD, parameter_layouts
     from mindrlhf.parallel.layout import Mesh
@@ -311,7 +311,7 @@ def _write_weights(directory: Path) -> None:
 def make_good_records(directory: Path) -> None:
     """The MindRecord files of prompts and pairs."""
     from mindrlhf.data.preprocess import PreprocessOptions, preprocess
-    from mindrlhf.data.tokenizers import load_tokenizer
+    from mindrlhf.data.tokenizer_loading import load_tokenizer
 
     for name, pairs in (("data", False), ("pairs", True)):
         options = PreprocessOptions(
@@ -327,8 +327,8 @@ def make_good_records(directory: Path) -> None:
 
 def write_records(path: Path, *, remove: bool = True, **columns: np.ndarray) -> None:
     """A MindRecord file with any int32 columns in place of ``path``."""
+    from mindrlhf.data.columns import Column
     from mindrlhf.data.mindrecord import write_mindrecord
-    from mindrlhf.data.schema import Column
 
     if remove:
         path.unlink(missing_ok=True)

@@ -87,9 +87,8 @@ YAMLS = ("generate_x.yaml", "finetune_x.yaml")
 
 def other_reward_weights(case: Case) -> None:
     """``other.ckpt``: the reward model with a larger vocabulary."""
-    from mindrlhf.checkpoint.opening import open_weights
-    from mindrlhf.checkpoint.source import ArraySource
-    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.checkpoint.sources import ArraySource
+    from mindrlhf.checkpoint.weight_files import open_weights, write_weights
 
     with open_weights(case / "reward.ckpt") as source:
         arrays = {name: source.read(name) for name in source.tensors}

@@ -39,7 +39,7 @@ def test_a_defect_is_found_and_its_case_comes_again(repo_root: Path, tmp_path: P
     spoilt.write_text(
         "import importlib.abc, sys, time\n"
         "import mindrlhf.data.jsonl as jsonl, mindrlhf.checkpoint.manifest as manifest\n"
-        "import mindrlhf.checkpoint.opening as opening\n"
+        "import mindrlhf.checkpoint.weight_files as opening\n"
         "def parse(self, line, number): raise KeyError('mine')\n"
         "def hang(directory): time.sleep(60)\n"
         "def eat(path): return bytearray(1 << 30)\n"

@@ -14,8 +14,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mindrlhf.checkpoint.load import load_resharded
-from mindrlhf.checkpoint.save import save_shard
+from mindrlhf.checkpoint.shards import load_resharded, save_shard
 from mindrlhf.configs.faults import Faults
 from mindrlhf.configs.yaml_file import read_mapping
 from mindrlhf.data.jsonl import CValuesReader

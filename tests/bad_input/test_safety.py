@@ -15,8 +15,8 @@ import pytest
 
 from mindrlhf.checkpoint.ckpt_file import write_ckpt
 from mindrlhf.checkpoint.manifest import read_manifest
-from mindrlhf.checkpoint.opening import open_weights
-from mindrlhf.checkpoint.source import ArraySource
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.provenance import provenance, write_provenance
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.convert import hf_to_mindspore
+from mindrlhf.checkpoint.conversion import hf_to_mindspore
 
 torch = pytest.importorskip("torch")
 

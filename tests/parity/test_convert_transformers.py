@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
+from mindrlhf.checkpoint.conversion import hf_to_mindspore, mindspore_to_hf
 
 torch = pytest.importorskip("torch")
 

@@ -228,8 +228,8 @@ def _change_yaml(source: Path, target: Path, changes: Mapping[str, Mapping[str, 
 
 def _write_random_weights(path: Path, model: Any, *, seed: int, **heads: bool) -> None:
     """Weights large enough that the distribution over tokens is far from uniform; biases not zero."""
-    from mindrlhf.checkpoint.source import ArraySource
-    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.checkpoint.sources import ArraySource
+    from mindrlhf.checkpoint.weight_files import write_weights
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh
 
@@ -245,8 +245,8 @@ def _write_random_weights(path: Path, model: Any, *, seed: int, **heads: bool) -
 
 
 def _write_prompts(path: Path, rows: int, seed: int) -> None:
+    from mindrlhf.data.columns import prompt_schema
     from mindrlhf.data.mindrecord import write_mindrecord
-    from mindrlhf.data.schema import prompt_schema
 
     columns, sequence = PPOInputs.PROMPT_COLUMNS, SMALL_MODEL["seq_length"]
     rng = np.random.default_rng(seed)
@@ -277,8 +277,8 @@ def pairs(ppo_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     The preferred responses are made of a few tokens, one of which never stands in a rejected one: SFT can
     learn the tokens, a reward model the difference.
     """
+    from mindrlhf.data.columns import prompt_schema
     from mindrlhf.data.mindrecord import write_mindrecord
-    from mindrlhf.data.schema import prompt_schema
 
     schema = prompt_schema(ppo_inputs.PROMPT_COLUMNS, 16, pairs=True)
     batch = {

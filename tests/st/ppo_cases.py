@@ -150,7 +150,7 @@ def assert_metrics_close(actual: dict[str, float], expected: dict[str, float], r
 
 def whole_policy(run: Run, case: Case, inputs: Any) -> dict[str, np.ndarray]:
     """Full tensors of the last checkpoint, by each of its model-parallel ranks' files."""
-    from mindrlhf.checkpoint.save import merge_shards
+    from mindrlhf.checkpoint.shards import merge_shards
 
     directory = Path(run.reports[0]["last"]) / "policy"
     whole = directory / "whole.safetensors"
@@ -163,7 +163,7 @@ def initial_policy(inputs: Any) -> dict[str, np.ndarray]:
 
 
 def read_whole(path: Path, layouts: dict[str, Any]) -> dict[str, np.ndarray]:
-    from mindrlhf.checkpoint.load import load_shard
+    from mindrlhf.checkpoint.shards import load_shard
 
     return load_shard(path, layouts, 0)
 

@@ -269,7 +269,7 @@ def test_greedy_tokens_are_those_of_transformers_with_the_trained_weights(
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    from mindrlhf.checkpoint.save import export_hf
+    from mindrlhf.checkpoint.conversion import export_hf
     from mindrlhf.configs.load import load_run_config
     from mindrlhf.parallel.layout import Mesh
 

@@ -276,7 +276,7 @@ def test_export_loads_in_transformers_and_holds_the_merged_shards(
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    from mindrlhf.checkpoint.load import load_shard
+    from mindrlhf.checkpoint.shards import load_shard
     from mindrlhf.configs.load import load_run_config
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.models.qwen2.weight_names import canonical_to_hf

@@ -148,7 +148,7 @@ def test_ppo_takes_both_as_they_are(stages: Workshop) -> None:
 
 
 def test_weights_in_all_forms_are_the_same(stages: Workshop, ppo_inputs: Any) -> None:
-    from mindrlhf.checkpoint.load import load_shard
+    from mindrlhf.checkpoint.shards import load_shard
     from mindrlhf.configs.load import load_run_config
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh

@@ -105,7 +105,7 @@ def working_alone(file: Path, directory: Path) -> Iterator[subprocess.Popen[byte
 
 
 def assert_same_weights(first: Path, second: Path, inputs: Any) -> None:
-    from mindrlhf.checkpoint.load import load_shard
+    from mindrlhf.checkpoint.shards import load_shard
     from mindrlhf.configs.load import load_run_config
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh

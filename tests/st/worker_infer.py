@@ -12,7 +12,7 @@ from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.speaker import Speaker
 from mindrlhf.chat.team import Team
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.data.tokenizers import SpecialIds
+from mindrlhf.data.tokenizer import SpecialIds
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups, create_groups

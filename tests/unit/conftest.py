@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mindrlhf.data.tokenizers import Tokenizer, load_tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.checkpoint.writing import check_output_file
+from mindrlhf.checkpoint.weight_files import check_output_file
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.trainer.records import METRICS_FILE

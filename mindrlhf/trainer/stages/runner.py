@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.save import merge_shards, save_shard
+from mindrlhf.checkpoint.shards import merge_shards, save_shard
 from mindrlhf.data.sequences import SequenceData
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups

@@ -10,8 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
-from mindrlhf.checkpoint.hf_export import check_hf_output
-from mindrlhf.checkpoint.save import export_hf
+from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.stages.options import SFTOptions, read_plan

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1024,
@@ -45,8 +45,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Calla
     import shutil
 
     from mindrlhf.checkpoint.hf_config import hf_config_from_model
-    from mindrlhf.checkpoint.source import ArraySource
-    from mindrlhf.checkpoint.writing import write_weights
+    from mindrlhf.checkpoint.sources import ArraySource
+    from mindrlhf.checkpoint.weight_files import write_weights
     from mindrlhf.configs.schema import ModelConfig
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.models.qwen2.weight_names import canonical_to_hf

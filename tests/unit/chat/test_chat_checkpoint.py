@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from mindrlhf.chat.checkpoint import Checkpoint, find_checkpoint
-from mindrlhf.checkpoint.save import save_shard
-from mindrlhf.checkpoint.source import ArraySource
-from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.checkpoint.shards import save_shard
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError, DataError

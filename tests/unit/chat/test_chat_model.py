@@ -19,8 +19,8 @@ from mindrlhf.chat.reply import printable
 from mindrlhf.chat.run import run_chat
 from mindrlhf.chat.speaker import bucket, prompt_limit, speaking_mesh
 from mindrlhf.chat.team import Broadcast, Team
-from mindrlhf.checkpoint.save import save_shard
-from mindrlhf.data.tokenizers import Tokenizer, chat_stop_ids
+from mindrlhf.checkpoint.shards import save_shard
+from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
 from mindrlhf.parallel.groups import Groups

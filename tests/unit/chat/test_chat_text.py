@@ -19,7 +19,7 @@ from mindrlhf.chat.display import ColumnsDisplay, PlainDisplay, short_names
 from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.reply import Reply, printable
 from mindrlhf.chat.session import _terminate_is_interrupt
-from mindrlhf.data.tokenizers import Tokenizer, chat_stop_ids
+from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.utils.errors import ConfigError, DataError
 
 END = "<|im_end|>"

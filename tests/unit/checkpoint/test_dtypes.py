@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.dtypes import (
+from mindrlhf.checkpoint.element_types import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,

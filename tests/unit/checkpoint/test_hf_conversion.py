@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint import source as source_module
-from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
-from mindrlhf.checkpoint.dtypes import parse_dtype
+from mindrlhf.checkpoint import sources as sources_module
+from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf, parse_size
+from mindrlhf.checkpoint.element_types import parse_dtype
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
-from mindrlhf.checkpoint.hf_export import parse_size
-from mindrlhf.checkpoint.opening import open_weights
-from mindrlhf.checkpoint.save import export_hf
+from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.utils.errors import CheckpointError
 
 STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -23,7 +21,7 @@ STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_there_and_back_is_bit_equal(tmp_path, hf, monkeypatch, dtype, shards, tied, suffix):
-    monkeypatch.setattr(source_module, "BLOCK_BYTES", 200)  # so that blocks matter at this size
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 200)  # so that blocks matter at this size
     weights = hf.make(tmp_path / "hf", dtype=STORED[dtype], shards=shards, tie_word_embeddings=tied)
     file, back = tmp_path / f"m{suffix}", tmp_path / "back"
     report = hf_to_mindspore(tmp_path / "hf", file, dtype=parse_dtype(dtype))
@@ -108,7 +106,7 @@ def with_head(hf, head):
 
 
 def test_a_redundant_tied_head_is_dropped(tmp_path, hf, monkeypatch):
-    monkeypatch.setattr(source_module, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 200)
     hf.make(tmp_path / "hf", tensors=with_head(hf, np.copy), tie_word_embeddings=True)
     hf_to_mindspore(tmp_path / "hf", tmp_path / "m.ckpt")
     with open_weights(tmp_path / "m.ckpt") as source:

@@ -4,15 +4,14 @@ import json
 
 import pytest
 
-from mindrlhf.checkpoint.dtypes import BFLOAT16
+from mindrlhf.checkpoint.element_types import BFLOAT16
 from mindrlhf.checkpoint.hf_config import (
     finish_hf_config,
     hf_config_from_model,
     model_config_from_hf,
     read_hf_config,
 )
-from mindrlhf.checkpoint.hf_directory import open_hf_directory
-from mindrlhf.checkpoint.opening import open_weights
+from mindrlhf.checkpoint.weight_files import open_hf_directory, open_weights
 from mindrlhf.utils.errors import CheckpointError
 
 

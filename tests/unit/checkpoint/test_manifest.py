@@ -19,7 +19,7 @@ from mindrlhf.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from mindrlhf.checkpoint.save import save_shard
+from mindrlhf.checkpoint.shards import save_shard
 from mindrlhf.utils.errors import CheckpointError
 
 FILES = {"policy/rank_0/a.ckpt": b"weights" * 1000, "state.json": b"{}"}

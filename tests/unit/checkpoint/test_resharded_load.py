@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.file_source import FileSource
-from mindrlhf.checkpoint.load import load_resharded
-from mindrlhf.checkpoint.save import save_shard
+from mindrlhf.checkpoint.shards import load_resharded, save_shard
+from mindrlhf.checkpoint.sources import FileSource
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint import source as source_module
-from mindrlhf.checkpoint.checking import expected_layouts
-from mindrlhf.checkpoint.convert import hf_to_mindspore, mindspore_to_hf
+from mindrlhf.checkpoint import sources as sources_module
+from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf
+from mindrlhf.checkpoint.fit import expected_layouts
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
-from mindrlhf.checkpoint.load import load_shard
-from mindrlhf.checkpoint.opening import open_weights
-from mindrlhf.checkpoint.save import export_hf, merge_shards, save_shard
-from mindrlhf.checkpoint.shards import find_rank_file, open_full, split_to_ranks
+from mindrlhf.checkpoint.shards import (
+    find_rank_file,
+    load_shard,
+    merge_shards,
+    open_full,
+    save_shard,
+    split_to_ranks,
+)
+from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.layout import Mesh
@@ -200,7 +205,7 @@ def test_gaps_and_several_files(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_split_and_merge_are_inverse(tmp_path, full, model, monkeypatch, suffix):
-    monkeypatch.setattr(source_module, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 300)
     for mesh in (Mesh(1, 4), Mesh(2, 2)):
         source, layouts = open_full(tmp_path / "full.ckpt", model)
         layouts = {name: layout.on(mesh) for name, layout in layouts.items()}

@@ -13,15 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mindrlhf.checkpoint import source as source_module
+from mindrlhf.checkpoint import sources as sources_module
 from mindrlhf.checkpoint.ckpt_file import open_ckpt
-from mindrlhf.checkpoint.dtypes import parse_dtype
-from mindrlhf.checkpoint.opening import open_weights
+from mindrlhf.checkpoint.element_types import parse_dtype
 from mindrlhf.checkpoint.safetensors_file import open_safetensors
-from mindrlhf.checkpoint.source import ArraySource
+from mindrlhf.checkpoint.sources import ArraySource, CastSource
 from mindrlhf.checkpoint.torch_file import TorchSource
-from mindrlhf.checkpoint.views import CastSource
-from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.checkpoint.weight_files import open_weights, write_weights
 from mindrlhf.utils.errors import CheckpointError
 
 RNG = np.random.default_rng(3)
@@ -39,7 +37,7 @@ ARRAYS = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Makes every tensor of more than 40 bytes go in several blocks."""
-    monkeypatch.setattr(source_module, "BLOCK_BYTES", 40)
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 40)
 
 
 def bfloat16_array(shape: tuple[int, ...]) -> np.ndarray:
@@ -251,7 +249,7 @@ def test_a_slice_touches_only_its_bytes(tmp_path, monkeypatch):
 
 def test_memory_is_a_few_blocks_whatever_the_tensor(tmp_path, monkeypatch):
     """16 MB of tensor in blocks of 256 KB, cast to twice the size: never 2 MB at once."""
-    monkeypatch.setattr(source_module, "BLOCK_BYTES", 256 << 10)
+    monkeypatch.setattr(sources_module, "BLOCK_BYTES", 256 << 10)
     write_weights(tmp_path / "a.safetensors", ArraySource({"w": np.ones((4096, 2048), np.float16)}))
     tracemalloc.start()
     try:

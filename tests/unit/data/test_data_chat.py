@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindrlhf.data.chat import (
+from mindrlhf.data.jsonl import Sample
+from mindrlhf.data.prompt_format import (
     QWEN2_SYSTEM_PROMPT,
     chatml_format,
     default_system_prompt,
     encode_samples,
     raw_format,
 )
-from mindrlhf.data.jsonl import Sample
-from mindrlhf.data.tokenizers import SpecialIds, Tokenizer
+from mindrlhf.data.tokenizer import SpecialIds, Tokenizer
 from mindrlhf.utils.errors import DataError
 
 

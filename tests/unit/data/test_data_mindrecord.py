@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mindrlhf.data.columns import Column, prompt_schema
 from mindrlhf.data.mindrecord import (
     check_output,
     index_path,
@@ -19,7 +20,6 @@ from mindrlhf.data.mindrecord import (
     read_schema,
     write_mindrecord,
 )
-from mindrlhf.data.schema import Column, prompt_schema
 from mindrlhf.utils.errors import DataError
 
 SCHEMA = {"tokens": Column("int32", 5), "scores": Column("float32", 3), "last": Column("float32", 1)}

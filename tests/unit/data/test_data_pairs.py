@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindrlhf.data.chat import EncodedSample, PromptFormat
+from mindrlhf.data.columns import (
+    LOSS_MASK,
+    PRETRAIN_IDS,
+    PROMPT_IDS,
+    REJECTED_IDS,
+    REJECTED_MASK,
+)
 from mindrlhf.data.jsonl import CValuesReader
 from mindrlhf.data.mindrecord import read_columns, read_schema
-from mindrlhf.data.preprocess import PreprocessOptions, preprocess
+from mindrlhf.data.preprocess import PreprocessOptions, RowBuilder, RowCounts, preprocess
+from mindrlhf.data.prompt_format import EncodedSample, PromptFormat
 from mindrlhf.data.prompts import PromptStream
-from mindrlhf.data.rows import RowBuilder, RowCounts
-from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, REJECTED_IDS, REJECTED_MASK
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 
 RAW = PromptFormat(prefix=(), lead="", lead_ids=(), suffix=(), stop=7)

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS
 from mindrlhf.data.mindrecord import read_columns
-from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
+from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, RowCounts, preprocess
 from mindrlhf.data.prompts import PromptStream
-from mindrlhf.data.rows import RowCounts
-from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 
 COLUMNS = (PROMPT_IDS, PRETRAIN_IDS, LOSS_MASK)

@@ -9,9 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindrlhf.data.chat import EncodedSample, PromptFormat
-from mindrlhf.data.rows import RowBuilder, RowCounts
-from mindrlhf.data.schema import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_length
+from mindrlhf.data.columns import (
+    LOSS_MASK,
+    PRETRAIN_IDS,
+    PROMPT_IDS,
+    prompt_length,
+)
+from mindrlhf.data.preprocess import RowBuilder, RowCounts
+from mindrlhf.data.prompt_format import EncodedSample, PromptFormat
 from mindrlhf.utils.errors import DataError
 
 PAD = 9

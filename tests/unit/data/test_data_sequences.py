@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.data.schema import prompt_schema
 from mindrlhf.data.sequences import SequenceData
 from mindrlhf.utils.errors import DataError
 

@@ -13,7 +13,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindrlhf.data.tokenizers import Tokenizer, chat_stop_ids, load_tokenizer
+from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.errors import DataError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "demo_encodings.jsonl"
@@ -85,7 +86,7 @@ def test_agrees_with_transformers(demo_tokenizer_dir: Path, demo_tokenizer: Toke
     assert demo_tokenizer.encode_batch(texts, parse_special=True) == theirs(texts)["input_ids"]
     assert demo_tokenizer.size == len(theirs) == 1024
     rendered = theirs.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
-    from mindrlhf.data.chat import chatml_format
+    from mindrlhf.data.prompt_format import chatml_format
 
     around = chatml_format(demo_tokenizer)
     assert rendered == [*around.prefix, *demo_tokenizer.encode_batch(["user\nhi"])[0], *around.suffix]

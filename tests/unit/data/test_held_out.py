@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mindrlhf.data.held_out as held_out_module
-from mindrlhf.data.held_out import is_held_out, overlapping_rows, prompts_digest, read_held_out
+import mindrlhf.data.prompts as held_out_module
+from mindrlhf.data.columns import PRETRAIN_IDS, prompt_schema
 from mindrlhf.data.mindrecord import read_columns, write_mindrecord
-from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
-from mindrlhf.data.prompts import PromptBatch
-from mindrlhf.data.schema import PRETRAIN_IDS, prompt_schema
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, is_held_out, preprocess
+from mindrlhf.data.prompts import PromptBatch, overlapping_rows, prompts_digest, read_held_out
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 
 PAD, P, S = 0, 4, 6

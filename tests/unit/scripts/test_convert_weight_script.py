@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from mindrlhf.checkpoint.hf_config import hf_config_from_model
-from mindrlhf.checkpoint.opening import open_weights
-from mindrlhf.checkpoint.source import ArraySource
-from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import open_weights, write_weights
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf

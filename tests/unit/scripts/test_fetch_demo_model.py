@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
-from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.errors import CheckpointError
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 16, 2

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mindrlhf.data.jsonl import CValuesReader
-from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "demo_sha256.json"
 
@@ -64,7 +64,7 @@ def test_rows(generator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     chinese = [sample for sample in samples if "\u4e00" <= sample.prompt[0] <= "\u9fff"]
     assert len(chinese) == 192
     # every prompt fits into the 32 tokens of the tiny configuration, template included
-    from mindrlhf.data.chat import chatml_format, encode_samples
+    from mindrlhf.data.prompt_format import chatml_format, encode_samples
 
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     around = chatml_format(tokenizer)

@@ -9,9 +9,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.load import load_shard
-from mindrlhf.checkpoint.source import ArraySource
-from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.checkpoint.shards import load_shard
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh, mesh_of

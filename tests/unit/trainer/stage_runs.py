@@ -14,11 +14,11 @@ import pytest
 import yaml
 from mindspore import Tensor
 
-from mindrlhf.checkpoint.source import ArraySource
-from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.load import load_run_config
+from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.data.schema import prompt_schema
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.optimizer import build_optimizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.save import save_shard
+from mindrlhf.checkpoint.shards import save_shard
 from mindrlhf.configs.schema import JobConfig, ParallelConfig, RunConfig
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
 from mindrlhf.parallel.layout import mesh_of

@@ -173,7 +173,10 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("mindrlhf.checkpoint.writing.write_ckpt", "mindrlhf.trainer.checkpointing.write_manifest"):
+    for name in (
+        "mindrlhf.checkpoint.weight_files.write_ckpt",
+        "mindrlhf.trainer.checkpointing.write_manifest",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device"):
@@ -237,7 +240,7 @@ def test_a_directory_that_is_none_is_refused(training: Training, tmp_path: Path)
 
 
 def test_moments_lie_beside_the_weights_they_belong_to(training: Training, tmp_path: Path) -> None:
-    from mindrlhf.checkpoint.opening import open_weights
+    from mindrlhf.checkpoint.weight_files import open_weights
 
     directory = save(training, training.checkpoints(tmp_path, 1), 1)
     (file,) = (directory / "policy_optimizer" / "rank_0").iterdir()

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.source import ArraySource
-from mindrlhf.checkpoint.writing import write_weights
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.schema import JobConfig
+from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.data.schema import prompt_schema
-from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.builder import WeightPaths

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.models.qwen2.layouts import EMBEDDING, SCORE_HEAD_WEIGHT
 from mindrlhf.trainer.experience import Rollout, Scores

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mindrlhf.checkpoint.load import load_shard
+from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh

@@ -15,7 +15,7 @@ import numpy as np
 from mindrlhf.configs.load import load_job
 from mindrlhf.data.preprocess import PreprocessOptions, preprocess
 from mindrlhf.data.prompts import PromptBatch
-from mindrlhf.data.tokenizers import load_tokenizer
+from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.experience import Experience, Rollout
 from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mindrlhf.data.tokenizers import IM_END, IM_START, Tokenizer
+from mindrlhf.data.tokenizer import IM_END, IM_START, Tokenizer
 from mindrlhf.utils.errors import DataError
 
 QWEN2_SYSTEM_PROMPT = "You are a helpful assistant."

@@ -2,83 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
-
-END_OF_TEXT = "<|endoftext|>"
-IM_START = "<|im_start|>"
-IM_END = "<|im_end|>"
-QWEN2_SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
-
-# Where Qwen and Qwen2 cut a text before merging: contractions, words, single digits, punctuation, blanks.
-QWEN_SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """The control tokens by role; ``None`` where the tokenizer has no such token.
-
-    Attributes:
-        end_of_text: ends a text that has no chat markup; the stop token of raw mode.
-        pad: fills rows.
-        begin_of_text: put in front of a raw prompt (sentencepiece models such as Llama's have one).
-        turn_start, turn_end: ChatML's ``<|im_start|>`` and ``<|im_end|>``.
-    """
-
-    end_of_text: int
-    pad: int
-    begin_of_text: int | None = None
-    turn_start: int | None = None
-    turn_end: int | None = None
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back, whatever file the vocabulary came from.
-
-    Attributes:
-        size: ids are 0 .. size - 1; a model may have more embedding rows, which are never sampled.
-        special: the control tokens by role.
-        special_tokens: text of every control token, with its id.
-        chat_template: the template text of ``tokenizer_config.json``, if there is one.
-    """
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def special(self) -> SpecialIds: ...
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]: ...
-
-    @property
-    def chat_template(self) -> str | None: ...
-
-    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """Ids of each text, nothing added in front or behind.
-
-        By default text that looks like a control token is encoded as ordinary text, so that no user
-        text can open or close a turn; ``parse_special=True`` turns it into the control token.
-        """
-        ...
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        ...
-
-
-def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a response: the turn's end (when there is one), then the end of text."""
-    special = tokenizer.special
-    turn_end = () if special.turn_end is None else (special.turn_end,)
-    return (*turn_end, special.end_of_text)
 
 
 def load_tokenizer(

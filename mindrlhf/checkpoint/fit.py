@@ -7,9 +7,8 @@ from itertools import zip_longest
 
 import numpy as np
 
-from mindrlhf.checkpoint.dtypes import FLOAT32
-from mindrlhf.checkpoint.source import WeightSource
-from mindrlhf.checkpoint.views import CastSource, bullet_list
+from mindrlhf.checkpoint.element_types import FLOAT32
+from mindrlhf.checkpoint.sources import CastSource, WeightSource, bullet_list
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import EMBEDDING, LM_HEAD, SCORE_HEAD, parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf, count_layers
