@@ -39,8 +39,8 @@ _POLL_SECONDS = 0.2
 _SCHEDULER_GRACE_SECONDS = 2.0
 _WORKER_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
 _STARTED = re.compile(r"Start worker process with rank id:(\d+)")
-_SUPERVISOR = "mindrlhf.utils.supervisor"
-_SUPERVISOR_SAYS = "ERROR job failed: "  # mindrlhf/utils/blame.py, in the scheduler's log
+_SUPERVISOR = "mindrlhf.runtime.supervisor"
+_SUPERVISOR_SAYS = "ERROR job failed: "  # mindrlhf/runtime/failures.py, in the scheduler's log
 
 
 def launch(

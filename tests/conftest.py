@@ -1,4 +1,4 @@
-"""What every test may use, and where the litter of MindSpore and MindFormers goes."""
+"""What every test may use, and the scratch directory for MindSpore and MindFormers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
-_litter: list[Path] = []
+_scratch: list[Path] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,12 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     LOG_MF_PATH), MindSpore ``rank_0/om`` when a compile fails (MS_OM_PATH) and ``kernel_meta``
     (MS_COMPILER_CACHE_PATH). Processes that tests start inherit it all.
     """
-    litter = Path(tempfile.mkdtemp(prefix="mindrlhf-tests-"))
-    _litter.append(litter)
-    os.environ["LOCAL_DEFAULT_PATH"] = str(litter / "output")
-    os.environ["LOG_MF_PATH"] = str(litter / "output" / "log")
-    os.environ["MS_OM_PATH"] = str(litter)
-    os.environ["MS_COMPILER_CACHE_PATH"] = str(litter)
+    scratch = Path(tempfile.mkdtemp(prefix="mindrlhf-tests-"))
+    _scratch.append(scratch)
+    os.environ["LOCAL_DEFAULT_PATH"] = str(scratch / "output")
+    os.environ["LOG_MF_PATH"] = str(scratch / "output" / "log")
+    os.environ["MS_OM_PATH"] = str(scratch)
+    os.environ["MS_COMPILER_CACHE_PATH"] = str(scratch)
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("MS_ROLE", "RANK_ID", "MS_NODE_ID", "MS_WORKER_NUM", "MINDRLHF_LOG"):
@@ -38,9 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes the litter."""
-    while _litter:
-        shutil.rmtree(_litter.pop(), ignore_errors=True)
+    """Removes the scratch directory."""
+    while _scratch:
+        shutil.rmtree(_scratch.pop(), ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

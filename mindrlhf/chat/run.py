@@ -12,7 +12,7 @@ from mindrlhf.chat.checkpoint import Checkpoint, find_checkpoint
 from mindrlhf.chat.conversation import Conversation
 from mindrlhf.chat.display import new_display, short_names
 from mindrlhf.chat.options import ChatOptions
-from mindrlhf.trainer.start import count_workers, litter_directory, serve_as_scheduler
+from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_world_size, is_scheduler
 
@@ -125,11 +125,12 @@ def _start(
     from mindrlhf.chat.speaker import Speaker, speaking_mesh
     from mindrlhf.chat.team import Team
     from mindrlhf.parallel.groups import create_groups
-    from mindrlhf.trainer.runtime import HostExchange, check_device, start_runtime
+    from mindrlhf.runtime.device import check_device, start_runtime
+    from mindrlhf.runtime.host_exchange import HostExchange
 
     context = checkpoints[0].sizes.context
     check_device(context)
-    runtime = start_runtime(context, use_parallel=env_world_size() > 1, litter_dir=litter_directory())
+    runtime = start_runtime(context, use_parallel=env_world_size() > 1, scratch_dir=scratch_directory())
     meshes = [speaking_mesh(checkpoint.model, runtime.world_size) for checkpoint in checkpoints]
     for checkpoint, mesh in zip(checkpoints, meshes, strict=True):
         logger.info("%s: %s on %s", checkpoint.name, mesh, context.device_target)

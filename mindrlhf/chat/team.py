@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.chat.speaker import Speaker
-from mindrlhf.trainer.runtime import HostExchange
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.seeds import random_stream
 
 # One shape for every message, so that one graph carries them all.

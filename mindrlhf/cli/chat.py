@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mindrlhf.chat.options import ChatOptions
-from mindrlhf.utils.cli import run_main
+from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.parsers import new_parser
 
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def command() -> NoReturn:
     """``mindrlhf-chat``."""
-    run_main(main)
+    run_worker(main)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.trainer.job import JobOptions, run_ppo, save_strategies
 from mindrlhf.trainer.runs import add_device_flags, add_results_flags, add_resume_flags, add_watchdog_flag
 from mindrlhf.trainer.stages.flags import optional_path
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
-from mindrlhf.utils.cli import run_main, str_to_bool
+from mindrlhf.utils.cli import str_to_bool
 from mindrlhf.utils.parsers import new_parser
 
 
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def command() -> NoReturn:
     """``mindrlhf-ppo``."""
-    run_main(main)
+    run_worker(main)
 
 
 if __name__ == "__main__":

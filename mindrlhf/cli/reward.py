@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
+from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.trainer.stages.flags import add_stage_flags
 from mindrlhf.trainer.stages.options import CALIBRATIONS, RewardOptions
-from mindrlhf.utils.cli import run_main
 from mindrlhf.utils.parsers import new_parser
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def command() -> NoReturn:
     """``mindrlhf-reward``."""
-    run_main(main)
+    run_worker(main)
 
 
 if __name__ == "__main__":

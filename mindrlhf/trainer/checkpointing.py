@@ -34,11 +34,10 @@ from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_
 from mindrlhf.checkpoint.shards import load_resharded, rank_file_name, save_shard
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible, stored_meshes
-from mindrlhf.trainer.runtime import HostExchange
-from mindrlhf.trainer.start import check_writable
 from mindrlhf.utils.errors import CheckpointError
-from mindrlhf.utils.files import atomic_file, sync_to_disk
+from mindrlhf.utils.files import atomic_file, check_writable, sync_to_disk
 from mindrlhf.utils.generators import generator_states, restore_generators
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, provenance, write_provenance

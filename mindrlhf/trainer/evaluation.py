@@ -21,12 +21,12 @@ from mindrlhf.configs.schema import JobConfig, PPOConfig
 from mindrlhf.data.prompts import PromptBatch, overlapping_rows, prompts_digest, read_held_out
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.builder import PPOModels, valid_vocab_size
 from mindrlhf.trainer.experience import Rollout
 from mindrlhf.trainer.records import RunRecords, choose_rows, sample_texts
 from mindrlhf.trainer.rollout import sample_responses
-from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.trainer.scoring import judge_rollout
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger

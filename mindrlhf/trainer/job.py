@@ -5,34 +5,30 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD
+from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
+from mindrlhf.runtime.watchdog import DEFAULT_TIMEOUT, Watchdog, rest, watched
 from mindrlhf.trainer.runs import check_resume_flags
-from mindrlhf.trainer.start import (
-    check_experience_place,
-    count_workers,
-    litter_directory,
-    load_model_tokenizer,
-    serve_as_scheduler,
-)
-from mindrlhf.trainer.tokenizer_agreement import check_one_tokenizer
+from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, check_trackers
-from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT, rest, watchdog_of, watched
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
+from mindrlhf.utils.files import check_experience_place
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.provenance import plain
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
 from mindrlhf.utils.timers import Timer
 
 if TYPE_CHECKING:
+    from mindrlhf.runtime.signals import StopRequest
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer
     from mindrlhf.trainer.reward_function import RewardFunction
-    from mindrlhf.trainer.stopping import StopRequest
     from mindrlhf.trainer.watching import Watchers
 
 logger = get_logger(__name__)
@@ -41,6 +37,12 @@ _WITH_TOKENIZER = (
     "tokenizer_path", "load_sft_checkpoint_train", "load_sft_checkpoint_infer", "load_ref_checkpoint",
     "load_rm_checkpoint", "load_critic_checkpoint",
 )  # fmt: skip
+
+_IN_NO_GRAPH = (
+    "seed", "save_interval", "keep_checkpoints", "log_samples", "eval_interval", "eval_prompts",
+    "eval_samples", "shuffle",
+)  # fmt: skip
+_COMPUTING_PHASES = frozenset({"rollout", "score", "train", "sync", "evaluate"})
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def run_ppo(options: JobOptions) -> Path:
         MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
             model is built.
     """
-    from mindrlhf.trainer.stopping import ignore_signals, stop_on_signals
+    from mindrlhf.runtime.signals import ignore_signals, stop_on_signals
     from mindrlhf.trainer.watching import watch_ppo
 
     os.environ.setdefault("GLOG_v", "3")
@@ -177,13 +179,14 @@ def _make_trainer(
     options: JobOptions, job: JobConfig, data: Path, save: Path, stop: StopRequest, watchers: Watchers
 ) -> PPOTrainer:
     """Checks what the flags name, takes the device, joins the other workers, builds the models, resumes."""
-    from mindrlhf.trainer.compile_cache import open_compile_cache
+    from mindrlhf.runtime.compile_cache import open_compile_cache
+    from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runtime
+    from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
     from mindrlhf.trainer.records import check_fresh
     from mindrlhf.trainer.resuming import choose_checkpoint
-    from mindrlhf.trainer.runtime import HostExchange, check_device, check_products, start_runtime
 
-    litter = litter_directory()
+    scratch = scratch_directory()
     weights = _weight_paths(options)
     if options.resume_from is None and not options.resume_training:
         check_fresh(save)
@@ -198,15 +201,15 @@ def _make_trainer(
     if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:
         logger.warning("--ptx_dataset_dir is not used: ptx_coef is 0")
     check_device(job.train.context)
-    check_products(job.train.model)
+    check_matmul_dtype(job.train.model)
     runtime = start_runtime(
         job.train.context,
         use_parallel=env_world_size() > 1,
-        litter_dir=litter,
+        scratch_dir=scratch,
     )
     caches = []
     if options.enable_compile_cache:
-        caches.append(open_compile_cache(job, runtime, Path(litter)))
+        caches.append(open_compile_cache(graph_configuration(job), runtime, Path(scratch), last_phase="sync"))
     checkpoint = choose_checkpoint(
         save,
         options.resume_from,
@@ -214,8 +217,11 @@ def _make_trainer(
         job=job,
         exchange=HostExchange(runtime),
     )
-    watchdog = watchdog_of(
-        options.watchdog_timeout, job.train, has_reward_function=reward_function is not None
+    watchdog = Watchdog(
+        options.watchdog_timeout,
+        # A reward function of the user's may wait for a server.
+        computing=_COMPUTING_PHASES if reward_function is None else _COMPUTING_PHASES - {"score", "evaluate"},
+        device_target=job.train.context.device_target,
     )
     with Timer() as timer:
         trainer = PPOTrainer(
@@ -233,12 +239,23 @@ def _make_trainer(
             trackers=watchers.trackers,
         )
     logger.info("models built and loaded in %.1f s", timer.seconds)
-    watchdog.follow(lambda: trainer.iteration + 1)
+    watchdog.follow(lambda: trainer.iteration + 1, first_phase="rollout")
     if checkpoint is not None:
         trainer.resume(checkpoint, verified=True)
     elif options.resume_training and trainer.records is not None:
         trainer.records.rewind(-1)  # lines of a run that was cut short before its first checkpoint
     return trainer
+
+
+def graph_configuration(job: JobConfig) -> dict[str, Any]:
+    """All of a configuration but what certainly enters no graph."""
+    described: dict[str, Any] = plain(job)
+    for role in ("infer", "train", "reward", "critic"):
+        for key in ("path", "ignored"):
+            del described[role][key]
+    for key in _IN_NO_GRAPH:
+        del described["ppo"][key]
+    return described
 
 
 def _weight_paths(options: JobOptions) -> WeightPaths:

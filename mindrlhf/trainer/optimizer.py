@@ -13,7 +13,7 @@ from mindspore.nn import Optimizer
 
 from mindrlhf.configs.optimizer import with_total_steps
 from mindrlhf.configs.schema import RunConfig
-from mindrlhf.trainer.formers import load_builders
+from mindrlhf.trainer.mindformers_builders import load_builders
 from mindrlhf.utils.errors import ConfigError
 
 

@@ -20,6 +20,10 @@ from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.groups import create_groups
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.runtime.host_memory import release_freed_memory
+from mindrlhf.runtime.signals import StopRequest
 from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models
 from mindrlhf.trainer.checkpointing import Stateful, TrainingCheckpoints, load_states
 from mindrlhf.trainer.evaluation import HeldOutEvaluation, held_out_prompts
@@ -33,15 +37,12 @@ from mindrlhf.trainer.resuming import require_whole
 from mindrlhf.trainer.reward_function import RewardFunction, function_scores
 from mindrlhf.trainer.reward_scale import RewardShaping
 from mindrlhf.trainer.rollout import generate_rollout
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.scoring import count_passes, score_rollout
 from mindrlhf.trainer.skipping import usable
-from mindrlhf.trainer.stopping import StopRequest
 from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.memory import release_freed_memory
 from mindrlhf.utils.timers import PhaseListener, PhaseTimer
 
 logger = get_logger(__name__)

@@ -20,9 +20,9 @@ from mindrlhf.checkpoint.manifest import (
     find_size_faults,
     read_manifest,
 )
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.checkpointing import checkpoint_directory, checkpoint_numbers
 from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible
-from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import sync_to_disk
 from mindrlhf.utils.logging import get_logger

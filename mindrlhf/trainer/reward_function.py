@@ -12,8 +12,8 @@ from typing import cast
 import numpy as np
 
 from mindrlhf.data.tokenizer import Tokenizer
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.experience import Rollout
-from mindrlhf.trainer.runtime import HostExchange
 from mindrlhf.utils.errors import MindRLHFError
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]

@@ -9,8 +9,8 @@ import numpy as np
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.models.qwen2.generator import PPOModelInfer
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.experience import Rollout
-from mindrlhf.trainer.runtime import HostExchange, local_rows
 from mindrlhf.utils.seeds import random_stream
 
 

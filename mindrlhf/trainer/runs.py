@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT
+from mindrlhf.runtime.watchdog import DEFAULT_TIMEOUT
 from mindrlhf.utils.cli import seconds, str_to_bool
 from mindrlhf.utils.errors import MindRLHFError
 

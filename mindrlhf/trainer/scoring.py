@@ -9,9 +9,9 @@ from mindspore import Tensor
 
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.models.qwen2.networks import SequenceModel
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Rollout, Scores, sequence_inputs
-from mindrlhf.trainer.runtime import HostExchange, local_rows
 
 Forward = Callable[..., np.ndarray]
 

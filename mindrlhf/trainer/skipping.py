@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.experience import Rollout, Scores, sequence_mask
-from mindrlhf.trainer.runtime import HostExchange, local_rows
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 

@@ -11,6 +11,7 @@ import numpy as np
 from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
 from mindrlhf.trainer.gradients import GradientBuffers
@@ -25,7 +26,6 @@ from mindrlhf.trainer.losses import (
 )
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.pretraining import PretrainLoss, PretrainStream, pretrain_inputs
-from mindrlhf.trainer.runtime import HostExchange, local_rows
 from mindrlhf.trainer.skipping import SkippedUpdate, SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import TrainStep
 from mindrlhf.utils.logging import get_logger

@@ -12,7 +12,7 @@ from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.parallel.reshard import Resharder
-from mindrlhf.trainer.runtime import HostExchange
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import MindRLHFError
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mindrlhf.utils.errors import MindRLHFError
-from mindrlhf.utils.supervision import join_under_msrun, membership
 
 _TRUE = frozenset({"true", "1", "yes"})
 _FALSE = frozenset({"false", "0", "no"})
@@ -51,42 +50,35 @@ def seconds(text: str) -> float:
     return number
 
 
-def run_main(main: Callable[[], int | None]) -> NoReturn:
+def run_main(
+    main: Callable[[], int | None], *, on_exit: Callable[[str, int], None] = lambda cause, code: None
+) -> NoReturn:
     """Runs a script's ``main`` and exits with its code.
 
-    A :class:`MindRLHFError` is printed as one ``error: ...`` message with exit code 2, an interrupt
-    exits with 130; any other exception is a defect of ours and keeps its traceback. Under msrun the
-    supervisor hears of it, so that all workers end together.
+    A :class:`MindRLHFError` is written as one ``error: ...`` message with exit code 2, and an interrupt exits
+    with 130; any other exception is a defect of the library and keeps its traceback.
+
+    Args:
+        main: returns the exit code, ``None`` for 0.
+        on_exit: called with the cause of a failure, empty when there is none, and the exit code.
     """
     try:
-        join_under_msrun()
-        code = main()
+        code = main() or 0
     except MindRLHFError as error:
         sys.stderr.write(f"error: {error}\n")
-        _report(str(error), EXIT_USER_ERROR)
+        on_exit(str(error), EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        _report("", EXIT_INTERRUPTED)
+        on_exit("", EXIT_INTERRUPTED)
         sys.exit(EXIT_INTERRUPTED)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        _report(f"it has ended with exit code {code}" if code else "", code)
+        on_exit(f"it has ended with exit code {code}" if code else "", code)
         raise
     except BaseException as error:
-        # MindSpore's messages have a hundred lines; the log has them.
-        _report(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 1)
+        # Messages of MindSpore have a hundred lines; the log holds all of them.
+        on_exit(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 1)
         raise
-    _report("" if not code else f"it has ended with exit code {code}", code or 0)
-    sys.exit(code or 0)
-
-
-def _report(cause: str, code: int) -> None:
-    """Tells the supervisor how this process ends; no cause is needed for an end that was asked for."""
-    member = membership()
-    if member is None:
-        return
-    if cause and code not in (EXIT_INTERRUPTED, EXIT_TERMINATED):
-        member.fail(cause, code)
-    else:
-        member.leave(code)
+    on_exit(f"it has ended with exit code {code}" if code else "", code)
+    sys.exit(code)

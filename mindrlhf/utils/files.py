@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mindrlhf.utils.errors import CheckpointError
+
 
 def _temporary(path: Path, label: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{label}-{os.getpid()}")
@@ -43,6 +45,36 @@ def probe_directory(directory: Path) -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
+
+
+def check_experience_place(path: Path | None) -> None:
+    """Refuses a ``--save_data_file`` whose directory cannot be written; leaves nothing behind.
+
+    Raises:
+        CheckpointError: it cannot be made or written.
+    """
+    try:
+        if path is not None:
+            probe_directory(path.absolute().parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"--save_data_file {path}: cannot be written ({error.strerror}); give another path"
+        ) from error
+
+
+def check_writable(directory: Path, rank: int) -> None:
+    """Refuses a directory of ``--save_ckpt_dir`` that ``rank`` cannot write in; leaves nothing behind.
+
+    Raises:
+        CheckpointError: it cannot be made or written.
+    """
+    try:
+        probe_directory(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"--save_ckpt_dir {directory}: cannot be written by rank {rank} ({error.strerror}); give a "
+            "directory that can"
+        ) from error
 
 
 @contextmanager

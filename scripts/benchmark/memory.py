@@ -138,9 +138,9 @@ def run_worker(directory: Path, job: JobConfig) -> None:
     """Runs PPO in this process and leaves the peaks in ``directory/peaks.json``."""
     from mindrlhf.data.columns import prompt_schema
     from mindrlhf.data.mindrecord import write_mindrecord
+    from mindrlhf.runtime.device import start_runtime
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
-    from mindrlhf.trainer.runtime import start_runtime
 
     peaks = HighWater()
     rows, columns = job.ppo.rollout_batch_size, job.ppo.max_prompt_length
@@ -151,7 +151,7 @@ def run_worker(directory: Path, job: JobConfig) -> None:
         prompt_schema(columns, columns),
         [{"prompt_ids": ids, "pretrain_ids": ids, "loss_mask": blank}],
     )
-    runtime = start_runtime(job.train.context, use_parallel=False, litter_dir=str(directory))
+    runtime = start_runtime(job.train.context, use_parallel=False, scratch_dir=str(directory))
     weights = WeightPaths(train=directory / "weights.ckpt")
     shared = job.ppo.critic == "shared"
     trainer = PPOTrainer(
@@ -179,12 +179,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, list[int]]:
         directory = Path(scratch)
         job = job_of(name, args.overrides, args.iterations)
         write_random_weights(directory / "weights.ckpt", job.train.model)
-        litter = dict.fromkeys(("LOCAL_DEFAULT_PATH", "LOG_MF_PATH", "MS_OM_PATH"), scratch)
+        environment = dict.fromkeys(("LOCAL_DEFAULT_PATH", "LOG_MF_PATH", "MS_OM_PATH"), scratch)
         command = [sys.executable, __file__, "--worker", scratch, "--model", name]
         command += ["--iterations", str(args.iterations)]
         command += [part for override in args.overrides for part in ("--set", override)]
         subprocess.run(
-            command, check=True, env=os.environ | litter | {"GLOG_v": "3"}, stdout=subprocess.DEVNULL
+            command, check=True, env=os.environ | environment | {"GLOG_v": "3"}, stdout=subprocess.DEVNULL
         )
         peaks: dict[str, list[int]] = json.loads((directory / "peaks.json").read_text(encoding="utf-8"))
     return peaks

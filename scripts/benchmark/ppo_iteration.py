@@ -141,12 +141,12 @@ def write_inputs(job: JobConfig, directory: Path) -> tuple[Path, Path]:
 
 def build_trainer(job: JobConfig, directory: Path, inputs: tuple[Path, Path]) -> PPOTrainer:
     """The trainer, its models loaded; ``inputs`` are the paths of weights and prompts."""
+    from mindrlhf.runtime.device import start_runtime
+    from mindrlhf.runtime.launching import scratch_directory
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
-    from mindrlhf.trainer.runtime import start_runtime
-    from mindrlhf.trainer.start import litter_directory
 
-    runtime = start_runtime(job.train.context, use_parallel=False, litter_dir=litter_directory())
+    runtime = start_runtime(job.train.context, use_parallel=False, scratch_dir=scratch_directory())
     weights, data = inputs
     trainer = PPOTrainer(job, WeightPaths(train=weights), TrainerPaths(data, directory / "save"), runtime)
     trainer.start_from_equal_policies()

@@ -83,10 +83,12 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     import mindspore
 
     laps.lap("import mindspore")
-    from mindrlhf.trainer import compile_cache, formers, ppo_trainer
-    from mindrlhf.trainer.runtime import Runtime
+    from mindrlhf.runtime import compile_cache
+    from mindrlhf.runtime.device import Runtime
+    from mindrlhf.trainer import mindformers_builders, ppo_trainer
+    from mindrlhf.trainer.job import graph_configuration
 
-    formers.load_builders()
+    mindformers_builders.load_builders()
     laps.lap("import mindrlhf and MindFormers' builders")
     from ppo_iteration import build_job, build_trainer, write_inputs
 
@@ -100,7 +102,9 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         laps.launched += written - laps.last  # inputs are there before a real launch
         laps.last = written
         if args.cached:
-            compile_cache.open_compile_cache(job, Runtime(0, 1), Path(directory) / "scratch")
+            compile_cache.open_compile_cache(
+                graph_configuration(job), Runtime(0, 1), Path(directory) / "scratch", last_phase="sync"
+            )
         trainer = build_trainer(job, Path(directory), files)
         laps.lap("build and load models")
         roll_out = trainer.rollout
@@ -127,8 +131,8 @@ def launch(args: argparse.Namespace, cache: Path | None) -> dict[str, Any]:
     if cache is not None:
         command.append("--cached")
         environment["MS_COMPILER_CACHE_PATH"] = str(cache)
-    with tempfile.TemporaryDirectory(prefix="mindrlhf_") as litter:
-        environment["LOCAL_DEFAULT_PATH"] = litter
+    with tempfile.TemporaryDirectory(prefix="mindrlhf_") as scratch:
+        environment["LOCAL_DEFAULT_PATH"] = scratch
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

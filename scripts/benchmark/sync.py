@@ -108,7 +108,8 @@ def time_exchanges(name: str, repeats: int) -> None:
     from mindspore import Tensor
     from mindspore.communication import init
 
-    from mindrlhf.trainer.runtime import HostExchange, Runtime
+    from mindrlhf.runtime.device import Runtime
+    from mindrlhf.runtime.host_exchange import HostExchange
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")

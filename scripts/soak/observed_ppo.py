@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.cli.ppo import main
-from mindrlhf.utils.cli import run_main
+from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.ranks import env_rank, is_scheduler
 from mindrlhf.utils.timers import PhaseTimer
 
@@ -107,4 +107,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run_main(run)
+    run_worker(run)

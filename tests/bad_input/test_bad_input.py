@@ -50,11 +50,11 @@ def make_case(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path]
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """MindSpore lets a process choose its device only before it has computed, which other tests may have."""
-    from mindrlhf.trainer import runtime
+    from mindrlhf.runtime import device
     from mindrlhf.trainer.stages import runner
 
-    for module in (runtime, runner):
-        monkeypatch.setattr(module, "start_runtime", lambda *args, **kwargs: runtime.Runtime(0, 1))
+    for module in (device, runner):
+        monkeypatch.setattr(module, "start_runtime", lambda *args, **kwargs: device.Runtime(0, 1))
 
 
 @contextlib.contextmanager

@@ -16,11 +16,12 @@ from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
 from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES
 from mindrlhf.trainer.pretraining import PretrainBatch
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult, minibatches
 from tests.parity.ppo_update_case import (
     MODEL,

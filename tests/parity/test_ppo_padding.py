@@ -27,10 +27,11 @@ from mindrlhf.configs.schema import (
 from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
 from mindrlhf.trainer.losses import POLICY_STATISTICS, VALUE_STATISTICS
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 

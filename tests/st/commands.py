@@ -74,7 +74,7 @@ class Command:
 
 
 def plain_environment(temporary: Path) -> dict[str, str]:
-    """The environment without what tests/conftest.py adds to keep litter away: here litter must show."""
+    """The environment without what tests/conftest.py adds to keep such files away: here they must show."""
     hidden = ("LOCAL_DEFAULT_PATH", "LOG_MF_PATH", "MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "GLOG_v")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     return env | {"TMPDIR": str(temporary), "MPLCONFIGDIR": str(temporary.parent / "matplotlib")}

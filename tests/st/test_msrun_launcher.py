@@ -92,13 +92,13 @@ def test_failure_is_one_message_about_the_worker_that_failed(
 def test_an_error_of_the_user_keeps_its_exit_code(launcher: ModuleType, tmp_path: Path) -> None:
     """Of a script as ours are: the message is the supervisor's, which msrun itself shows, too."""
     body = (
-        "from mindrlhf.utils.cli import run_main\n"
+        "from mindrlhf.runtime.supervision import run_worker\n"
         "from mindrlhf.utils.errors import DataError\n"
         "def main():\n"
         "    if worker and rank == '1':\n"
         "        raise DataError('prompts.mindrecord: no such file')\n"
         "    time.sleep(600)\n"
-        "run_main(main)\n"
+        "run_worker(main)\n"
     )
     code, output = run(launcher, tmp_path, body)
     assert code == 2
@@ -215,7 +215,7 @@ def test_a_port_in_use_is_refused(launcher: ModuleType, capsys: pytest.CaptureFi
 
 
 def test_the_message_is_the_supervisors(launcher: ModuleType) -> None:
-    from mindrlhf.utils.blame import MESSAGE_START
+    from mindrlhf.runtime.failures import MESSAGE_START
 
     assert launcher._SUPERVISOR_SAYS == MESSAGE_START
 

@@ -24,7 +24,7 @@ HIDDEN_VARIABLES = ("LOCAL_DEFAULT_PATH", "LOG_MF_PATH", "MS_OM_PATH", "MS_COMPI
 
 
 class Workshop:
-    """A directory in which commands are run, with an environment in which litter shows."""
+    """A directory in which commands are run, with an environment in which stray files show."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "work"

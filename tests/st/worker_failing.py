@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from mindrlhf.utils.cli import run_main
+from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.ranks import is_scheduler
 
 FAILING_RANK = 1
@@ -29,22 +29,23 @@ def fail(how: str) -> None:
 
 
 def main() -> None:
-    from mindrlhf.trainer.start import litter_directory, serve_as_scheduler
+    from mindrlhf.runtime.launching import scratch_directory, serve_as_scheduler
 
     if is_scheduler():
         serve_as_scheduler()
         return
     from mindrlhf.configs.schema import ContextConfig
-    from mindrlhf.trainer.runtime import HostExchange, start_runtime
-    from mindrlhf.trainer.watchdog import Watchdog
+    from mindrlhf.runtime.device import start_runtime
+    from mindrlhf.runtime.host_exchange import HostExchange
+    from mindrlhf.runtime.watchdog import Watchdog
     from mindrlhf.utils.timers import PhaseTimer
 
-    litter = litter_directory()
-    runtime = start_runtime(ContextConfig(device_target="CPU"), use_parallel=True, litter_dir=litter)
+    scratch = scratch_directory()
+    runtime = start_runtime(ContextConfig(device_target="CPU"), use_parallel=True, scratch_dir=scratch)
     exchange = HostExchange(runtime)
     iteration = 0
-    watchdog = Watchdog(float(sys.argv[2]), computes=True)
-    watchdog.follow(lambda: iteration)
+    watchdog = Watchdog(float(sys.argv[2]), computing={"rollout", "train"})
+    watchdog.follow(lambda: iteration, first_phase="rollout")
     timer = PhaseTimer([watchdog])
     while True:
         iteration += 1
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_worker(main)

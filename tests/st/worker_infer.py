@@ -17,7 +17,8 @@ from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.trainer.runtime import HostExchange, Runtime
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 
 ROWS, PROMPT, RESPONSE = 8, 5, 6
 VOCAB, VALID = 64, 47  # with mp 4, the last rank holds nothing but padding of the vocabulary

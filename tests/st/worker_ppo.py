@@ -259,12 +259,12 @@ def main() -> None:
         return
     cases = json.loads(Path(sys.argv[1]).read_text())
     from mindrlhf.configs.load import load_run_config
-    from mindrlhf.trainer.runtime import start_runtime
+    from mindrlhf.runtime.device import start_runtime
 
     context = load_run_config(next(iter(cases.values()))["train"]).context
-    with tempfile.TemporaryDirectory() as litter:
-        os.environ.setdefault("LOCAL_DEFAULT_PATH", litter)
-        runtime = start_runtime(context, use_parallel=world_size > 1, litter_dir=litter)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("LOCAL_DEFAULT_PATH", scratch)
+        runtime = start_runtime(context, use_parallel=world_size > 1, scratch_dir=scratch)
         results: dict[str, Any] = {"seconds/start": time.perf_counter() - begin}
         for name, case in cases.items():
             results[name] = run_case(name, case, runtime)

@@ -10,8 +10,8 @@ from typing import Any
 
 from worker_support import write_results
 
+from mindrlhf.runtime.launching import serve_as_scheduler
 from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
-from mindrlhf.trainer.start import serve_as_scheduler
 from mindrlhf.utils.ranks import env_rank, is_scheduler
 
 PATHS = (
@@ -30,7 +30,7 @@ def wait_for(checkpoint: Path | None) -> None:
 
 def main(file: str) -> None:
     """One job after the other, ``{name: {"stage": "sft" or "reward", options}}``."""
-    from mindrlhf.trainer.runtime import start_runtime
+    from mindrlhf.runtime.device import start_runtime
     from mindrlhf.trainer.stages import runner
     from mindrlhf.trainer.stages.reward import run_reward
     from mindrlhf.trainer.stages.sft import run_sft

@@ -67,13 +67,13 @@ def test_every_public_name_is_there_and_none_needs_mindformers() -> None:
         "others = [n for n in mindrlhf.__all__ if not callable(globals()[n])];"
         "print(json.dumps([left, others, 'transformers' in sys.modules, os.listdir('.')]))"
     )
-    left, others, has_transformers, litter = run_python(
+    left, others, has_transformers, files = run_python(
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
     )
     assert left == []
     assert others == ["__version__"], "the rest are classes and functions"
     assert not has_transformers
-    assert litter == []
+    assert files == []
 
 
 @pytest.mark.parametrize(

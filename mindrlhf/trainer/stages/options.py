@@ -10,10 +10,10 @@ from typing import Any
 from mindrlhf.checkpoint.weight_files import check_output_file
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import RunConfig
+from mindrlhf.runtime.watchdog import DEFAULT_TIMEOUT
 from mindrlhf.trainer.records import METRICS_FILE
 from mindrlhf.trainer.runs import check_resume_flags
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, check_trackers
-from mindrlhf.trainer.watchdog import DEFAULT_TIMEOUT
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 
 FINAL = "final"

@@ -11,6 +11,8 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.qwen2.networks import RewardModel
+from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
+from mindrlhf.runtime.signals import ignore_signals
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.stages.calibration import (
     calibrate,
@@ -22,8 +24,6 @@ from mindrlhf.trainer.stages.calibration import (
 from mindrlhf.trainer.stages.options import RewardOptions, read_plan
 from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
-from mindrlhf.trainer.start import count_workers, serve_as_scheduler
-from mindrlhf.trainer.stopping import ignore_signals
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import is_scheduler
 from mindrlhf.utils.timers import PhaseTimer

@@ -18,30 +18,26 @@ from mindrlhf.data.sequences import SequenceData
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import mesh_of
+from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runtime
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows
+from mindrlhf.runtime.launching import scratch_directory
+from mindrlhf.runtime.signals import StopRequest, stop_on_signals
+from mindrlhf.runtime.watchdog import Watchdog, rest, watched
 from mindrlhf.trainer.checkpointing import Trained, TrainingCheckpoints, load_states
 from mindrlhf.trainer.compatibility import Kind
 from mindrlhf.trainer.console.state import Column
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.recording import start_records
 from mindrlhf.trainer.resuming import choose_checkpoint
-from mindrlhf.trainer.runtime import (
-    HostExchange,
-    check_device,
-    check_products,
-    local_rows,
-    start_runtime,
-)
 from mindrlhf.trainer.skipping import SkippedUpdates, not_finite
 from mindrlhf.trainer.stages.batches import RowStream
 from mindrlhf.trainer.stages.options import FINAL, StageOptions, StagePlan, check_paths
 from mindrlhf.trainer.stages.records import StageRecords
 from mindrlhf.trainer.stages.stage import Stage
 from mindrlhf.trainer.stages.states import stage_configuration, stage_kind
-from mindrlhf.trainer.start import check_writable, litter_directory
-from mindrlhf.trainer.stopping import StopRequest, stop_on_signals
 from mindrlhf.trainer.train_step import TrainStep
-from mindrlhf.trainer.watchdog import rest, watchdog_of, watched
 from mindrlhf.trainer.watching import Watchers, watch_stage
+from mindrlhf.utils.files import check_writable
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.timers import PhaseTimer
 
@@ -112,7 +108,7 @@ def start_job(
     Raises:
         MindRLHFError: paths, data or the number of rows do not fit; or the checkpoint to go on from.
     """
-    litter = litter_directory()
+    scratch = scratch_directory()
     check_paths(options)
     config = plan.config
     data = SequenceData(
@@ -125,8 +121,8 @@ def start_job(
     train_rows, held_out_rows = data.split(options.eval_fraction, options.max_eval_prompts, options.seed)
     steps = plan.total_steps(len(train_rows))
     check_device(config.context)
-    check_products(config.model)
-    runtime = start_runtime(config.context, use_parallel=config.parallel.world_size > 1, litter_dir=litter)
+    check_matmul_dtype(config.model)
+    runtime = start_runtime(config.context, use_parallel=config.parallel.world_size > 1, scratch_dir=scratch)
     check_writable(options.save_ckpt_dir, runtime.rank)
     logger.info(
         "%s: %d rows, %d to train on and %d held out; prompts up to %d, responses up to %d tokens; "
@@ -145,7 +141,12 @@ def start_job(
         kind=kind,
     )
     groups = create_groups(mesh_of(config), runtime.rank)
-    timer = PhaseTimer([surroundings.watchers.console, watchdog_of(options.watchdog_timeout, config)])
+    watchdog = Watchdog(
+        options.watchdog_timeout,
+        computing={"train", "evaluate"},
+        device_target=config.context.device_target,
+    )
+    timer = PhaseTimer([surroundings.watchers.console, watchdog])
     return Job(
         options, plan, data, train_rows, held_out_rows, exchange, groups, surroundings, timer, configuration,
         kind, checkpoint,

@@ -12,12 +12,13 @@ from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
 from mindrlhf.models.qwen2.networks import PPOModelTrain
+from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
+from mindrlhf.runtime.signals import ignore_signals
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.stages.options import SFTOptions, read_plan
 from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
-from mindrlhf.trainer.start import count_workers, load_model_tokenizer, serve_as_scheduler
-from mindrlhf.trainer.stopping import ignore_signals
+from mindrlhf.trainer.tokenizer_checks import load_model_tokenizer
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import is_scheduler
 

@@ -12,8 +12,8 @@ from mindrlhf.algorithms.masks import attention_mask, position_ids
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.experience import SequenceInputs
-from mindrlhf.trainer.runtime import HostExchange, local_rows
 from mindrlhf.trainer.stages.records import Curves
 
 Forward = Callable[..., np.ndarray]

@@ -25,8 +25,9 @@ from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.trainer import runtime
-from mindrlhf.trainer.runtime import HostExchange, Runtime
+from mindrlhf.runtime import device
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import MindRLHFError
 
 TOKENS = 20
@@ -43,7 +44,7 @@ def _graph_mode() -> None:
 @pytest.fixture(autouse=True)
 def _device_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """MindSpore lets a process choose its device once; this one has."""
-    monkeypatch.setattr(runtime, "start_runtime", lambda *args, **kwargs: Runtime(0, 1))
+    monkeypatch.setattr(device, "start_runtime", lambda *args, **kwargs: Runtime(0, 1))
 
 
 @pytest.fixture(scope="module")

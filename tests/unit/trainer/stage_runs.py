@@ -21,8 +21,8 @@ from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer.optimizer import build_optimizer
-from mindrlhf.trainer.runtime import Runtime
 from mindrlhf.trainer.stages import reward, runner, sft
 from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
 from mindrlhf.trainer.train_step import TrainStep

@@ -20,11 +20,12 @@ from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.checkpointing import Trained, TrainingCheckpoints, load_states
 from mindrlhf.trainer.parts import trained_models
 from mindrlhf.trainer.resuming import find_faults, newest_whole
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
 

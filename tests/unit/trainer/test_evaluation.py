@@ -23,10 +23,11 @@ from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.evaluation import Evaluation, evaluate, held_out_prompts
 from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
 from mindrlhf.utils.errors import MindRLHFError
 

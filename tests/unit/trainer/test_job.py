@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mindrlhf.trainer.job import JobOptions, beside_train_config, run_ppo, save_strategies
+from mindrlhf.configs.schema import JobConfig
+from mindrlhf.trainer.job import (
+    JobOptions,
+    beside_train_config,
+    graph_configuration,
+    run_ppo,
+    save_strategies,
+)
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 
 
@@ -162,3 +170,17 @@ def test_strategy_files_of_the_7b_job_need_no_device(configs: Path, tmp_path: Pa
     expected = {f"{model}_strategy/strategy_{rank}.ckpt" for model in models for rank in range(4)}
     assert {str(file.relative_to(tmp_path / "strategy")) for file in files} == expected
     assert all(file.stat().st_size for file in files)
+
+
+def test_a_configuration_that_graphs_know_is_another_one(tiny_job: JobConfig) -> None:
+    def changed(**ppo: Any) -> dict[str, Any]:
+        return graph_configuration(replace(tiny_job, ppo=replace(tiny_job.ppo, **ppo)))
+
+    before = graph_configuration(tiny_job)
+    assert changed(seed=99, save_interval=7) == before
+    for ppo in ({"cliprange": 0.3}, {"temperature": 0.5}, {"total_iterations": 77}, {"entropy_coef": 0.5}):
+        assert changed(**ppo) != before
+    elsewhere = replace(tiny_job.train, path=Path("elsewhere.yaml"))
+    assert graph_configuration(replace(tiny_job, train=elsewhere)) == before
+    theta = replace(tiny_job.train, model=replace(tiny_job.train.model, theta=3.0))
+    assert graph_configuration(replace(tiny_job, train=theta)) != before

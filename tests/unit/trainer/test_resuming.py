@@ -16,9 +16,10 @@ import pytest
 from mindrlhf.checkpoint.manifest import digest_file, write_manifest
 from mindrlhf.configs.schema import JobConfig, ParallelConfig
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.compatibility import check_compatible, stored_meshes
 from mindrlhf.trainer.resuming import choose_checkpoint, find_faults, newest_whole, tidy
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.provenance import plain
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.experience import Rollout
 from mindrlhf.trainer.reward_function import function_scores, load_reward_function
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.utils.errors import MindRLHFError
 
 EXCHANGE = HostExchange(Runtime(0, 1))

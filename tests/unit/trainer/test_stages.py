@@ -19,7 +19,8 @@ from mindrlhf.models.qwen2.heads import new_score_head
 from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.trainer.runtime import HostExchange, Runtime
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.stages.calibration import calibrate, fold, gain_and_bias
 from mindrlhf.trainer.stages.options import (
     RewardOptions,

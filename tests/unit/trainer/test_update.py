@@ -17,11 +17,12 @@ from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience, SequenceInputs
 from mindrlhf.trainer.metrics import update_metrics
 from mindrlhf.trainer.pretraining import PretrainStream
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult, minibatches
 
 GROUPS = Groups(Mesh(), 0)

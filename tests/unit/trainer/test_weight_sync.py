@@ -12,8 +12,9 @@ from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import build_infer
-from mindrlhf.trainer.runtime import HostExchange, Runtime
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.errors import MindRLHFError
 

@@ -16,10 +16,10 @@ from mindrlhf.configs.load import load_job
 from mindrlhf.data.preprocess import PreprocessOptions, preprocess
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizer_loading import load_tokenizer
+from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.experience import Experience, Rollout
 from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
-from mindrlhf.trainer.runtime import Runtime
 from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mindrlhf.utils.heartbeat import ENDED, FAILED, RUNNING, SCHEDULER, Beat
-from mindrlhf.utils.processes import Process
+from mindrlhf.runtime.heartbeat import ENDED, FAILED, RUNNING, SCHEDULER, Beat
+from mindrlhf.runtime.processes import Process
 
 MESSAGE_START = "ERROR job failed: "
 """Begins the one line; msrun shows a scheduler's lines with ERROR when a job has failed."""

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mindrlhf.configs.schema import RunConfig
-from mindrlhf.utils import supervision
-from mindrlhf.utils.processes import birth_of
+from mindrlhf.runtime import supervision
+from mindrlhf.runtime.processes import birth_of
 from mindrlhf.utils.ranks import env_rank, env_world_size
 
 DEFAULT_TIMEOUT = 1800.0
 """Seconds; above what the first iteration of a large model compiles without a sign."""
-
-COMPUTING = frozenset({"rollout", "score", "train", "sync", "evaluate"})
-"""Phases in which a rank waits for the others at most: not for a disk or a network."""
-
-FIRST_PHASE = "rollout"
-"""Of an iteration."""
 
 
 @dataclass
@@ -38,34 +31,35 @@ class Watchdog:
 
     Args:
         timeout: seconds without progress, on all ranks of a host, after which the job is ended; 0: never.
-        computes: whether the host's processors do the work. Then a job in which no rank computes for half a
-            minute stands still, too. A device's host may wait that long.
-        waiting_phases: phases that wait for something outside, as a reward from a server.
+        computing: phases in which a rank waits for nothing but the other ranks: not for a disk, a network or
+            a device. A job in which no rank uses the CPU for half a minute of such a phase stands still, too.
+        device_target: of the job; the host of a device other than CPU may rightly wait in every phase.
     """
 
     def __init__(
         self,
         timeout: float = DEFAULT_TIMEOUT,
         *,
-        computes: bool = False,
-        waiting_phases: frozenset[str] = frozenset(),
+        computing: Set[str] = frozenset(),
+        device_target: str = "CPU",
     ) -> None:
         self.timeout = timeout
-        self.computing = (COMPUTING - waiting_phases) if computes and timeout else frozenset()
+        self._computing = computing if timeout and device_target == "CPU" else frozenset()
         self._iteration: Callable[[], int] = int
+        self._first_phase = ""
         self._phases: list[_Phase] = []
         self._steps = 0
         self._number = 0
 
-    def follow(self, iteration: Callable[[], int]) -> None:
-        """Asks a loop, before each rollout, which iteration that is of, counted from 1."""
-        self._iteration = iteration
+    def follow(self, iteration: Callable[[], int], first_phase: str) -> None:
+        """Asks a loop, at each start of its first phase, which iteration begins, counted from 1."""
+        self._iteration, self._first_phase = iteration, first_phase
 
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
         """A phase begins."""
         self._phases.append(_Phase(name, total, unit))
         self._steps += 1
-        if name == FIRST_PHASE:
+        if name == self._first_phase:
             self._number = self._iteration()
         self._beat()
 
@@ -103,7 +97,7 @@ class Watchdog:
             total=phase.total,
             unit=phase.unit,
             timeout=self.timeout,
-            may_idle=between or phase.name not in self.computing,
+            may_idle=between or phase.name not in self._computing,
         )
 
 
@@ -126,13 +120,3 @@ def watched(timeout: float) -> Iterator[None]:
         yield
     finally:
         supervision.leave()
-
-
-def watchdog_of(timeout: float, config: RunConfig, *, has_reward_function: bool = False) -> Watchdog:
-    """The watchdog of a job on the device of a YAML."""
-    return Watchdog(
-        timeout,
-        computes=config.context.device_target == "CPU",
-        # A function of the user's may ask a server.
-        waiting_phases=frozenset({"score", "evaluate"}) if has_reward_function else frozenset(),
-    )

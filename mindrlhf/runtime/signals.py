@@ -23,7 +23,7 @@ from mindrlhf.utils.cli import EXIT_INTERRUPTED
 from mindrlhf.utils.logging import get_logger
 
 if TYPE_CHECKING:
-    from mindrlhf.trainer.runtime import HostExchange
+    from mindrlhf.runtime.host_exchange import HostExchange
 
 _PR_SET_PDEATHSIG = 1
 _SIGACTION_BYTES = 256  # more than any struct sigaction has

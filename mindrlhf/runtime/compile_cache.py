@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,12 @@ import mindspore as ms
 from mindspore.graph.api import _cell_graph_executor as executor
 from mindspore.train.mind_ir_pb2 import ModelProto
 
-from mindrlhf.configs.schema import JobConfig
-from mindrlhf.trainer.graph_identity import code_identity, identity_of, inputs_identity
-from mindrlhf.trainer.runtime import Runtime
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.graph_identity import code_identity, identity_of, inputs_identity
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file, probe_directory
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import plain, versions
+from mindrlhf.utils.provenance import versions
 from mindrlhf.utils.ranks import env_rank, env_world_size
 
 logger = get_logger(__name__)
@@ -43,11 +42,6 @@ KEPT_BYTES = 2 << 30
 
 _FORCE = "MS_DEV_FORCE_USE_COMPILE_CACHE"  # without it MindSpore looks for no graph any more after a miss
 _NUMBERED = re.compile(r"(\w*compile_cache_)(\d+)(\.mindir)")
-_IN_NO_GRAPH = (
-    "seed", "save_interval", "keep_checkpoints", "log_samples", "eval_interval", "eval_prompts",
-    "eval_samples", "shuffle",
-)  # fmt: skip
-_LAST_PHASE = "sync"  # of an iteration
 
 
 def cache_directory(rank: int, world_size: int) -> Path:
@@ -83,6 +77,7 @@ class CompileCache:
         directory: of this rank; several processes may use it at a time.
         scratch: empty, and of this process alone.
         made_from: on what graphs depend beside their cells: configuration, code, versions.
+        last_phase: of an iteration; when it has ended for the first time, all graphs are there.
 
     Attributes:
         records: every graph so far.
@@ -92,7 +87,9 @@ class CompileCache:
         MindRLHFError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, scratch: Path, made_from: Iterable[Any]) -> None:
+    def __init__(
+        self, directory: Path, scratch: Path, made_from: Iterable[Any], last_phase: str = ""
+    ) -> None:
         try:
             probe_directory(directory)
         except OSError as error:
@@ -103,6 +100,7 @@ class CompileCache:
         self.directory = directory
         self.records: list[GraphRecord] = []
         self.refused: dict[str, list[str]] = {}
+        self._last_phase = last_phase
         self._made_from = identity_of(*made_from)
         self._scratch = scratch
         self._place = _first_place(scratch)  # of MindSpore's next graph
@@ -198,41 +196,33 @@ class CompileCache:
 
     def phase_ended(self, name: str) -> None:
         """Says after the first iteration, when all its graphs are there, what the cache has gained."""
-        if name == _LAST_PHASE and not self._told:
+        if name == self._last_phase and not self._told:
             self._told = True
             logger.info("%s", self.summary())
             if not all(record.taken for record in self.records):
                 remove_oldest(self.directory, KEPT_BYTES)
 
 
-def open_compile_cache(job: JobConfig, runtime: Runtime, scratch: Path) -> CompileCache:
+def open_compile_cache(
+    configuration: Mapping[str, Any], runtime: Runtime, scratch: Path, *, last_phase: str
+) -> CompileCache:
     """The cache of this worker for a job, open.
 
     Args:
-        job: a graph is taken only by a job with the same configuration, but for keys that no graph knows.
+        configuration: all keys of the job that may enter a graph; a job takes graphs of jobs with the same.
         runtime: this worker.
-        scratch: of this process; a directory in it is used.
+        scratch: scratch directory of this process; a directory in it is used.
+        last_phase: of an iteration, see :class:`CompileCache`.
 
     Raises:
         MindRLHFError: its directory cannot be written.
     """
     directory = cache_directory(runtime.rank, runtime.world_size)
     package = Path(__file__).resolve().parents[1]
-    made_from = [job_identity(job), versions(), code_identity(package), runtime.rank, runtime.world_size]
-    cache = CompileCache(directory, scratch / "compile_cache", made_from)
+    made_from = [configuration, versions(), code_identity(package), runtime.rank, runtime.world_size]
+    cache = CompileCache(directory, scratch / "compile_cache", made_from, last_phase)
     cache.open()
     return cache
-
-
-def job_identity(job: JobConfig) -> dict[str, Any]:
-    """All of a configuration but what certainly enters no graph."""
-    described = plain(job)
-    for role in ("infer", "train", "reward", "critic"):
-        for key in ("path", "ignored"):
-            del described[role][key]
-    for key in _IN_NO_GRAPH:
-        del described["ppo"][key]
-    return dict(described)
 
 
 class _Entry:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mindrlhf.trainer.watchdog import Watchdog, rest, watched
-from mindrlhf.utils import supervision
-from mindrlhf.utils.heartbeat import Beat, Heartbeat
+from mindrlhf.runtime import supervision
+from mindrlhf.runtime.heartbeat import Beat, Heartbeat
+from mindrlhf.runtime.watchdog import Watchdog, rest, watched
 from mindrlhf.utils.timers import PhaseTimer
+
+COMPUTING = frozenset({"rollout", "score", "train"})
 
 
 @pytest.fixture
@@ -23,9 +25,9 @@ def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heartbeat
 
 
 def test_phases_and_their_progress_are_written(heart: Heartbeat) -> None:
-    watchdog = Watchdog(60.0, computes=True)
+    watchdog = Watchdog(60.0, computing=COMPUTING)
     iteration = 4
-    watchdog.follow(lambda: iteration)
+    watchdog.follow(lambda: iteration, first_phase="rollout")
     timer = PhaseTimer([watchdog])
     with timer.phase("rollout", 10, "tokens"):
         assert heart.beat.place == "in phase rollout (0 of 10 tokens done) of iteration 4"
@@ -45,7 +47,7 @@ def test_phases_and_their_progress_are_written(heart: Heartbeat) -> None:
 
 def test_a_phase_inside_another_does_not_lose_its_count(heart: Heartbeat) -> None:
     """A stage evaluates and saves in the middle of its training phase."""
-    timer = PhaseTimer([Watchdog(60.0, computes=True)])
+    timer = PhaseTimer([Watchdog(60.0, computing=COMPUTING)])
     with timer.phase("train", 54, "steps"):
         timer.advance(20)
         with timer.phase("save"):
@@ -71,11 +73,14 @@ def test_a_failure_stays_where_it_was(heart: Heartbeat) -> None:
 
 
 def test_a_phase_that_asks_a_server_may_wait(heart: Heartbeat) -> None:
-    watchdog = Watchdog(60.0, computes=True, waiting_phases=frozenset({"score"}))
+    watchdog = Watchdog(60.0, computing=COMPUTING - {"score"})
     watchdog.phase_started("score", None, "")
     assert heart.beat.may_idle
     # A device computes while its host waits; and the watchdog is off.
-    for other in (Watchdog(60.0, computes=False), Watchdog(0, computes=True)):
+    for other in (
+        Watchdog(60.0, computing=COMPUTING, device_target="Ascend"),
+        Watchdog(0, computing=COMPUTING),
+    ):
         other.phase_started("train", None, "")
         assert heart.beat.may_idle
 

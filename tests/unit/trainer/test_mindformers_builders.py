@@ -14,7 +14,7 @@ PROGRAM = """
 import json, sys, time
 import mindspore
 started = time.process_time()
-from mindrlhf.trainer.formers import load_builders
+from mindrlhf.trainer.mindformers_builders import load_builders
 build_lr, build_optim = load_builders()
 seconds = time.process_time() - started
 from mindformers.tools.register import MindFormerModuleType as Kind, MindFormerRegister

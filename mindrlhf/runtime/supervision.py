@@ -1,7 +1,7 @@
 """How a process of a job takes part in its supervision: it joins, says where it stands, and leaves.
 
-Under msrun every process joins in :func:`mindrlhf.utils.cli.run_main`, the scheduler too; a job in one
-process joins when it has a watchdog. The first one of a host starts :mod:`mindrlhf.utils.supervisor`.
+Under msrun every process joins in :func:`run_worker`, the scheduler too; a job in one
+process joins when it has a watchdog. The first one of a host starts :mod:`mindrlhf.runtime.supervisor`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
-from mindrlhf.utils.heartbeat import ENDED, FAILED, SCHEDULER, Heartbeat, read_beats, stack_file
-from mindrlhf.utils.processes import birth_of
+from mindrlhf.runtime.heartbeat import ENDED, FAILED, SCHEDULER, Heartbeat, read_beats, stack_file
+from mindrlhf.runtime.processes import birth_of
+from mindrlhf.runtime.supervisor import STACK_SIGNAL
+from mindrlhf.utils.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, run_main
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler, under_msrun
-from mindrlhf.utils.supervisor import STACK_SIGNAL
 
 _LOCK = "supervisor.lock"
 _REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run_worker(main: Callable[[], int | None]) -> NoReturn:
+    """:func:`mindrlhf.utils.cli.run_main` of a script that msrun may have started, as a supervised process.
+
+    When it fails, the supervisor ends the other processes of the job.
+    """
+
+    def supervised() -> int | None:
+        join_under_msrun()
+        return main()
+
+    run_main(supervised, on_exit=_report_exit)
+
+
+def _report_exit(cause: str, code: int) -> None:
+    if _membership is None:
+        return
+    if cause and code not in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        _membership.fail(cause, code)
+    else:
+        _membership.leave(code)
 
 
 class Membership:
@@ -153,7 +177,7 @@ def _start_supervisor(directory: Path) -> None:
     path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     # A session of its own: msrun kills the process group of a worker, Ctrl-C that of the terminal.
     subprocess.Popen(
-        [sys.executable, "-m", "mindrlhf.utils.supervisor", str(directory)],
+        [sys.executable, "-m", "mindrlhf.runtime.supervisor", str(directory)],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": path},

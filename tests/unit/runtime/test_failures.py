@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mindrlhf.utils import supervisor as supervisor_module
-from mindrlhf.utils.blame import (
+from mindrlhf.runtime import supervisor as supervisor_module
+from mindrlhf.runtime.failures import (
     MESSAGE_START,
     Verdict,
     find_failure,
@@ -22,9 +22,9 @@ from mindrlhf.utils.blame import (
     main_frames,
     stall_verdict,
 )
-from mindrlhf.utils.heartbeat import ENDED, FAILED, SCHEDULER, Beat, Heartbeat, read_beats
-from mindrlhf.utils.processes import GONE, Host, Process, birth_of
-from mindrlhf.utils.supervisor import IDLE_SECONDS, Supervisor
+from mindrlhf.runtime.heartbeat import ENDED, FAILED, SCHEDULER, Beat, Heartbeat, read_beats
+from mindrlhf.runtime.processes import GONE, Host, Process, birth_of
+from mindrlhf.runtime.supervisor import IDLE_SECONDS, Supervisor
 
 ALIVE = Process("S")
 NONE: frozenset[int] = frozenset()

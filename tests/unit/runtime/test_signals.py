@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.trainer.runtime import HostExchange, Runtime
-from mindrlhf.trainer.stopping import StopRequest, stop_on_signals
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.runtime.signals import StopRequest, stop_on_signals
 
 ALONE = HostExchange(Runtime(0, 1))
 
@@ -107,7 +108,7 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
 
 BUSY = """
 import hashlib, sys
-from mindrlhf.trainer.stopping import stop_on_signals
+from mindrlhf.runtime.signals import stop_on_signals
 with stop_on_signals():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 1 << 30)  # minutes without a bytecode, as in a graph
@@ -139,7 +140,7 @@ def test_sigint_twice_ends_a_process_that_runs_no_python(repo_root: Path) -> Non
 
 WORKER = """
 import sys, time
-from mindrlhf.trainer.stopping import stop_on_signals
+from mindrlhf.runtime.signals import stop_on_signals
 with stop_on_signals() as stop:
     print("ready", flush=True)
     while not stop.signal:

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mindrlhf.utils.blame import MESSAGE_START
-from mindrlhf.utils.heartbeat import ENDED, SCHEDULER, Heartbeat
-from mindrlhf.utils.supervisor import Supervisor
+from mindrlhf.runtime.failures import MESSAGE_START
+from mindrlhf.runtime.heartbeat import ENDED, SCHEDULER, Heartbeat
+from mindrlhf.runtime.supervisor import Supervisor
 
 WORKERS = 3
 # What msrun does: a scheduler, then the workers, each with its log, all children of one process.
@@ -35,8 +35,8 @@ json.dump({name: process.wait() for name, process in started.items()}, open(f"{d
 """
 HEAD = """
 import os, signal, sys, time
-from mindrlhf.trainer.watchdog import Watchdog
-from mindrlhf.utils.cli import run_main
+from mindrlhf.runtime.watchdog import Watchdog
+from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.ranks import env_rank, is_scheduler
 from mindrlhf.utils.timers import PhaseTimer
@@ -52,7 +52,7 @@ def main():
         time.sleep({scheduler})
         return
     watchdog = Watchdog({timeout})
-    watchdog.follow(lambda: 3)
+    watchdog.follow(lambda: 3, first_phase="rollout")
     timer = PhaseTimer([watchdog])
     with timer.phase("rollout"):
         pass
@@ -60,7 +60,7 @@ def main():
 
 if not is_scheduler() and env_rank() == 2:
     time.sleep({late})
-run_main(main)
+run_worker(main)
 """
 
 
@@ -227,7 +227,7 @@ def test_one_process_that_holds_the_interpreter_is_ended(tmp_path: Path) -> None
     """A regular expression of the user's that takes for ever: no thread of that process can run."""
     script = """
 import re, time
-from mindrlhf.trainer.watchdog import Watchdog, watched
+from mindrlhf.runtime.watchdog import Watchdog, watched
 with watched(1.0):
     watchdog = Watchdog(1.0)
     watchdog.phase_started("score", None, "")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.utils.processes import birth_of
+from mindrlhf.runtime.processes import birth_of
 
 SCHEDULER = -1
 """Stands for msrun's scheduler where a rank is wanted."""

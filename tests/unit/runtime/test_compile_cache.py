@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.configs.schema import JobConfig
-from mindrlhf.trainer.compile_cache import CompileCache, cache_directory, job_identity, remove_oldest
-from mindrlhf.trainer.graph_identity import code_identity, identity_of, inputs_identity
+from mindrlhf.runtime.compile_cache import CompileCache, cache_directory, remove_oldest
+from mindrlhf.runtime.graph_identity import code_identity, identity_of, inputs_identity
 from mindrlhf.utils.errors import MindRLHFError
 
 NETS = Path(__file__).with_name("cached_nets.py")
@@ -159,20 +157,6 @@ def test_identity_of_code(tmp_path: Path) -> None:
     assert code_identity(tmp_path) == before
     (tmp_path / "a.py").write_text("x = 2\n")
     assert code_identity(tmp_path) != before
-
-
-def test_a_configuration_that_graphs_know_is_another_one(tiny_job: JobConfig) -> None:
-    def changed(**ppo: Any) -> dict[str, Any]:
-        return job_identity(replace(tiny_job, ppo=replace(tiny_job.ppo, **ppo)))
-
-    before = job_identity(tiny_job)
-    assert changed(seed=99, save_interval=7) == before
-    for ppo in ({"cliprange": 0.3}, {"temperature": 0.5}, {"total_iterations": 77}, {"entropy_coef": 0.5}):
-        assert changed(**ppo) != before
-    elsewhere = replace(tiny_job.train, path=Path("elsewhere.yaml"))
-    assert job_identity(replace(tiny_job, train=elsewhere)) == before
-    theta = replace(tiny_job.train, model=replace(tiny_job.train.model, theta=3.0))
-    assert job_identity(replace(tiny_job, train=theta)) != before
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.trainer.compile_cache import CompileCache
+from mindrlhf.runtime.compile_cache import CompileCache
 
 ms.set_context(mode=ms.GRAPH_MODE)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from mindrlhf.trainer.tokenizer_agreement import check_one_tokenizer
+from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer
 from mindrlhf.utils.errors import MindRLHFError
 
 SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}

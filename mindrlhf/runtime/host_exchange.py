@@ -1,76 +1,14 @@
-"""Device and communication of one worker, and the small exchanges between workers' hosts."""
+"""Small exchanges between the hosts of all workers, outside of any graph of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.configs.schema import ContextConfig, ModelConfig
-from mindrlhf.kernels.library import product_library
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.utils.errors import MindRLHFError
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Which worker this is among how many."""
-
-    rank: int
-    world_size: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the worker that writes metrics and speaks."""
-        return self.rank == 0
-
-
-def check_device(context: ContextConfig) -> None:
-    """Refuses a device this machine does not have, before anything is built.
-
-    Raises:
-        MindRLHFError: names the YAML's device and the flag that overrides it.
-    """
-    if not ms.hal.is_available(context.device_target):
-        raise MindRLHFError(
-            f"context.device_target is {context.device_target!r}, but this machine has no such device (or no "
-            "driver for it); pass --device_target CPU to run on the CPU instead"
-        )
-
-
-def check_products(model: ModelConfig) -> None:
-    """Makes ready what ``--cpu_matmul_dtype`` needs, before anything is built.
-
-    Raises:
-        MindRLHFError: this machine cannot do it; says what it lacks.
-    """
-    if model.matmul_dtype == "bfloat16":
-        product_library()
-
-
-def start_runtime(context: ContextConfig, *, use_parallel: bool, litter_dir: str) -> Runtime:
-    """Chooses device and graph mode, and joins the other workers when there are any.
-
-    Args:
-        context: the YAML's ``context`` section.
-        use_parallel: whether to initialise communication (HCCL on Ascend, MCCL on CPU).
-        litter_dir: where MindSpore writes what it writes unasked.
-    """
-    ms.set_device(context.device_target)
-    options: dict[str, object] = {"mode": ms.GRAPH_MODE, "save_graphs_path": litter_dir}
-    if context.device_target != "CPU" and context.max_device_memory:
-        options["max_device_memory"] = context.max_device_memory
-    ms.set_context(**options)
-    ms.set_recursion_limit(context.max_call_depth)
-    if not use_parallel:
-        return Runtime(0, 1)
-    from mindspore.communication import get_group_size, get_rank, init
-
-    init()
-    return Runtime(get_rank(), get_group_size())
+from mindrlhf.runtime.device import Runtime
 
 
 class _GatherRows(nn.Cell):

@@ -27,7 +27,7 @@ def load_builders() -> tuple[Builder, Builder]:
     """
     if _PACKAGES[0] not in sys.modules:
         _put_off(_PACKAGES[0])
-    # Imported here: it writes a log folder, see LOCAL_DEFAULT_PATH in start.py.
+    # Imported here: it writes a log folder, see LOCAL_DEFAULT_PATH in runtime/launching.py.
     from mindformers.core.lr import build_lr
     from mindformers.core.optim import build_optim
 

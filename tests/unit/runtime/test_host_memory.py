@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mindrlhf.utils.memory import release_freed_memory
+from mindrlhf.runtime.host_memory import release_freed_memory
 
 
 def resident_bytes() -> int:

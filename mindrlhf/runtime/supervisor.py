@@ -1,8 +1,8 @@
 """The process that watches a job on one host: ends all of it when a part fails or stands still.
 
-    python -m mindrlhf.utils.supervisor DIRECTORY
+    python -m mindrlhf.runtime.supervisor DIRECTORY
 
-It is started by the first process of the job (:mod:`mindrlhf.utils.supervision`), reads heartbeats and
+It is started by the first process of the job (:mod:`mindrlhf.runtime.supervision`), reads heartbeats and
 /proc, and needs nothing of Python or MindSpore in the processes it watches: not the interpreter's lock, which
 a compilation or a regular expression may hold for minutes.
 """
@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mindrlhf.utils.blame import Verdict, find_failure, stall_verdict
-from mindrlhf.utils.heartbeat import ENDED, FAILED, RUNNING, SCHEDULER, Beat, read_beats, stack_file
-from mindrlhf.utils.processes import Host, Process
+from mindrlhf.runtime.failures import Verdict, find_failure, stall_verdict
+from mindrlhf.runtime.heartbeat import ENDED, FAILED, RUNNING, SCHEDULER, Beat, read_beats, stack_file
+from mindrlhf.runtime.processes import Host, Process
 
 POLL_SECONDS = 0.2
 IDLE_SECONDS = 30.0

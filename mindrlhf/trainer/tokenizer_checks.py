@@ -1,16 +1,33 @@
-"""All models of a job read the same token ids; a model with a tokenizer of its own beside it must agree."""
+"""Checks of tokenizers: against the vocabulary of the model, and between all models of a job."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from mindrlhf.configs.schema import RunConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.errors import MindRLHFError
 
 _PROBE = "What is 12 + 345? It's good; 你好，世界。\n\tRésumé <|im_end|>"
 _PROBED_IDS = 512
+
+
+def load_model_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
+    """The tokenizer of ``--tokenizer_path``, checked against the model's vocabulary.
+
+    Raises:
+        MindRLHFError: it has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.size > config.model.vocab_size:
+        raise MindRLHFError(
+            f"--tokenizer_path {path} has {tokenizer.size} tokens, more than the "
+            f"model.model_config.vocab_size {config.model.vocab_size} of {config.path}; give the "
+            "model's own"
+        )
+    return tokenizer
 
 
 def check_one_tokenizer(paths: Mapping[str, Path | None]) -> None:

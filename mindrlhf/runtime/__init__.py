@@ -1,0 +1,1 @@
+"""How a job runs on its hosts: launching, device, signals, supervision, compile cache. It knows no recipe."""
