@@ -12,9 +12,8 @@ import numpy as np
 from mindrlhf.checkpoint.element_types import to_numpy
 from mindrlhf.checkpoint.sources import WeightSource
 from mindrlhf.checkpoint.weight_files import open_weights
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.errors import CheckpointError
-from mindrlhf.utils.parsers import new_parser
 
 
 def main() -> None:

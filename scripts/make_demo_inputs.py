@@ -32,10 +32,9 @@ from mindrlhf.data.tokenizer import (
     QWEN2_SPECIAL_TOKENS,
     QWEN_SPLIT_PATTERN,
 )
-from mindrlhf.utils.cli import run_main, str_to_bool
+from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file
-from mindrlhf.utils.parsers import new_parser
 from mindrlhf.utils.seeds import random_stream
 
 ORDINARY_TOKENS = 1021

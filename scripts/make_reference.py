@@ -21,9 +21,8 @@ from mindrlhf.configs.keys import CONTEXT_RULES, MODEL_RULES, PARALLEL_RULES, RU
 from mindrlhf.configs.ppo_file import PPO_RULES
 from mindrlhf.configs.rules import Rule
 from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, PPOConfig, RunnerConfig
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import run_main, shows_default
 from mindrlhf.utils.files import atomic_file
-from mindrlhf.utils.parsers import shows_default
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "examples" / "qwen_ppo_tutorial" / "REFERENCE.md"

@@ -22,7 +22,7 @@ from mindrlhf.planning.render import print_report
 from mindrlhf.planning.report import make_report, memory_limit, parse_bytes, report_dict
 from mindrlhf.planning.splits import with_world_size
 from mindrlhf.trainer.job import beside_train_config
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import ConfigError
 
 MIN_WIDTH = 132

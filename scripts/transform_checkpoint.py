@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindrlhf.checkpoint.transform import transform_checkpoint
-from mindrlhf.utils.cli import run_main
-from mindrlhf.utils.parsers import new_parser
+from mindrlhf.utils.command_line import new_parser, run_main
 
 
 def build_parser() -> argparse.ArgumentParser:

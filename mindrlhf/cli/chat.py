@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from mindrlhf.chat.options import ChatOptions
 from mindrlhf.runtime.supervision import run_worker
-from mindrlhf.utils.parsers import new_parser
+from mindrlhf.utils.command_line import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,9 +21,8 @@ from typing import NoReturn
 
 from mindrlhf.checkpoint.conversion import ConversionReport, hf_to_mindspore, mindspore_to_hf, parse_size
 from mindrlhf.checkpoint.element_types import OUTPUT_DTYPES, parse_dtype
-from mindrlhf.utils.cli import run_main, str_to_bool
+from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
 from mindrlhf.utils.errors import MindRLHFError
-from mindrlhf.utils.parsers import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:

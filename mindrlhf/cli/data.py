@@ -16,8 +16,7 @@ from typing import NoReturn
 
 from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, RowCounts, preprocess
 from mindrlhf.data.tokenizer_loading import load_tokenizer
-from mindrlhf.utils.cli import run_main, str_to_bool
-from mindrlhf.utils.parsers import new_parser
+from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,8 +15,7 @@ from mindrlhf.trainer.job import JobOptions, run_ppo, save_strategies
 from mindrlhf.trainer.runs import add_device_flags, add_results_flags, add_resume_flags, add_watchdog_flag
 from mindrlhf.trainer.stages.flags import optional_path
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
-from mindrlhf.utils.cli import str_to_bool
-from mindrlhf.utils.parsers import new_parser
+from mindrlhf.utils.command_line import new_parser, str_to_bool
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from typing import NoReturn
 from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.trainer.stages.flags import add_stage_flags
 from mindrlhf.trainer.stages.options import CALIBRATIONS, RewardOptions
-from mindrlhf.utils.parsers import new_parser
+from mindrlhf.utils.command_line import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:

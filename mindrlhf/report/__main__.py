@@ -13,10 +13,9 @@ from typing import NoReturn
 
 from mindrlhf.report.page import render
 from mindrlhf.report.reading import ReportError, read_runs
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.parsers import new_parser
 
 DEFAULT_NAME = "report.html"
 

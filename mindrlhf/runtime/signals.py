@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mindrlhf.utils.cli import EXIT_INTERRUPTED
+from mindrlhf.utils.command_line import EXIT_INTERRUPTED
 from mindrlhf.utils.logging import get_logger
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import IO, NoReturn
 from mindrlhf.runtime.heartbeat import ENDED, FAILED, SCHEDULER, Heartbeat, read_beats, stack_file
 from mindrlhf.runtime.processes import birth_of
 from mindrlhf.runtime.supervisor import STACK_SIGNAL
-from mindrlhf.utils.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, run_main
+from mindrlhf.utils.command_line import EXIT_INTERRUPTED, EXIT_TERMINATED, run_main
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler, under_msrun
 
 _LOCK = "supervisor.lock"
@@ -31,9 +31,10 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_worker(main: Callable[[], int | None]) -> NoReturn:
-    """:func:`mindrlhf.utils.cli.run_main` of a script that msrun may have started, as a supervised process.
+    """Runs the ``main`` of a script that msrun may have started, as a supervised process.
 
-    When it fails, the supervisor ends the other processes of the job.
+    It ends as :func:`~mindrlhf.utils.command_line.run_main` says; when it fails, the supervisor ends the other
+    processes of the job.
     """
 
     def supervised() -> int | None:

@@ -101,7 +101,7 @@ class Watchdog:
         )
 
 
-def rest(phase: str) -> None:
+def suspend_watchdog(phase: str) -> None:
     """After the loop, where nothing tells of progress, there is no limit."""
     member = supervision.membership()
     if member is not None:
@@ -109,7 +109,7 @@ def rest(phase: str) -> None:
 
 
 @contextmanager
-def watched(timeout: float) -> Iterator[None]:
+def supervised(timeout: float) -> Iterator[None]:
     """Has a job in one process supervised, unless it is already or the watchdog is off."""
     if not timeout or supervision.membership() is not None:
         yield

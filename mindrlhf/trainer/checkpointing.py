@@ -38,9 +38,9 @@ from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible, stored_meshes
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_file, check_writable, sync_to_disk
-from mindrlhf.utils.generators import generator_states, restore_generators
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, provenance, write_provenance
+from mindrlhf.utils.seeds import generator_states, restore_generators
 
 STATE_FILE = "state.json"
 LEFT_PREFIX = "left_"

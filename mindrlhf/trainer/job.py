@@ -13,7 +13,7 @@ from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD
 from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
-from mindrlhf.runtime.watchdog import DEFAULT_TIMEOUT, Watchdog, rest, watched
+from mindrlhf.runtime.watchdog import DEFAULT_TIMEOUT, Watchdog, supervised, suspend_watchdog
 from mindrlhf.trainer.runs import check_resume_flags
 from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, check_trackers
@@ -156,13 +156,13 @@ def run_ppo(options: JobOptions) -> Path:
         serve_as_scheduler()
         return save
     with (
-        watched(options.watchdog_timeout),
+        supervised(options.watchdog_timeout),
         stop_on_signals() as stop,
         watch_ppo(job.ppo.total_iterations, options.trackers) as watchers,
     ):
         trainer = _make_trainer(options, job, data, save, stop, watchers)
         last = trainer.train()
-        rest("export")
+        suspend_watchdog("export")
         if stop.agreed:
             stop.leave(last)
         elif options.export_hf_dir is not None:

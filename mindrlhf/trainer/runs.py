@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mindrlhf.runtime.watchdog import DEFAULT_TIMEOUT
-from mindrlhf.utils.cli import seconds, str_to_bool
+from mindrlhf.utils.command_line import seconds, str_to_bool
 from mindrlhf.utils.errors import MindRLHFError
 
 RUNS = Path("runs")

@@ -1,8 +1,15 @@
-"""Random numbers that depend on names, not on who draws them."""
+"""Random numbers that depend on names, not on who draws them; and the state of the global generators.
+
+Every stream of a job is keyed by (seed, purpose, iteration, row) and so needs no state. Nothing in the library
+draws from the global generators of Python and NumPy, but a ``--reward_fn`` may: a resumed run restores them.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -32,3 +39,21 @@ def random_stream(*keys: int | str) -> np.random.Generator:
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     words = np.frombuffer(digest.digest()[:16], dtype="<u8").astype(np.uint64)
     return np.random.Generator(np.random.Philox(key=words))
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of the global generators of Python and NumPy, as JSON can hold them."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def restore_generators(states: Mapping[str, Any]) -> None:
+    """Sets the global generators to states from :func:`generator_states`."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mindrlhf.data.preprocess import PreprocessOptions, preprocess
 from mindrlhf.data.tokenizer_loading import load_tokenizer
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import run_main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo_text import demo_rows

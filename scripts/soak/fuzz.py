@@ -29,7 +29,7 @@ from typing import NamedTuple
 from fuzz_mutations import mutate
 from fuzz_targets import Target, make_targets
 
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.seeds import random_stream
 

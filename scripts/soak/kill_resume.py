@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 from job_inputs import REPOSITORY, SPLITS, JobInputs
 
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.tables import markdown_table
 

@@ -24,7 +24,7 @@ import numpy as np
 from job_inputs import REPOSITORY, SPLITS, JobInputs
 from observed_ppo import FOLDER
 
-from mindrlhf.utils.cli import run_main
+from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.tables import markdown_table
 

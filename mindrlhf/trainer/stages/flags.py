@@ -12,7 +12,7 @@ from mindrlhf.trainer.runs import (
     add_watchdog_flag,
 )
 from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, TRACKERS_HELP, tracker_names
-from mindrlhf.utils.cli import str_to_bool
+from mindrlhf.utils.command_line import str_to_bool
 
 
 def optional_path(text: str) -> Path | None:

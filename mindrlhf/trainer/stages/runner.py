@@ -22,7 +22,7 @@ from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runt
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.runtime.launching import scratch_directory
 from mindrlhf.runtime.signals import StopRequest, stop_on_signals
-from mindrlhf.runtime.watchdog import Watchdog, rest, watched
+from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
 from mindrlhf.trainer.checkpointing import Trained, TrainingCheckpoints, load_states
 from mindrlhf.trainer.compatibility import Kind
 from mindrlhf.trainer.console.state import Column
@@ -86,7 +86,7 @@ class Job:
 def surrounded(title: str, options: StageOptions) -> Iterator[Surroundings]:
     """Supervises the block, turns SIGTERM and SIGINT into requests to stop, opens console and trackers."""
     with (
-        watched(options.watchdog_timeout),
+        supervised(options.watchdog_timeout),
         stop_on_signals() as stop,
         watch_stage(title, options.trackers) as watchers,
     ):
@@ -218,7 +218,7 @@ class StageTrainer:
             while not stop.is_agreed(self.exchange) and self.steps < total:
                 self._run_step(self.rows.next_batch(), total)
                 self.timer.advance()
-        rest("finish")
+        suspend_watchdog("finish")
         if stop.agreed:
             stop.leave(self.checkpoints.find(self.steps) or self.save_state())
             return False

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mindrlhf.utils.parsers import new_parser, shows_default
+from mindrlhf.utils.command_line import new_parser, shows_default
 
 ROOT = Path(__file__).resolve().parents[3]
 TUTORIAL = ROOT / "examples" / "qwen_ppo_tutorial"

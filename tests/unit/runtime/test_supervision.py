@@ -227,8 +227,8 @@ def test_one_process_that_holds_the_interpreter_is_ended(tmp_path: Path) -> None
     """A regular expression of the user's that takes for ever: no thread of that process can run."""
     script = """
 import re, time
-from mindrlhf.runtime.watchdog import Watchdog, watched
-with watched(1.0):
+from mindrlhf.runtime.watchdog import Watchdog, supervised
+with supervised(1.0):
     watchdog = Watchdog(1.0)
     watchdog.phase_started("score", None, "")
     re.match("(a*)*b", "a" * 40)

@@ -9,7 +9,7 @@ import pytest
 
 from mindrlhf.runtime import supervision
 from mindrlhf.runtime.heartbeat import Beat, Heartbeat
-from mindrlhf.runtime.watchdog import Watchdog, rest, watched
+from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
 from mindrlhf.utils.timers import PhaseTimer
 
 COMPUTING = frozenset({"rollout", "score", "train"})
@@ -90,14 +90,14 @@ def test_after_the_loop_there_is_no_limit(heart: Heartbeat) -> None:
     with timer.phase("save", 3, "files"):
         pass
     assert heart.beat.timeout == 60.0
-    rest("export")
+    suspend_watchdog("export")
     assert (heart.beat.place, heart.beat.timeout) == ("in phase export", 0.0)
 
 
 def test_without_a_supervisor_a_watchdog_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "_membership", None)
     Watchdog().phase_started("train", None, "")
-    rest("export")
+    suspend_watchdog("export")
 
 
 def test_one_process_is_supervised_while_the_block_runs(
@@ -106,16 +106,16 @@ def test_one_process_is_supervised_while_the_block_runs(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     started: list[Path] = []
     monkeypatch.setattr(supervision, "_start_supervisor", started.append)
-    with watched(60.0):
+    with supervised(60.0):
         member = supervision.membership()
         assert member is not None
         assert [member.directory] == started == list(tmp_path.iterdir())
         beat: Beat = member.heartbeat.beat
         assert (beat.rank, beat.world_size) == (0, 1)
-        with watched(60.0):
+        with supervised(60.0):
             assert supervision.membership() is member
         assert supervision.membership() is member
     assert supervision.membership() is None
     assert list(tmp_path.iterdir()) == []
-    with watched(0):
+    with supervised(0):
         assert supervision.membership() is None

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from mindrlhf.utils.cli import run_main, seconds, str_to_bool
+from mindrlhf.utils.command_line import run_main, seconds, str_to_bool
 from mindrlhf.utils.errors import CheckpointError, ConfigError, DataError, MindRLHFError
 
 
