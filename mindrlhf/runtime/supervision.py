@@ -33,8 +33,8 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 def run_worker(main: Callable[[], int | None]) -> NoReturn:
     """Runs the ``main`` of a script that msrun may have started, as a supervised process.
 
-    It ends as :func:`~mindrlhf.utils.command_line.run_main` says; when it fails, the supervisor ends the other
-    processes of the job.
+    It ends as :func:`~mindrlhf.utils.command_line.run_main` says; when it fails, the supervisor ends the
+    other processes of the job.
     """
 
     def supervised() -> int | None:

@@ -1,6 +1,6 @@
 """Random numbers that depend on names, not on who draws them; and the state of the global generators.
 
-Every stream of a job is keyed by (seed, purpose, iteration, row) and so needs no state. Nothing in the library
+Every stream of a job is keyed by (seed, purpose, iteration, row) and so needs no state. The library never
 draws from the global generators of Python and NumPy, but a ``--reward_fn`` may: a resumed run restores them.
 """
 
