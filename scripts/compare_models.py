@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoint.element_types import to_numpy
 from mindrlhf.checkpoint.sources import WeightSource
 from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.utils.command_line import new_parser, run_main
@@ -39,7 +38,7 @@ def main() -> None:
 
 
 def _float32(source: WeightSource, name: str) -> np.ndarray:
-    return to_numpy(source.read(name), source.tensors[name].dtype).astype(np.float32)
+    return source.read(name).astype(np.float32)
 
 
 if __name__ == "__main__":

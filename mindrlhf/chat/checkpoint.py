@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.element_types import BY_NAME, to_numpy
+from mindrlhf.checkpoint.element_types import BY_NAME, to_mindspore
 from mindrlhf.checkpoint.hf_config import CONFIG_NAME, model_config_from_hf, read_hf_config
 from mindrlhf.checkpoint.shards import open_full, rank_directories
-from mindrlhf.checkpoint.sources import CastSource, LocalSource, SelectedSource
+from mindrlhf.checkpoint.sources import CastSource, LocalSource
 from mindrlhf.checkpoint.weight_files import has_hf_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig
@@ -74,10 +74,10 @@ class Checkpoint:
                     f"{self.weights}: no {LM_HEAD}, so this is a reward model or a critic, which cannot "
                     "speak; give a policy"
                 )
-            local = LocalSource(SelectedSource(source, wanted), wanted, rank)
+            local = LocalSource(source, wanted, rank)
             cast = CastSource(local, BY_NAME[self.model.param_init_type])
-            for name, info in cast.tensors.items():
-                yield name, to_numpy(cast.read(name), info.dtype)
+            for name in cast.tensors:
+                yield name, to_mindspore(cast.read(name))
             cast.check_overflow()
 
 

@@ -15,12 +15,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from mindrlhf.checkpoint.element_types import BY_MINDSPORE
+from mindrlhf.checkpoint.element_types import BY_MINDSPORE, MINDSPORE_NAMES
 from mindrlhf.checkpoint.sources import Extent, FileSource, TensorInfo, WeightSource, open_for_reading
 from mindrlhf.utils.errors import CheckpointError
-from mindrlhf.utils.progress import track
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_MARK, _CRC_LENGTH = b"crc_num", 17
@@ -40,7 +38,7 @@ def open_ckpt(path: Path) -> FileSource:
         return _Index(path, descriptor).source()
     except _DamagedError as error:
         raise CheckpointError(
-            f"{path} is damaged, encrypted or no MindSpore checkpoint ({error}): copy or save it again"
+            f"{path} is damaged, encrypted or not a MindSpore checkpoint ({error}): copy or save it again"
         ) from error
     finally:
         os.close(descriptor)
@@ -181,26 +179,18 @@ class _Reader:
         return self._window[offset]
 
 
-def write_ckpt(file: IO[bytes], source: WeightSource, description: str | None = None) -> None:
-    """Writes every tensor of ``source``, in its order, one value message per block.
-
-    Args:
-        file: where to write.
-        source: what to write.
-        description: what a progress bar should say; none is shown without.
-    """
-    names = list(source.tensors)
-    for name in names if description is None else track(names, description=description):
-        info = source.tensors[name]
+def encode_ckpt(source: WeightSource) -> Iterator[bytes]:
+    """The bytes of a ``.ckpt`` file with every tensor of ``source``, in its order, one message per block."""
+    for name, info in source.tensors.items():
         for block in source.blocks(name):
-            file.write(_value_head(name, info, block.nbytes))
-            file.write(block.tobytes())
+            yield _value_head(name, info, block.nbytes)
+            yield block.tobytes()
 
 
 def _value_head(name: str, info: TensorInfo, content_bytes: int) -> bytes:
     """Everything of a value message before the tensor's bytes, which come last."""
     dims = b"".join(b"\x08" + _encode(size) for size in info.shape)
-    head = dims + _field(2, info.dtype.mindspore.encode()) + b"\x1a" + _encode(content_bytes)
+    head = dims + _field(2, MINDSPORE_NAMES[info.dtype].encode()) + b"\x1a" + _encode(content_bytes)
     value = _field(1, name.encode()) + b"\x12" + _encode(len(head) + content_bytes) + head
     return b"\x0a" + _encode(len(value) + content_bytes) + value
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.checkpoint.element_types import ElementType, parse_dtype
+from mindrlhf.checkpoint.element_types import DType, parse_dtype
 from mindrlhf.checkpoint.hf_config import (
     CONFIG_NAME,
     MODEL_TYPE,
@@ -25,10 +25,10 @@ from mindrlhf.checkpoint.shards import (
     open_full,
     rank_directories,
 )
-from mindrlhf.checkpoint.sources import CastSource, RenamedSource, SelectedSource, WeightSource
+from mindrlhf.checkpoint.sources import CastSource, RenamedSource, WeightSource, select
 from mindrlhf.checkpoint.weight_files import (
+    HF_SAFETENSORS,
     INDEX_SUFFIX,
-    SAFETENSORS_NAME,
     check_output_directory,
     check_output_file,
     open_weights,
@@ -81,7 +81,7 @@ class ConversionReport:
 
 
 def hf_to_mindspore(
-    input_dir: Path, output_file: Path, *, dtype: ElementType | None = None, overwrite: bool = False
+    input_dir: Path, output_file: Path, *, dtype: DType | None = None, overwrite: bool = False
 ) -> ConversionReport:
     """Converts a Hugging Face directory to a file with canonical names.
 
@@ -98,7 +98,7 @@ def hf_to_mindspore(
     """
     check_output_file(output_file, overwrite=overwrite)
     if not input_dir.is_dir():
-        raise CheckpointError(f"{input_dir} is no directory: expected a Hugging Face model directory")
+        raise CheckpointError(f"{input_dir} is not a directory: expected a Hugging Face model directory")
     if is_weights_name(output_file.name) and output_file.parent.resolve() == input_dir.resolve():
         raise CheckpointError(f"{output_file} would take the place of the input's weights: write elsewhere")
     model = model_config_from_hf(read_hf_config(input_dir), str(input_dir / CONFIG_NAME))
@@ -114,7 +114,7 @@ def mindspore_to_hf(
     *,
     config: Path | None = None,
     tokenizer_dir: Path | None = None,
-    dtype: ElementType | None = None,
+    dtype: DType | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> ConversionReport:
@@ -142,7 +142,7 @@ def mindspore_to_hf(
         if config is None:
             config = _config_beside(tokenizer_dir, input_path)
         model, mesh = model_config_from_hf(read_hf_config(config), str(config)), None
-    return model_to_hf(
+    return export_hf(
         input_path,
         output_dir,
         model,
@@ -155,52 +155,54 @@ def mindspore_to_hf(
     )
 
 
-def model_to_hf(
-    input_path: Path,
+def export_hf(
+    weights_path: Path,
     output_dir: Path,
     model: ModelConfig,
     *,
-    dtype: ElementType | None,
-    tokenizer_dir: Path | None,
+    dtype: str | DType | None = None,
+    tokenizer_dir: Path | None = None,
     hf_config: Path | None = None,
     mesh: Mesh | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    overwrite: bool = False,
+    overwrite: bool = True,
     leave_out: Collection[str] = (),
 ) -> ConversionReport:
-    """:func:`mindspore_to_hf` once the sizes are known.
+    """Writes MindSpore weights as a directory that transformers loads.
 
     Args:
-        input_path: a file with canonical names, or rank directories split over ``mesh``.
-        output_dir: the directory to make.
-        model: sizes.
-        dtype: type of all weights; ``None`` keeps each as it is.
+        weights_path: a full file with canonical names, or rank directories split over ``mesh``.
+        output_dir: appears when whole; a former export there is replaced.
+        model: sizes of the model.
+        dtype: type of all weights ("fp32", "fp16", "bf16" or the long names); ``None`` keeps each as it is.
         tokenizer_dir: where tokenizer files are copied from.
-        hf_config: base of the written ``config.json``; defaults to the one in ``tokenizer_dir`` if it is of
-            the same model, else one is made from ``model``.
-        mesh: layout of the rank directories.
+        hf_config: base of the written ``config.json``; defaults to the one in ``tokenizer_dir`` if it
+            describes the same model, else one is made from ``model``.
+        mesh: the layout of the rank directories.
         max_shard_bytes: larger models are written as several files with an index.
         overwrite: whether a former export may be replaced.
-        leave_out: canonical names that are not exported.
+        leave_out: canonical names that are not exported, such as a policy's value head.
 
     Raises:
-        CheckpointError: as :func:`mindspore_to_hf`.
+        CheckpointError: weights that do not fit ``model``, or an output that holds other files.
     """
+    weights_path, output_dir = Path(weights_path), Path(output_dir)
+    wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     check_hf_output(output_dir, overwrite=overwrite)
-    if output_dir.resolve() in input_path.resolve().parents:
-        raise CheckpointError(f"{output_dir} holds the input {input_path}: write elsewhere")
+    if output_dir.resolve() in weights_path.resolve().parents:
+        raise CheckpointError(f"{output_dir} holds the input {weights_path}: write elsewhere")
     _check_tokenizer_dir(tokenizer_dir)
     base = _base_config(model, hf_config, tokenizer_dir)
-    stored, _ = open_full(input_path, model, mesh)
-    with SelectedSource(stored, [name for name in stored.tensors if name not in leave_out]) as full:
+    stored, _ = open_full(weights_path, model, mesh)
+    with stored:
         hf_names = canonical_to_hf(model.num_layers)
-        renamed = RenamedSource(full, {hf_names[name]: name for name in full.tensors})
-        source = CastSource(renamed, dtype)
-        written = finish_hf_config(base, full.tensors, dtype or full.tensors[EMBEDDING].dtype)
+        names = [name for name in stored.tensors if name not in leave_out]
+        source = CastSource(RenamedSource(stored, {hf_names[name]: name for name in names}), wanted)
+        config = finish_hf_config(base, names, stored.tensors[EMBEDDING].dtype if wanted is None else wanted)
         files = write_hf_directory(
-            output_dir, source, written, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir
+            output_dir, source, config, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir
         )
-        return _report(source, tuple(files))
+        return _report(source, files)
 
 
 def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path | None) -> Mapping[str, Any]:
@@ -212,7 +214,7 @@ def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path
         if _describes(beside, model):
             return beside
         # A tokenizer is often taken from a larger model of the family, whose config must not be written.
-        get_logger(__name__).info("%s is of another model: not used", tokenizer_dir / CONFIG_NAME)
+        get_logger(__name__).info("%s is of another model and is not used", tokenizer_dir / CONFIG_NAME)
     return hf_config_from_model(model)
 
 
@@ -252,7 +254,7 @@ def _check_tokenizer_dir(tokenizer_dir: Path | None) -> None:
     if tokenizer_dir is None:
         return
     if not tokenizer_dir.is_dir():
-        raise CheckpointError(f"{tokenizer_dir} is no directory: expected one with tokenizer files")
+        raise CheckpointError(f"{tokenizer_dir} is not a directory: expected one with tokenizer files")
     if not any((tokenizer_dir / file).is_file() for file in (*TOKENIZER_FILES, CONFIG_NAME)):
         raise CheckpointError(f"{tokenizer_dir} has none of the tokenizer files {', '.join(TOKENIZER_FILES)}")
 
@@ -275,7 +277,7 @@ def parse_size(text: str) -> int:
         base = 1024 if unit.endswith("i") else 1000
         size = int(float(match.group(1)) * base ** ("kmgt".index(unit[0]) + 1 if unit else 0))
     if size < 1:
-        raise CheckpointError(f"{text!r} is no size: write it like 5GB, 500MB or 2GiB")
+        raise CheckpointError(f"{text!r} is not a size: write it like 5GB, 500MB or 2GiB")
     return size
 
 
@@ -290,7 +292,7 @@ def plan_shards(source: WeightSource, max_shard_bytes: int) -> dict[str, list[st
         groups[-1].append(name)
         filled += info.nbytes
     if len(groups) == 1:
-        return {SAFETENSORS_NAME: groups[0]}
+        return {HF_SAFETENSORS: groups[0]}
     count = len(groups)
     return {f"model-{i:05d}-of-{count:05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
@@ -316,15 +318,15 @@ def write_hf_directory(
     config: Mapping[str, Any],
     *,
     max_shard_bytes: int,
-    tokenizer_dir: Path | None,
-) -> list[Path]:
-    """Writes the whole directory beside its place and moves it there.
+    tokenizer_dir: Path | None = None,
+) -> tuple[Path, ...]:
+    """Writes a whole Hugging Face directory, which appears when it is complete.
 
     Args:
         output_dir: must have passed :func:`check_hf_output`.
         source: tensors under Hugging Face's names.
         config: content of ``config.json``.
-        max_shard_bytes: limit of one weights file.
+        max_shard_bytes: larger models are written as several files with an index.
         tokenizer_dir: where tokenizer files are copied from.
 
     Returns:
@@ -336,7 +338,7 @@ def write_hf_directory(
             for file, names in shards.items():
                 write_weights(
                     temporary / file,
-                    SelectedSource(source, names),
+                    select(source, names),
                     producer="pt",
                     description=f"writing {file}",
                 )
@@ -344,7 +346,7 @@ def write_hf_directory(
             if len(shards) > 1:
                 weight_map = {name: file for file, names in shards.items() for name in names}
                 index = {"metadata": {"total_size": source.nbytes}, "weight_map": weight_map}
-                _write_json(temporary / (SAFETENSORS_NAME + INDEX_SUFFIX), index)
+                _write_json(temporary / (HF_SAFETENSORS + INDEX_SUFFIX), index)
             _write_json(temporary / CONFIG_NAME, config)
             if tokenizer_dir is not None:
                 for file in TOKENIZER_FILES:
@@ -354,50 +356,8 @@ def write_hf_directory(
         raise CheckpointError(
             f"cannot write {output_dir}: {error.strerror or error}; free space, or write elsewhere"
         ) from error
-    return [output_dir / file for file in shards]
+    return tuple(output_dir / file for file in shards)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def export_hf(
-    weights_path: Path,
-    output_dir: Path,
-    model: ModelConfig,
-    *,
-    dtype: str | None = None,
-    tokenizer_dir: Path | None = None,
-    mesh: Mesh | None = None,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    overwrite: bool = True,
-    leave_out: Collection[str] = (),
-) -> None:
-    """Writes a directory that transformers loads.
-
-    Args:
-        weights_path: a full file, or rank directories split over ``mesh``.
-        output_dir: appears when whole; a former export there is replaced.
-        model: sizes of the model.
-        dtype: "fp32", "fp16", "bf16" or the long names; ``None`` keeps what is stored.
-        tokenizer_dir: where tokenizer files are copied from; its ``config.json``, when of the same model,
-            is the base of the written one.
-        mesh: the layout of the rank directories.
-        max_shard_bytes: larger models are written as several files with an index.
-        overwrite: whether a former export may be replaced.
-        leave_out: canonical names that are not exported, such as a policy's value head.
-
-    Raises:
-        CheckpointError: weights that do not fit ``model``, or an output that holds other files.
-    """
-    model_to_hf(
-        Path(weights_path),
-        Path(output_dir),
-        model,
-        dtype=None if dtype is None else parse_dtype(dtype),
-        tokenizer_dir=tokenizer_dir,
-        mesh=mesh,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        leave_out=leave_out,
-    )

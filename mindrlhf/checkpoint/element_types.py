@@ -1,88 +1,67 @@
-"""Element types of stored weights, without MindSpore or torch.
+"""Element types of stored weights: numpy's, and bfloat16 from ``ml_dtypes``.
 
-numpy has no bfloat16, so weights travel as *storage* arrays: bfloat16 as its raw uint16 bits, every
-other type as itself. Only :func:`to_numpy` needs MindSpore, and only for bfloat16.
+MindSpore has a bfloat16 numpy type of its own. Arrays cross between the two by their bits, in
+:func:`from_mindspore` and :func:`to_mindspore`; only the latter imports MindSpore, and only for bfloat16.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mindrlhf.utils.errors import CheckpointError
 
+DType = np.dtype[Any]
 
-@dataclass(frozen=True)
-class ElementType:
-    """One element type: its numpy-like name, storage type, and names in the two file formats."""
+BFLOAT16: DType = np.dtype(ml_dtypes.bfloat16)
+FLOAT16: DType = np.dtype(np.float16)
+FLOAT32: DType = np.dtype(np.float32)
+FLOAT64: DType = np.dtype(np.float64)
 
-    name: str
-    storage: np.dtype[Any]
-    safetensors: str
-    mindspore: str
+WEIGHT_TYPES = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
+"""What a model's weights may be stored as."""
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.storage.itemsize
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether a model's weights may have this type."""
-        return self.name in ("float64", "float32", "float16", "bfloat16")
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def _element(name: str, storage: str, safetensors: str, mindspore: str) -> ElementType:
-    return ElementType(name, np.dtype(storage), safetensors, mindspore)
-
-
-FLOAT32 = _element("float32", "<f4", "F32", "Float32")
-FLOAT16 = _element("float16", "<f2", "F16", "Float16")
-BFLOAT16 = _element("bfloat16", "<u2", "BF16", "BFloat16")
-
-ELEMENT_TYPES = (
-    FLOAT32,
-    FLOAT16,
-    BFLOAT16,
-    _element("float64", "<f8", "F64", "Float64"),
-    _element("int8", "i1", "I8", "Int8"),
-    _element("int16", "<i2", "I16", "Int16"),
-    _element("int32", "<i4", "I32", "Int32"),
-    _element("int64", "<i8", "I64", "Int64"),
-    _element("uint8", "u1", "U8", "UInt8"),
-    _element("uint16", "<u2", "U16", "UInt16"),
-    _element("uint32", "<u4", "U32", "UInt32"),
-    _element("uint64", "<u8", "U64", "UInt64"),
-    _element("bool", "?", "BOOL", "Bool"),
+_TYPES: tuple[tuple[DType, str, str], ...] = (  # numpy's, safetensors' and MindSpore's name
+    (FLOAT32, "F32", "Float32"),
+    (FLOAT16, "F16", "Float16"),
+    (BFLOAT16, "BF16", "BFloat16"),
+    (FLOAT64, "F64", "Float64"),
+    (np.dtype(np.int8), "I8", "Int8"),
+    (np.dtype(np.int16), "I16", "Int16"),
+    (np.dtype(np.int32), "I32", "Int32"),
+    (np.dtype(np.int64), "I64", "Int64"),
+    (np.dtype(np.uint8), "U8", "UInt8"),
+    (np.dtype(np.uint16), "U16", "UInt16"),
+    (np.dtype(np.uint32), "U32", "UInt32"),
+    (np.dtype(np.uint64), "U64", "UInt64"),
+    (np.dtype(np.bool_), "BOOL", "Bool"),
 )
 
-BY_NAME = {element.name: element for element in ELEMENT_TYPES}
-BY_SAFETENSORS = {element.safetensors: element for element in ELEMENT_TYPES}
-BY_MINDSPORE = {element.mindspore: element for element in ELEMENT_TYPES}
+BY_NAME = {dtype.name: dtype for dtype, _, _ in _TYPES}
+BY_SAFETENSORS = {name: dtype for dtype, name, _ in _TYPES}
+BY_MINDSPORE = {name: dtype for dtype, _, name in _TYPES}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in BY_SAFETENSORS.items()}
+MINDSPORE_NAMES = {dtype: name for name, dtype in BY_MINDSPORE.items()}
 
 _SHORT_NAMES = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
-OUTPUT_DTYPES = (*_SHORT_NAMES, *(element.name for element in _SHORT_NAMES.values()))
+OUTPUT_DTYPES = (*_SHORT_NAMES, *(dtype.name for dtype in _SHORT_NAMES.values()))
 
 
-def parse_dtype(text: str) -> ElementType:
+def parse_dtype(text: str) -> DType:
     """The element type called fp32, fp16, bf16, float32, float16 or bfloat16.
 
     Raises:
         CheckpointError: any other name.
     """
-    found = _SHORT_NAMES.get(text) or BY_NAME.get(text)
-    if found is None or text not in OUTPUT_DTYPES:
+    if text not in OUTPUT_DTYPES:
         raise CheckpointError(f"unknown dtype {text!r}: use one of {', '.join(OUTPUT_DTYPES)}")
-    return found
+    return _SHORT_NAMES[text] if text in _SHORT_NAMES else BY_NAME[text]
 
 
-def element_type(dtype: np.dtype[Any] | type) -> ElementType:
-    """The element type of a numpy dtype, MindSpore's bfloat16 among them.
+def element_type(dtype: DType | type) -> DType:
+    """The element type in which an array of numpy type ``dtype``, or MindSpore's bfloat16, is stored.
 
     Raises:
         CheckpointError: a type that weights files cannot hold.
@@ -93,54 +72,33 @@ def element_type(dtype: np.dtype[Any] | type) -> ElementType:
     return BY_NAME[name]
 
 
-def to_storage(array: np.ndarray) -> np.ndarray:
-    """The storage array of ``array``: raw bits for bfloat16, little-endian values otherwise."""
-    element = element_type(array.dtype)
-    if element is BFLOAT16:
-        return array.view(element.storage)
-    return array.astype(element.storage, copy=False)
+def from_mindspore(array: np.ndarray) -> np.ndarray:
+    """``array`` itself, or a view in which MindSpore's bfloat16 is that of ``ml_dtypes``."""
+    wanted = element_type(array.dtype)
+    return array.view(wanted) if wanted == BFLOAT16 else array.astype(wanted, copy=False)
 
 
-def to_numpy(storage: np.ndarray, element: ElementType) -> np.ndarray:
-    """A storage array as numbers; bfloat16 becomes ``mindspore.common.np_dtype.bfloat16``."""
-    if element is not BFLOAT16:
-        return storage
+def to_mindspore(array: np.ndarray) -> np.ndarray:
+    """``array`` itself, or a view in which bfloat16 is ``mindspore.common.np_dtype.bfloat16``."""
+    if array.dtype != BFLOAT16:
+        return array
     from mindspore.common.np_dtype import bfloat16
 
-    return storage.view(bfloat16)
+    return array.view(bfloat16)
 
 
-def cast(storage: np.ndarray, source: ElementType, target: ElementType) -> tuple[np.ndarray, bool]:
-    """Converts a storage array, rounding to nearest even.
+def cast(array: np.ndarray, target: DType) -> tuple[np.ndarray, bool]:
+    """Converts an array, rounding to nearest even.
 
     Returns:
-        the storage array in ``target``, and whether a finite value became infinite.
+        the array in ``target``, and whether a finite value became infinite.
     """
-    if source is target:
-        return storage, False
-    numbers = _bfloat16_to_float32(storage) if source is BFLOAT16 else storage
-    if source.itemsize < target.itemsize:  # a wider float holds every value
-        return numbers.astype(target.storage, copy=False), False
+    if array.dtype == target:
+        return array, False
     with np.errstate(over="ignore", invalid="ignore"):
-        if target is BFLOAT16:
-            result = _float32_to_bfloat16(numbers.astype(np.float32))
-            infinite = (result & 0x7FFF) == 0x7F80
-        else:
-            result = numbers.astype(target.storage)
-            infinite = np.isinf(result)
+        result = array.astype(target)
+        if array.dtype.itemsize < target.itemsize:  # a wider float holds every value
+            return result, False
+        infinite = np.isinf(result)
     # Looking at the source only when there is an infinity at all keeps the common case to one pass.
-    overflowed = bool(infinite.any()) and bool(np.isfinite(numbers[infinite]).any())
-    return result, overflowed
-
-
-def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _float32_to_bfloat16(numbers: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(numbers).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(BFLOAT16.storage)
-    nan = np.isnan(numbers)
-    if nan.any():  # rounding could carry a NaN's payload into the sign; keep its upper half and stay quiet
-        rounded[nan] = (bits[nan] >> 16) | np.uint32(0x40)
-    return rounded
+    return result, bool(infinite.any() and np.isfinite(array[infinite]).any())

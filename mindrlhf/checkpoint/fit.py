@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from mindrlhf.checkpoint.element_types import FLOAT32
+from mindrlhf.checkpoint.element_types import FLOAT32, WEIGHT_TYPES
 from mindrlhf.checkpoint.sources import CastSource, WeightSource, bullet_list
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import EMBEDDING, LM_HEAD, SCORE_HEAD, parameter_layouts
@@ -48,9 +48,9 @@ def local_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
 def find_faults(
     source: WeightSource, shapes: Shapes, *, new: Collection[str] = (), ignore: Collection[str] = ()
 ) -> list[str]:
-    """One line per missing, extra or misshapen tensor, or weight that is no float, of ``source``.
+    """One line per missing, extra or misshapen tensor, or weight that is not a float, of ``source``.
 
-    A tied model's ``lm_head.weight`` that repeats the embedding is no fault; it is just not used.
+    A tied model's ``lm_head.weight`` that repeats the embedding is not a fault; it is just not used.
 
     Args:
         source: what is stored.
@@ -67,7 +67,7 @@ def find_faults(
     ]
     faults += [
         f"not in the model: {source.display(name)} {info.shape}"
-        + (", which is no copy of the embedding either" if name == LM_HEAD else "")
+        + (", which is not a copy of the embedding either" if name == LM_HEAD else "")
         for name, info in source.tensors.items()
         if name not in shapes and name not in ignore
     ]
@@ -76,7 +76,7 @@ def find_faults(
         info = source.tensors.get(name)
         if info is not None and info.shape != shape:
             faults.append(f"wrong shape: {source.display(name)} is {info.shape}, the model has {shape}")
-        if info is not None and name in weights and not info.dtype.is_weight:
+        if info is not None and name in weights and info.dtype not in WEIGHT_TYPES:
             faults.append(f"wrong type: {source.display(name)} is {info.dtype}, a weight must be a float")
     return faults
 
@@ -98,7 +98,7 @@ def redundant_lm_head(source: WeightSource, shapes: Shapes) -> bool:
     if LM_HEAD in shapes or LM_HEAD not in source.tensors or EMBEDDING not in source.tensors:
         return False
     head, embedding = source.tensors[LM_HEAD], source.tensors[EMBEDDING]
-    if head.shape != embedding.shape or not (head.dtype.is_weight and embedding.dtype.is_weight):
+    if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= {*WEIGHT_TYPES}:
         return False
     same_type = CastSource(source, None if head.dtype == embedding.dtype else FLOAT32)
     pairs = zip_longest(same_type.blocks(LM_HEAD), same_type.blocks(EMBEDDING))

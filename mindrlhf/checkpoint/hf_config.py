@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.checkpoint.element_types import ElementType
+from mindrlhf.checkpoint.element_types import DType
 from mindrlhf.checkpoint.sources import bullet_list
 from mindrlhf.configs.faults import shown
 from mindrlhf.configs.rules import MAX_INT
@@ -45,7 +45,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """The ``config.json`` at ``path``, or in the directory ``path``.
 
     Raises:
-        CheckpointError: missing, no JSON object, or not of a Qwen2 model.
+        CheckpointError: missing, not a JSON object, or not of a Qwen2 model.
     """
     file = path / CONFIG_NAME if path.is_dir() else path
     config = read_json(file)
@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: missing or no JSON object.
+        CheckpointError: missing or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"cannot read {path}: {error.strerror}; copy it again from the model"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): mend it or copy it again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}): fix it or copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: expected a JSON object, got {type(content).__name__}: copy it again from the model"
@@ -79,11 +79,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands twice, Python would silently take the second value."""
+    """A JSON object; of a key that occurs twice, Python would silently take the second value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} occurs twice")
     return found
 
 
@@ -104,7 +104,7 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     values = {field: _value(config, field, faults) for field in _VALUES}
     ids = _token_ids(config, faults)
     if faults:
-        raise CheckpointError(f"{where}: mend it, or take the model's own:" + bullet_list(faults))
+        raise CheckpointError(f"{where}: fix it, or take the model's own:" + bullet_list(faults))
     return ModelConfig(**sizes, **values, **ids, qkv_has_bias=True)
 
 
@@ -176,7 +176,7 @@ def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def finish_hf_config(config: Mapping[str, Any], names: Collection[str], dtype: ElementType) -> dict[str, Any]:
+def finish_hf_config(config: Mapping[str, Any], names: Collection[str], dtype: DType) -> dict[str, Any]:
     """``config`` with the architecture and dtype of the weights that stand beside it.
 
     Args:

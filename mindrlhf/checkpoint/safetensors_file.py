@@ -1,23 +1,22 @@
 """safetensors files, read and written block by block (https://huggingface.co/docs/safetensors).
 
-The library's numpy side knows no bfloat16 and writes only from memory, so it checks the file here and
-we move the bytes.
+The library checks the file (lengths, offsets, overlaps). It maps what it reads, which counts as resident
+memory, and writes only from memory, so the bytes are moved here.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mindrlhf.checkpoint.element_types import BY_SAFETENSORS
+from mindrlhf.checkpoint.element_types import BY_SAFETENSORS, SAFETENSORS_NAMES
 from mindrlhf.checkpoint.sources import Extent, FileSource, TensorInfo, WeightSource
 from mindrlhf.utils.errors import CheckpointError
-from mindrlhf.utils.progress import track
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -60,21 +59,19 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}): copy it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}): copy it again"
+        ) from error
     header.pop(_METADATA, None)
     return header, _LENGTH.size + length
 
 
-def write_safetensors(
-    file: IO[bytes], source: WeightSource, metadata: Mapping[str, str], description: str | None = None
-) -> None:
-    """Writes every tensor of ``source``, holding one block at a time.
+def encode_safetensors(source: WeightSource, metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes of a ``.safetensors`` file with every tensor of ``source``, one block at a time.
 
     Args:
-        file: where to write.
         source: what to write.
         metadata: texts for the header.
-        description: what a progress bar should say; none is shown without.
     """
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     # Wide elements first, as the library does, so that every tensor starts at a multiple of its width.
@@ -83,14 +80,14 @@ def write_safetensors(
     for name in names:
         info = source.tensors[name]
         header[name] = {
-            "dtype": info.dtype.safetensors,
+            "dtype": SAFETENSORS_NAMES[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [position, position + info.nbytes],
         }
         position += info.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(_LENGTH.pack(len(text)) + text)
-    for name in names if description is None else track(names, description=description):
+    yield _LENGTH.pack(len(text)) + text
+    for name in names:
         for block in source.blocks(name):
-            file.write(block.tobytes())
+            yield block.tobytes()

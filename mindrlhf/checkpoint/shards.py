@@ -1,32 +1,26 @@
-"""``rank_0/ rank_1/ ...`` directories: finding, merging, splitting, and changing the layout."""
+"""One model in ``rank_0/ rank_1/ ...``: a rank's part saved and loaded, merged, split, resharded."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.element_types import element_type, to_numpy
-from mindrlhf.checkpoint.fit import (
-    expected_layouts,
-    find_faults,
-    full_shapes,
-    local_shapes,
-    raise_faults,
-)
+from mindrlhf.checkpoint.element_types import element_type, to_mindspore
+from mindrlhf.checkpoint.fit import expected_layouts, find_faults, full_shapes, local_shapes, raise_faults
 from mindrlhf.checkpoint.manifest import Digest
 from mindrlhf.checkpoint.sources import (
     ArraySource,
     CastSource,
     LocalSource,
     MergedSource,
-    SelectedSource,
     WeightSource,
+    closed_on_error,
+    select,
 )
 from mindrlhf.checkpoint.weight_files import (
     CKPT,
@@ -83,6 +77,114 @@ def find_rank_file(path: Path, mesh: Mesh, rank: int) -> Path:
     )
 
 
+def save_shard(
+    directory: Path,
+    rank: int,
+    params: Mapping[str, np.ndarray],
+    *,
+    prefix: str = FILE_PREFIX,
+    digest: Digest | None = None,
+) -> Path:
+    """Writes ``directory/rank_{rank}/{prefix}{rank}.ckpt``, which appears when whole.
+
+    Args:
+        directory: of all ranks.
+        rank: whose part.
+        params: canonical name -> local array, MindSpore's bfloat16 included.
+        prefix: of the file name.
+        digest: takes in the file's bytes.
+
+    Returns:
+        the file.
+
+    Raises:
+        CheckpointError: an array's type cannot be stored, or the disk refuses.
+    """
+    path = Path(directory) / rank_file_name(rank, prefix)
+    write_weights(path, ArraySource(params), digest=digest)
+    return path
+
+
+def load_shard(
+    path: Path,
+    layouts: Mapping[str, Layout],
+    rank: int,
+    *,
+    dtype: np.dtype[Any] | None = None,
+    new: Collection[str] = (),
+    ignore: Collection[str] = (),
+) -> dict[str, np.ndarray]:
+    """This rank's arrays by canonical name; nothing is loaded that does not fit exactly.
+
+    Args:
+        path: a full ``.ckpt`` or ``.safetensors`` file, a Hugging Face directory (its names are mapped), or
+            a directory with ``rank_0/ rank_1/ ...``, one per rank or one per model-parallel index.
+        layouts: canonical name -> layout of everything the model wants.
+        rank: whose part.
+        dtype: what to cast to; ``None`` keeps what is stored. bfloat16 is MindSpore's numpy type.
+        new: names that the file may lack (fresh heads); they are then absent from the result.
+        ignore: names that the file may have unused. A tied model's ``lm_head.weight`` that equals the
+            embedding needs no mention.
+
+    Raises:
+        CheckpointError: everything else that is missing, extra or misshapen, in one error; damaged files;
+            values that do not fit ``dtype``.
+    """
+    path = Path(path)
+    is_split = bool(rank_directories(path))
+    if is_split:
+        source = open_weights(find_rank_file(path, _mesh_of(layouts), rank))
+        shapes, remedy = local_shapes(layouts), RESHARD_REMEDY
+    else:
+        source = open_weights(path)
+        shapes, remedy = full_shapes(layouts), "check the YAML's sizes against the file"
+    with source:
+        raise_faults(source.where, find_faults(source, shapes, new=new, ignore=ignore), remedy)
+        local = select(source, layouts) if is_split else LocalSource(source, layouts, rank)
+        wanted = CastSource(local, None if dtype is None else element_type(dtype))
+        arrays = {name: to_mindspore(wanted.read(name)) for name in wanted.tensors}
+        wanted.check_overflow()
+        return arrays
+
+
+def load_resharded(
+    path: Path, layouts: Mapping[str, Layout], rank: int, stored: Mesh
+) -> dict[str, np.ndarray]:
+    """This rank's arrays from rank directories that were split over another mesh.
+
+    Of each tensor only the bytes of this rank's slice are read, from the files that have them.
+
+    Args:
+        path: holds ``rank_0/ rank_1/ ...``.
+        layouts: canonical name -> layout of everything the model wants, over the present mesh.
+        rank: whose part.
+        stored: the mesh of the rank directories.
+
+    Raises:
+        CheckpointError: ranks are missing, or do not fit the layouts, all faults in one error.
+    """
+    if stored == _mesh_of(layouts):
+        return load_shard(path, layouts, rank)
+    with _open_ranks(path, {name: layout.on(stored) for name, layout in layouts.items()}) as merged:
+        local = LocalSource(merged, layouts, rank)
+        return {name: to_mindspore(local.read(name)) for name in local.tensors}
+
+
+def merge_shards(directory: Path, layouts: Mapping[str, Layout], output_file: Path) -> None:
+    """Writes the full model of the rank directories in ``directory`` to one file, block by block.
+
+    Args:
+        directory: holds ``rank_0/ rank_1/ ...``.
+        layouts: canonical name -> layout of the ranks.
+        output_file: ``.ckpt`` or ``.safetensors``; an older one is replaced.
+
+    Raises:
+        CheckpointError: ranks are missing, or do not fit ``layouts``, all faults in one error.
+    """
+    with _open_ranks(Path(directory), layouts) as merged:
+        write_weights(Path(output_file), merged)
+
+
 def open_full(
     path: Path, model: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[WeightSource, dict[str, Layout]]:
@@ -100,51 +202,58 @@ def open_full(
         CheckpointError: missing, extra or misshapen tensors, all of them; or ranks without ``mesh``.
     """
     if not rank_directories(path):
-        return _open_whole(path, model)
+        source = open_weights(path)
+        with closed_on_error([source]):
+            layouts = expected_layouts(model, Mesh(), source.tensors)
+            faults = find_faults(source, full_shapes(layouts))
+            raise_faults(source.where, faults, "check that the config belongs to the weights")
+        return select(source, layouts), layouts
     if mesh is None:
         raise CheckpointError(
             f"{path} holds rank directories: name the YAML whose parallel_config split them"
         )
-    return _open_ranks(path, model, mesh)
-
-
-def _open_whole(path: Path, model: ModelConfig) -> tuple[WeightSource, dict[str, Layout]]:
-    with ExitStack() as on_error:
-        source = on_error.enter_context(open_weights(path))
-        layouts = expected_layouts(model, Mesh(), source.tensors)
-        raise_faults(
-            source.where, find_faults(source, full_shapes(layouts)), "check that the config is its own"
-        )
-        on_error.pop_all()
-        return SelectedSource(source, layouts), layouts
-
-
-def _open_ranks(path: Path, model: ModelConfig, mesh: Mesh) -> tuple[WeightSource, dict[str, Layout]]:
-    with ExitStack() as on_error:
-        files = [find_rank_file(path, mesh, rank) for rank in range(mesh.mp)]
-        parts = [on_error.enter_context(open_weights(file)) for file in files]
+    parts = _open_parts(path, mesh)
+    with closed_on_error(parts):
         layouts = expected_layouts(model, mesh, parts[0].tensors)
-        source = merge_parts(parts, layouts, str(path))
-        on_error.pop_all()
-        return source, layouts
+    return _merged(parts, layouts, str(path)), layouts
 
 
-def merge_parts(parts: list[WeightSource], layouts: Mapping[str, Layout], where: str) -> MergedSource:
-    """One source of full tensors from one checked source per model-parallel index.
+def _mesh_of(layouts: Mapping[str, Layout]) -> Mesh:
+    return next(iter(layouts.values())).mesh
+
+
+def _open_ranks(path: Path, layouts: Mapping[str, Layout]) -> MergedSource:
+    """The full tensors of the rank directories in ``path``, which are split as ``layouts`` say."""
+    return _merged(_open_parts(path, _mesh_of(layouts)), layouts, str(path))
+
+
+def _open_parts(path: Path, mesh: Mesh) -> list[WeightSource]:
+    """One source per model-parallel index."""
+    parts: list[WeightSource] = []
+    with closed_on_error(parts):
+        for index in range(mesh.mp):
+            parts.append(open_weights(find_rank_file(path, mesh, index)))
+    return parts
+
+
+def _merged(parts: Sequence[WeightSource], layouts: Mapping[str, Layout], where: str) -> MergedSource:
+    """Full tensors from one source per model-parallel index.
 
     Raises:
         CheckpointError: a part does not fit ``layouts``, or parts differ in element type.
     """
     shapes = local_shapes(layouts)
+    first = parts[0]
     faults = []
-    for part in parts:
-        faults += [f"{part.where}: {fault}" for fault in find_faults(part, shapes)]
-        faults += [
-            f"{part.where}: {name} is {info.dtype}, in {parts[0].where} it is {parts[0].tensors[name].dtype}"
-            for name, info in part.tensors.items()
-            if name in parts[0].tensors and info.dtype != parts[0].tensors[name].dtype
-        ]
-    raise_faults(where, faults, RESHARD_REMEDY)
+    with closed_on_error(parts):
+        for part in parts:
+            faults += [f"{part.where}: {fault}" for fault in find_faults(part, shapes)]
+            faults += [
+                f"{part.where}: {name} is {info.dtype}, in {first.where} it is {first.tensors[name].dtype}"
+                for name, info in part.tensors.items()
+                if name in first.tensors and info.dtype != first.tensors[name].dtype
+            ]
+        raise_faults(where, faults, RESHARD_REMEDY)
     return MergedSource(parts, layouts, where)
 
 
@@ -197,132 +306,3 @@ def split_to_ranks(
 
 def _is_rank_directory(entry: Path) -> bool:
     return entry.is_dir() and _RANK_DIRECTORY.fullmatch(entry.name) is not None
-
-
-def load_shard(
-    path: Path,
-    layouts: Mapping[str, Layout],
-    rank: int,
-    *,
-    dtype: np.dtype[Any] | None = None,
-    new: Collection[str] = (),
-    ignore: Collection[str] = (),
-) -> dict[str, np.ndarray]:
-    """This rank's arrays by canonical name; nothing is loaded that does not fit exactly.
-
-    Args:
-        path: a full ``.ckpt`` or ``.safetensors`` file, a Hugging Face directory (its names are mapped), or
-            a directory with ``rank_0/ rank_1/ ...``, one per rank or one per model-parallel index.
-        layouts: canonical name -> layout of everything the model wants.
-        rank: whose part.
-        dtype: what to cast to; ``None`` keeps what is stored. bfloat16 is MindSpore's numpy type.
-        new: names that the file may lack (fresh heads); they are then absent from the result.
-        ignore: names that the file may have unused. A tied model's ``lm_head.weight`` that equals the
-            embedding needs no mention.
-
-    Raises:
-        CheckpointError: everything else that is missing, extra or misshapen, in one error; damaged files;
-            values that do not fit ``dtype``.
-    """
-    with _open_local(Path(path), layouts, rank, new, ignore) as local:
-        wanted = CastSource(local, None if dtype is None else element_type(dtype))
-        arrays = {name: to_numpy(wanted.read(name), info.dtype) for name, info in wanted.tensors.items()}
-        wanted.check_overflow()
-        return arrays
-
-
-def load_resharded(
-    path: Path, layouts: Mapping[str, Layout], rank: int, stored: Mesh
-) -> dict[str, np.ndarray]:
-    """This rank's arrays from rank directories that were split over another mesh.
-
-    Of each tensor only the bytes of this rank's slice are read, from the files that have them.
-
-    Args:
-        path: holds ``rank_0/ rank_1/ ...``.
-        layouts: canonical name -> layout of everything the model wants, over the present mesh.
-        rank: whose part.
-        stored: the mesh of the rank directories.
-
-    Raises:
-        CheckpointError: ranks are missing, or do not fit the layouts, all faults in one error.
-    """
-    if stored == next(iter(layouts.values())).mesh:
-        return load_shard(path, layouts, rank)
-    before = {name: layout.on(stored) for name, layout in layouts.items()}
-    with ExitStack() as stack:
-        files = [find_rank_file(path, stored, part) for part in range(stored.mp)]
-        parts = [stack.enter_context(open_weights(file)) for file in files]
-        local = LocalSource(merge_parts(parts, before, str(path)), layouts, rank)
-        return {name: to_numpy(local.read(name), info.dtype) for name, info in local.tensors.items()}
-
-
-def _open_local(
-    path: Path, layouts: Mapping[str, Layout], rank: int, new: Collection[str], ignore: Collection[str]
-) -> WeightSource:
-    """A checked source of exactly this rank's local tensors."""
-    is_split = bool(rank_directories(path))
-    if is_split:
-        mesh = next(iter(layouts.values())).mesh
-        source = open_weights(find_rank_file(path, mesh, rank))
-        shapes = local_shapes(layouts)
-        remedy = RESHARD_REMEDY
-    else:
-        source = open_weights(path)
-        shapes = full_shapes(layouts)
-        remedy = "check the YAML's sizes against the file"
-    try:
-        raise_faults(source.where, find_faults(source, shapes, new=new, ignore=ignore), remedy)
-    except BaseException:
-        source.close()
-        raise
-    if is_split:
-        return SelectedSource(source, [name for name in layouts if name in source.tensors])
-    return LocalSource(source, layouts, rank)
-
-
-def save_shard(
-    directory: Path,
-    rank: int,
-    params: Mapping[str, np.ndarray],
-    *,
-    prefix: str = FILE_PREFIX,
-    digest: Digest | None = None,
-) -> Path:
-    """Writes ``directory/rank_{rank}/{prefix}{rank}.ckpt``, which appears when whole.
-
-    Args:
-        directory: of all ranks.
-        rank: whose part.
-        params: canonical name -> local array, MindSpore's bfloat16 included.
-        prefix: of the file name.
-        digest: takes in the file's bytes.
-
-    Returns:
-        the file.
-
-    Raises:
-        CheckpointError: an array's type cannot be stored, or the disk refuses.
-    """
-    path = Path(directory) / rank_file_name(rank, prefix)
-    write_weights(path, ArraySource(params), digest=digest)
-    return path
-
-
-def merge_shards(directory: Path, layouts: Mapping[str, Layout], output_file: Path) -> None:
-    """Writes the full model of the rank directories in ``directory`` to one file, block by block.
-
-    Args:
-        directory: holds ``rank_0/ rank_1/ ...``.
-        layouts: canonical name -> layout of the ranks.
-        output_file: ``.ckpt`` or ``.safetensors``; an older one is replaced.
-
-    Raises:
-        CheckpointError: ranks are missing, or do not fit ``layouts``, all faults in one error.
-    """
-    directory = Path(directory)
-    mesh = next(iter(layouts.values())).mesh
-    with ExitStack() as stack:
-        files = [find_rank_file(directory, mesh, rank) for rank in range(mesh.mp)]
-        parts = [stack.enter_context(open_weights(file)) for file in files]
-        write_weights(Path(output_file), merge_parts(parts, layouts, str(directory)))

@@ -1,8 +1,7 @@
-"""Where weights come from: names, shapes, and any slice of a tensor on demand.
+"""Where weights come from: named tensors of which any slice is read on demand, and views on them.
 
-Readers of file formats and views on them (renamed, cast, cut, merged) share one interface, so that
-every conversion is a view and a writer, and only one block of one tensor is in memory at a time.
-Arrays are storage arrays (:mod:`mindrlhf.checkpoint.element_types`).
+Readers of file formats and views (renamed, cast, cut for a rank, merged from ranks) share one interface, so
+that every conversion is a view and a writer, and only one block of one tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,18 +10,23 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mindrlhf.checkpoint.element_types import ElementType, cast, element_type, to_storage
+from mindrlhf.checkpoint.element_types import DType, cast, from_mindspore
 from mindrlhf.configs.faults import shown
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.utils.errors import CheckpointError
 
 BLOCK_BYTES = 32 << 20
+
+# What NumPy can make an array of.
+_MAX_DIMENSIONS = 32
+_MAX_BYTES = 2**62
 
 Slices = tuple[slice, ...]
 
@@ -32,7 +36,7 @@ class TensorInfo:
     """Shape and element type of a stored tensor."""
 
     shape: tuple[int, ...]
-    dtype: ElementType
+    dtype: DType
 
     @property
     def size(self) -> int:
@@ -69,10 +73,10 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read_slice(self, name: str, slices: Slices) -> np.ndarray:
-        """The part ``slices`` of a tensor, as a storage array; missing trailing slices mean everything."""
+        """The part ``slices`` of a tensor; missing trailing slices mean everything."""
 
     def read(self, name: str) -> np.ndarray:
-        """A whole tensor, as a storage array."""
+        """A whole tensor."""
         return self.read_slice(name, ())
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
@@ -86,7 +90,7 @@ class WeightSource(ABC):
             yield self.read_slice(name, (slice(start, start + rows),))
 
     def display(self, name: str) -> str:
-        """How a message should call the tensor: as the file does."""
+        """The tensor's name as its file has it, for messages."""
         return name
 
     @property
@@ -104,24 +108,28 @@ class WeightSource(ABC):
         self.close()
 
 
+@contextmanager
+def closed_on_error(sources: Iterable[WeightSource]) -> Iterator[None]:
+    """Closes ``sources`` when the block fails."""
+    try:
+        yield
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+
+
 class ArraySource(WeightSource):
-    """Arrays in memory as a source."""
+    """Arrays in memory as a source; MindSpore's bfloat16 may be among them."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], where: str = "memory") -> None:
         self.where = where
-        self._arrays = {name: to_storage(np.asarray(array)) for name, array in arrays.items()}
-        self.tensors = {
-            name: TensorInfo(tuple(np.shape(array)), element_type(np.asarray(array).dtype))
-            for name, array in arrays.items()
-        }
+        self._arrays = {name: from_mindspore(np.asarray(array)) for name, array in arrays.items()}
+        self.tensors = {name: TensorInfo(array.shape, array.dtype) for name, array in self._arrays.items()}
 
     def read_slice(self, name: str, slices: Slices) -> np.ndarray:
         """A view of the array."""
         return self._arrays[name][bounded(self.tensors[name].shape, slices)]
-
-
-_MAX_DIMENSIONS = 32
-_MAX_BYTES = 2**62
 
 
 class Extent(NamedTuple):
@@ -132,7 +140,10 @@ class Extent(NamedTuple):
 
 
 class FileSource(WeightSource):
-    """Tensors whose bytes are known runs of one file.
+    """Tensors whose bytes are known runs of one file, read with positioned reads.
+
+    ``pread`` and not ``mmap``: mapped pages count as resident memory, and a conversion would seem to hold
+    the whole file.
 
     Args:
         path: the file.
@@ -161,7 +172,7 @@ class FileSource(WeightSource):
         info = self.tensors[name]
         bounds = bounded(info.shape, slices)
         shape = tuple(part.stop - part.start for part in bounds)
-        result = np.empty(shape, info.dtype.storage)
+        result = np.empty(shape, info.dtype)
         if result.size == 0:
             return result
         whole = [part == size for part, size in zip(shape, info.shape, strict=True)]
@@ -257,8 +268,8 @@ class UnitedSource(WeightSource):
         return self._owner[name].read_slice(name, slices)
 
     def display(self, name: str) -> str:
-        """As the owner calls it."""
-        return self._owner[name].display(name) if name in self._owner else self._sources[0].display(name)
+        """The name that the tensor's own source shows."""
+        return self._owner.get(name, self._sources[0]).display(name)
 
     def close(self) -> None:
         """Closes all of them."""
@@ -272,7 +283,7 @@ class _View(WeightSource):
         self.where = source.where
 
     def display(self, name: str) -> str:
-        """As the viewed source calls it."""
+        """The name that the viewed source shows."""
         return self._source.display(name)
 
     def close(self) -> None:
@@ -285,17 +296,13 @@ class RenamedSource(_View):
 
     Args:
         source: what is viewed.
-        names: new name -> name in ``source``; tensors it does not mention keep their names and come
-            last, entries that ``source`` lacks only serve messages.
-        hidden: names in ``source`` to leave out.
+        names: new name -> name in ``source``; entries that ``source`` lacks only serve messages.
     """
 
-    def __init__(self, source: WeightSource, names: Mapping[str, str], hidden: Iterable[str] = ()) -> None:
+    def __init__(self, source: WeightSource, names: Mapping[str, str]) -> None:
         super().__init__(source)
-        self._names = dict(names)
-        known = set(self._names.values()) | set(hidden)
-        self._names.update({name: name for name in source.tensors if name not in known})
-        self.tensors = {new: source.tensors[old] for new, old in self._names.items() if old in source.tensors}
+        self._names = names
+        self.tensors = {new: source.tensors[old] for new, old in names.items() if old in source.tensors}
 
     def read_slice(self, name: str, slices: Slices) -> np.ndarray:
         """Reads under the old name."""
@@ -306,16 +313,9 @@ class RenamedSource(_View):
         return self._source.display(self._names.get(name, name))
 
 
-class SelectedSource(_View):
-    """The tensors ``names`` of a source, in that order."""
-
-    def __init__(self, source: WeightSource, names: Iterable[str]) -> None:
-        super().__init__(source)
-        self.tensors = {name: source.tensors[name] for name in names}
-
-    def read_slice(self, name: str, slices: Slices) -> np.ndarray:
-        """Reads from the source."""
-        return self._source.read_slice(name, slices)
+def select(source: WeightSource, names: Iterable[str]) -> RenamedSource:
+    """Those of the tensors ``names`` that ``source`` has, in that order."""
+    return RenamedSource(source, {name: name for name in names})
 
 
 class CastSource(_View):
@@ -325,17 +325,17 @@ class CastSource(_View):
         overflowed: names of tensors read so far in which a finite value became infinite.
     """
 
-    def __init__(self, source: WeightSource, dtype: ElementType | None) -> None:
+    def __init__(self, source: WeightSource, dtype: DType | None) -> None:
         super().__init__(source)
         self.overflowed: dict[str, None] = {}
         self.tensors = {
-            name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()
+            name: TensorInfo(info.shape, info.dtype if dtype is None else dtype)
+            for name, info in source.tensors.items()
         }
 
     def read_slice(self, name: str, slices: Slices) -> np.ndarray:
         """Reads and casts."""
-        stored, wanted = self._source.tensors[name].dtype, self.tensors[name].dtype
-        result, overflowed = cast(self._source.read_slice(name, slices), stored, wanted)
+        result, overflowed = cast(self._source.read_slice(name, slices), self.tensors[name].dtype)
         if overflowed:
             self.overflowed[name] = None
         return result
@@ -374,11 +374,11 @@ class LocalSource(_View):
         """Reads this rank's part of the full tensor."""
         local = bounded(self.tensors[name].shape, slices)
         full = self._layouts[name].slices(self._rank)
-        offsets = [whole.start for whole in full]
-        return self._source.read_slice(
-            name,
-            tuple(slice(o + part.start, o + part.stop) for o, part in zip(offsets, local, strict=True)),
-        )
+        shifted = [
+            slice(whole.start + part.start, whole.start + part.stop)
+            for whole, part in zip(full, local, strict=True)
+        ]
+        return self._source.read_slice(name, tuple(shifted))
 
 
 class MergedSource(WeightSource):

@@ -22,7 +22,7 @@ class TorchSource(WeightSource):
     """Tensors of one or more files made by ``torch.save``; only one file is mapped at a time.
 
     Raises:
-        CheckpointError: torch is missing, a file is damaged, holds something else than a mapping of
+        CheckpointError: torch is missing, a file is damaged, holds something other than a mapping of
             names to tensors, or a tensor is in two files.
     """
 
@@ -43,9 +43,9 @@ class TorchSource(WeightSource):
         """Reads the pages of the slice."""
         tensor = self._load(self._file_of[name])[name]
         part = tensor[bounded(self.tensors[name].shape, slices)].contiguous()
-        if self.tensors[name].dtype is not BFLOAT16:
-            return np.array(part.numpy())
-        return np.array(part.view(_torch().int16).numpy().view(BFLOAT16.storage))
+        if self.tensors[name].dtype == BFLOAT16:
+            part = part.view(_torch().int16)
+        return np.array(part.numpy()).view(self.tensors[name].dtype)
 
     def _load(self, path: Path) -> dict[str, Any]:
         if path != self._open_path:
@@ -69,7 +69,7 @@ def _load_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes raise whatever the unpickler stumbles over
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or no torch weights file ({first_line})") from error
+        raise CheckpointError(f"{path} is damaged or not a torch weights file ({first_line})") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise CheckpointError(f"{path} does not hold a mapping of names to tensors")
     return loaded

@@ -1,17 +1,20 @@
-"""Weights in a Hugging Face model directory: which files, in what order of preference."""
+"""Opens any weights a user may name, under canonical names, and writes weights files that appear whole.
+
+What can be opened: a ``.ckpt``, ``.safetensors`` or ``.bin`` file, a Hugging Face directory, or a directory
+with exactly one MindSpore weights file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, cast
 
 import numpy as np
 
-from mindrlhf.checkpoint.ckpt_file import open_ckpt, write_ckpt
+from mindrlhf.checkpoint.ckpt_file import encode_ckpt, open_ckpt
 from mindrlhf.checkpoint.hf_config import read_json
 from mindrlhf.checkpoint.manifest import Digest
-from mindrlhf.checkpoint.safetensors_file import open_safetensors, write_safetensors
+from mindrlhf.checkpoint.safetensors_file import encode_safetensors, open_safetensors
 from mindrlhf.checkpoint.sources import (
     ArraySource,
     CastSource,
@@ -19,6 +22,7 @@ from mindrlhf.checkpoint.sources import (
     UnitedSource,
     WeightSource,
     bullet_list,
+    closed_on_error,
 )
 from mindrlhf.checkpoint.torch_file import TorchSource
 from mindrlhf.configs.faults import shown
@@ -26,43 +30,98 @@ from mindrlhf.models.qwen2 import weight_names
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_file, probe_directory
+from mindrlhf.utils.progress import ProgressBar
 
-SAFETENSORS_NAME = "model.safetensors"
-TORCH_NAME = "pytorch_model.bin"
+CKPT, SAFETENSORS = ".ckpt", ".safetensors"
+MINDSPORE_SUFFIXES = (CKPT, SAFETENSORS)
+
+HF_SAFETENSORS = "model.safetensors"
+HF_TORCH = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
+
+_HF_FILES = (HF_SAFETENSORS, HF_SAFETENSORS + INDEX_SUFFIX, HF_TORCH, HF_TORCH + INDEX_SUFFIX)
+"""Where a Hugging Face directory has its weights, in order of preference."""
 
 _MAX_NAME = 255
 """Longest file name of common file systems; asking for a longer one is an error of the system's."""
 
-WEIGHT_FILES = (
-    SAFETENSORS_NAME,
-    SAFETENSORS_NAME + INDEX_SUFFIX,
-    TORCH_NAME,
-    TORCH_NAME + INDEX_SUFFIX,
-)
+_OPENERS: dict[str, Callable[[Path], WeightSource]] = {
+    CKPT: open_ckpt,
+    SAFETENSORS: open_safetensors,
+    ".bin": lambda path: TorchSource([path], str(path)),
+}
+
+
+def open_weights(path: Path) -> WeightSource:
+    """A source on a weights file or a directory with one model, under canonical names.
+
+    Args:
+        path: a ``.ckpt``, ``.safetensors`` or ``.bin`` file, a Hugging Face directory, or a directory
+            with exactly one ``.ckpt`` or ``.safetensors`` file. Hugging Face names are mapped.
+
+    Raises:
+        CheckpointError: nothing there, several candidates, or damaged files.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: name a weights file, or a directory that holds one")
+    if path.is_dir():
+        source = open_hf_directory(path) if has_hf_weights(path) else _open_file(only_weights_file(path))
+    else:
+        source = _open_file(path)
+    return _canonical(source) if weight_names.is_hf(source.tensors) else source
+
+
+def _open_file(path: Path) -> WeightSource:
+    opener = _OPENERS.get(path.suffix)
+    if opener is None:
+        raise CheckpointError(f"{path}: expected a name that ends with one of {', '.join(_OPENERS)}")
+    return opener(path)
+
+
+def only_weights_file(directory: Path) -> Path:
+    """The one MindSpore weights file of ``directory``.
+
+    Raises:
+        CheckpointError: none or several.
+    """
+    files = sorted(file for suffix in MINDSPORE_SUFFIXES for file in directory.glob(f"*{suffix}"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise CheckpointError(
+            f"{directory}: expected one .ckpt or .safetensors file, found {found}; name the file, or a "
+            "directory with one"
+        )
+    return files[0]
+
+
+def _canonical(source: WeightSource) -> WeightSource:
+    """A Hugging Face source under canonical names; tensors that no model has keep theirs and come last."""
+    names = weight_names.canonical_to_hf(weight_names.count_layers(source.tensors))
+    known = set(names.values())
+    others = [name for name in source.tensors if name not in known and not weight_names.is_derived(name)]
+    renamed = RenamedSource(source, names | {name: name for name in others})
+    if SCORE_HEAD_WEIGHT not in renamed.tensors or SCORE_HEAD_BIAS in renamed.tensors:
+        return renamed
+    # Hugging Face's score head has no bias, which is a bias of zero.
+    bias = ArraySource({SCORE_HEAD_BIAS: np.zeros(1, renamed.tensors[SCORE_HEAD_WEIGHT].dtype)}, source.where)
+    return UnitedSource([renamed, bias], source.where)
 
 
 def has_hf_weights(directory: Path) -> bool:
     """Whether ``directory`` holds weights under Hugging Face's file names."""
-    return any((directory / name).exists() for name in WEIGHT_FILES)
+    return any((directory / name).exists() for name in _HF_FILES)
 
 
 def open_hf_directory(directory: Path) -> WeightSource:
-    """A source on the weights of a Hugging Face directory, safetensors before torch, under their names there.
+    """A source on the weights of a Hugging Face directory under their names there, safetensors before torch.
 
     Raises:
         CheckpointError: no weights, a bad index, or missing or damaged files.
     """
-    for name in WEIGHT_FILES:
-        path = directory / name
-        if not path.exists():
-            continue
-        if name == SAFETENSORS_NAME:
-            return open_safetensors(path)
-        if name == TORCH_NAME:
-            return TorchSource([path], str(path))
-        return _open_indexed(path)
-    raise CheckpointError(f"{directory} has no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    path = next((directory / name for name in _HF_FILES if (directory / name).exists()), None)
+    if path is None:
+        raise CheckpointError(f"{directory} has no weights: expected one of {', '.join(_HF_FILES)}")
+    return _open_indexed(path) if path.name.endswith(INDEX_SUFFIX) else _open_file(path)
 
 
 def _open_indexed(index: Path) -> WeightSource:
@@ -70,14 +129,16 @@ def _open_indexed(index: Path) -> WeightSource:
     shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
-        raise CheckpointError(
-            f"{index} names shards that are not there, copy them too:" + bullet_list(missing)
-        )
+        raise CheckpointError(f"{index} names shards that are missing, copy them too:" + bullet_list(missing))
     source: WeightSource
-    if index.name.startswith(TORCH_NAME):
+    if index.name.startswith(HF_TORCH):
         source = TorchSource(shards, str(index))
     else:
-        source = _united([open_safetensors(shard) for shard in shards], index)
+        opened: list[WeightSource] = []
+        with closed_on_error(opened):
+            for shard in shards:
+                opened.append(open_safetensors(shard))
+            source = UnitedSource(opened, str(index))
     faults = [f"{name} is not in {weight_map[name]}" for name in weight_map if name not in source.tensors]
     faults += [f"{name} is stored but not in the index" for name in source.tensors if name not in weight_map]
     if faults:
@@ -86,15 +147,6 @@ def _open_indexed(index: Path) -> WeightSource:
             f"{index} does not fit its shards, copy all of them again:" + bullet_list(faults)
         )
     return source
-
-
-def _united(shards: list[WeightSource], index: Path) -> WeightSource:
-    try:
-        return UnitedSource(shards, str(index))
-    except CheckpointError:
-        for shard in shards:
-            shard.close()
-        raise
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -123,88 +175,6 @@ def _is_plain_name(file: str) -> bool:
     return PurePosixPath(file).name == file == PureWindowsPath(file).name
 
 
-CKPT, SAFETENSORS = ".ckpt", ".safetensors"
-MINDSPORE_SUFFIXES = (CKPT, SAFETENSORS)
-
-_OPENERS: dict[str, Callable[[Path], WeightSource]] = {
-    CKPT: open_ckpt,
-    SAFETENSORS: open_safetensors,
-    ".bin": lambda path: TorchSource([path], str(path)),
-}
-
-
-def open_weights(path: Path) -> WeightSource:
-    """A source on a weights file or a directory with one model, under canonical names.
-
-    Args:
-        path: a ``.ckpt``, ``.safetensors`` or ``.bin`` file, a Hugging Face directory, or a directory
-            with exactly one ``.ckpt`` or ``.safetensors`` file. Hugging Face names are mapped.
-
-    Raises:
-        CheckpointError: nothing there, several candidates, or damaged files.
-    """
-    source = _open_stored(path)
-    if not weight_names.is_hf(source.tensors):
-        return source
-    return _canonical(source)
-
-
-def _open_stored(path: Path) -> WeightSource:
-    if path.is_dir():
-        return open_hf_directory(path) if has_hf_weights(path) else _open_file(only_weights_file(path))
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: name a weights file, or a directory that holds one")
-    return _open_file(path)
-
-
-def _open_file(path: Path) -> WeightSource:
-    opener = _OPENERS.get(path.suffix)
-    if opener is None:
-        raise CheckpointError(f"{path}: expected a name that ends with one of {', '.join(_OPENERS)}")
-    return opener(path)
-
-
-def only_weights_file(directory: Path) -> Path:
-    """The one MindSpore weights file of ``directory``.
-
-    Raises:
-        CheckpointError: none or several.
-    """
-    files = sorted(file for suffix in MINDSPORE_SUFFIXES for file in directory.glob(f"*{suffix}"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise CheckpointError(
-            f"{directory}: expected one .ckpt or .safetensors file, found {found}; name the file, or a "
-            "directory with one"
-        )
-    return files[0]
-
-
-def _canonical(source: WeightSource) -> WeightSource:
-    """A Hugging Face source under canonical names."""
-    layers = weight_names.count_layers(source.tensors)
-    hidden = [name for name in source.tensors if weight_names.is_derived(name)]
-    renamed = RenamedSource(source, weight_names.canonical_to_hf(layers), hidden)
-    if SCORE_HEAD_WEIGHT not in renamed.tensors or SCORE_HEAD_BIAS in renamed.tensors:
-        return renamed
-    # Hugging Face's score head has no bias, which is a bias of zero.
-    dtype = renamed.tensors[SCORE_HEAD_WEIGHT].dtype
-    bias = ArraySource({SCORE_HEAD_BIAS: np.zeros(1, np.float32)}, source.where)
-    return UnitedSource([renamed, CastSource(bias, dtype)], source.where)
-
-
-class _Digested:
-    """A file for writing whose bytes go through a digest, too."""
-
-    def __init__(self, file: IO[bytes], digest: Digest) -> None:
-        self._file = file
-        self._digest = digest
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-
-
 def write_weights(
     path: Path,
     source: WeightSource,
@@ -226,20 +196,30 @@ def write_weights(
         CheckpointError: another suffix, the disk refuses, or values do not fit a :class:`CastSource`'s type.
     """
     check_suffix(path)
+    chunks = encode_ckpt(source) if path.suffix == CKPT else encode_safetensors(source, {"format": producer})
     try:
         with atomic_file(path) as temporary:
-            with temporary.open("wb") as opened:
-                file = opened if digest is None else cast(IO[bytes], _Digested(opened, digest))
-                if path.suffix == CKPT:
-                    write_ckpt(file, source, description)
-                else:
-                    write_safetensors(file, source, {"format": producer}, description)
+            with temporary.open("wb") as file:
+                for chunk in chunks if description is None else _tracked(chunks, description, source.nbytes):
+                    file.write(chunk)
+                    if digest is not None:
+                        digest.update(chunk)
             if isinstance(source, CastSource):
                 source.check_overflow()
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; free space, or write elsewhere"
         ) from error
+
+
+def _tracked(chunks: Iterable[bytes], description: str, nbytes: int) -> Iterator[bytes]:
+    """Yields ``chunks`` and shows how many megabytes have gone by."""
+    written = 0
+    with ProgressBar(f"{description}, MB", nbytes // 10**6) as bar:
+        for chunk in chunks:
+            yield chunk
+            written += len(chunk)
+            bar.update(written // 10**6 - bar.done)
 
 
 def check_suffix(path: Path) -> None:
@@ -256,14 +236,6 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists: choose another name or give --overwrite")
     _check_place(path)
-
-
-def _check_place(path: Path) -> None:
-    """Finds out before any work whether ``path`` can be made."""
-    try:
-        probe_directory(path.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; write elsewhere") from error
 
 
 def check_output_directory(path: Path, is_ours: Callable[[Path], bool], *, overwrite: bool) -> None:
@@ -288,3 +260,11 @@ def check_output_directory(path: Path, is_ours: Callable[[Path], bool], *, overw
         raise CheckpointError(
             f"{path} also holds {', '.join(foreign)}, which overwriting would delete: move it"
         )
+
+
+def _check_place(path: Path) -> None:
+    """Finds out before any work whether ``path`` can be made."""
+    try:
+        probe_directory(path.absolute().parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; write elsewhere") from error

@@ -52,7 +52,7 @@ class RandomSource(WeightSource):
     def read_slice(self, name: str, slices: Slices) -> np.ndarray:
         """Fresh numbers at every call."""
         shape = [part.stop - part.start for part in bounded(self.tensors[name].shape, slices)]
-        return (self._rng.standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return self._rng.standard_normal(shape, np.float32).astype(BFLOAT16)
 
 
 def make_model(directory: Path, gigabytes: float, shard_bytes: int) -> None:
@@ -68,9 +68,7 @@ def make_model(directory: Path, gigabytes: float, shard_bytes: int) -> None:
         intermediate_size=INTERMEDIATE,
     )
     source = CastSource(RandomSource(model), None)
-    write_hf_directory(
-        directory, source, hf_config_from_model(model), max_shard_bytes=shard_bytes, tokenizer_dir=None
-    )
+    write_hf_directory(directory, source, hf_config_from_model(model), max_shard_bytes=shard_bytes)
 
 
 def measured(

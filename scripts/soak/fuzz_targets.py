@@ -6,7 +6,6 @@ a file and read something else than is in it; anything else that it raises is a 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import struct
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mindrlhf.checkpoint.ckpt_file import write_ckpt
+from mindrlhf.checkpoint.ckpt_file import encode_ckpt
 from mindrlhf.checkpoint.element_types import BY_SAFETENSORS
 from mindrlhf.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from mindrlhf.checkpoint.manifest import (
@@ -29,7 +28,7 @@ from mindrlhf.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from mindrlhf.checkpoint.safetensors_file import write_safetensors
+from mindrlhf.checkpoint.safetensors_file import encode_safetensors
 from mindrlhf.checkpoint.sources import ArraySource, WeightSource
 from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.configs.load import load_ppo_config, load_run_config
@@ -254,12 +253,8 @@ def _byte_alphabet() -> list[str]:
 
 
 def _safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
-    file = io.BytesIO()
-    write_safetensors(file, ArraySource(arrays), {"format": "pt"})
-    return file.getvalue()
+    return b"".join(encode_safetensors(ArraySource(arrays), {"format": "pt"}))
 
 
 def _ckpt(arrays: Mapping[str, np.ndarray]) -> bytes:
-    file = io.BytesIO()
-    write_ckpt(file, ArraySource(arrays))
-    return file.getvalue()
+    return b"".join(encode_ckpt(ArraySource(arrays)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.ckpt_file import write_ckpt
+from mindrlhf.checkpoint.ckpt_file import encode_ckpt
 from mindrlhf.checkpoint.manifest import read_manifest
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import open_weights
@@ -94,7 +94,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     for zipped in (True, False):
         path = tmp_path / f"pytorch_model_{zipped}.bin"
         torch.save({"w": torch.ones(2), "x": Payload()}, path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(CheckpointError, match="is damaged or no torch weights file"):
+        with pytest.raises(CheckpointError, match="is damaged or not a torch weights file"):
             open_weights(path)
     assert not marker.exists()
 
@@ -151,9 +151,8 @@ def test_our_hand_made_ckpt_is_one(tmp_path: Path) -> None:
     """Else the claims above would be refused for another reason."""
     with open_weights(_ckpt(tmp_path / "a.ckpt", [4])) as source:
         assert source.read("w").tolist() == [0.0] * 4
-    with (tmp_path / "b.ckpt").open("wb") as file:
-        write_ckpt(file, ArraySource({"w": np.zeros(4, np.float32)}))
-    assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
+    ours = b"".join(encode_ckpt(ArraySource({"w": np.zeros(4, np.float32)})))
+    assert (tmp_path / "a.ckpt").read_bytes() == ours
     with open_weights(_safetensors(tmp_path / "a.safetensors", [4], 16)) as source:
         assert source.read("w").tolist() == [0.0] * 4
 

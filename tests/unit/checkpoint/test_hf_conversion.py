@@ -122,7 +122,7 @@ def test_a_tied_head_that_differs_is_an_error(tmp_path, hf):
 
     hf.make(tmp_path / "hf", tensors=with_head(hf, changed), tie_word_embeddings=True)
     with pytest.raises(
-        CheckpointError, match=r"lm_head\.weight .*, which is no copy of the embedding either"
+        CheckpointError, match=r"lm_head\.weight .*, which is not a copy of the embedding either"
     ):
         hf_to_mindspore(tmp_path / "hf", tmp_path / "m.ckpt")
 
@@ -217,7 +217,7 @@ def test_export_makes_a_config_from_the_sizes(tmp_path, converted, hf):
 
 def test_bad_tokenizer_directories(tmp_path, converted):
     (tmp_path / "none").mkdir()
-    for name, message in (("absent", "no directory"), ("none", "none of the tokenizer files")):
+    for name, message in (("absent", "not a directory"), ("none", "none of the tokenizer files")):
         with pytest.raises(CheckpointError, match=message):
             mindspore_to_hf(
                 converted, tmp_path / "back", config=tmp_path / "hf", tokenizer_dir=tmp_path / name
@@ -264,7 +264,7 @@ def test_the_input_is_never_replaced(tmp_path, converted, hf):
 
 
 def test_inputs_and_outputs_of_the_wrong_kind(tmp_path, converted, hf):
-    with pytest.raises(CheckpointError, match="no directory"):
+    with pytest.raises(CheckpointError, match="not a directory"):
         hf_to_mindspore(converted, tmp_path / "x.ckpt")
     (tmp_path / "d.ckpt").mkdir()
     with pytest.raises(CheckpointError, match="is a directory, the output must be a file"):
@@ -283,5 +283,5 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples", "1e9"])
 def test_no_sizes(text):
-    with pytest.raises(CheckpointError, match="is no size"):
+    with pytest.raises(CheckpointError, match="is not a size"):
         parse_size(text)

@@ -32,7 +32,7 @@ SCRIPTS = {
 # One wrong use each that only the program itself can find, and what it says.
 MISTAKES = {
     "chat": (["--checkpoint", "no_such"], "no_such does not exist"),
-    "convert": (["--input_path", "no_such", "--output_path", "x.ckpt"], "no_such is no directory"),
+    "convert": (["--input_path", "no_such", "--output_path", "x.ckpt"], "no_such is not a directory"),
     "data": (
         ["--file_path", "no_such", "--output_path", "x.mindrecord", "--tokenizer_path", "gone"],
         "gone: no such tokenizer",

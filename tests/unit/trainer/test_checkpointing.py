@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     for name in (
-        "mindrlhf.checkpoint.weight_files.write_ckpt",
+        "mindrlhf.checkpoint.weight_files.encode_ckpt",
         "mindrlhf.trainer.checkpointing.write_manifest",
     ):
         with monkeypatch.context() as patch:
