@@ -1,12 +1,11 @@
-"""Compiled graphs kept from run to run, each found again by what it was made from.
+"""Compiled graphs kept from run to run, each under a digest of everything it was made from.
 
-MindSpore's own compile cache has two traps (2.9.0, measured on CPU). A graph that is loaded gets the
-parameters that ``parameters_dict()`` of the called cell has under their names: one that the graph reaches
-otherwise, through a closure say, becomes memory of its own that holds anything and that no update reaches.
-And the graphs of a process are numbered in the order of compilation: a run with another order takes wrong
-ones without a word. So MindSpore works here in a directory of this process, which holds nothing but the one
-graph that is wanted; graphs are kept under a digest of all that they are made from; one with a parameter that
-its cell does not list is not kept.
+MindSpore's own compile cache has two traps (2.9.0, measured on CPU). A loaded graph finds its parameters by
+name in ``parameters_dict()`` of the called cell: a parameter that the graph reaches otherwise, for example
+through a closure, becomes separate memory with arbitrary content that no update reaches. And graphs are
+numbered in order of compilation within a process: a run with another order silently loads wrong graphs. So
+MindSpore is given a directory of this process that holds only the one graph that is wanted, and a graph with
+a parameter that its cell does not list is not kept.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from mindrlhf.utils.ranks import env_rank, env_world_size
 logger = get_logger(__name__)
 
 KEPT_BYTES = 2 << 30
-"""Bytes of a rank's graphs that stay when a run has stored new ones, those used last first."""
+"""Bytes of a rank's graphs that stay when a run has stored new ones; the least recently used are removed."""
 
-_FORCE = "MS_DEV_FORCE_USE_COMPILE_CACHE"  # without it MindSpore looks for no graph any more after a miss
+_FORCE = "MS_DEV_FORCE_USE_COMPILE_CACHE"  # without it MindSpore stops looking for graphs after a miss
 _NUMBERED = re.compile(r"(\w*compile_cache_)(\d+)(\.mindir)")
 
 
@@ -69,14 +68,14 @@ class GraphRecord:
 
 
 class CompileCache:
-    """Makes MindSpore take the graphs of cells from a directory, and puts there what had to be compiled.
+    """Makes MindSpore load graphs of cells from a directory, and stores there what had to be compiled.
 
-    As a listener to the phases of a run it says after the first iteration what the cache has gained.
+    It listens to the phases of a run and logs after the first iteration what the cache has gained.
 
     Args:
         directory: of this rank; several processes may use it at a time.
-        scratch: empty, and of this process alone.
-        made_from: on what graphs depend beside their cells: configuration, code, versions.
+        scratch: an empty directory of this process alone.
+        made_from: what graphs depend on beside their cells: configuration, code, versions.
         last_phase: of an iteration; when it has ended for the first time, all graphs are there.
 
     Attributes:
@@ -106,12 +105,12 @@ class CompileCache:
         self._place = _first_place(scratch)  # of MindSpore's next graph
         self._call: tuple[Any, ...] = ()
         self._entry: _Entry | None = None
-        self._laid: tuple[Path, int] | None = None
+        self._provided: tuple[Path, int] | None = None
         self._forced = os.environ.get(_FORCE)
-        self._told = False
+        self._logged = False
 
     def open(self) -> None:
-        """From here on graphs come from the cache, when it has them."""
+        """From now on graphs come from the cache when it has them."""
         ms.set_context(enable_compile_cache=True, compile_cache_path=str(self._scratch))
         os.environ[_FORCE] = "1"
         # One executor serves all cells. It calls the second method only for a graph that it does not have.
@@ -127,7 +126,7 @@ class CompileCache:
             os.environ[_FORCE] = self._forced
 
     def _compile(self, network: Any, *args: Any, **kwargs: Any) -> tuple[str, bool]:
-        """In place of the executor's own method, which most often finds that there is nothing to do."""
+        """Replaces the executor's own method, which most often finds that there is nothing to do."""
         self._call = (network, args, kwargs)
         started = time.perf_counter()
         try:
@@ -139,26 +138,28 @@ class CompileCache:
         return phase, is_new
 
     def _before_compilation(self, phase: str) -> None:
-        """Lays the graph where MindSpore will look for it."""
-        # Without the files of the script, whose digest is its key to the whole directory.
+        """Puts the graph where MindSpore will look for it."""
+        # No files of the script: their digest is MindSpore's key to the whole directory.
         executor._graph_executor.set_compile_cache_dep_files([])
         network, args, kwargs = self._call
         key = identity_of(self._made_from, network, inputs_identity(args, kwargs))
         self._entry = _Entry(self.directory / f"{_name(network)}-{key[:40]}")
-        self._laid = None
+        self._provided = None
         for left in _graphs(self._scratch):
             left.unlink()
         if self._entry.is_whole():
             self._place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._entry.graph, self._place)
-            self._laid = self._place, self._place.stat().st_mtime_ns
+            self._provided = self._place, self._place.stat().st_mtime_ns
 
     def _after_compilation(self, network: Any, seconds: float) -> None:
-        """Finds out whether MindSpore took the graph that was laid there; keeps the one that it compiled."""
+        """Finds out whether MindSpore has loaded the graph that was put there; stores the one it compiled."""
         assert self._entry is not None
-        # A graph that it compiles it writes, in the place of one that it could not read or in another.
-        written = [path for path in _graphs(self._scratch) if (path, path.stat().st_mtime_ns) != self._laid]
-        taken = self._laid is not None and not written
+        # MindSpore writes every graph that it compiles, over one that it could not read or beside it.
+        written = [
+            path for path in _graphs(self._scratch) if (path, path.stat().st_mtime_ns) != self._provided
+        ]
+        taken = self._provided is not None and not written
         for path in written[:1]:
             self._place = path
             unlisted = _unlisted_parameters(path, network)
@@ -172,7 +173,7 @@ class CompileCache:
         self.records.append(GraphRecord(_name(network), taken, seconds, stored))
 
     def summary(self) -> str:
-        """What the cache has gained so far, in a line."""
+        """What the cache has gained so far, in one line."""
         taken = [record for record in self.records if record.taken]
         compiled = [record for record in self.records if not record.taken]
         parts = []
@@ -189,15 +190,15 @@ class CompileCache:
         return f"compile cache {self.directory}: {', '.join(parts) or 'no graph yet'}"
 
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
-        """Nothing to say."""
+        """Nothing to do."""
 
     def phase_advanced(self, done: int) -> None:
-        """Nothing to say."""
+        """Nothing to do."""
 
     def phase_ended(self, name: str) -> None:
-        """Says after the first iteration, when all its graphs are there, what the cache has gained."""
-        if name == self._last_phase and not self._told:
-            self._told = True
+        """Logs after the first iteration, when all graphs are there, what the cache has gained."""
+        if name == self._last_phase and not self._logged:
+            self._logged = True
             logger.info("%s", self.summary())
             if not all(record.taken for record in self.records):
                 remove_oldest(self.directory, KEPT_BYTES)
@@ -226,7 +227,7 @@ def open_compile_cache(
 
 
 class _Entry:
-    """A kept graph: its file, and beside it a digest of that and the seconds that it took to compile."""
+    """A stored graph: its file, and beside it the digest of that file and the seconds of its compilation."""
 
     def __init__(self, stem: Path) -> None:
         self.graph = stem.with_name(stem.name + ".mindir")
@@ -240,7 +241,7 @@ class _Entry:
             return False
 
     def use(self) -> float:
-        """Marks it as used now; the seconds that its compilation took."""
+        """Marks it as used now; returns the seconds that its compilation took."""
         with suppress(OSError):
             os.utime(self.note)
         try:
@@ -249,7 +250,7 @@ class _Entry:
             return 0.0
 
     def store(self, graph: Path, seconds: float) -> None:
-        """Keeps a graph; a disk that is full costs the cache, not the run."""
+        """Stores a graph; a full disk costs the cache, not the run."""
         try:
             with atomic_file(self.graph) as temporary:
                 shutil.copyfile(graph, temporary)
@@ -263,7 +264,7 @@ class _Entry:
 
 
 def remove_oldest(directory: Path, limit: int) -> None:
-    """Removes graphs of a rank, those used longest ago first, until they take ``limit`` bytes at most."""
+    """Removes the least recently used graphs of a rank until they take at most ``limit`` bytes."""
     found = []
     for note in directory.glob("*.json"):
         with suppress(OSError):  # another process has removed it already

@@ -25,10 +25,10 @@ class Runtime:
 
 
 def check_device(context: ContextConfig) -> None:
-    """Refuses a device this machine does not have, before anything is built.
+    """Refuses a device that this machine does not have, before anything is built.
 
     Raises:
-        MindRLHFError: names the YAML's device and the flag that overrides it.
+        MindRLHFError: names the device of the YAML and the flag that overrides it.
     """
     if not ms.hal.is_available(context.device_target):
         raise MindRLHFError(
@@ -38,17 +38,17 @@ def check_device(context: ContextConfig) -> None:
 
 
 def check_matmul_dtype(model: ModelConfig) -> None:
-    """Makes ready what ``--cpu_matmul_dtype`` needs, before anything is built.
+    """Compiles the operators that ``--cpu_matmul_dtype`` needs, before anything is built.
 
     Raises:
-        MindRLHFError: this machine cannot do it; says what it lacks.
+        MindRLHFError: this machine cannot; names what it lacks.
     """
     if model.matmul_dtype == "bfloat16":
         product_library()
 
 
 def start_runtime(context: ContextConfig, *, use_parallel: bool, scratch_dir: str) -> Runtime:
-    """Chooses device and graph mode, and joins the other workers when there are any.
+    """Chooses the device and graph mode, and joins the other workers if there are any.
 
     Args:
         context: the YAML's ``context`` section.

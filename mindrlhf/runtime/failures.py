@@ -1,4 +1,4 @@
-"""Which process of a job is to blame when it fails or stands still, and what the one message says."""
+"""Failure reports: which process of a job failed or hangs, where, and why."""
 
 from __future__ import annotations
 
@@ -7,92 +7,90 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mindrlhf.runtime.heartbeat import ENDED, FAILED, RUNNING, SCHEDULER, Beat
-from mindrlhf.runtime.processes import Process
+from mindrlhf.runtime.heartbeat import ENDED, FAILED, RUNNING, SCHEDULER, Heartbeat
+from mindrlhf.runtime.processes import ProcessState
 
 MESSAGE_START = "ERROR job failed: "
-"""Begins the one line; msrun shows a scheduler's lines with ERROR when a job has failed."""
+"""Begins the one line; msrun shows the lines of a scheduler's log with ERROR when a job has failed."""
 
-INTERRUPTED = frozenset({0, 130, 143, -signal.SIGINT, -signal.SIGTERM})
-"""Exit codes of processes that were asked to end."""
-
+_ASKED_TO_END = frozenset({0, 130, 143, -signal.SIGINT, -signal.SIGTERM})
 _LONGEST_CAUSE = 1500
+
+Heartbeats = Mapping[int, Heartbeat]
+States = Mapping[int, ProcessState]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Who, where and why."""
+class FailureReport:
+    """Which process failed, with its last heartbeat, and why."""
 
-    blamed: Beat
+    process: Heartbeat
     cause: str
     is_hang: bool = False
 
     def message(self, world_size: int, *, extra: str = "") -> str:
-        """One line, with :data:`MESSAGE_START`."""
-        beat = self.blamed
-        who = f"{beat.name} of {world_size}" if beat.rank != SCHEDULER and world_size > 1 else beat.name
-        log = f"; its log: {beat.log}" if beat.log else ""
+        """The report in one line, which begins with :data:`MESSAGE_START`."""
+        process = self.process
+        of_all = f" of {world_size}" if process.rank != SCHEDULER and world_size > 1 else ""
+        log = f"; its log: {process.log}" if process.log else ""
         cause = " | ".join(line.strip() for line in self.cause.splitlines() if line.strip())
         if len(cause) > _LONGEST_CAUSE:
             cause = cause[:_LONGEST_CAUSE] + "..."
-        return f"{MESSAGE_START}{who}, {beat.place}: {cause}{extra}{log}"
+        return f"{MESSAGE_START}{process.name}{of_all}, {process.place}: {cause}{extra}{log}"
 
 
 def find_failure(
-    beats: Mapping[int, Beat],
-    looks: Mapping[int, Process],
-    reported_before: frozenset[int],
-    *,
-    out_of_memory: bool = False,
-) -> Verdict | None:
-    """The first failure of a job, if any; to be called again and again.
+    heartbeats: Heartbeats, states: States, failed_before: frozenset[int], *, out_of_memory: bool = False
+) -> FailureReport | None:
+    """The first failure of a job, if there is one; to be called again and again.
 
-    A process that died without a word is the cause where one that reported a failure still lives: an error of
-    communication is what the others see of a death. One that had reported at the look before this was first.
+    When a process has died silently and another that reported a failure is still alive, the death is the
+    cause: other ranks see it as a communication error. A failure that was reported before the last call came
+    first.
 
     Args:
-        beats: last sign of each process, by rank.
-        looks: at these processes, not older than the beats.
-        reported_before: ranks whose failure was already there at the last look.
-        out_of_memory: whether the kernel has killed for want of memory in the meantime.
+        heartbeats: the last of every process, by rank.
+        states: of these processes, not older than the heartbeats.
+        failed_before: ranks that had reported a failure at the last call.
+        out_of_memory: whether the kernel has killed a process for lack of memory in the meantime.
     """
+    workers_ended = all(b.state == ENDED for rank, b in heartbeats.items() if rank != SCHEDULER)
     silent = [
         rank
-        for rank, beat in beats.items()
-        if beat.state == RUNNING
-        and not looks[rank].is_alive
-        and looks[rank].exit_code not in INTERRUPTED
-        and not (rank == SCHEDULER and _all_ended(beats))
+        for rank, heartbeat in heartbeats.items()
+        if heartbeat.state == RUNNING
+        and not states[rank].is_alive
+        and states[rank].exit_code not in _ASKED_TO_END
+        and not (rank == SCHEDULER and workers_ended)
     ]
-    reported = sorted((rank for rank, beat in beats.items() if beat.state == FAILED), key=_workers_first)
-    if reported and (reported_before or not silent or not all(looks[rank].is_alive for rank in reported)):
-        # Faults of input are found by all ranks at once; the lowest speaks for them.
-        first = next((rank for rank in reported if rank in reported_before), reported[0])
-        return Verdict(beats[first], beats[first].cause)
+    failed = [rank for rank, heartbeat in heartbeats.items() if heartbeat.state == FAILED]
+    if failed and (failed_before or not silent or not all(states[rank].is_alive for rank in failed)):
+        # All ranks find a fault of the input at once; the lowest reports it.
+        rank = _first([rank for rank in failed if rank in failed_before] or failed)
+        return FailureReport(heartbeats[rank], heartbeats[rank].cause)
     if silent:
-        first = min(silent, key=_workers_first)
-        return Verdict(beats[first], _cause_of_death(looks[first], out_of_memory=out_of_memory))
+        rank = _first(silent)
+        return FailureReport(heartbeats[rank], _cause_of_death(states[rank].exit_code, out_of_memory))
     return None
 
 
-def find_stalled(
-    beats: Mapping[int, Beat], looks: Mapping[int, Process], stacks: Mapping[int, str]
-) -> list[int]:
-    """The ranks that the others wait for.
+def find_stalled(heartbeats: Heartbeats, states: States, stacks: Mapping[int, str]) -> list[int]:
+    """The ranks that the other ranks wait for; several where they cannot be told apart.
 
-    In this order: a process that is stopped; the rank that is phases behind; one whose main thread is not in
-    a call of MindSpore while others' are, or elsewhere than most; the one with fewer units done; the one that
-    was heard of last. More than one where they cannot be told apart.
+    The first rule that tells ranks apart decides: the process is stopped; the rank is phases behind; its main
+    thread is not in a call of MindSpore while others' are, or elsewhere than most; it has done fewer units.
 
     Args:
-        beats, looks: of the ranks that have not ended.
+        heartbeats: of the ranks that have not ended.
+        states: of their processes.
         stacks: their Python stacks as faulthandler writes them.
     """
-    ranks = sorted(beats)
-    stopped = [rank for rank in ranks if looks[rank].state == "T"]
+    ranks = sorted(heartbeats)
+    stopped = [rank for rank in ranks if states[rank].state == "T"]
     if stopped:
         return stopped
-    behind = _lowest(ranks, {rank: (beats[rank].iteration, beats[rank].steps) for rank in ranks})
+    places = {rank: (heartbeats[rank].iteration, heartbeats[rank].steps) for rank in ranks}
+    behind = [rank for rank in ranks if places[rank] == min(places.values())]
     if len(behind) < len(ranks):
         return behind
     frames = {rank: main_frames(stacks.get(rank, "")) for rank in ranks}
@@ -102,30 +100,31 @@ def find_stalled(
     common, count = Counter(frames.values()).most_common(1)[0]
     if len(ranks) / 2 < count < len(ranks):
         return [rank for rank in ranks if frames[rank] != common]
-    return _lowest(ranks, {rank: (beats[rank].done,) for rank in ranks})
+    fewest = min(heartbeat.done for heartbeat in heartbeats.values())
+    return [rank for rank in ranks if heartbeats[rank].done == fewest]
 
 
-def stall_verdict(
-    beats: Mapping[int, Beat],
-    looks: Mapping[int, Process],
-    stacks: Mapping[int, str],
-    now: float,
-    reason: str,
-) -> Verdict:
-    """Who is to blame for a standstill."""
-    blamed = find_stalled(beats, looks, stacks)
-    first = beats[blamed[0]]
+def report_hang(
+    heartbeats: Heartbeats, states: States, stacks: Mapping[int, str], now: float, reason: str
+) -> FailureReport:
+    """The report about a job that makes no progress; arguments as for :func:`find_stalled`.
+
+    Args:
+        now: time on the heartbeats' clock.
+        reason: the limit that was reached.
+    """
+    stalled = find_stalled(heartbeats, states, stacks)
+    first = heartbeats[stalled[0]]
     cause = f"no progress for {now - first.time:.0f} s ({reason})"
-    if looks[first.rank].state == "T":
+    if states[first.rank].state == "T":
         cause += ", the process is stopped (SIGSTOP)"
     elif frames := main_frames(stacks.get(first.rank, "")):
         cause += f", it is at {frames[0]}"
-    others = sorted(rank for rank in beats if rank not in blamed)
-    if len(blamed) > 1:
-        cause += f"; so are rank(s) {_list(blamed[1:])}"
-    if others:
-        cause += f"; rank(s) {_list(others)} wait for it, {beats[others[0]].place}"
-    return Verdict(first, f"{cause}; Python stacks are in *.stacks beside the logs", is_hang=True)
+    if len(stalled) > 1:
+        cause += f"; so are rank(s) {_list(stalled[1:])}"
+    if waiting := sorted(rank for rank in heartbeats if rank not in stalled):
+        cause += f"; rank(s) {_list(waiting)} wait for it, {heartbeats[waiting[0]].place}"
+    return FailureReport(first, f"{cause}; Python stacks are in *.stacks beside the logs", is_hang=True)
 
 
 def main_frames(stacks: str) -> tuple[str, ...]:
@@ -141,8 +140,7 @@ def main_frames(stacks: str) -> tuple[str, ...]:
     return tuple(frames)
 
 
-def _cause_of_death(look: Process, *, out_of_memory: bool) -> str:
-    code = look.exit_code
+def _cause_of_death(code: int | None, out_of_memory: bool) -> str:
     if code is None:
         return "the process has ended without a word"
     if code >= 0:
@@ -155,17 +153,9 @@ def _cause_of_death(look: Process, *, out_of_memory: bool) -> str:
     return f"the process was killed ({name}): kill -9, or a memory limit of its container"
 
 
-def _all_ended(beats: Mapping[int, Beat]) -> bool:
-    return all(beat.state == ENDED for rank, beat in beats.items() if rank != SCHEDULER)
-
-
-def _workers_first(rank: int) -> tuple[bool, int]:
-    return rank == SCHEDULER, rank
-
-
-def _lowest(ranks: list[int], keys: Mapping[int, tuple[float, ...]]) -> list[int]:
-    lowest = min(keys.values())
-    return [rank for rank in ranks if keys[rank] == lowest]
+def _first(ranks: list[int]) -> int:
+    """The lowest rank; the scheduler only when it is alone."""
+    return min(ranks, key=lambda rank: (rank == SCHEDULER, rank))
 
 
 def _list(ranks: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""A digest of all that the graph of a cell is made from, the same in every process."""
+"""A digest of everything that the graph of a cell is made from, the same in every process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-# Of what every cell has, this enters its graph; the rest is bookkeeping, times and numbers of this process.
+# Attributes of every cell that enter its graph; the others are bookkeeping, times and ids of this process.
 _OF_EVERY_CELL = {
     "_amp_level", "_buffers", "_cells", "_func_graph_flags", "_jit_config_dict", "_params", "_primitives",
     "mixed_precision_type", "requires_grad", "training",
 }  # fmt: skip
-# What a compilation leaves with a cell.
+# Attributes that a compilation adds to a cell.
 _OF_COMPILED_CELLS = {
     "__compile_cell_hook__", "__parse_method__", "compile_phase", "current_phase", "sequence_modified",
 }  # fmt: skip
-_LEFT_EMPTY = "_func_graph_flags"  # by a compilation, where there was none
+_LEFT_EMPTY = "_func_graph_flags"  # added by a compilation where there was none
 _LIBRARIES = ("mindspore", "mindformers", "numpy", "builtins")  # told apart by their versions
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
@@ -33,8 +33,8 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 def identity_of(*values: Any) -> str:
     """A digest of values and, attribute by attribute, of what they hold.
 
-    Constants count with their content, parameters with name, shape and type: their numbers are no part of a
-    graph. Functions count with what they close over, classes and functions with their source file.
+    Constants count with their content, parameters with name, shape and type, because their numbers are not
+    part of a graph. Functions count with what they close over, classes and functions with their source file.
     """
     writer = _Writer()
     for value in values:
@@ -68,7 +68,7 @@ def _bookkeeping() -> set[str]:
 
 @functools.cache
 def _source(module: str) -> str:
-    """Digest of a module's file; nothing for the libraries and for what has no file."""
+    """Digest of a module's file; empty for the libraries and for modules without a file."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if module.partition(".")[0] in _LIBRARIES or file is None:
         return ""
@@ -76,12 +76,12 @@ def _source(module: str) -> str:
 
 
 class _Writer:
-    """Feeds a digest with values; what it has met before goes in by its number, so cycles end."""
+    """Feeds a digest with values; a value that it has met before counts by its number, so cycles end."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._met: dict[int, int] = {}
-        self._alive: list[Any] = []  # else another object could get the id of one that is gone
+        self._alive: list[Any] = []  # else a new object could get the id of one that is gone
 
     def digest(self) -> str:
         """Of everything so far."""

@@ -26,8 +26,8 @@ class _GatherRows(nn.Cell):
 class HostExchange:
     """Gathers rows that data-parallel replicas have made, so that every rank holds the same global batch.
 
-    All arrays of a call travel bit for bit in one int32 AllGather, and every rank keeps the copy of the
-    same source rank: replicas cannot drift apart through rounding.
+    All arrays of a call travel bit for bit in one int32 AllGather, and every rank keeps the copy of the same
+    source rank: replicas cannot drift apart through rounding.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -59,15 +59,15 @@ class HostExchange:
         return result
 
     def every_rank(self, array: np.ndarray) -> np.ndarray:
-        """One (k,) int32 or float32 array of each rank -> (world, k), in rank order."""
+        """One (k,) int32 or float32 array per rank -> (world, k), in rank order."""
         return self.gather_rows({"x": array[None]}, Mesh(dp=self.runtime.world_size))["x"]
 
     def sum(self, array: np.ndarray, mesh: Mesh) -> np.ndarray:
-        """Sum of one float32 array over the replicas of ``mesh``, equal on every rank."""
+        """The sum of one float32 array over the replicas of ``mesh``, equal on every rank."""
         return self.gather_rows({"x": array[None]}, mesh)["x"].sum(axis=0)
 
     def barrier(self) -> None:
-        """Returns when every worker has come here."""
+        """Returns when every worker has called it."""
         if self._gather is not None:
             self.every_rank(np.zeros(1, np.int32))
 
@@ -79,7 +79,7 @@ def _as_int32_rows(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def local_rows(count: int, mesh: Mesh, rank: int) -> slice:
-    """Which of ``count`` global rows the replica of ``rank`` works on."""
+    """The rows, of ``count`` global ones, that the replica of ``rank`` works on."""
     part = count // mesh.dp
     first = mesh.dp_index(rank) * part
     return slice(first, first + part)

@@ -1,4 +1,4 @@
-"""Memory of the process."""
+"""Memory of the process on the host."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 
 
 def release_freed_memory() -> None:
-    """Gives memory that was freed back to the system.
+    """Collects garbage and returns freed memory to the system.
 
-    glibc keeps it in its arenas, for instance after checkpoints were loaded. Elsewhere this only collects
-    garbage.
+    glibc keeps freed memory in its arenas, for example after checkpoints were loaded. Other C libraries have
+    no such call; there this only collects garbage.
     """
     gc.collect()
     if not sys.platform.startswith("linux"):

@@ -8,13 +8,13 @@ import shutil
 import socket
 import tempfile
 
-from mindrlhf.runtime.supervision import membership
+from mindrlhf.runtime.supervision import current_process
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.ranks import env_world_size
 
 
 def count_workers(*, use_parallel: bool) -> int:
-    """How many workers msrun has started; 1 without msrun.
+    """The number of workers that msrun has started; 1 without msrun.
 
     Raises:
         MindRLHFError: ``--use_parallel False`` under msrun.
@@ -29,10 +29,10 @@ def count_workers(*, use_parallel: bool) -> int:
 
 
 def serve_as_scheduler() -> None:
-    """What msrun's scheduler does: it serves the workers, and returns when they have ended.
+    """Serves the workers as msrun's scheduler; returns when they have ended.
 
     Raises:
-        MindRLHFError: something else listens on its port; the workers would wait for minutes.
+        MindRLHFError: another program listens on its port, for which the workers would wait for minutes.
     """
     _check_port(os.environ.get("MS_SCHED_HOST", "127.0.0.1"), os.environ.get("MS_SCHED_PORT", ""))
     from mindspore.communication import init
@@ -42,10 +42,10 @@ def serve_as_scheduler() -> None:
 
 def _check_port(host: str, port: str) -> None:
     if not port.isdecimal():
-        return  # MindSpore's own complaint names it
+        return  # MindSpore's own error names it
     try:
         with socket.socket() as listener:
-            # As the scheduler itself does: connections of an earlier job that linger are no hindrance.
+            # As the scheduler itself does: lingering connections of an earlier job do not matter.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, int(port)))
     except (OSError, OverflowError) as error:
@@ -56,9 +56,9 @@ def _check_port(host: str, port: str) -> None:
 
 
 def scratch_directory() -> str:
-    """A temporary directory, removed at exit, for what MindSpore and MindFormers write unasked."""
-    member = membership()  # its folder goes even when this process is killed
-    directory = tempfile.mkdtemp(prefix="mindrlhf_", dir=None if member is None else member.directory)
+    """A temporary directory, removed at exit, for files that MindSpore and MindFormers write unasked."""
+    process = current_process()  # its directory is removed even when this process is killed
+    directory = tempfile.mkdtemp(prefix="mindrlhf_", dir=None if process is None else process.directory)
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     os.environ.setdefault("LOCAL_DEFAULT_PATH", directory)  # MindFormers' log, made when it is imported
     os.environ.setdefault("MS_OM_PATH", directory)  # what a failed compilation leaves

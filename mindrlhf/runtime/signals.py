@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT: a job stops at its next safe point, all ranks at the same one, with its state saved.
+"""SIGTERM and SIGINT: all ranks of a job stop at the same safe point, with their state saved.
 
-SIGTERM is how clusters preempt a job: it saves and ends with status 0. The first SIGINT (Ctrl-C) saves, too,
-and ends with status 130; a second one ends the process at once.
+SIGTERM is how clusters preempt a job: it saves and ends with exit code 0. The first SIGINT (Ctrl-C) saves,
+too, and ends with exit code 130; a second one ends the process at once.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class StopRequest:
     """Whether a signal has asked this worker, or any other, to stop.
 
     Attributes:
-        signal: number of the signal that has asked this worker, 0 while none has.
-        agreed: number of the signal that all workers stop for, 0 while they do not.
+        signal: number of the signal that this worker has received, 0 if none.
+        agreed: number of the signal for which all workers stop, 0 if none.
     """
 
     def __init__(self) -> None:
@@ -56,18 +56,18 @@ class StopRequest:
                 signal.Signals(number).name,
                 "; once more ends it at once" if number == signal.SIGINT else "",
             )
-        self.signal = max(self.signal, number)  # SIGTERM is above SIGINT
+        self.signal = max(self.signal, number)  # SIGTERM wins over SIGINT
 
     def is_agreed(self, exchange: HostExchange) -> bool:
-        """Whether any rank was asked to stop; collective, the same answer on every rank."""
+        """Whether any rank has received a signal; collective, with the same answer on every rank."""
         self.agreed = int(exchange.every_rank(np.array([self.signal], np.int32)).max())
         return bool(self.agreed)
 
     def leave(self, checkpoint: Path) -> None:
-        """Says how to go on.
+        """Logs how to resume.
 
         Raises:
-            KeyboardInterrupt: it was a SIGINT.
+            KeyboardInterrupt: the signal was SIGINT.
         """
         logger.info(
             "stopped by %s, the state is in %s; --resume_training True goes on from it",
@@ -82,10 +82,10 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turns SIGTERM and SIGINT into a :class:`StopRequest` while the block runs.
 
-    Python runs signal handlers between two bytecodes of the main thread, which may sit in a graph or wait
-    for a dead worker in a collective for long. So a thread of its own reads the numbers of the signals from a
-    socket that the interpreter writes them to at once. It also takes SIGINT back from MindSpore, which turns
-    it into a SIGTERM while it compiles. Outside the main thread nothing is installed.
+    Python runs signal handlers between two bytecodes of the main thread, which may run a graph, or wait for a
+    dead worker in a collective, for a long time. So another thread reads the signals' numbers from a socket,
+    to which the interpreter writes them at once. That thread also takes SIGINT back from MindSpore, which
+    turns it into SIGTERM while it compiles. Outside the main thread nothing is installed.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -96,7 +96,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     writer.setblocking(False)
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, _leave_to_thread) for number in numbers}
-    # Read here, not in the thread: when that first runs, MindSpore may have taken the signal already.
+    # Read here and not in the thread: before that first runs, MindSpore may have taken the signal.
     sigint = _Disposition(signal.SIGINT)
     thread = threading.Thread(target=_listen, args=(reader, request, sigint), name="signals", daemon=True)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -113,7 +113,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def ignore_signals() -> None:
-    """For msrun's scheduler: SIGTERM and SIGINT do not end it, the workers need it to save."""
+    """For msrun's scheduler: SIGTERM and SIGINT must not end it, because workers need it while they save."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -138,7 +138,7 @@ def _listen(reader: socket.socket, request: StopRequest, sigint: _Disposition) -
 
 
 class _Disposition:
-    """What a signal does in this process, kept as the C library states it."""
+    """The action of a signal in this process, as the C library holds it."""
 
     def __init__(self, number: int) -> None:
         self._library = ctypes.CDLL(None)
@@ -151,6 +151,6 @@ class _Disposition:
 
 
 def _ask_for_sigterm_when_msrun_dies() -> None:
-    """A worker whose msrun was ended saves and ends, instead of running on alone; Linux only."""
+    """A worker whose msrun has died saves and ends instead of running on alone; Linux only."""
     if os.environ.get("MS_ROLE") == "MS_WORKER" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

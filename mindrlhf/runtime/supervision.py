@@ -1,7 +1,7 @@
-"""How a process of a job takes part in its supervision: it joins, says where it stands, and leaves.
+"""How a process of a job is supervised: it joins, reports where it is, and leaves.
 
-Under msrun every process joins in :func:`run_worker`, the scheduler too; a job in one
-process joins when it has a watchdog. The first one of a host starts :mod:`mindrlhf.runtime.supervisor`.
+Under msrun every process joins in :func:`run_worker`, the scheduler too; a job in one process joins when it
+has a watchdog. The first process of a host starts :mod:`mindrlhf.runtime.supervisor`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,72 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
-from mindrlhf.runtime.heartbeat import ENDED, FAILED, SCHEDULER, Heartbeat, read_beats, stack_file
-from mindrlhf.runtime.processes import birth_of
+from mindrlhf.runtime.heartbeat import (
+    ENDED,
+    FAILED,
+    SCHEDULER,
+    HeartbeatWriter,
+    read_heartbeats,
+    stack_file,
+)
+from mindrlhf.runtime.processes import start_ticks
 from mindrlhf.runtime.supervisor import STACK_SIGNAL
 from mindrlhf.utils.command_line import EXIT_INTERRUPTED, EXIT_TERMINATED, run_main
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler, under_msrun
 
 _LOCK = "supervisor.lock"
 _REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class SupervisedProcess:
+    """This process as a part of a supervised job.
+
+    Args:
+        heartbeat: of this process.
+        stacks: the file for its Python stacks.
+    """
+
+    def __init__(self, heartbeat: HeartbeatWriter, stacks: IO[str]) -> None:
+        self.heartbeat = heartbeat
+        self._stacks = stacks
+
+    @property
+    def directory(self) -> Path:
+        """The job's directory on this host; the supervisor removes it, however the job ends."""
+        return self.heartbeat.directory
+
+    def end(self, code: int = 0, cause: str = "") -> None:
+        """Says that this process ends; a cause says that it has failed.
+
+        The supervisor ends all processes after a failure. Else the last process removes the directory.
+        """
+        if cause:
+            self.heartbeat.update(state=FAILED, cause=cause, code=code)
+            return
+        self.heartbeat.update(state=ENDED, code=code)
+        faulthandler.unregister(STACK_SIGNAL)
+        self._stacks.close()
+        heartbeats = read_heartbeats(self.directory)
+        workers = [rank for rank in heartbeats if rank != SCHEDULER]
+        all_ended = all(heartbeat.state == ENDED for heartbeat in heartbeats.values())
+        if all_ended and len(workers) >= self.heartbeat.last.world_size:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+_current: SupervisedProcess | None = None
+
+
+def current_process() -> SupervisedProcess | None:
+    """This process, if it is supervised."""
+    return _current
+
+
+def report_progress(**fields: Any) -> None:
+    """Changes fields of this process's heartbeat; does nothing when it is not supervised."""
+    if _current is not None:
+        _current.heartbeat.update(**fields)
 
 
 def run_worker(main: Callable[[], int | None]) -> NoReturn:
@@ -38,135 +94,80 @@ def run_worker(main: Callable[[], int | None]) -> NoReturn:
     """
 
     def supervised() -> int | None:
-        join_under_msrun()
+        if under_msrun():
+            parent = os.getppid()  # msrun, the same for all processes of this host
+            job = f"{parent}_{start_ticks(parent)}"
+            join(job, SCHEDULER if is_scheduler() else env_rank(), env_world_size())
         return main()
 
-    run_main(supervised, on_exit=_report_exit)
+    def report_exit(cause: str, code: int) -> None:
+        if _current is not None:
+            _current.end(code, "" if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else cause)
+
+    run_main(supervised, on_exit=report_exit)
 
 
-def _report_exit(cause: str, code: int) -> None:
-    if _membership is None:
-        return
-    if cause and code not in (EXIT_INTERRUPTED, EXIT_TERMINATED):
-        _membership.fail(cause, code)
-    else:
-        _membership.leave(code)
-
-
-class Membership:
-    """This process as a part of a supervised job."""
-
-    def __init__(self, heartbeat: Heartbeat, stacks: IO[str]) -> None:
-        self.heartbeat = heartbeat
-        self._stacks = stacks
-
-    @property
-    def directory(self) -> Path:
-        """The job's folder on this host; the supervisor removes it, however the job ends."""
-        return self.heartbeat.directory
-
-    def fail(self, cause: str, code: int = 1) -> None:
-        """Reports a failure; the supervisor ends the other processes."""
-        self.heartbeat.update(state=FAILED, cause=cause, code=code)
-
-    def leave(self, code: int = 0) -> None:
-        """Says that this process ends as it should; the last one removes the folder."""
-        self.heartbeat.update(state=ENDED, code=code)
-        faulthandler.unregister(STACK_SIGNAL)
-        self._stacks.close()
-        beats = read_beats(self.directory)
-        workers = [rank for rank in beats if rank != SCHEDULER]
-        if len(workers) >= self.heartbeat.beat.world_size and all(b.state == ENDED for b in beats.values()):
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-
-_membership: Membership | None = None
-
-
-def membership() -> Membership | None:
-    """This process's membership, if it has joined."""
-    return _membership
-
-
-def join_under_msrun() -> Membership | None:
-    """Joins the job that msrun has started; ``None`` without msrun, or where there is no /proc."""
-    if not under_msrun():
-        return None
-    parent = os.getppid()  # msrun, the same for all of this host
-    return join(
-        f"{parent}_{birth_of(parent)}",
-        SCHEDULER if is_scheduler() else env_rank(),
-        env_world_size(),
-    )
-
-
-def join(job: str, rank: int, world_size: int) -> Membership | None:
+def join(job: str, rank: int, world_size: int) -> None:
     """Makes this process a part of a job, and starts the supervisor when it is the first one on this host.
+
+    It does nothing where processes cannot be watched: without /proc, or without a temporary directory that
+    can be written.
 
     Args:
         job: name that all processes of the job on this host have, and no other job.
         rank: of this process, or ``SCHEDULER``.
         world_size: number of workers.
-
-    Returns:
-        ``None`` where processes cannot be watched: without /proc, or without a writable temporary directory.
     """
-    global _membership
-    if birth_of(os.getpid()) == 0:
-        return None
+    global _current
+    if start_ticks(os.getpid()) == 0:
+        return
     directory = Path(tempfile.gettempdir()) / f"mindrlhf_job_{os.getuid()}_{socket.gethostname()}_{job}"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if directory.stat().st_uid != os.getuid():
-            return None
+            return
         stacks = stack_file(directory, rank).open("w")
     except OSError:
-        return None
+        return
     if under_msrun():
         _append_to_logs()
     faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
-    _membership = Membership(Heartbeat(directory, rank, world_size), stacks)
+    _current = SupervisedProcess(HeartbeatWriter(directory, rank, world_size), stacks)
     if rank == SCHEDULER or not _has_scheduler(directory):
         _start_supervisor(directory)
-    return _membership
+
+
+def leave() -> None:
+    """Ends the supervision of this process, which goes on."""
+    global _current
+    if _current is not None:
+        _current.end()
+    _current = None
 
 
 def _append_to_logs() -> None:
-    """msrun opens logs to be written from where one stands: what the supervisor adds would be overwritten."""
+    """msrun does not open logs for appending: what the supervisor adds would be overwritten."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
 
 
-def leave() -> None:
-    """Forgets the membership, as a test must."""
-    global _membership
-    if _membership is not None:
-        _membership.leave()
-    _membership = None
-
-
 def _has_scheduler(directory: Path) -> bool:
     """Whether msrun's scheduler runs on this host; it starts before the workers, but may be slower."""
     host = os.environ.get("MS_SCHED_HOST", "")
-    if not host or not is_local(host):
+    if not host:
         return False
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False  # the address is that of another machine
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         if (directory / _LOCK).exists():
             return True
         time.sleep(0.02)
     return False
-
-
-def is_local(host: str) -> bool:
-    """Whether an address is one of this machine."""
-    try:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-    except OSError:
-        return False
-    return True
 
 
 def _start_supervisor(directory: Path) -> None:
@@ -176,7 +177,7 @@ def _start_supervisor(directory: Path) -> None:
     except OSError:
         return
     path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-    # A session of its own: msrun kills the process group of a worker, Ctrl-C that of the terminal.
+    # In a session of its own: msrun kills the process group of a worker, Ctrl-C that of the terminal.
     subprocess.Popen(
         [sys.executable, "-m", "mindrlhf.runtime.supervisor", str(directory)],
         stdin=subprocess.DEVNULL,

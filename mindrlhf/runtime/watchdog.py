@@ -1,4 +1,4 @@
-"""The watchdog: tells the supervisor of each phase, so that it can name who makes no progress, and where."""
+"""The watchdog reports every phase to the supervisor, which names the rank that hangs, and where."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mindrlhf.runtime import supervision
-from mindrlhf.runtime.processes import birth_of
+from mindrlhf.runtime.processes import start_ticks
 from mindrlhf.utils.ranks import env_rank, env_world_size
 
 DEFAULT_TIMEOUT = 1800.0
-"""Seconds; above what the first iteration of a large model compiles without a sign."""
+"""Seconds; the first iteration of a large model compiles for less than that without a sign of progress."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class _Phase:
 
 
 class Watchdog:
-    """A listener of phases that writes this rank's heartbeat at each of them.
+    """Listens to the phases of a loop and writes this rank's heartbeat at each.
 
     Args:
         timeout: seconds without progress, on all ranks of a host, after which the job is ended; 0: never.
         computing: phases in which a rank waits for nothing but the other ranks: not for a disk, a network or
-            a device. A job in which no rank uses the CPU for half a minute of such a phase stands still, too.
-        device_target: of the job; the host of a device other than CPU may rightly wait in every phase.
+            a device. A job in which no rank uses the CPU for half a minute of such a phase hangs, too.
+        device_target: of the job; on another device than the CPU the host may rightly wait in every phase.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Watchdog:
         self._number = 0
 
     def follow(self, iteration: Callable[[], int], first_phase: str) -> None:
-        """Asks a loop, at each start of its first phase, which iteration begins, counted from 1."""
+        """Asks ``iteration`` for its number, counted from 1, at each start of the loop's first phase."""
         self._iteration, self._first_phase = iteration, first_phase
 
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
@@ -70,7 +70,7 @@ class Watchdog:
         self._beat()
 
     def phase_ended(self, name: str) -> None:
-        """The phase is over; when it has failed, it stays where the failure was."""
+        """The phase is over; after a failure the heartbeat keeps the phase of the failure."""
         if sys.exc_info()[0] is not None:
             return
         self._steps += 1
@@ -85,10 +85,7 @@ class Watchdog:
             self._write(self._phases[-1], between=False)
 
     def _write(self, phase: _Phase, *, between: bool) -> None:
-        member = supervision.membership()
-        if member is None:
-            return
-        member.heartbeat.update(
+        supervision.report_progress(
             iteration=self._number,
             phase=phase.name,
             between=between,
@@ -102,20 +99,18 @@ class Watchdog:
 
 
 def suspend_watchdog(phase: str) -> None:
-    """After the loop, where nothing tells of progress, there is no limit."""
-    member = supervision.membership()
-    if member is not None:
-        member.heartbeat.update(phase=phase, between=False, total=None, timeout=0.0, may_idle=True)
+    """Lifts the time limit, for work after the loop that reports no progress."""
+    supervision.report_progress(phase=phase, between=False, total=None, timeout=0.0, may_idle=True)
 
 
 @contextmanager
 def supervised(timeout: float) -> Iterator[None]:
-    """Has a job in one process supervised, unless it is already or the watchdog is off."""
-    if not timeout or supervision.membership() is not None:
+    """Has a job in one process supervised, unless it is supervised already or the watchdog is off."""
+    if not timeout or supervision.current_process() is not None:
         yield
         return
     pid = os.getpid()
-    supervision.join(f"{pid}_{birth_of(pid)}", env_rank(), env_world_size())
+    supervision.join(f"{pid}_{start_ticks(pid)}", env_rank(), env_world_size())
     try:
         yield
     finally:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pytest
 
 from mindrlhf.runtime.failures import MESSAGE_START
-from mindrlhf.runtime.heartbeat import ENDED, SCHEDULER, Heartbeat
+from mindrlhf.runtime.heartbeat import ENDED, SCHEDULER, HeartbeatWriter
 from mindrlhf.runtime.supervisor import Supervisor
 
 WORKERS = 3
@@ -140,26 +139,19 @@ with timer.phase("train", 8, "minibatches"):
     assert "Traceback" not in ended.logs["0"] + ended.logs["2"] + ended.logs["scheduler"]
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "the process was killed (SIGKILL)"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "the process was ended by SIGSEGV"),
-        ("os._exit(7)", "the process has ended with exit code 7"),
-    ],
-    ids=["killed", "crashed", "left"],
-)
-def test_a_silent_death_ends_all(tmp_path: Path, how: str, said: str) -> None:
-    body = f"""
+def test_a_silent_death_ends_all(tmp_path: Path) -> None:
+    body = """
 with timer.phase("rollout"):
     if rank == 2:
-        {how}
+        os.kill(os.getpid(), signal.SIGKILL)
     wait_in_a_collective()
 """
     ended = run(tmp_path, body, reap=1.0)  # as slow as msrun to ask for the exit code
     assert ended.seconds < 15
     (message,) = ended.messages
-    assert message.startswith(f"rank 2 of 3, in phase rollout of iteration 3: {said}")
+    assert message.startswith(
+        "rank 2 of 3, in phase rollout of iteration 3: the process was killed (SIGKILL)"
+    )
     assert {ended.codes[rank] for rank in ("0", "1", "scheduler")} == {-9}
 
 
@@ -202,11 +194,12 @@ def test_a_users_error_is_one_message(tmp_path: Path) -> None:
     assert [ended.codes[rank] for rank in "012"] == [2, 2, 2]
 
 
-def test_a_job_that_ends_well_is_left_alone(tmp_path: Path) -> None:
-    """Ranks may end at different times, and stay silent longer than a supervisor's look."""
-    ended = run(tmp_path, "time.sleep(0.7 * rank)", scheduler=2.5)
+def test_a_job_that_ends_well_or_is_interrupted_is_left_alone(tmp_path: Path) -> None:
+    """Ranks may end at different times, and be silent for longer than the supervisor's poll."""
+    body = "time.sleep(0.7 * rank)\nif rank:\n    raise KeyboardInterrupt"
+    ended = run(tmp_path, body, scheduler=2.5)
     assert ended.messages == []
-    assert set(ended.codes.values()) == {0}
+    assert ended.codes == {"scheduler": 0, "0": 0, "1": 130, "2": 130}
 
 
 def test_a_rank_that_starts_late_is_ended_too(tmp_path: Path) -> None:
@@ -215,12 +208,6 @@ def test_a_rank_that_starts_late_is_ended_too(tmp_path: Path) -> None:
     assert ended.codes == {"scheduler": -9, "0": 1, "1": -9, "2": -9}
     assert ended.seconds < 15
     assert "other hosts" not in ended.messages[0]
-
-
-def test_an_interrupted_job_has_not_failed(tmp_path: Path) -> None:
-    ended = run(tmp_path, "raise KeyboardInterrupt", scheduler=1)
-    assert ended.messages == []
-    assert [ended.codes[rank] for rank in "012"] == [130, 130, 130]
 
 
 def test_one_process_that_holds_the_interpreter_is_ended(tmp_path: Path) -> None:
@@ -255,9 +242,9 @@ def test_when_only_the_scheduler_is_left_the_supervisor_takes_the_folder_along(t
     """msrun kills its scheduler now and then, before that can remove the folder itself."""
     folder = tmp_path / "mindrlhf_job_0_host_1_1"
     folder.mkdir()
-    Heartbeat(folder, 0, 1).update(state=ENDED)
+    HeartbeatWriter(folder, 0, 1).update(state=ENDED)
     worker = folder / "rank_0.json"
-    worker.write_text(worker.read_text().replace('"birth": ', '"birth": 9'))  # nobody has that any more
-    Heartbeat(folder, SCHEDULER, 1)
+    worker.write_text(worker.read_text().replace('"started": ', '"started": 9'))  # nobody has that any more
+    HeartbeatWriter(folder, SCHEDULER, 1)
     Supervisor(folder).run()
     assert not folder.exists()

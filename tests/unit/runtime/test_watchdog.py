@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mindrlhf.runtime import supervision
-from mindrlhf.runtime.heartbeat import Beat, Heartbeat
+from mindrlhf.runtime.heartbeat import Heartbeat, HeartbeatWriter
 from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
 from mindrlhf.utils.timers import PhaseTimer
 
@@ -16,51 +16,51 @@ COMPUTING = frozenset({"rollout", "score", "train"})
 
 
 @pytest.fixture
-def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heartbeat]:
+def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeartbeatWriter]:
     """The heartbeat of a process that has joined; no supervisor is started."""
     with (tmp_path / "stacks").open("w") as stacks:
-        member = supervision.Membership(Heartbeat(tmp_path, 1, 4), stacks)
-        monkeypatch.setattr(supervision, "_membership", member)
+        member = supervision.SupervisedProcess(HeartbeatWriter(tmp_path, 1, 4), stacks)
+        monkeypatch.setattr(supervision, "_current", member)
         yield member.heartbeat
 
 
-def test_phases_and_their_progress_are_written(heart: Heartbeat) -> None:
+def test_phases_and_their_progress_are_written(heart: HeartbeatWriter) -> None:
     watchdog = Watchdog(60.0, computing=COMPUTING)
     iteration = 4
     watchdog.follow(lambda: iteration, first_phase="rollout")
     timer = PhaseTimer([watchdog])
     with timer.phase("rollout", 10, "tokens"):
-        assert heart.beat.place == "in phase rollout (0 of 10 tokens done) of iteration 4"
+        assert heart.last.place == "in phase rollout (0 of 10 tokens done) of iteration 4"
         timer.advance(3)
         timer.advance(4)
-        assert heart.beat.done == 7
-        assert (heart.beat.timeout, heart.beat.may_idle, heart.beat.steps) == (60.0, False, 1)
-    assert heart.beat.place == "after phase rollout of iteration 4"
-    assert (heart.beat.may_idle, heart.beat.steps) == (True, 2)
+        assert heart.last.done == 7
+        assert (heart.last.timeout, heart.last.may_idle, heart.last.steps) == (60.0, False, 1)
+    assert heart.last.place == "after phase rollout of iteration 4"
+    assert (heart.last.may_idle, heart.last.steps) == (True, 2)
     iteration = 5  # counted on before the save, which is still of iteration 4
     with timer.phase("save"):
-        assert heart.beat.place == "in phase save of iteration 4"
-        assert heart.beat.may_idle, "a save waits for a disk"
+        assert heart.last.place == "in phase save of iteration 4"
+        assert heart.last.may_idle, "a save waits for a disk"
     with timer.phase("rollout"):
-        assert heart.beat.iteration == 5
+        assert heart.last.iteration == 5
 
 
-def test_a_phase_inside_another_does_not_lose_its_count(heart: Heartbeat) -> None:
+def test_a_phase_inside_another_does_not_lose_its_count(heart: HeartbeatWriter) -> None:
     """A stage evaluates and saves in the middle of its training phase."""
     timer = PhaseTimer([Watchdog(60.0, computing=COMPUTING)])
     with timer.phase("train", 54, "steps"):
         timer.advance(20)
         with timer.phase("save"):
-            assert heart.beat.place == "in phase save"
-            assert heart.beat.may_idle
-        assert heart.beat.place == "in phase train (20 of 54 steps done)"
-        assert not heart.beat.may_idle
+            assert heart.last.place == "in phase save"
+            assert heart.last.may_idle
+        assert heart.last.place == "in phase train (20 of 54 steps done)"
+        assert not heart.last.may_idle
         timer.advance()
-        assert heart.beat.done == 21
-    assert heart.beat.place == "after phase train"
+        assert heart.last.done == 21
+    assert heart.last.place == "after phase train"
 
 
-def test_a_failure_stays_where_it_was(heart: Heartbeat) -> None:
+def test_a_failure_stays_where_it_was(heart: HeartbeatWriter) -> None:
     timer = PhaseTimer([Watchdog()])
 
     def fail() -> None:
@@ -69,33 +69,33 @@ def test_a_failure_stays_where_it_was(heart: Heartbeat) -> None:
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert heart.beat.place == "in phase train"
+    assert heart.last.place == "in phase train"
 
 
-def test_a_phase_that_asks_a_server_may_wait(heart: Heartbeat) -> None:
+def test_a_phase_that_asks_a_server_may_wait(heart: HeartbeatWriter) -> None:
     watchdog = Watchdog(60.0, computing=COMPUTING - {"score"})
     watchdog.phase_started("score", None, "")
-    assert heart.beat.may_idle
+    assert heart.last.may_idle
     # A device computes while its host waits; and the watchdog is off.
     for other in (
         Watchdog(60.0, computing=COMPUTING, device_target="Ascend"),
         Watchdog(0, computing=COMPUTING),
     ):
         other.phase_started("train", None, "")
-        assert heart.beat.may_idle
+        assert heart.last.may_idle
 
 
-def test_after_the_loop_there_is_no_limit(heart: Heartbeat) -> None:
+def test_after_the_loop_there_is_no_limit(heart: HeartbeatWriter) -> None:
     timer = PhaseTimer([Watchdog(60.0)])
     with timer.phase("save", 3, "files"):
         pass
-    assert heart.beat.timeout == 60.0
+    assert heart.last.timeout == 60.0
     suspend_watchdog("export")
-    assert (heart.beat.place, heart.beat.timeout) == ("in phase export", 0.0)
+    assert (heart.last.place, heart.last.timeout) == ("in phase export", 0.0)
 
 
 def test_without_a_supervisor_a_watchdog_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "_membership", None)
+    monkeypatch.setattr(supervision, "_current", None)
     Watchdog().phase_started("train", None, "")
     suspend_watchdog("export")
 
@@ -107,15 +107,15 @@ def test_one_process_is_supervised_while_the_block_runs(
     started: list[Path] = []
     monkeypatch.setattr(supervision, "_start_supervisor", started.append)
     with supervised(60.0):
-        member = supervision.membership()
+        member = supervision.current_process()
         assert member is not None
         assert [member.directory] == started == list(tmp_path.iterdir())
-        beat: Beat = member.heartbeat.beat
+        beat: Heartbeat = member.heartbeat.last
         assert (beat.rank, beat.world_size) == (0, 1)
         with supervised(60.0):
-            assert supervision.membership() is member
-        assert supervision.membership() is member
-    assert supervision.membership() is None
+            assert supervision.current_process() is member
+        assert supervision.current_process() is member
+    assert supervision.current_process() is None
     assert list(tmp_path.iterdir()) == []
     with supervised(0):
-        assert supervision.membership() is None
+        assert supervision.current_process() is None
