@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mindrlhf.checkpoint.shards import load_shard, merge_shards, save_shard
     from mindrlhf.checkpoint.transform import transform_checkpoint
     from mindrlhf.configs.load import load_job, load_ppo_config, load_run_config
+    from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions
     from mindrlhf.configs.schema import JobConfig, ModelConfig, PPOConfig, RunConfig
     from mindrlhf.data.preprocess import PreprocessOptions, preprocess
     from mindrlhf.data.prompts import PromptBatch, PromptStream
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
     from mindrlhf.parallel.reshard import Resharder
     from mindrlhf.parallel.strategy import write_strategies
     from mindrlhf.report.__main__ import write_report
-    from mindrlhf.trainer.job import JobOptions, run_ppo
+    from mindrlhf.trainer.job import run_ppo
     from mindrlhf.trainer.ppo_trainer import PPOTrainer
-    from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
     from mindrlhf.trainer.stages.reward import run_reward
     from mindrlhf.trainer.stages.sft import run_sft
     from mindrlhf.utils.errors import CheckpointError, ConfigError, DataError, MindRLHFError
@@ -53,7 +53,6 @@ __all__ = [
     "GenerationOutput",
     "Groups",
     "JobConfig",
-    "JobOptions",
     "Layout",
     "Mesh",
     "MindRLHFError",
@@ -61,6 +60,7 @@ __all__ = [
     "PPOConfig",
     "PPOModelInfer",
     "PPOModelTrain",
+    "PPOOptions",
     "PPOTrainer",
     "PreprocessOptions",
     "PromptBatch",
@@ -109,6 +109,7 @@ _MODULES = {
     "checkpoint.shards": "load_shard merge_shards save_shard",
     "checkpoint.transform": "transform_checkpoint",
     "configs.load": "load_job load_ppo_config load_run_config",
+    "configs.options": "PPOOptions RewardOptions SFTOptions",
     "configs.schema": "JobConfig ModelConfig PPOConfig RunConfig",
     "data.preprocess": "PreprocessOptions preprocess",
     "data.prompts": "PromptBatch PromptStream",
@@ -123,9 +124,8 @@ _MODULES = {
     "parallel.reshard": "Resharder",
     "parallel.strategy": "write_strategies",
     "report.__main__": "write_report",
-    "trainer.job": "JobOptions run_ppo",
+    "trainer.job": "run_ppo",
     "trainer.ppo_trainer": "PPOTrainer",
-    "trainer.stages.options": "RewardOptions SFTOptions",
     "trainer.stages.reward": "run_reward",
     "trainer.stages.sft": "run_sft",
     "utils.errors": "CheckpointError ConfigError DataError MindRLHFError",

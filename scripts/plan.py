@@ -21,7 +21,6 @@ from mindrlhf.configs.load import load_job
 from mindrlhf.planning.render import print_report
 from mindrlhf.planning.report import make_report, memory_limit, parse_bytes, report_dict
 from mindrlhf.planning.splits import with_world_size
-from mindrlhf.trainer.job import beside_train_config
 from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import ConfigError
 
@@ -83,7 +82,6 @@ def yaml_paths(args: argparse.Namespace) -> dict[str, Any]:
     missing = [f"--{name}: missing - name the YAML" for name in list(named)[:2] if named[name] is None]
     if missing:
         raise ConfigError(missing)
-    named["ppo_config"] = named["ppo_config"] or beside_train_config(named["sft_path_train"])
     infer = named["sft_path_infer"]
     return named | {"reward_path": args.reward_path or infer, "critic_path": args.critic_path or infer}
 

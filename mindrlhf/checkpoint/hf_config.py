@@ -10,7 +10,7 @@ from typing import Any
 from mindrlhf.checkpoint.element_types import DType
 from mindrlhf.checkpoint.sources import bullet_list
 from mindrlhf.configs.faults import shown
-from mindrlhf.configs.rules import MAX_INT
+from mindrlhf.configs.fields import MAX_INT
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import LM_HEAD, SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError

@@ -12,23 +12,16 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
+from mindrlhf.configs.flags import add_flags
+from mindrlhf.configs.options import SFTOptions
 from mindrlhf.runtime.supervision import run_worker
-from mindrlhf.trainer.stages.flags import add_stage_flags, optional_path
-from mindrlhf.trainer.stages.options import SFTOptions
 from mindrlhf.utils.command_line import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of :class:`mindrlhf.trainer.stages.options.SFTOptions`."""
+    """The flags of :class:`mindrlhf.configs.options.SFTOptions`."""
     parser = new_parser(__doc__)
-    files = add_stage_flags(
-        parser,
-        config_flag="--sft_path",
-        data="MindRecord of rlhf_data.py (with or without --pairs)",
-        result="a policy for --load_sft_checkpoint_train of ppo_one_stage.py",
-    )
-    files.add_argument("--export_hf_dir", type=optional_path, help="export the policy in Hugging Face format")
-    files.add_argument("--tokenizer_path", type=optional_path, help="copied into the export")
+    add_flags(parser, SFTOptions)
     return parser
 
 

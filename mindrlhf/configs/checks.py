@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindrlhf.configs.faults import Faults
+from mindrlhf.configs.fields import join, keys_of
+from mindrlhf.configs.options import StageOptions
 from mindrlhf.configs.ppo_file import PPODraft
-from mindrlhf.configs.rules import join
 from mindrlhf.configs.run_file import RunDraft
+from mindrlhf.configs.schema import CRITIC_KEYS, PPOConfig, RunnerConfig, unfinished_warm_up
 
 MODEL = "model.model_config"
 
@@ -59,6 +61,7 @@ def check_run(draft: RunDraft, faults: Faults) -> None:
         model, "num_heads", model.get("n_kv_heads"), "n_kv_heads", at(draft, f"{MODEL}.num_heads"), faults
     )
     _check_head_dim(draft, faults)
+    check_rate(draft, draft.lr_schedule, faults)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         ids = model.get(key, ())
         check_inside_vocab(
@@ -66,6 +69,18 @@ def check_run(draft: RunDraft, faults: Faults) -> None:
             model.get("vocab_size"),
             at(draft, f"{MODEL}.{key}"),
             faults,
+        )
+
+
+def check_rate(draft: RunDraft, schedule: Mapping[str, Any], faults: Faults) -> None:
+    """A fault when the optimizer of a file states another learning rate than the schedule that it follows."""
+    stated = draft.optimizer.get("learning_rate")
+    followed = schedule.get("learning_rate", schedule.get("base_lr"))
+    if stated is not None and followed is not None and stated != followed:
+        faults.add(
+            at(draft, "optimizer.learning_rate"),
+            f"differs from lr_schedule ({stated:g} against {followed:g})",
+            "the schedule decides: remove it here, or make them equal",
         )
 
 
@@ -118,7 +133,35 @@ def check_ppo(ppo: PPODraft, faults: Faults) -> None:
                 f"never sampled ({', '.join(map(str, never))})",
                 f"ids must be below valid_vocab_size ({ids[1]})",
             )
+    _check_critic(ppo, faults)
     _check_critic_warm_up(ppo, faults)
+
+
+def _check_critic(ppo: PPODraft, faults: Faults) -> None:
+    """The estimator and the critic must go together; without a critic nothing may ask for one."""
+    from mindrlhf.algorithms.advantages import ADVANTAGES  # numpy: only once a configuration is checked
+
+    settings = ppo.get("advantage", "critic")
+    if settings:
+        advantage, critic = settings
+        if ADVANTAGES[advantage].needs_critic and critic == "none":
+            faults.add(
+                ppo.where("critic"),
+                f"advantage {advantage} needs the values of a critic (none)",
+                "use critic: separate or shared, or an advantage that needs none",
+            )
+        if not ADVANTAGES[advantage].needs_critic and critic != "none":
+            faults.add(
+                ppo.where("advantage"),
+                f"a critic would be trained and never used ({advantage} with critic: {critic})",
+                "set critic: none",
+            )
+    if ppo.get("critic") != ("none",):
+        return
+    keys = keys_of(PPOConfig)
+    for name in CRITIC_KEYS:
+        if (value := ppo.get(name)) and value[0] != keys[name].default:
+            faults.add(ppo.where(name), f"without effect with critic: none ({value[0]})", "remove it")
 
 
 def _check_critic_warm_up(ppo: PPODraft, faults: Faults) -> None:
@@ -145,12 +188,14 @@ def check_job(roles: Mapping[str, RunDraft], ppo: PPODraft, world_size: int | No
     """Relations across the files of a job.
 
     Args:
-        roles: draft of "infer", "train", "reward" and "critic".
+        roles: draft of "infer", "train", "reward" and, when there is one, "critic".
         ppo: hyper-parameters.
         world_size: ranks there are; ``None``: the files need only agree.
         faults: collects what is wrong.
     """
     check_trainable(roles["train"], faults)
+    if "critic" in roles and not roles["critic"].lr_schedule:
+        check_rate(roles["critic"], roles["train"].lr_schedule, faults)
     _check_world_size(roles, world_size, faults)
     _check_models_agree(roles, faults)
     _check_lengths_and_ids(roles, ppo, faults)
@@ -233,9 +278,9 @@ def _check_batches(role: str, draft: RunDraft, ppo: PPODraft, faults: Faults) ->
     if rollout[0] % dp == 0:
         rows = rollout[0] // dp
         if role == "infer":
-            _check_part(ppo, "generation_batch_size", rows, f"rollout rows a rank of {draft.path}", faults)
+            _check_part(ppo, "generation_batch_size", rows, f"rollout rows per rank of {draft.path}", faults)
         if role != "train":
-            _check_part(ppo, "score_batch_size", rows, f"rollout rows a rank of {draft.path}", faults)
+            _check_part(ppo, "score_batch_size", rows, f"rollout rows per rank of {draft.path}", faults)
     minibatches = ppo.get("num_minibatches")
     if role in ("train", "critic") and minibatches and rollout[0] % minibatches[0] == 0:
         minibatch = rollout[0] // minibatches[0]
@@ -247,7 +292,7 @@ def _check_batches(role: str, draft: RunDraft, ppo: PPODraft, faults: Faults) ->
             )
         else:
             _check_part(
-                ppo, "micro_batch_size", minibatch // dp, f"minibatch rows a rank of {draft.path}", faults
+                ppo, "micro_batch_size", minibatch // dp, f"minibatch rows per rank of {draft.path}", faults
             )
 
 
@@ -265,11 +310,37 @@ def _check_warm_up(roles: Mapping[str, RunDraft], ppo: PPODraft, faults: Faults)
         return
     for role, iterations in (("train", counts[0] - counts[3]), ("critic", counts[0])):
         steps = iterations * counts[1] * counts[2]
-        schedule = roles[role].lr_schedule
-        warm_up = schedule.get("warmup_steps", 0)
-        if warm_up > steps and "warmup_ratio" not in schedule:
-            faults.add(
-                at(roles[role], "lr_schedule.warmup_steps"),
-                f"warm-up never ends ({warm_up} steps of warm-up, {steps} optimizer steps in the job)",
-                "lower it or use warmup_ratio",
-            )
+        if role in roles and (fault := unfinished_warm_up(roles[role].lr_schedule, steps)):
+            faults.add(at(roles[role], "lr_schedule.warmup_steps"), *fault)
+
+
+def check_stage(draft: RunDraft, options: StageOptions, world_size: int, faults: Faults) -> None:
+    """Relations between the YAML and the flags of ``sft.py`` or ``reward_model.py``."""
+    for section in ("optimizer", "lr_schedule"):
+        if draft.readable and section not in draft.sections:
+            faults.add(at(draft, section), "missing", "give a finetune_*.yaml, which has this section")
+    _check_world_size({"infer": draft}, world_size, faults)
+    vocab_size = draft.model.get("vocab_size")
+    if vocab_size is not None and options.valid_vocab_size > vocab_size:
+        faults.add(
+            "--valid_vocab_size",
+            f"{options.valid_vocab_size} is above the vocabulary",
+            f"must be at most {vocab_size}",
+        )
+    dp = draft.parallel.get("data_parallel")
+    rows = draft.runner.get("batch_size", RunnerConfig.batch_size)
+    if dp is None:
+        return
+    batch_size, micro = options.batch_size or rows * dp, options.micro_batch_size
+    if batch_size % dp:
+        faults.add(
+            "--batch_size",
+            f"{batch_size} is not divisible by data_parallel ({dp}) of {draft.path}",
+            "choose a multiple",
+        )
+    elif micro > 0 and (batch_size // dp) % micro:
+        faults.add(
+            "--micro_batch_size",
+            f"{micro} does not divide the {batch_size // dp} rows of a step on one rank",
+            "choose a divisor, or 0 for all",
+        )

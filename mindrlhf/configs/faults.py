@@ -21,6 +21,10 @@ class Faults:
         """Adds ``where: fault - remedy``; ``where`` is ``file: key.path``."""
         self._lines[f"{where}: {fault} - {remedy}"] = None
 
+    def include(self, others: Faults) -> None:
+        """Adds the faults of ``others`` behind those found so far."""
+        self._lines |= others._lines
+
     def __len__(self) -> int:
         return len(self._lines)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from mindrlhf.configs.checks import check_job, check_ppo, check_run
+from mindrlhf.configs.checks import check_job, check_ppo, check_run, check_stage
 from mindrlhf.configs.faults import Faults, collected
-from mindrlhf.configs.keys import DEVICE_TARGETS
+from mindrlhf.configs.fields import keys_of
+from mindrlhf.configs.flags import check_options
+from mindrlhf.configs.options import PPOOptions, StageOptions
 from mindrlhf.configs.ppo_file import read_ppo
 from mindrlhf.configs.run_file import RunDraft, read_run
-from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
+from mindrlhf.configs.schema import ContextConfig, JobConfig, PPOConfig, RunConfig, StagePlan
 from mindrlhf.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 AnyPath = str | PathLike[str]
 
@@ -37,8 +42,7 @@ def load_run_config(
         ConfigError: with every fault of the file.
     """
     with collected() as faults:
-        draft = _read_checked(Path(path), faults, device_target, single_process)
-        _set_matmul_dtype(draft, cpu_matmul_dtype, faults)
+        draft = _read_run(Path(path), faults, device_target, single_process, cpu_matmul_dtype)
     return draft.build()
 
 
@@ -54,13 +58,74 @@ def load_ppo_config(path: AnyPath, overrides: Sequence[str] = ()) -> PPOConfig:
     return draft.build()
 
 
+def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
+    """Reads the files that the options name and checks them, and the options, against each other.
+
+    Args:
+        options: the flags of ``ppo_one_stage.py``.
+        world_size: ranks there are; ``None``: the files need only agree with each other.
+
+    Raises:
+        ConfigError: with every fault of all files and flags.
+    """
+    paths = {
+        "infer": options.sft_path_infer,
+        "train": options.sft_path_train,
+        "reward": options.reward_path,
+        "critic": options.critic_path,
+    }
+    with collected() as faults:
+        check_options(options, faults)
+        ppo_faults = Faults()
+        ppo_path = options.ppo_config or _beside(options.sft_path_train, ppo_faults)
+        ppo = read_ppo(ppo_path, options.overrides, ppo_faults)
+        without_critic = ppo.get("critic") == ("none",)
+        if without_critic:
+            del paths["critic"]
+        drafts = {
+            path: _read_run(
+                path, faults, options.device_target, not options.use_parallel, options.cpu_matmul_dtype
+            )
+            for path in dict.fromkeys(paths.values())
+        }
+        faults.include(ppo_faults)
+        check_ppo(ppo, faults)
+        check_job({role: drafts[path] for role, path in paths.items()}, ppo, world_size, faults)
+        if without_critic and options.load_critic_checkpoint is not None:
+            faults.add(
+                "--load_critic_checkpoint",
+                f"not used ({options.load_critic_checkpoint})",
+                f"there is no critic ({ppo.where('critic')}: none): leave it out",
+            )
+    runs = {role: drafts[path].build() for role, path in paths.items()}
+    train, critic = runs["train"], runs.get("critic", runs["train"])
+    critic = replace(
+        critic,
+        optimizer=critic.optimizer or train.optimizer,
+        lr_schedule=critic.lr_schedule or train.lr_schedule,
+    )
+    settings = ppo.build()
+    _warn_truncated_sampling(settings)
+    return JobConfig(**runs | {"critic": critic}, ppo=settings)
+
+
+def _beside(train_config: Path, faults: Faults) -> Path | None:
+    """``ppo_X.yaml`` beside ``finetune_X.yaml``; ``None`` and a fault when there is none."""
+    found = train_config.with_name("ppo_" + train_config.name.removeprefix("finetune_"))
+    if not found.is_file():
+        faults.add("--ppo_config", f"not given, and there is no {found}", "pass --ppo_config")
+        return None
+    logger.info("PPO hyper-parameters: %s (beside --sft_path_train; --ppo_config overrides)", found)
+    return found
+
+
 def load_job(
     *,
     sft_path_infer: AnyPath,
     sft_path_train: AnyPath,
     reward_path: AnyPath,
     critic_path: AnyPath,
-    ppo_config: AnyPath,
+    ppo_config: AnyPath | None = None,
     overrides: Sequence[str] = (),
     world_size: int | None = None,
     device_target: str | None = None,
@@ -71,8 +136,10 @@ def load_job(
 
     Args:
         sft_path_infer, sft_path_train: YAMLs of the policy as it generates and as it is trained.
-        reward_path, critic_path: YAMLs of the reward model and the critic.
-        ppo_config: YAML of the hyper-parameters.
+        reward_path, critic_path: YAMLs of the reward model and the critic; with ``critic: none`` the latter
+            is not read.
+        ppo_config: YAML of the hyper-parameters; by default ``ppo_X.yaml`` beside ``finetune_X.yaml``, the
+            YAML of the policy as it is trained.
         overrides: ``key=value`` in place of the hyper-parameters of the file.
         world_size: ranks there are; ``None``: the files need only agree with each other.
         device_target: replaces ``context.device_target`` of every file.
@@ -82,60 +149,88 @@ def load_job(
     Raises:
         ConfigError: with every fault of all files.
     """
-    paths = {"infer": sft_path_infer, "train": sft_path_train, "reward": reward_path, "critic": critic_path}
+    return load_ppo_job(
+        PPOOptions(
+            sft_path_infer=Path(sft_path_infer),
+            sft_path_train=Path(sft_path_train),
+            reward_path=Path(reward_path),
+            critic_path=Path(critic_path),
+            ppo_config=None if ppo_config is None else Path(ppo_config),
+            overrides=overrides,
+            use_parallel=not single_process,
+            device_target=device_target,
+            cpu_matmul_dtype=cpu_matmul_dtype,  # type: ignore[arg-type]
+        ),
+        world_size,
+    )
+
+
+def load_stage(options: StageOptions, world_size: int) -> StagePlan:
+    """Reads the YAML of ``sft.py`` or ``reward_model.py`` and checks the flags against it.
+
+    Args:
+        options: the flags.
+        world_size: ranks there are.
+
+    Raises:
+        ConfigError: with every fault of the file and the flags.
+    """
     with collected() as faults:
-        by_path: dict[Path, RunDraft] = {}
-        for path in map(Path, paths.values()):
-            if path not in by_path:
-                by_path[path] = _read_checked(path, faults, device_target, single_process)
-                _set_matmul_dtype(by_path[path], cpu_matmul_dtype, faults)
-        roles = {role: by_path[Path(path)] for role, path in paths.items()}
-        ppo = read_ppo(Path(ppo_config), overrides, faults)
-        check_ppo(ppo, faults)
-        check_job(roles, ppo, world_size, faults)
-    job = JobConfig(**{role: draft.build() for role, draft in roles.items()}, ppo=ppo.build())
-    _warn_truncated_sampling(job.ppo)
-    return replace(job, critic=_with_optimizer_of(job.critic, job.train))
-
-
-def _read_checked(path: Path, faults: Faults, device_target: str | None, single_process: bool) -> RunDraft:
-    if device_target is not None and device_target not in DEVICE_TARGETS:
-        faults.add(
-            "--device_target",
-            f"not allowed ({device_target!r})",
-            f"must be one of {', '.join(DEVICE_TARGETS)}",
+        check_options(options, faults)
+        draft = _read_run(
+            options.config_path,
+            faults,
+            options.device_target,
+            not options.use_parallel,
+            options.cpu_matmul_dtype,
         )
-        device_target = None
+        check_stage(draft, options, world_size, faults)
+    config = draft.build()
+    dp = config.parallel.data_parallel
+    batch_size = options.batch_size or config.runner.batch_size * dp
+    if options.learning_rate is not None:
+        config = replace(config, lr_schedule=with_peak(config.lr_schedule, options.learning_rate))
+    return StagePlan(
+        config,
+        epochs=options.epochs or config.runner.epochs,
+        batch_size=batch_size,
+        micro_batch_size=options.micro_batch_size or batch_size // dp,
+    )
+
+
+def with_peak(schedule: Mapping[str, Any], learning_rate: float) -> dict[str, Any]:
+    """The schedule with another peak; where it starts and ends moves in proportion, so its shape stays."""
+    peak = "base_lr" if "base_lr" in schedule else "learning_rate"
+    factor = learning_rate / schedule[peak]
+    ends = ("warmup_lr_init", "lr_end", "lr_end1", "lr_end2", "eta_min")
+    scaled = {name: schedule[name] * factor for name in ends if schedule.get(name)}
+    return {**schedule, **scaled, peak: learning_rate}
+
+
+def _read_run(
+    path: Path, faults: Faults, device_target: str | None, single_process: bool, matmul_dtype: str
+) -> RunDraft:
+    """One YAML, checked by itself."""
+    if device_target not in keys_of(ContextConfig)["device_target"].choices:
+        device_target = None  # check_options reports it
     draft = read_run(path, faults, device_target=device_target, single_process=single_process)
     check_run(draft, faults)
+    if matmul_dtype != "float32":
+        target = draft.context.get("device_target")
+        if target == "CPU":
+            draft.model["matmul_dtype"] = matmul_dtype
+        else:
+            faults.add(
+                "--cpu_matmul_dtype",
+                f"{matmul_dtype}, but {path} runs on {target}",
+                "leave it out; there compute_dtype says it",
+            )
     return draft
-
-
-def _set_matmul_dtype(draft: RunDraft, dtype: str, faults: Faults) -> None:
-    if dtype == "float32":
-        return
-    target = draft.context.get("device_target")
-    if target == "CPU":
-        draft.model["matmul_dtype"] = dtype
-    else:
-        faults.add(
-            "--cpu_matmul_dtype",
-            f"{dtype}, but {draft.path} runs on {target}",
-            "leave it out; there compute_dtype says it",
-        )
-
-
-def _with_optimizer_of(critic: RunConfig, train: RunConfig) -> RunConfig:
-    return replace(
-        critic,
-        optimizer=critic.optimizer or train.optimizer,
-        lr_schedule=critic.lr_schedule or train.lr_schedule,
-    )
 
 
 def _warn_truncated_sampling(ppo: PPOConfig) -> None:
     if not ppo.do_sample or ppo.top_k or ppo.top_p < 1:
-        get_logger(__name__).warning(
+        logger.warning(
             "sampling is truncated (do_sample %s, top_k %d, top_p %g): ratio and KL are of the whole "
             "distribution and become biased",
             ppo.do_sample,

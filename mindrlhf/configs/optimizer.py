@@ -8,25 +8,53 @@ the tables with the real signatures.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Len, Lt
+from pydantic import BeforeValidator, Strict
 
 from mindrlhf.configs.faults import Faults, did_you_mean, shown
-from mindrlhf.configs.rules import Rule, join, read_section
+from mindrlhf.configs.fields import (
+    Count,
+    Flag,
+    Fraction,
+    IntAtLeastMinusOne,
+    Key,
+    Natural,
+    NotNegative,
+    Positive,
+    Text,
+    Words,
+    join,
+    read_section,
+)
 
-_RATE = Rule(kind="float", at_least=0)
-_REQUIRED_RATE = Rule(kind="float", at_least=0, required=True)
-_STEPS = Rule(kind="int", at_least=0, nullable=True)
-_TOTAL_STEPS = Rule(kind="int", at_least=-1, nullable=True)  # -1: the optimizer steps of the job
-_RATIO = Rule(kind="float", at_least=0, at_most=1, nullable=True)
-_POSITIVE = Rule(kind="float", above=0)
-_FLAG = Rule(kind="bool")
-_TYPE = Rule(kind="str", required=True)
+_RATE = Key(NotNegative)
+_REQUIRED_RATE = Key(NotNegative, required=True)
+_STEPS = Key(Natural, nullable=True)
+_TOTAL_STEPS = Key(IntAtLeastMinusOne, nullable=True)  # -1: the optimizer steps of the job
+_RATIO = Key(Fraction, nullable=True)
+_POSITIVE = Key(Positive)
+_FLAG = Key(Flag)
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_BETAS = Annotated[
+    tuple[Annotated[Positive, Lt(1)], ...],
+    BeforeValidator(_tuple),
+    Strict(),
+    Len(2, 2),
+    Words("a list of numbers of length 2 > 0 and < 1"),
+]
 
 # Only optimizers that treat each element by itself: a shard is then updated as the whole tensor would be.
-OPTIMIZERS: dict[str, dict[str, Rule]] = {
+OPTIMIZERS: dict[str, dict[str, Key]] = {
     "AdamW": {
         "learning_rate": _RATE,
-        "betas": Rule(kind="floats", above=0, below=1, length=2),
+        "betas": Key(_BETAS),
         "eps": _POSITIVE,
         "weight_decay": _RATE,
         "use_fused": _FLAG,
@@ -41,7 +69,7 @@ _WARM_UP = {
     "warmup_ratio": _RATIO,
     "total_steps": _TOTAL_STEPS,
 }
-LR_SCHEDULES: dict[str, dict[str, Rule]] = {
+LR_SCHEDULES: dict[str, dict[str, Key]] = {
     "ConstantWarmUpLR": _WARM_UP,
     "LinearWithWarmUpLR": _WARM_UP,
     "CosineWithWarmUpLR": {
@@ -66,7 +94,7 @@ LR_SCHEDULES: dict[str, dict[str, Rule]] = {
         "num_cycles": _POSITIVE,
         "lr_end1": _RATE,
         "final_steps": _STEPS,
-        "lr_end2": Rule(kind="float", at_least=0, nullable=True),
+        "lr_end2": Key(NotNegative, nullable=True),
     },
     "WarmUpStableDecayLR": {
         **_WARM_UP,
@@ -76,13 +104,13 @@ LR_SCHEDULES: dict[str, dict[str, Rule]] = {
     },
     "CosineAnnealingLR": {
         "base_lr": _REQUIRED_RATE,
-        "t_max": Rule(kind="int", at_least=1, required=True),
+        "t_max": Key(Count, required=True),
         "eta_min": _RATE,
     },
     "CosineAnnealingWarmRestarts": {
         "base_lr": _REQUIRED_RATE,
-        "t_0": Rule(kind="int", at_least=1, required=True),
-        "t_mult": Rule(kind="int", at_least=1),
+        "t_0": Key(Count, required=True),
+        "t_mult": Key(Count),
         "eta_min": _RATE,
     },
 }
@@ -108,8 +136,8 @@ def read_optimizer(section: Mapping[Any, Any], where: str, faults: Faults) -> di
 # (steps, ratio) of which MindFormers wants one, since it defaults neither.
 _STEPS_OR_RATIO = {
     name: [("warmup_steps", "warmup_ratio")]
-    for name, rules in LR_SCHEDULES.items()
-    if "warmup_steps" in rules and name != "CosineWithWarmUpLR"
+    for name, keys in LR_SCHEDULES.items()
+    if "warmup_steps" in keys and name != "CosineWithWarmUpLR"
 }
 _STEPS_OR_RATIO["WarmUpStableDecayLR"].append(("decay_start_steps", "decay_start_ratio"))
 _MUST_DECAY = {"PolynomialWithWarmUpLR": 1e-7, "WarmUpStableDecayLR": 1e-7}  # and their default lr_end
@@ -135,7 +163,7 @@ def read_lr_schedule(section: Mapping[Any, Any], where: str, faults: Faults) -> 
 
 def _read_typed(
     section: Mapping[Any, Any],
-    table: Mapping[str, Mapping[str, Rule]],
+    table: Mapping[str, Mapping[str, Key]],
     aliases: Mapping[str, str],
     where: str,
     faults: Faults,
@@ -150,7 +178,7 @@ def _read_typed(
             known = [*table, *aliases]
             faults.add(at, f"not supported ({shown(named)})", did_you_mean(str(name), known, _one_of(table)))
         return {}
-    return read_section(section, {"type": _TYPE, **table[name]}, faults, where) | {"type": name}
+    return read_section(section, {"type": Key(Text), **table[name]}, faults, where) | {"type": name}
 
 
 def _one_of(table: Mapping[str, object]) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.configs import keys
+from mindrlhf.configs import mindformers
 from mindrlhf.configs.faults import Faults, did_you_mean, shown
+from mindrlhf.configs.fields import join, keys_of, read_section
+from mindrlhf.configs.mindformers import Foreign, check_foreign
 from mindrlhf.configs.optimizer import read_lr_schedule, read_optimizer
-from mindrlhf.configs.rules import Rule, join, read_section
 from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, RunConfig, RunnerConfig
 from mindrlhf.configs.yaml_file import read_mapping
 from mindrlhf.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+DTYPE_KEYS = tuple(name for name in keys_of(ModelConfig) if name.endswith(("dtype", "_type")))
+_MODEL_TYPES = ("LlamaConfig",)
 
 
 @dataclass
@@ -65,130 +71,106 @@ def read_run(path: Path, faults: Faults, *, device_target: str | None, single_pr
     if root is None:
         return draft
     draft.readable = True
-    draft.sections = tuple(key for key in root if isinstance(key, str) and root[key] is not None)
-    draft.ignored = tuple(key for key in root if key in keys.IGNORED_SECTIONS)
-    if draft.ignored:
-        get_logger(__name__).info("%s: not used by PPO: %s", path, ", ".join(draft.ignored))
-    _check_top_level(root, str(path), faults)
-    draft.context = _read_context(root, path, faults, device_target)
-    draft.parallel = _read_parallel(root, path, faults, single_process)
-    draft.model = _read_model(root, path, faults)
+    draft.sections = tuple(name for name in root if isinstance(name, str) and root[name] is not None)
+    draft.ignored = tuple(name for name in root if name in mindformers.IGNORED_SECTIONS)
+    reader = _SectionReader(path, faults)
+    reader.check_top_level(root)
+    context = reader.section(root, "context", required=True)
+    if context is not None and device_target is not None:
+        context |= {"device_target": device_target}
+    draft.context = reader.read(context, "context", ContextConfig, mindformers.CONTEXT)
+    parallel = reader.section(root, "parallel_config", required=True)
+    draft.parallel = reader.read(parallel, "parallel_config", ParallelConfig, mindformers.PARALLEL)
+    if single_process and set(draft.parallel.values()) - {1}:
+        logger.info("%s: one process, so data_parallel 1 and model_parallel 1 replace the split", path)
+        draft.parallel = {"data_parallel": 1, "model_parallel": 1}
+    draft.model = _read_model(root, reader)
     _fit_to_device(draft)
-    if (section := _section(root, "runner_config", path, faults)) is not None:
-        where = join(str(path), "runner_config")
-        draft.runner = read_section(section, keys.RUNNER_RULES, faults, where, accepted=keys.RUNNER_ACCEPTED)
-    if (section := _section(root, "optimizer", path, faults)) is not None:
-        draft.optimizer = read_optimizer(section, join(str(path), "optimizer"), faults)
-    if (section := _section(root, "lr_schedule", path, faults)) is not None:
-        draft.lr_schedule = read_lr_schedule(section, join(str(path), "lr_schedule"), faults)
+    runner = reader.section(root, "runner_config")
+    draft.runner = reader.read(runner, "runner_config", RunnerConfig, mindformers.RUNNER)
+    if (section := reader.section(root, "optimizer")) is not None:
+        draft.optimizer = read_optimizer(section, reader.place("optimizer"), faults)
+    if (section := reader.section(root, "lr_schedule")) is not None:
+        draft.lr_schedule = read_lr_schedule(section, reader.place("lr_schedule"), faults)
+    if draft.ignored:
+        logger.debug("%s: sections that are not read: %s", path, ", ".join(draft.ignored))
+    if reader.without_effect:
+        logger.warning("%s: without effect here: %s", path, ", ".join(reader.without_effect))
     return draft
 
 
-def _section(
-    parent: Mapping[Any, Any], name: str, path: Path | str, faults: Faults, *, required: bool = False
-) -> dict[Any, Any] | None:
-    """The mapping ``name`` of ``parent``; ``None`` when absent, or with a fault when it is no mapping."""
-    where = join(str(path), name)
-    value = parent.get(name)
-    if value is None:
-        if required:
-            faults.add(where, "missing", "add this section")
-        return None
-    if not isinstance(value, dict):
-        faults.add(where, f"wrong type ({shown(value)})", "must be a section with keys of its own")
-        return None
-    return value
+class _SectionReader:
+    """Reads the sections of one file, and notes what has no effect."""
 
+    def __init__(self, path: Path, faults: Faults) -> None:
+        self.path = path
+        self.faults = faults
+        self.without_effect: list[str] = []
 
-def _check_top_level(root: Mapping[Any, Any], where: str, faults: Faults) -> None:
-    known = [*keys.USED_SECTIONS, *keys.IGNORED_SECTIONS, *keys.TOP_NEUTRAL]
-    for key in root:
-        if key not in known:
-            remedy = did_you_mean(str(key), known, "MindFormers has no such section; remove it")
-            faults.add(join(where, key), "unknown section", remedy)
-    check_neutral(root, keys.TOP_NEUTRAL, where, faults)
-    if isinstance(root.get("moe_config"), dict):
-        check_neutral(root["moe_config"], keys.MOE_NEUTRAL, join(where, "moe_config"), faults)
+    def place(self, key_path: str) -> str:
+        return join(str(self.path), key_path)
 
-
-def check_neutral(
-    section: Mapping[Any, Any], neutral: Mapping[str, Iterable[Any]], where: str, faults: Faults
-) -> None:
-    """A fault for each key that asks for something PPO here cannot do."""
-    for key, allowed in neutral.items():
-        # False == 0 == 0.0 in Python, which is what is wanted here: any of them is neutral.
-        if key in section and section[key] not in allowed:
-            faults.add(
-                join(where, key),
-                f"PPO cannot honour this ({shown(section[key])})",
-                f"remove it or set it to {next(iter(allowed))}",
+    def section(
+        self, parent: Mapping[Any, Any], key_path: str, *, required: bool = False
+    ) -> dict[Any, Any] | None:
+        """The mapping at the end of ``key_path`` in ``parent``; ``None`` when absent or not a mapping."""
+        value = parent.get(key_path.rpartition(".")[2])
+        if isinstance(value, dict):
+            return value
+        if value is not None:
+            self.faults.add(
+                self.place(key_path), f"wrong type ({shown(value)})", "must be a section with keys of its own"
             )
+        elif required:
+            self.faults.add(self.place(key_path), "missing", "add this section")
+        return None
+
+    def read(
+        self,
+        section: Mapping[Any, Any] | None,
+        key_path: str,
+        declaration: type,
+        foreign: Mapping[str, Foreign],
+    ) -> dict[str, Any]:
+        """The valid values of the keys that ``declaration`` has."""
+        if section is None:
+            return {}
+        where = self.place(key_path)
+        self.check(section, key_path, foreign)
+        return read_section(section, keys_of(declaration), self.faults, where, accepted=foreign)
+
+    def check(self, section: Mapping[Any, Any], key_path: str, foreign: Mapping[str, Foreign]) -> None:
+        """Refuses or notes what MindFormers' other keys ask for."""
+        where = self.place(key_path) if key_path else str(self.path)
+        prefix = f"{key_path}." if key_path else ""
+        self.without_effect += [prefix + one for one in check_foreign(section, foreign, where, self.faults)]
+
+    def check_top_level(self, root: Mapping[Any, Any]) -> None:
+        """Refuses unknown sections, and what sections that are not read ask for."""
+        known = [*mindformers.USED_SECTIONS, *mindformers.IGNORED_SECTIONS, *mindformers.TOP]
+        for name in root:
+            if name not in known:
+                remedy = did_you_mean(str(name), known, "MindFormers has no such section; remove it")
+                self.faults.add(join(str(self.path), name), "unknown section", remedy)
+        self.check(root, "", mindformers.TOP)
+        for name, foreign in mindformers.WITHIN_IGNORED.items():
+            if isinstance(root.get(name), dict):
+                self.check(root[name], name, foreign)
 
 
-def _read_context(
-    root: Mapping[Any, Any], path: Path, faults: Faults, device_target: str | None
-) -> dict[str, Any]:
-    section = _section(root, "context", path, faults, required=True)
-    if section is None:
-        return {}
-    where = join(str(path), "context")
-    if device_target is not None:
-        section = section | {"device_target": device_target}
-    values = read_section(section, keys.CONTEXT_RULES, faults, where, accepted=keys.CONTEXT_ACCEPTED)
-    mode = section.get("mode", 0)
-    if isinstance(mode, bool) or not isinstance(mode, int | str) or mode not in keys.MODES:
-        faults.add(join(where, "mode"), f"not allowed ({shown(mode)})", "must be 0 (graph) or 1 (pynative)")
-    else:
-        values["mode"] = keys.MODES[mode]
-    values["extra"] = {key: section[key] for key in keys.CONTEXT_ACCEPTED if key in section and key != "mode"}
-    return values
-
-
-def _read_parallel(
-    root: Mapping[Any, Any], path: Path, faults: Faults, single_process: bool
-) -> dict[str, Any]:
-    section = _section(root, "parallel_config", path, faults, required=True)
-    if section is None:
-        return {}
-    where = join(str(path), "parallel_config")
-    values = read_section(
-        section,
-        keys.PARALLEL_RULES,
-        faults,
-        where,
-        accepted=(*keys.PARALLEL_ACCEPTED, *keys.PARALLEL_NEUTRAL),
-    )
-    check_neutral(section, keys.PARALLEL_NEUTRAL, where, faults)
-    if single_process and set(values.values()) != {1}:
-        get_logger(__name__).info(
-            "%s: one process, so data_parallel 1 and model_parallel 1 replace the split", path
-        )
-        values = {"data_parallel": 1, "model_parallel": 1}
-    return values
-
-
-_MODEL_SECTION_RULES = {"arch": Rule(kind="mapping", nullable=True)}
-_MODEL_TYPES = ("LlamaConfig",)
-
-
-def _read_model(root: Mapping[Any, Any], path: Path, faults: Faults) -> dict[str, Any]:
-    outer = _section(root, "model", path, faults, required=True)
+def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, Any]:
+    outer = reader.section(root, "model", required=True)
     if outer is None:
         return {}
-    where = join(str(path), "model")
-    read_section(outer, _MODEL_SECTION_RULES, faults, where, accepted=("model_config",))
-    section = _section(outer, "model_config", where, faults, required=True)
+    read_section(outer, {}, reader.faults, reader.place("model"), accepted=("model_config", "arch"))
+    reader.section(outer, "model.arch")
+    section = reader.section(outer, "model.model_config", required=True)
+    values = reader.read(section, "model.model_config", ModelConfig, mindformers.MODEL)
     if section is None:
-        return {}
-    where = join(where, "model_config")
-    values = read_section(
-        section, keys.MODEL_RULES, faults, where, accepted=(*keys.MODEL_ACCEPTED, *keys.MODEL_NEUTRAL)
-    )
-    check_neutral(section, keys.MODEL_NEUTRAL, where, faults)
+        return values
     if section.get("type") not in _MODEL_TYPES:
-        faults.add(
-            join(where, "type"), f"not supported ({shown(section.get('type'))})", "must be LlamaConfig"
-        )
+        where = reader.place("model.model_config.type")
+        reader.faults.add(where, f"not supported ({shown(section.get('type'))})", "must be LlamaConfig")
     if section.get("n_kv_heads") is None and "num_heads" in values:
         values["n_kv_heads"] = values["num_heads"]
     return values
@@ -199,10 +181,10 @@ def _fit_to_device(draft: RunDraft) -> None:
     target = draft.context.get("device_target")
     changes: dict[str, Any] = {}
     if target == "CPU":
-        changes |= {key: "float32" for key in keys.DTYPE_KEYS if draft.model.get(key, "float32") != "float32"}
+        changes |= {name: "float32" for name in DTYPE_KEYS if draft.model.get(name, "float32") != "float32"}
     if target in ("CPU", "GPU") and draft.model.get("use_flash_attention"):
         changes["use_flash_attention"] = False
     if changes:
-        listed = ", ".join(f"{key} {value}" for key, value in changes.items())
-        get_logger(__name__).info("%s: on %s model_config runs with %s", draft.path, target, listed)
+        listed = ", ".join(f"{name} {value}" for name, value in changes.items())
+        logger.info("%s: on %s model_config runs with %s", draft.path, target, listed)
         draft.model |= changes

@@ -1,4 +1,4 @@
-"""What a run is configured with: frozen dataclasses, free of MindSpore.
+"""What a run is configured with: frozen dataclasses, free of MindSpore; each key is declared here once.
 
 One :class:`RunConfig` per MindFormers YAML (sizes, split, optimizer of one model) and one
 :class:`PPOConfig` per job (every PPO hyper-parameter). They are read by :mod:`mindrlhf.configs.load`,
@@ -7,11 +7,28 @@ which checks them; building one by hand checks nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Gt, Le, Lt
+
+from mindrlhf.configs.fields import (
+    Count,
+    DeviceTarget,
+    DType,
+    Flag,
+    Fraction,
+    Natural,
+    NotNegative,
+    OneOf,
+    Positive,
+    Text,
+    TokenIds,
+    key,
+)
+from mindrlhf.utils.errors import ConfigError
 from mindrlhf.utils.sizes import exact_div
 
 
@@ -19,32 +36,38 @@ from mindrlhf.utils.sizes import exact_div
 class ModelConfig:
     """Sizes and numerics of a Qwen2 model: section ``model.model_config`` (MindFormers' ``LlamaConfig``).
 
-    ``matmul_dtype`` is ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU.
+    A YAML must give every key whose MindFormers default is not Qwen2's value. ``matmul_dtype`` is
+    ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    n_kv_heads: int
-    intermediate_size: int
-    seq_length: int = 2048
-    rms_norm_eps: float = 1e-6
-    theta: float = 1_000_000.0
-    initializer_range: float = 0.02
-    qkv_has_bias: bool = True
-    tie_word_embeddings: bool = False
-    use_flash_attention: bool = False
-    compute_dtype: str = "float32"
-    param_init_type: str = "float32"
-    layernorm_compute_type: str = "float32"
-    softmax_compute_type: str = "float32"
-    rotary_dtype: str = "float32"
+    vocab_size: Count = key(..., "rows of the embedding, padding rows included")
+    hidden_size: Count = key(..., "features of a token")
+    num_layers: Count = key(..., "decoder layers")
+    num_heads: Count = key(..., "query heads")
+    n_kv_heads: Count = key(..., "key/value heads; null: as many as num_heads", nullable=True)
+    intermediate_size: Count = key(..., "inner features of the feed-forward")
+    seq_length: Count = key(
+        2048, "most positions; at least max_prompt_length + max_response_length", required=True
+    )
+    rms_norm_eps: Annotated[Positive, Lt(1)] = key(1e-6, "epsilon of RMSNorm", required=True)
+    theta: Annotated[Positive, Gt(1)] = key(1_000_000.0, "base of the rotary frequencies", required=True)
+    initializer_range: Positive = key(0.02, "standard deviation of random weights")
+    qkv_has_bias: Flag = key(True, "whether query, key and value have a bias (Qwen2: True)", required=True)
+    tie_word_embeddings: Flag = key(False, "whether the output head is the embedding")
+    use_flash_attention: Flag = key(False, "Ascend's fused attention; off elsewhere, with a log line")
+    compute_dtype: DType = key(
+        "float32", "type of products and activations; float32 on CPU, with a log line", required=True
+    )
+    param_init_type: DType = key("float32", "type of stored weights", required=True)
+    layernorm_compute_type: DType = key("float32", "type inside RMSNorm")
+    softmax_compute_type: DType = key("float32", "type inside the attention's softmax")
+    rotary_dtype: DType = key("float32", "type of the rotation")
     matmul_dtype: str = "float32"
-    batch_size: int = 1
-    pad_token_id: int = 0
-    bos_token_id: int = 0
-    eos_token_id: tuple[int, ...] = (0,)
+    pad_token_id: Natural = key(0, "fills empty columns", required=True)
+    bos_token_id: Natural = key(0, "for exported configurations; null: none", nullable=True)
+    eos_token_id: TokenIds = key(
+        (0,), "for exported configurations; generation ends at stop_token_ids of PPO", required=True
+    )
 
     @property
     def head_dim(self) -> int:
@@ -61,8 +84,10 @@ class ModelConfig:
 class ParallelConfig:
     """How one model is split: section ``parallel_config``."""
 
-    data_parallel: int = 1
-    model_parallel: int = 1
+    data_parallel: Count = key(1, "replicas of the model", required=True)
+    model_parallel: Count = key(
+        1, "ranks that one replica is split over; must divide the key/value heads", required=True
+    )
 
     @property
     def world_size(self) -> int:
@@ -72,27 +97,23 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextConfig:
-    """Device settings: section ``context``.
+    """Device settings: section ``context``."""
 
-    ``extra`` holds the other keys of MindSpore's ``set_context`` that the YAML gives.
-    """
-
-    device_target: str = "CPU"
-    mode: int = 0
-    max_device_memory: str | None = None
-    max_call_depth: int = 10_000
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    device_target: DeviceTarget = key(
+        "CPU", "what the job runs on; --device_target overrides it", required=True
+    )
+    max_device_memory: Text | None = key(
+        None, "bound of MindSpore's memory pool, such as 58GB; not used on CPU", nullable=True
+    )
+    max_call_depth: Count = key(10_000, "MindSpore's recursion limit when it compiles")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerConfig:
     """Section ``runner_config``; PPO's own counts are in :class:`PPOConfig`."""
 
-    epochs: int = 1
-    batch_size: int = 1
-    sink_mode: bool = False
-    sink_size: int = 1
-    gradient_accumulation_steps: int = 1
+    epochs: Count = key(1, "passes over the data of sft.py and reward_model.py")
+    batch_size: Count = key(1, "rows of one replica per optimizer step of sft.py and reward_model.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +121,7 @@ class RunConfig:
     """One MindFormers YAML: a model, its split, device and optimizer.
 
     ``optimizer`` and ``lr_schedule`` are handed to MindFormers' ``build_optim`` and ``build_lr`` as they
-    stand (empty when the YAML has none); ``ignored`` names the accepted keys that PPO does not use.
+    stand (empty when the YAML has none); ``ignored`` names the sections that are not read.
     """
 
     path: Path
@@ -114,68 +135,155 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """Every PPO hyper-parameter of a job; "rows" are sequences of one data-parallel rank.
+class TrainingSettings:
+    """Keys of ``ppo_X.yaml`` that are also flags of ``sft.py`` and ``reward_model.py``.
 
-    Defaults follow InstructGPT (arXiv 2203.02155) and Ziegler et al. (arXiv 1909.08593).
+    A step is an iteration in PPO and an optimizer step in the others.
     """
 
-    # run
-    seed: int = 1
-    total_iterations: int = 100
-    save_interval: int = 0  # iterations between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2
-    log_samples: int = 2  # sample texts an iteration
-    eval_interval: int = 0  # iterations between evaluations; 0: only before the first and after the last
-    eval_prompts: int = 0  # held-out prompts that are used; 0: all
-    eval_samples: int = 4  # of them, kept as texts and shown before and after
-    # batches
-    rollout_batch_size: int = 64  # global prompts an iteration
-    generation_batch_size: int = 0  # rows a generate call; 0: all at once
-    score_batch_size: int = 0  # rows a scoring forward; 0: all at once
-    ppo_epochs: int = 4
-    num_minibatches: int = 4
-    micro_batch_size: int = 0  # rows a forward/backward; 0: the whole minibatch
-    shuffle: bool = True  # prompts, each epoch of the data set
-    # sequences
-    max_prompt_length: int = 512
-    max_response_length: int = 512
-    stop_token_ids: tuple[int, ...] = (0,)
-    pad_token_id: int = 0
-    valid_vocab_size: int = 0  # ids from here on are never sampled; 0: the model's vocab_size
-    # sampling
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    decode_steps_per_call: int = 8
-    # reward
-    kl_controller: str = "fixed"  # "fixed" | "adaptive"
-    kl_coef: float = 0.02
-    kl_target: float = 6.0
-    kl_horizon: int = 10_000
-    kl_estimator: str = "k1"  # "k1" | "k2" | "k3"
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_advantages: bool = True
-    whiten_rewards: bool = False
-    missing_eos_penalty: float = 0.0  # off the score of a response without a stop token
-    scale_rewards: bool = False  # scores over their running standard deviation
-    center_rewards: bool = False  # scores less their running mean
-    score_clip: float = 0.0  # bound of the absolute score that is paid; 0: off
-    # loss
-    critic: str = "separate"  # "shared" | "separate"
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
-    value_head_init_scale: float = 1.0  # of a fresh value head, N(0, 1/sqrt(H+1)); 0: values start at 0
-    entropy_coef: float = 0.0  # entropy bonus in the policy loss; 0: off
-    ptx_coef: float = 0.0  # pre-training loss mixed in; 0: off
-    target_kl: float = 0.0  # ends an iteration's steps when approxkl is 1.5 times it; 0: off
-    critic_warmup_iterations: int = 0  # first iterations that train the critic alone
-    log_ratio_clamp: float = 20.0
-    max_grad_norm: float = 1.0
-    max_skipped_updates: int = 3  # in a row, for a NaN or infinite loss, gradient or reward: the job stops
+    seed: Natural = key(1, "seed of everything random: data order, rollouts, new heads", group="run")
+    save_interval: Natural = key(
+        0,
+        "steps between checkpoints of the whole training state, which the last step leaves, too; 0: PPO "
+        "saves at the end only, the others when a signal stops them",
+        group="run",
+    )
+    keep_checkpoints: Natural = key(
+        2, "number of checkpoints that stay, the newest ones; 0: all", group="run"
+    )
+    eval_interval: Natural = key(
+        0,
+        "steps between evaluations on held-out prompts; 0: before the first and after the last",
+        group="run",
+    )
+    micro_batch_size: Natural = key(
+        0,
+        "rows of one rank per forward/backward; changes memory, not the result; 0: all of a step",
+        group="batches",
+    )
+    valid_vocab_size: Natural = key(
+        0,
+        "length of the tokenizer: token ids from here on are padding rows and have probability 0; "
+        "0: the model's vocab_size",
+        group="sequences",
+    )
+    max_grad_norm: NotNegative = key(1.0, "bound of the global gradient norm; 0: off", group="loss")
+    max_skipped_updates: Count = key(
+        3,
+        "number of updates in a row with a NaN or infinite loss, gradient or reward that stops the job",
+        group="loss",
+    )
+
+
+def _advantages() -> Iterable[str]:
+    from mindrlhf.algorithms.advantages import ADVANTAGES  # numpy: only once a configuration is checked
+
+    return ADVANTAGES
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(TrainingSettings):
+    """Every PPO hyper-parameter of a job; "rows" are sequences of one data-parallel rank.
+
+    Defaults follow InstructGPT (arXiv 2203.02155) and Ziegler et al. (arXiv 1909.08593). A YAML must give
+    what depends on the tokenizer, and the size of the job.
+    """
+
+    total_iterations: Count = key(100, "rollouts of the whole job", group="run", required=True)
+    log_samples: Natural = key(2, "sample texts per iteration", group="run")
+    eval_prompts: Natural = key(0, "held-out prompts that are used; 0: all", group="run")
+    eval_samples: Natural = key(
+        4, "held-out prompts whose responses are kept as texts and shown before and after", group="run"
+    )
+
+    rollout_batch_size: Count = key(
+        64, "prompts per iteration, over all ranks", group="batches", required=True
+    )
+    generation_batch_size: Natural = key(0, "rows per generate call; 0: all at once", group="batches")
+    score_batch_size: Natural = key(
+        0, "rows per forward of reward, reference and critic; 0: all at once", group="batches"
+    )
+    ppo_epochs: Count = key(4, "passes over each rollout", group="batches")
+    num_minibatches: Count = key(4, "optimizer steps per pass", group="batches")
+    shuffle: Flag = key(True, "whether the prompts are shuffled, each epoch of the data set", group="batches")
+
+    max_prompt_length: Count = key(
+        512, "columns of a left-padded prompt; longer prompts are refused", group="sequences", required=True
+    )
+    max_response_length: Count = key(512, "most tokens of a response", group="sequences", required=True)
+    stop_token_ids: TokenIds = key(
+        (0,), "a response ends behind the first of them", group="sequences", required=True
+    )
+    pad_token_id: Natural = key(0, "fills empty columns", group="sequences", required=True)
+
+    do_sample: Flag = key(True, "whether tokens are drawn; False: the most likely one", group="sampling")
+    temperature: Positive = key(1.0, "divides the logits, in sampling and in all log-probs", group="sampling")
+    top_k: Natural = key(
+        0, "draw from so many most likely tokens, which biases ratio and KL; 0: off", group="sampling"
+    )
+    top_p: Annotated[Positive, Le(1)] = key(
+        1.0,
+        "draw from the most likely tokens of this probability, which biases ratio and KL; 1: off",
+        group="sampling",
+    )
+    decode_steps_per_call: Count = key(8, "tokens per call of a compiled graph", group="sampling")
+
+    kl_controller: Literal["fixed", "adaptive"] = key("fixed", "how kl_coef moves", group="reward")
+    kl_coef: NotNegative = key(
+        0.02, "factor of the KL to the reference, per token; adaptive: where it starts", group="reward"
+    )
+    kl_target: Positive = key(6.0, "KL that the adaptive controller aims at", group="reward")
+    kl_horizon: Count = key(10_000, "responses over which the adaptive controller corrects", group="reward")
+    kl_estimator: Literal["k1", "k2", "k3"] = key("k1", "of the KL per token", group="reward")
+    missing_eos_penalty: NotNegative = key(
+        0.0, "taken off the score of a response without a stop token; 0: off", group="reward"
+    )
+    scale_rewards: Flag = key(
+        False, "then: scores are divided by their running standard deviation", group="reward"
+    )
+    center_rewards: Flag = key(False, "then: their running mean is taken off", group="reward")
+    score_clip: NotNegative = key(
+        0.0, "last: scores are cut to -score_clip..score_clip; 0: off", group="reward"
+    )
+
+    advantage: Annotated[Text, OneOf(_advantages)] = key(
+        "gae",
+        "estimator; gae needs a critic, reinforce (returns less their batch mean) goes with critic: none",
+        group="advantages",
+    )
+    critic: Literal["separate", "shared", "none"] = key(
+        "separate", "model of the values: its own, a head on the policy, or none", group="advantages"
+    )
+    gamma: Fraction = key(1.0, "discount", group="advantages")
+    lam: Fraction = key(0.95, "lambda of GAE (arXiv 1506.02438)", group="advantages")
+    whiten_advantages: Flag = key(
+        True, "mean 0 and variance 1 over the tokens of a rollout", group="advantages"
+    )
+    whiten_rewards: Flag = key(False, "variance 1, the mean stays", group="advantages")
+
+    cliprange: Annotated[Positive, Lt(1)] = key(
+        0.2, "bound of the ratio, epsilon of PPO (arXiv 1707.06347)", group="loss"
+    )
+    cliprange_value: Positive = key(0.2, "bound of the values around the old ones", group="loss")
+    vf_coef: NotNegative = key(0.1, "factor of the value loss", group="loss")
+    value_head_init_scale: NotNegative = key(
+        1.0, "of a fresh value head, N(0, 1/sqrt(H+1)); 0: values start at 0", group="loss"
+    )
+    entropy_coef: NotNegative = key(0.0, "entropy bonus in the policy loss; 0: off", group="loss")
+    ptx_coef: NotNegative = key(
+        0.0, "pre-training loss mixed in (InstructGPT's PPO-ptx), on --ptx_dataset_dir; 0: off", group="loss"
+    )
+    target_kl: NotNegative = key(
+        0.0,
+        "ends an iteration's optimizer steps once policy/approxkl is above 1.5 times it; 0: off",
+        group="loss",
+    )
+    critic_warmup_iterations: Natural = key(
+        0, "first iterations that train the critic alone; critic: separate only", group="loss"
+    )
+    log_ratio_clamp: Annotated[Positive, Le(80)] = key(  # exp(88.7) overflows float32
+        20.0, "bound of the absolute log-ratio before it is exponentiated", group="loss"
+    )
 
     @property
     def max_length(self) -> int:
@@ -184,7 +292,7 @@ class PPOConfig:
 
     @property
     def minibatch_size(self) -> int:
-        """Global sequences an optimizer step, ``rollout_batch_size / num_minibatches``."""
+        """Global sequences per optimizer step, ``rollout_batch_size / num_minibatches``."""
         return exact_div(
             self.rollout_batch_size, self.num_minibatches, "rollout_batch_size by num_minibatches"
         )
@@ -201,11 +309,16 @@ class PPOConfig:
         return iterations * self.ppo_epochs * self.num_minibatches
 
 
+CRITIC_KEYS = ("lam", "cliprange_value", "vf_coef", "value_head_init_scale", "critic_warmup_iterations")
+"""Keys of :class:`PPOConfig` that steer a critic or use its values; without one they must be left alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """A PPO job; the reference has the sizes and split of ``infer``.
 
-    A critic YAML without ``optimizer`` or ``lr_schedule`` takes those of ``train``.
+    A critic YAML without ``optimizer`` or ``lr_schedule`` takes those of ``train``. With ``critic: none`` the
+    critic YAML is not read, and ``critic`` is ``train``.
     """
 
     infer: RunConfig
@@ -213,3 +326,47 @@ class JobConfig:
     reward: RunConfig
     critic: RunConfig
     ppo: PPOConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What ``sft.py`` or ``reward_model.py`` trains, and in which portions.
+
+    Attributes:
+        config: the YAML, with the peak learning rate of the flags.
+        epochs: passes over the training rows.
+        batch_size: rows per optimizer step, over all ranks.
+        micro_batch_size: rows per forward/backward on one rank.
+    """
+
+    config: RunConfig
+    epochs: int
+    batch_size: int
+    micro_batch_size: int
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps over ``rows`` training rows; what does not fill a batch waits for the next epoch.
+
+        Raises:
+            ConfigError: fewer rows than a batch, or a warm-up that never ends.
+        """
+        steps = self.epochs * (rows // self.batch_size)
+        if steps == 0:
+            raise ConfigError(
+                [
+                    f"--batch_size: {self.batch_size} rows, but there are only {rows} to train on - make it "
+                    "smaller"
+                ]
+            )
+        if fault := unfinished_warm_up(self.config.lr_schedule, steps):
+            raise ConfigError([f"{self.config.path}: lr_schedule.warmup_steps: {' - '.join(fault)}"])
+        return steps
+
+
+def unfinished_warm_up(schedule: Mapping[str, Any], steps: int) -> tuple[str, str] | None:
+    """Fault and remedy when the warm-up of a schedule does not end within ``steps`` optimizer steps."""
+    warm_up = schedule.get("warmup_steps") or 0
+    if warm_up <= steps or schedule.get("warmup_ratio") is not None:
+        return None
+    counts = f"{warm_up} steps of warm-up, {steps} optimizer steps in the job"
+    return f"warm-up never ends ({counts})", "lower it or use warmup_ratio"

@@ -89,9 +89,9 @@ def _parse(text: str, where: str, faults: Faults) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown line"
-        faults.add(where, f"{line}: {error.problem or error.context}", "mend the YAML there")
+        faults.add(where, f"{line}: {error.problem or error.context}", "fix the YAML there")
     except yaml.YAMLError as error:
-        faults.add(where, f"not YAML ({shown(str(error))})", "mend the YAML there")
+        faults.add(where, f"not YAML ({shown(str(error))})", "fix the YAML there")
     except _CONSTRUCTION_ERRORS as error:
-        faults.add(where, f"a value YAML cannot make sense of ({shown(str(error))})", "quote it or mend it")
+        faults.add(where, f"a value YAML cannot make sense of ({shown(str(error))})", "quote it or fix it")
     return _FAILED

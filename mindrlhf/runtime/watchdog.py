@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mindrlhf.configs.options import DEFAULT_TIMEOUT
 from mindrlhf.runtime import supervision
 from mindrlhf.runtime.processes import start_ticks
 from mindrlhf.utils.ranks import env_rank, env_world_size
-
-DEFAULT_TIMEOUT = 1800.0
-"""Seconds; the first iteration of a large model compiles for less than that without a sign of progress."""
 
 
 @dataclass

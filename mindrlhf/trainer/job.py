@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindrlhf.checkpoint.conversion import check_hf_output
-from mindrlhf.configs.load import load_job
+from mindrlhf.configs.load import load_ppo_job
+from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD
 from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
-from mindrlhf.runtime.watchdog import DEFAULT_TIMEOUT, Watchdog, supervised, suspend_watchdog
+from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
 from mindrlhf.trainer.runs import check_resume_flags
 from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
-from mindrlhf.trainer.trackers.choice import DEFAULT_TRACKERS, check_trackers
-from mindrlhf.utils.errors import ConfigError, MindRLHFError
+from mindrlhf.trainer.trackers.choice import check_trackers
+from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import check_experience_place
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import plain
@@ -45,75 +45,7 @@ _IN_NO_GRAPH = (
 _COMPUTING_PHASES = frozenset({"rollout", "score", "train", "sync", "evaluate"})
 
 
-@dataclass(frozen=True)
-class JobOptions:
-    """The flags of ``ppo_one_stage.py``; see its ``--help``."""
-
-    sft_path_infer: Path
-    sft_path_train: Path
-    reward_path: Path
-    critic_path: Path
-    ppo_config: Path | None = None
-    overrides: tuple[str, ...] | list[str] = ()
-    load_sft_checkpoint_infer: Path | None = None
-    load_sft_checkpoint_train: Path | None = None
-    load_ref_checkpoint: Path | None = None
-    load_rm_checkpoint: Path | None = None
-    load_critic_checkpoint: Path | None = None
-    mind_dataset_dir: Path | None = None
-    eval_dataset_dir: Path | None = None
-    ptx_dataset_dir: Path | None = None
-    save_ckpt_dir: Path | None = None
-    save_data_file: Path | None = None
-    export_hf_dir: Path | None = None
-    tokenizer_path: Path | None = None
-    reward_fn: str | None = None
-    resume_from: Path | None = None
-    resume_training: bool = False
-    trackers: tuple[str, ...] = DEFAULT_TRACKERS
-    use_parallel: bool = True
-    device_target: str | None = None
-    cpu_matmul_dtype: str = "float32"
-    enable_compile_cache: bool = False
-    verify_sync: bool = False
-    watchdog_timeout: float = DEFAULT_TIMEOUT
-    world_size: int | None = None
-
-
-def read_job(options: JobOptions, world_size: int | None) -> JobConfig:
-    """All configuration files of a job, checked together.
-
-    Raises:
-        ConfigError: every fault of every file.
-    """
-    return load_job(
-        sft_path_infer=options.sft_path_infer,
-        sft_path_train=options.sft_path_train,
-        reward_path=options.reward_path,
-        critic_path=options.critic_path,
-        ppo_config=options.ppo_config or beside_train_config(options.sft_path_train),
-        overrides=options.overrides,
-        world_size=world_size,
-        device_target=options.device_target,
-        single_process=not options.use_parallel,
-        cpu_matmul_dtype=options.cpu_matmul_dtype,
-    )
-
-
-def beside_train_config(train_config: Path) -> Path:
-    """``ppo_X.yaml`` beside ``finetune_X.yaml``.
-
-    Raises:
-        ConfigError: there is none; asks for ``--ppo_config``.
-    """
-    found = train_config.with_name("ppo_" + train_config.name.removeprefix("finetune_"))
-    if not found.is_file():
-        raise ConfigError([f"--ppo_config: not given, and there is no {found} - pass --ppo_config"])
-    logger.info("PPO hyper-parameters: %s (beside --sft_path_train; --ppo_config overrides)", found)
-    return found
-
-
-def save_strategies(options: JobOptions, directory: Path) -> list[Path]:
+def save_strategies(options: PPOOptions, directory: Path) -> list[Path]:
     """Writes the strategy files of every model; needs no device, data, weights or other worker.
 
     Under msrun a worker writes its own rank's; alone, those of all ranks of ``--world_size``, or of as
@@ -124,7 +56,7 @@ def save_strategies(options: JobOptions, directory: Path) -> list[Path]:
 
     under_msrun = env_world_size() > 1
     world_size = env_world_size() if under_msrun else options.world_size
-    job = read_job(options, world_size)
+    job = load_ppo_job(options, world_size)
     if is_scheduler():
         return []
     ranks = [env_rank()] if under_msrun else range(world_size or job.infer.parallel.world_size)
@@ -133,7 +65,7 @@ def save_strategies(options: JobOptions, directory: Path) -> list[Path]:
     return files
 
 
-def run_ppo(options: JobOptions) -> Path:
+def run_ppo(options: PPOOptions) -> Path:
     """Runs a whole PPO job on this worker and returns the directory of the last checkpoint.
 
     Raises:
@@ -170,13 +102,13 @@ def run_ppo(options: JobOptions) -> Path:
     return last
 
 
-def _read_job_of_workers(options: JobOptions) -> JobConfig:
+def _read_job_of_workers(options: PPOOptions) -> JobConfig:
     """The configuration, checked against the number of workers that msrun has started."""
-    return read_job(options, count_workers(use_parallel=options.use_parallel))
+    return load_ppo_job(options, count_workers(use_parallel=options.use_parallel))
 
 
 def _make_trainer(
-    options: JobOptions, job: JobConfig, data: Path, save: Path, stop: StopRequest, watchers: Watchers
+    options: PPOOptions, job: JobConfig, data: Path, save: Path, stop: StopRequest, watchers: Watchers
 ) -> PPOTrainer:
     """Checks what the flags name, takes the device, joins the other workers, builds the models, resumes."""
     from mindrlhf.runtime.compile_cache import open_compile_cache
@@ -258,7 +190,7 @@ def graph_configuration(job: JobConfig) -> dict[str, Any]:
     return described
 
 
-def _weight_paths(options: JobOptions) -> WeightPaths:
+def _weight_paths(options: PPOOptions) -> WeightPaths:
     from mindrlhf.trainer.builder import WeightPaths
 
     return WeightPaths(
@@ -270,14 +202,14 @@ def _weight_paths(options: JobOptions) -> WeightPaths:
     ).checked()
 
 
-def _required(options: JobOptions, flag: str) -> Path:
+def _required(options: PPOOptions, flag: str) -> Path:
     path = getattr(options, flag)
     if path is None:
         raise MindRLHFError(f"--{flag} is missing; it is needed unless --only_save_strategy True")
     return Path(path)
 
 
-def _tokenizer(options: JobOptions, job: JobConfig) -> Tokenizer | None:
+def _tokenizer(options: PPOOptions, job: JobConfig) -> Tokenizer | None:
     """The tokenizer of ``--tokenizer_path``, checked against the model's vocabulary."""
     if options.tokenizer_path is None:
         return None
@@ -291,7 +223,7 @@ def _tokenizer(options: JobOptions, job: JobConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _reward_function(options: JobOptions) -> RewardFunction | None:
+def _reward_function(options: PPOOptions) -> RewardFunction | None:
     """The function of ``--reward_fn``, which reads texts and so needs a tokenizer."""
     from mindrlhf.trainer.reward_function import load_reward_function
 
@@ -302,7 +234,7 @@ def _reward_function(options: JobOptions) -> RewardFunction | None:
     return load_reward_function(options.reward_fn)
 
 
-def _export(options: JobOptions, trainer: PPOTrainer, checkpoint: Path) -> None:
+def _export(options: PPOOptions, trainer: PPOTrainer, checkpoint: Path) -> None:
     """The final policy in Hugging Face format, merged from all ranks' shards by the main rank."""
     from mindrlhf.checkpoint.conversion import export_hf
     from mindrlhf.trainer.compatibility import stored_meshes

@@ -10,8 +10,8 @@ from typing import Any
 
 from worker_support import write_results
 
+from mindrlhf.configs.options import RewardOptions, SFTOptions
 from mindrlhf.runtime.launching import serve_as_scheduler
-from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
 from mindrlhf.utils.ranks import env_rank, is_scheduler
 
 PATHS = (

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mindrlhf.configs.ppo_file import PPO_RULES
+from mindrlhf.configs.fields import keys_of
+from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +191,7 @@ def test_flags_in_the_text_exist(document: str) -> None:
     assert sorted(wrong) == []
     keys = re.findall(r"--set (\w+)=", text_of(document), re.A)
     assert keys
-    assert [key for key in keys if key not in PPO_RULES] == []
+    assert [key for key in keys if key not in keys_of(PPOConfig)] == []
 
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS)

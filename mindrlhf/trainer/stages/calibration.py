@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from mindrlhf.configs.options import RewardOptions
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
@@ -19,7 +20,6 @@ from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, pa
 from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.trainer.builder import load_shards
 from mindrlhf.trainer.rollout import generate_rollout
-from mindrlhf.trainer.stages.options import RewardOptions
 from mindrlhf.trainer.stages.runner import Job, StageTrainer
 from mindrlhf.utils.errors import ConfigError
 from mindrlhf.utils.files import atomic_file

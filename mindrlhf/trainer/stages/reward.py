@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mindrlhf.configs.load import load_stage
+from mindrlhf.configs.options import RewardOptions
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
@@ -21,7 +23,6 @@ from mindrlhf.trainer.stages.calibration import (
     sft_responses,
     write_report,
 )
-from mindrlhf.trainer.stages.options import RewardOptions, read_plan
 from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
 from mindrlhf.utils.logging import get_logger
@@ -168,7 +169,7 @@ def run_reward(options: RewardOptions) -> Path:
             model is built.
     """
     os.environ.setdefault("GLOG_v", "3")
-    plan = read_plan(options, count_workers(use_parallel=options.use_parallel))
+    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
     if is_scheduler():
         ignore_signals()
         serve_as_scheduler()

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.checkpoint.shards import merge_shards, save_shard
+from mindrlhf.configs.options import StageOptions
+from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import SequenceData
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
@@ -31,7 +33,7 @@ from mindrlhf.trainer.recording import start_records
 from mindrlhf.trainer.resuming import choose_checkpoint
 from mindrlhf.trainer.skipping import SkippedUpdates, not_finite
 from mindrlhf.trainer.stages.batches import RowStream
-from mindrlhf.trainer.stages.options import FINAL, StageOptions, StagePlan, check_paths
+from mindrlhf.trainer.stages.options import FINAL, check_paths
 from mindrlhf.trainer.stages.records import StageRecords
 from mindrlhf.trainer.stages.stage import Stage
 from mindrlhf.trainer.stages.states import stage_configuration, stage_kind

@@ -11,11 +11,12 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
+from mindrlhf.configs.load import load_stage
+from mindrlhf.configs.options import SFTOptions
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
 from mindrlhf.runtime.signals import ignore_signals
 from mindrlhf.trainer.builder import fill_model
-from mindrlhf.trainer.stages.options import SFTOptions, read_plan
 from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
 from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
 from mindrlhf.trainer.tokenizer_checks import load_model_tokenizer
@@ -127,7 +128,7 @@ def run_sft(options: SFTOptions) -> Path:
             model is built.
     """
     os.environ.setdefault("GLOG_v", "3")
-    plan = read_plan(options, count_workers(use_parallel=options.use_parallel))
+    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
     if is_scheduler():
         ignore_signals()
         serve_as_scheduler()

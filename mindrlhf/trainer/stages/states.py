@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mindrlhf.configs.options import StageOptions
+from mindrlhf.configs.schema import StagePlan
 from mindrlhf.trainer.compatibility import MODEL_KEYS, Kind
-from mindrlhf.trainer.stages.options import StageOptions, StagePlan
 
 
 def stage_kind(part: str) -> Kind:

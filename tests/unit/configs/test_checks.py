@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from mindrlhf.configs.fields import keys_of
+from mindrlhf.configs.schema import PPOConfig
+
 M = "model.model_config."
 
 # (role, key, value, start of the only fault)
@@ -35,23 +38,23 @@ ONE_KEY_CASES = [
     ("reward", M + "compute_dtype", "bf16", "compute_dtype: not allowed ('bf16')"),
     ("reward", M + "type", "GPT2Config", "type: not supported ('GPT2Config') - must be LlamaConfig"),
     # what PPO cannot honour
-    ("reward", M + "emb_dropout_prob", 0.1, "emb_dropout_prob: PPO cannot honour this (0.1)"),
-    ("reward", M + "attention_dropout_prob", 0.1, "attention_dropout_prob: PPO cannot honour this"),
-    ("reward", M + "extend_method", "NTK", "extend_method: PPO cannot honour this ('NTK')"),
-    ("reward", M + "scaling_factor", 2.0, "scaling_factor: PPO cannot honour this (2.0)"),
-    ("reward", M + "repetition_penalty", 1.1, "repetition_penalty: PPO cannot honour this (1.1)"),
-    ("reward", M + "qkv_concat", True, "qkv_concat: PPO cannot honour this (True)"),
-    ("reward", M + "quant_config", {"a": 1}, "quant_config: PPO cannot honour this"),
-    ("reward", "parallel_config.pipeline_stage", 2, "pipeline_stage: PPO cannot honour this (2)"),
-    ("reward", "parallel_config.context_parallel", 2, "context_parallel: PPO cannot honour this (2)"),
-    ("reward", "parallel_config.expert_parallel", 2, "expert_parallel: PPO cannot honour this (2)"),
-    ("reward", "moe_config", {"expert_num": 8}, "moe_config.expert_num: PPO cannot honour this (8)"),
-    ("reward", "lr_scale", True, "lr_scale: PPO cannot honour this (True)"),
+    ("reward", M + "emb_dropout_prob", 0.1, "emb_dropout_prob: not supported (0.1)"),
+    ("reward", M + "attention_dropout_prob", 0.1, "attention_dropout_prob: not supported"),
+    ("reward", M + "extend_method", "NTK", "extend_method: not supported ('NTK')"),
+    ("reward", M + "scaling_factor", 2.0, "scaling_factor: not supported (2.0)"),
+    ("reward", M + "repetition_penalty", 1.1, "repetition_penalty: not supported (1.1)"),
+    ("reward", M + "qkv_concat", True, "qkv_concat: not supported (True)"),
+    ("reward", M + "quant_config", {"a": 1}, "quant_config: not supported"),
+    ("reward", "parallel_config.pipeline_stage", 2, "pipeline_stage: not supported (2)"),
+    ("reward", "parallel_config.context_parallel", 2, "context_parallel: not supported (2)"),
+    ("reward", "parallel_config.expert_parallel", 2, "expert_parallel: not supported (2)"),
+    ("reward", "moe_config", {"expert_num": 8}, "moe_config.expert_num: not supported (8)"),
+    ("reward", "lr_scale", True, "lr_scale: not supported (True)"),
     (
         "reward",
         "runner_config.gradient_accumulation_steps",
         2,
-        "gradient_accumulation_steps: not allowed (2)",
+        "gradient_accumulation_steps: not supported (2)",
     ),
     # unknown keys
     ("reward", M + "hiden_size", 64, "hiden_size: unknown key - did you mean hidden_size?"),
@@ -60,7 +63,7 @@ ONE_KEY_CASES = [
     ("reward", "model.model_cfg", {}, "model.model_cfg: unknown key - did you mean model_config?"),
     ("reward", "runner_config.epoch", 1, "epoch: unknown key - did you mean epochs?"),
     ("reward", "qqqqqqqq", 1, "qqqqqqqq: unknown section - MindFormers has no such section"),
-    ("reward", "context.mode", 2, "context.mode: not allowed (2)"),
+    ("reward", "context.mode", 2, "context.mode: not supported (2)"),
     # optimizer and schedule
     ("train", "optimizer.type", "AdamWeightDecay", "optimizer.type: not supported ('AdamWeightDecay')"),
     ("train", "optimizer.type", ["AdamW"], "optimizer.type: not supported (['AdamW'])"),
@@ -86,6 +89,18 @@ ONE_KEY_CASES = [
         "lr_schedule",
         {"type": "linear", "learning_rate": 1.0, "warmup_steps": 3200},
         "lr_schedule.warmup_steps: warm-up never ends (3200 steps of warm-up, 16 optimizer steps in the job)",
+    ),
+    (
+        "train",
+        "optimizer.learning_rate",
+        2e-4,
+        "learning_rate: differs from lr_schedule (0.0002 against 0.0001)",
+    ),
+    (
+        "critic",
+        "optimizer.learning_rate",
+        2e-4,
+        "learning_rate: differs from lr_schedule (0.0002 against 0.0001)",
     ),
     # files against each other
     ("train", M + "num_layers", 3, "num_layers: differs from"),
@@ -128,21 +143,21 @@ ONE_KEY_CASES = [
         8,
         "num_minibatches: a minibatch of 1 rows is not divisible by data_parallel of",
     ),
-    ("ppo", "micro_batch_size", 3, "micro_batch_size: 3 does not divide the minibatch rows a rank of"),
+    ("ppo", "micro_batch_size", 3, "micro_batch_size: 3 does not divide the minibatch rows per rank of"),
     (
         "ppo",
         "generation_batch_size",
         3,
-        "generation_batch_size: 3 does not divide the rollout rows a rank of",
+        "generation_batch_size: 3 does not divide the rollout rows per rank of",
     ),
-    ("ppo", "score_batch_size", 3, "score_batch_size: 3 does not divide the rollout rows a rank of"),
+    ("ppo", "score_batch_size", 3, "score_batch_size: 3 does not divide the rollout rows per rank of"),
 ]
 
 RANGES = {
     "seed": [-1],
     "total_iterations": [0],
     "save_interval": [-1],
-    "keep_checkpoints": [0],
+    "keep_checkpoints": [-1],
     "log_samples": [-1],
     "eval_interval": [-1],
     "eval_prompts": [-1],
@@ -178,10 +193,10 @@ RANGES = {
     "vf_coef": [-0.1],
     "value_head_init_scale": [-1.0],
     "log_ratio_clamp": [0, 81],
-    "max_grad_norm": [0],
+    "max_grad_norm": [-1.0],
     "max_skipped_updates": [0],
 }
-CHOICES = ("kl_controller", "kl_estimator", "critic")
+CHOICES = ("kl_controller", "kl_estimator", "critic", "advantage")
 REQUIRED = (
     "total_iterations",
     "rollout_batch_size",
@@ -193,7 +208,9 @@ REQUIRED = (
 
 
 @pytest.mark.parametrize(("role", "key", "value", "fault"), ONE_KEY_CASES)
-def test_one_fault(role: str, key: str, value: Any, fault: str, job: Any) -> None:
+def test_one_fault(role: str, key: str, value: Any, fault: str, job: Any, delete: object) -> None:
+    if key.startswith("lr_schedule"):
+        job.edit(role, "optimizer.learning_rate", delete)
     job.edit(role, key, value)
     faults = job.faults()
     assert all(line.startswith(f"{role}.yaml: ") and fault in line for line in faults), faults
@@ -223,11 +240,10 @@ def test_ppo_required(key: str, job: Any, delete: object) -> None:
 
 
 def test_every_ppo_key_has_a_bad_value() -> None:
-    from mindrlhf.configs.ppo_file import PPO_RULES
-
-    flags = {key for key, rule in PPO_RULES.items() if rule.kind == "bool"}
-    assert set(RANGES) | set(CHOICES) | flags == set(PPO_RULES)
-    assert {key for key, rule in PPO_RULES.items() if rule.required} == set(REQUIRED)
+    keys = keys_of(PPOConfig)
+    flags = {name for name, key in keys.items() if key.base is bool}
+    assert set(RANGES) | set(CHOICES) | flags == set(keys)
+    assert {name for name, key in keys.items() if key.required} == set(REQUIRED)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +294,7 @@ def test_critic_warm_up_leaves_the_policy_fewer_optimizer_steps(job: Any) -> Non
     whole = job.load().ppo
     assert whole.policy_optimizer_steps == whole.optimizer_steps == 16
     assert job.load(overrides=["critic_warmup_iterations=1"]).ppo.policy_optimizer_steps == 12
-    job.edit("train", "lr_schedule", {"type": "linear", "learning_rate": 1.0, "warmup_steps": 13})
+    job.edit("train", "lr_schedule", {"type": "linear", "learning_rate": 1e-4, "warmup_steps": 13})
     job.load()
     (fault,) = job.faults(overrides=["critic_warmup_iterations=1"])
     assert "(13 steps of warm-up, 12 optimizer steps in the job)" in fault
@@ -290,7 +306,7 @@ def test_batch_sizes_that_divide_are_taken(job: Any) -> None:
     # per rank: 8 rows on infer (dp1) but 4 on the critic (dp2)
     (fault,) = job.faults(overrides=["score_batch_size=8"])
     assert fault.startswith(
-        "--set score_batch_size: 8 does not divide the rollout rows a rank of critic.yaml (4)"
+        "--set score_batch_size: 8 does not divide the rollout rows per rank of critic.yaml (4)"
     )
 
 

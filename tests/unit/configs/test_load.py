@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.load import load_ppo_config, load_run_config
-from mindrlhf.configs.schema import ModelConfig, PPOConfig
+from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, PPOConfig, RunnerConfig
 from mindrlhf.utils.errors import ConfigError
 
 
@@ -185,11 +186,12 @@ def test_kv_heads_default_to_heads_and_one_eos_is_a_list_of_one(job: Any, delete
     assert reward.eos_token_id == (1023,)
 
 
-def test_unused_sections_are_named_in_one_line_a_file(job: Any, log: pytest.LogCaptureFixture) -> None:
+def test_unused_sections_are_named_in_one_line_per_file(job: Any, log: pytest.LogCaptureFixture) -> None:
+    log.set_level(logging.DEBUG, logger="mindrlhf")
     loaded = job.load()
-    lines = [record.getMessage() for record in log.records if "not used by PPO" in record.getMessage()]
+    lines = [record.getMessage() for record in log.records if "are not read" in record.getMessage()]
     assert len(lines) == 4
-    assert lines[0].startswith(f"{job.paths['infer']}: not used by PPO: seed, output_dir")
+    assert lines[0].startswith(f"{job.paths['infer']}: sections that are not read: seed, output_dir")
     assert "callbacks" in loaded.infer.ignored
     assert "model" not in loaded.infer.ignored
 
@@ -249,14 +251,6 @@ def test_critic_may_be_a_generate_yaml(job: Any) -> None:
     assert job.load(critic_path=job.paths["infer"]).critic.lr_schedule["type"] == "CosineWithWarmUpLR"
 
 
-def test_context_extras_are_kept(job: Any) -> None:
-    job.edit("infer", "context.jit_config", {"jit_level": "O1"})
-    job.edit("infer", "context.mode", "PYNATIVE_MODE")
-    context = job.load().infer.context
-    assert context.extra["jit_config"] == {"jit_level": "O1"}
-    assert context.mode == 1
-
-
 def test_overrides_win_and_are_yaml(job: Any) -> None:
     ppo = job.load(
         overrides=["seed=7", "do_sample=no", "stop_token_ids=[3, 4]", "critic=shared", "gamma=0", "seed = 8"]
@@ -286,7 +280,7 @@ def test_overrides_win_and_are_yaml(job: Any) -> None:
         ("stop_token_ids=[1, 1]", "--set stop_token_ids: repeated ids ([1, 1])"),
         ("stop_token_ids=[1, x]", "--set stop_token_ids: wrong type ([1, 'x'])"),
         ("stop_token_ids={a: 1}", "--set stop_token_ids: wrong type ({'a': 1})"),
-        ("critic=both", "--set critic: not allowed ('both') - must be one of shared, separate"),
+        ("critic=both", "--set critic: not allowed ('both') - must be one of separate, shared, none"),
     ],
 )
 def test_bad_overrides(override: str, fault: str, job: Any) -> None:
@@ -304,17 +298,10 @@ def test_truncated_sampling_is_warned_of(job: Any, log: pytest.LogCaptureFixture
     assert "top_p 0.9" in warned[0]
 
 
-def test_every_ppo_field_is_read_from_yaml() -> None:
-    from mindrlhf.configs.ppo_file import PPO_RULES
-
-    assert set(PPO_RULES) == {field.name for field in dataclasses.fields(PPOConfig)}
-
-
-def test_every_model_field_is_read_from_yaml() -> None:
-    from mindrlhf.configs.keys import MODEL_RULES
-
+def test_every_field_is_a_key() -> None:
     flags = {"matmul_dtype"}  # --cpu_matmul_dtype
-    assert set(MODEL_RULES) | flags == {field.name for field in dataclasses.fields(ModelConfig)}
+    for declaration in (PPOConfig, ModelConfig, ParallelConfig, ContextConfig, RunnerConfig):
+        assert {field.name for field in dataclasses.fields(declaration)} - flags == set(keys_of(declaration))
 
 
 def test_derived_sizes() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.configs import keys
+from mindrlhf.configs import mindformers as foreign
+from mindrlhf.configs import schema
+from mindrlhf.configs.fields import Count, keys_of
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.optimizer import (
     LR_ALIASES,
@@ -70,26 +72,22 @@ def test_optimizer_arguments(name: str, mindformers: Any) -> None:
 
 def test_llama_config_keys(mindformers: Any) -> None:
     taken = _parameters(mindformers.models.llama.LlamaConfig.__init__)
-    known = {*keys.MODEL_RULES, *keys.MODEL_ACCEPTED, *keys.MODEL_NEUTRAL}
+    known = {*keys_of(schema.ModelConfig), *foreign.MODEL}
     assert taken <= known
 
 
 def test_top_level_sections(mindformers: Any) -> None:
     from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS, GeneralConfig
 
-    known = {*keys.USED_SECTIONS, *keys.IGNORED_SECTIONS, *keys.TOP_NEUTRAL}
+    known = {*foreign.USED_SECTIONS, *foreign.IGNORED_SECTIONS, *foreign.TOP}
     assert (set(CONFIG_NAME_TO_CLASS) - {"general_config"}) | set(GeneralConfig.keys()) <= known
 
 
 def test_parallel_and_runner_keys(mindformers: Any) -> None:
     from mindformers.tools.register.template import ParallelConfig, RunnerConfig
 
-    assert set(ParallelConfig.keys()) <= {
-        *keys.PARALLEL_RULES,
-        *keys.PARALLEL_ACCEPTED,
-        *keys.PARALLEL_NEUTRAL,
-    }
-    assert set(RunnerConfig.keys()) <= {*keys.RUNNER_RULES, *keys.RUNNER_ACCEPTED}
+    assert set(ParallelConfig.keys()) <= {*keys_of(schema.ParallelConfig), *foreign.PARALLEL}
+    assert set(RunnerConfig.keys()) <= {*keys_of(schema.RunnerConfig), *foreign.RUNNER}
 
 
 def test_mindformers_loads_every_yaml(mindformers: Any, model_configs: Path) -> None:
@@ -130,7 +128,7 @@ def test_every_schedule_that_passes_can_be_built(name: str, mindformers: Any) ->
     section: dict[str, Any] = {"type": name}
     for key, rule in LR_SCHEDULES[name].items():
         if rule.required:
-            section[key] = 1 if rule.kind == "int" else 0.5
+            section[key] = 1 if rule.annotation is Count else 0.5
     section |= {"warmup_steps": 2, "total_steps": None} if "warmup_steps" in LR_SCHEDULES[name] else {}
     section |= {"decay_start_steps": 4} if "decay_start_steps" in LR_SCHEDULES[name] else {}
     faults = Faults()

@@ -17,6 +17,7 @@ from mindspore import Tensor
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.load import load_run_config
+from mindrlhf.configs.options import RewardOptions, SFTOptions
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.layouts import parameter_layouts
@@ -24,7 +25,6 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.stages import reward, runner, sft
-from mindrlhf.trainer.stages.options import RewardOptions, SFTOptions
 from mindrlhf.trainer.train_step import TrainStep
 
 VOCAB, PAD, ROWS = 32, 2, 20

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from mindrlhf.configs.load import load_ppo_job
+from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.trainer.job import (
-    JobOptions,
-    beside_train_config,
     graph_configuration,
     run_ppo,
     save_strategies,
@@ -26,7 +26,7 @@ def configs(repo_root: Path) -> Path:
     return repo_root / "model_configs" / "qwen_ppo"
 
 
-def options(configs: Path, tmp_path: Path, **changes: Any) -> JobOptions:
+def options(configs: Path, tmp_path: Path, **changes: Any) -> PPOOptions:
     """A job in one process on the tiny YAMLs, complete but for the weights' content."""
     weights = tmp_path / "weights.ckpt"
     weights.touch()
@@ -40,7 +40,7 @@ def options(configs: Path, tmp_path: Path, **changes: Any) -> JobOptions:
         "save_ckpt_dir": tmp_path / "save",
         "use_parallel": False,
     }
-    return JobOptions(**{**given, **changes})
+    return PPOOptions(**{**given, **changes})
 
 
 @pytest.mark.parametrize("flag", ["mind_dataset_dir", "save_ckpt_dir"])
@@ -149,10 +149,13 @@ def test_faults_of_all_files_come_together(configs: Path, tmp_path: Path) -> Non
 
 
 def test_ppo_settings_beside_the_train_config(configs: Path, tmp_path: Path) -> None:
-    found = beside_train_config(configs / "finetune_qwen2_0_5b.yaml")
-    assert found == configs / "ppo_qwen2_0_5b.yaml"
-    with pytest.raises(ConfigError, match="--ppo_config"):
-        beside_train_config(tmp_path / "finetune_mine.yaml")
+    assert load_ppo_job(options(configs, tmp_path), 1).ppo.total_iterations == 4
+    alone = options(configs, tmp_path, sft_path_train=tmp_path / "finetune_mine.yaml", overrides=["lam=2"])
+    with pytest.raises(ConfigError) as caught:
+        load_ppo_job(alone, 1)
+    faults = "\n".join(caught.value.faults)
+    for fault in ("finetune_mine.yaml: there is no such file", "--ppo_config: not given", "--set lam: out"):
+        assert fault in faults
 
 
 def test_strategy_files_of_the_7b_job_need_no_device(configs: Path, tmp_path: Path) -> None:

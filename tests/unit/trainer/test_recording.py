@@ -12,6 +12,7 @@ import pytest
 
 from mindrlhf.cli.ppo import build_parser as ppo_parser
 from mindrlhf.cli.sft import build_parser as sft_parser
+from mindrlhf.configs.options import run_directory
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer import records as records_module
 from mindrlhf.trainer.curves import CURVES
@@ -20,7 +21,6 @@ from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES
 from mindrlhf.trainer.metrics import ratio_histogram
 from mindrlhf.trainer.recording import IterationResults, histograms, record_iteration, start_records
 from mindrlhf.trainer.records import RedrawTimer, RunRecords
-from mindrlhf.trainer.runs import run_directory
 from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
 from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.update import UpdateResult

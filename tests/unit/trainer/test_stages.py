@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.load import load_stage, with_peak
+from mindrlhf.configs.options import RewardOptions, StageOptions
+from mindrlhf.configs.schema import JobConfig, StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.qwen2.heads import new_score_head
 from mindrlhf.models.qwen2.networks import RewardModel
@@ -22,14 +24,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.stages.calibration import calibrate, fold, gain_and_bias
-from mindrlhf.trainer.stages.options import (
-    RewardOptions,
-    StageOptions,
-    StagePlan,
-    check_paths,
-    read_plan,
-    with_peak,
-)
+from mindrlhf.trainer.stages.options import check_paths
 from mindrlhf.trainer.stages.records import StageRecords
 from mindrlhf.trainer.stages.reward import PairLoss, RewardStage
 from mindrlhf.trainer.stages.sft import SFTLoss, SFTStage
@@ -56,12 +51,12 @@ def options(yaml: Path, tmp_path: Path, **changes: Any) -> RewardOptions:
 
 
 def test_plan_from_the_yaml_and_from_flags(yaml: Path, tmp_path: Path) -> None:
-    plan = read_plan(options(yaml, tmp_path), 1)
+    plan = load_stage(options(yaml, tmp_path), 1)
     assert (plan.epochs, plan.batch_size, plan.micro_batch_size) == (1, 2, 2)
-    split = read_plan(options(yaml, tmp_path, use_parallel=True), 4)
+    split = load_stage(options(yaml, tmp_path, use_parallel=True), 4)
     assert (split.batch_size, split.micro_batch_size) == (4, 2)  # 2 rows on each of 2 replicas
     flags = options(yaml, tmp_path, use_parallel=True, epochs=3, batch_size=12, micro_batch_size=3)
-    plan = read_plan(flags, 4)
+    plan = load_stage(flags, 4)
     assert (plan.epochs, plan.batch_size, plan.micro_batch_size) == (3, 12, 3)
     assert plan.total_steps(35) == 3 * 2
 
@@ -69,40 +64,40 @@ def test_plan_from_the_yaml_and_from_flags(yaml: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--epochs: not allowed .0. - must be at least 1"),
-        ({"batch_size": 0}, "--batch_size: not allowed .0. - must be at least 1"),
-        ({"micro_batch_size": -1}, "--micro_batch_size: not allowed"),
+        ({"epochs": 0}, "--epochs: out of range .0. - must be a whole number >= 1"),
+        ({"batch_size": 0}, "--batch_size: out of range .0. - must be a whole number >= 1"),
+        ({"micro_batch_size": -1}, "--micro_batch_size: out of range"),
         ({"batch_size": 6, "micro_batch_size": 4}, "--micro_batch_size: 4 does not divide the 6 rows"),
-        ({"eval_fraction": 1.0}, "--eval_fraction: not allowed .1.0. - must be at least 0 and below 1"),
-        ({"eval_fraction": math.nan}, "--eval_fraction: not allowed"),
-        ({"learning_rate": 0.0}, "--learning_rate: not allowed"),
-        ({"max_grad_norm": math.nan}, "--max_grad_norm: not allowed"),
-        ({"center_coef": -0.1}, "--center_coef: not allowed"),
-        ({"calibrate": "on"}, "--calibrate: not allowed .on. - must be one of sft, data, off"),
-        ({"calibration_samples": 1}, "--calibration_samples: not allowed"),
+        ({"eval_fraction": 1.0}, "--eval_fraction: out of range .1.0. - must be a number >= 0 and < 1"),
+        ({"eval_fraction": math.nan}, "--eval_fraction: not finite"),
+        ({"learning_rate": 0.0}, "--learning_rate: out of range"),
+        ({"max_grad_norm": math.nan}, "--max_grad_norm: not finite"),
+        ({"center_coef": -0.1}, "--center_coef: out of range"),
+        ({"calibrate": "on"}, "--calibrate: not allowed .'on'. - must be one of sft, data, off"),
+        ({"calibration_samples": 1}, "--calibration_samples: out of range"),
         ({"valid_vocab_size": 1025}, "--valid_vocab_size: 1025 is above the vocabulary"),
-        ({"seed": -1}, "--seed: not allowed"),
+        ({"seed": -1}, "--seed: out of range"),
     ],
 )
 def test_flags_out_of_range(yaml: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_plan(options(yaml, tmp_path, **changes), 1)
+        load_stage(options(yaml, tmp_path, **changes), 1)
 
 
 def test_faults_of_flags_and_yaml_come_together(yaml: Path, tmp_path: Path) -> None:
     generate = yaml.with_name("generate_qwen2_tiny.yaml")
     wrong = options(generate, tmp_path, use_parallel=True, batch_size=3, epochs=0)
     with pytest.raises(ConfigError) as caught:
-        read_plan(wrong, 2)
+        load_stage(wrong, 2)
     message = str(caught.value)
     for fault in ("--epochs", "optimizer: missing", "lr_schedule: missing", "= 4 ranks, but there are 2"):
         assert fault in message
     with pytest.raises(ConfigError, match=r"--batch_size: 3 is not divisible by data_parallel \(2\)"):
-        read_plan(options(yaml, tmp_path, use_parallel=True, batch_size=3), 4)
+        load_stage(options(yaml, tmp_path, use_parallel=True, batch_size=3), 4)
 
 
 def test_steps(yaml: Path, tmp_path: Path) -> None:
-    plan = read_plan(options(yaml, tmp_path, batch_size=8), 1)
+    plan = load_stage(options(yaml, tmp_path, batch_size=8), 1)
     with pytest.raises(ConfigError, match="--batch_size: 8 rows, but there are only 7 to train on"):
         plan.total_steps(7)
     slow = {"type": "ConstantWarmUpLR", "learning_rate": 1.0, "warmup_steps": 9, "total_steps": -1}
@@ -113,7 +108,7 @@ def test_steps(yaml: Path, tmp_path: Path) -> None:
 
 
 def test_another_peak_keeps_the_shape(yaml: Path, tmp_path: Path) -> None:
-    plan = read_plan(options(yaml, tmp_path, learning_rate=1e-3), 1)
+    plan = load_stage(options(yaml, tmp_path, learning_rate=1e-3), 1)
     assert plan.config.lr_schedule["learning_rate"] == 1e-3
     assert plan.config.lr_schedule["lr_end"] == pytest.approx(1e-4)
     assert with_peak({"base_lr": 2.0, "eta_min": 1.0, "t_max": 3}, 4.0) == {

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.configs.options import tracker_names
 from mindrlhf.trainer.records import RunRecords
 from mindrlhf.trainer.trackers import choice
 from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
-from mindrlhf.trainer.trackers.choice import check_trackers, make_trackers, tracker_names
+from mindrlhf.trainer.trackers.choice import check_trackers, make_trackers
 from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.utils.errors import MindRLHFError

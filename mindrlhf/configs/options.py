@@ -1,0 +1,227 @@
+"""The command-line options of ``ppo_one_stage.py``, ``sft.py`` and ``reward_model.py``; each declared once.
+
+:mod:`mindrlhf.configs.flags` makes the flags from them, :mod:`mindrlhf.configs.load` checks them together
+with the YAMLs that they name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Lt
+
+from mindrlhf.configs.fields import Count, DeviceTarget, Natural, NotNegative, Positive, key
+from mindrlhf.configs.schema import TrainingSettings
+
+DEFAULT_TIMEOUT = 1800.0
+"""Seconds without progress; more than the first iteration of a large model compiles without a sign."""
+
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
+"""Name of each tracker -> the package that it needs."""
+
+DEFAULT_TRACKERS = ("tensorboard",)
+NO_TRACKER = "none"
+
+RUNS = Path("runs")
+
+_RUN_NAME = re.compile(r"\w[\w.+=-]{0,99}")
+
+
+def run_directory(name: str) -> Path:
+    """The argparse type of ``--run_name``: NAME -> ``runs/NAME`` below the working directory.
+
+    Raises:
+        argparse.ArgumentTypeError: the name is not a plain name of a directory.
+    """
+    if _RUN_NAME.fullmatch(name) is None:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not a name of a run: letters, digits and _ . + = - only, at most 100, "
+            "the first a letter, digit or _; for a path use --save_ckpt_dir"
+        )
+    return RUNS / name
+
+
+def tracker_names(text: str) -> tuple[str, ...]:
+    """The argparse type of ``--trackers``.
+
+    Raises:
+        argparse.ArgumentTypeError: a name that there is not.
+    """
+    names = dict.fromkeys(name for part in text.split(",") if (name := part.strip().lower()))
+    unknown = [name for name in names if name not in TRACKERS and name != NO_TRACKER]
+    if unknown:
+        known = ", ".join([*TRACKERS, NO_TRACKER])
+        raise argparse.ArgumentTypeError(f"no tracker {', '.join(map(repr, unknown))}; there are {known}")
+    if NO_TRACKER in names and len(names) > 1:
+        raise argparse.ArgumentTypeError(f"{NO_TRACKER} stands alone, got {text!r}")
+    return tuple(name for name in names if name != NO_TRACKER)
+
+
+GROUPS = (
+    "model configurations (MindFormers YAML)",
+    "weights (a full .ckpt/.safetensors file, a Hugging Face directory, or rank_0/ rank_1/ ... in one)",
+    "data and results",
+    "training",
+    "reward model",
+    "run",
+)
+"""Headings of the flags in ``--help``, in order."""
+
+_model, _weights, _files, _training, _reward, _run = (partial(key, group=group) for group in GROUPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The flags of every program that trains."""
+
+    resume_from: Path | None = _files(
+        None, "an iteration_NNNNNN (PPO) or step_NNNNNN directory to go on from"
+    )
+    resume_training: bool = _files(
+        False,
+        "True: go on from the newest whole checkpoint of --save_ckpt_dir; start anew when there is none",
+    )
+    trackers: tuple[str, ...] = _run(
+        DEFAULT_TRACKERS,
+        "where metrics go beside metrics.jsonl, comma-separated: tensorboard (in tensorboard/ of the "
+        "results), wandb, swanlab; none: nowhere (default: tensorboard)",
+        parse=tracker_names,
+    )
+    use_parallel: bool = _run(True, "False: one process, no msrun")
+    device_target: DeviceTarget | None = _run(None, "override device_target of every YAML")
+    cpu_matmul_dtype: Literal["float32", "bfloat16"] = _run(
+        "float32",
+        "bfloat16: on CPU round the operands of products to it, sums and all else stay float32; needs a "
+        "processor with avx512_bf16, and g++",
+    )
+    watchdog_timeout: NotNegative = _run(
+        DEFAULT_TIMEOUT,
+        "seconds without progress on any rank after which the job is ended; the first compilation counts; "
+        "0: never",
+        metavar="SECONDS",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The flags of the programs whose result is a language model."""
+
+    export_hf_dir: Path | None = _files(None, "export the final policy in Hugging Face format")
+    tokenizer_path: Path | None = _files(None, "tokenizer for sample texts, and copied into the export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOOptions(RunOptions, ExportOptions):
+    """The flags of ``ppo_one_stage.py``."""
+
+    sft_path_infer: Path = _model(..., "policy as it generates")
+    sft_path_train: Path = _model(..., "policy as it is trained")
+    reward_path: Path = _model(..., "reward model")
+    critic_path: Path = _model(..., "critic; not read with critic: none")
+    ppo_config: Path | None = _model(None, "PPO hyper-parameters; default: ppo_X.yaml beside finetune_X.yaml")
+    overrides: Sequence[str] = _model(
+        (), "override a PPO hyper-parameter; may be repeated", flag="--set", metavar="KEY=VALUE"
+    )
+    load_sft_checkpoint_infer: Path | None = _weights(None, "policy as it generates")
+    load_sft_checkpoint_train: Path | None = _weights(None, "policy as it is trained")
+    load_ref_checkpoint: Path | None = _weights(None, "reference; default: the policy")
+    load_rm_checkpoint: Path | None = _weights(None, "reward model; default: the policy with a fresh head")
+    load_critic_checkpoint: Path | None = _weights(None, "critic; default: the reward model, else the policy")
+    reward_fn: str | None = _weights(
+        None,
+        "own reward of (prompts, responses) texts; added to --load_rm_checkpoint's, or alone without it",
+        metavar="PACKAGE.MODULE:FUNCTION",
+    )
+    mind_dataset_dir: Path | None = _files(None, "MindRecord of prompts from rlhf_data.py")
+    eval_dataset_dir: Path | None = _files(
+        None, "MindRecord of held-out prompts to evaluate on (eval_interval); default: no evaluation"
+    )
+    ptx_dataset_dir: Path | None = _files(
+        None, "MindRecord of texts for the pre-training loss (ptx_coef); default: --mind_dataset_dir"
+    )
+    save_ckpt_dir: Path | None = _files(None, "configuration, metrics, samples, curves, checkpoints")
+    save_data_file: Path | None = _files(None, "store each iteration's experience as MindRecord")
+    enable_compile_cache: bool = _run(
+        False,
+        "True: keep compiled graphs for later runs (MS_COMPILER_CACHE_PATH or ~/.cache/mindrlhf/graphs)",
+    )
+    verify_sync: bool = _run(False, "checksum weights after each sync")
+    only_save_strategy: bool = _run(False, "write ./strategy and exit; no device needed")
+    world_size: Count | None = _run(None, "ranks to write strategies for without msrun")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions(TrainingSettings, RunOptions):
+    """The flags that ``sft.py`` and ``reward_model.py`` share."""
+
+    config_path: Path
+    load_sft_checkpoint: Path = _files(
+        ...,
+        "language model to start from: a full .ckpt/.safetensors file, a Hugging Face directory, or "
+        "rank_0/ rank_1/ ... of this YAML's split",
+    )
+    mind_dataset_dir: Path
+    save_ckpt_dir: Path
+    save_full_ckpt: Path | None = _files(
+        None, "write the weights to this .ckpt or .safetensors file too, merged: any split reads it"
+    )
+    epochs: Count | None = _training(None, "passes over the data (default: runner_config.epochs)")
+    batch_size: Count | None = _training(
+        None, "rows per optimizer step, over all ranks (default: runner_config.batch_size x data_parallel)"
+    )
+    learning_rate: Positive | None = _training(
+        None, "peak of the YAML's lr_schedule, whose shape stays (default: the YAML's, which is for PPO)"
+    )
+    eval_fraction: Annotated[NotNegative, Lt(1)] = _training(
+        0.1, "prompts held out of training and evaluated on; 0: none"
+    )
+    max_eval_prompts: Natural = _training(512, "most prompts held out; 0: no bound")
+    eval_interval: Natural = _training(50, "steps between evaluations; 0: before and after training only")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run may find results of its own."""
+        return self.resume_training or self.resume_from is not None
+
+
+_YAML = "finetune_X.yaml: sizes, split, optimizer and schedule, runner_config"
+_RESULTS = "final/rank_i: %s where its YAML has the same split; configuration, metrics, checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTOptions(StageOptions, ExportOptions):
+    """The flags of ``sft.py``."""
+
+    config_path: Path = _files(..., _YAML, flag="--sft_path")
+    mind_dataset_dir: Path = _files(..., "MindRecord of rlhf_data.py (with or without --pairs)")
+    save_ckpt_dir: Path = _files(
+        ..., _RESULTS % "a policy for --load_sft_checkpoint_train of ppo_one_stage.py"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(StageOptions):
+    """The flags of ``reward_model.py``."""
+
+    config_path: Path = _files(..., _YAML, flag="--reward_path")
+    mind_dataset_dir: Path = _files(..., "MindRecord of rlhf_data.py --pairs")
+    save_ckpt_dir: Path = _files(
+        ...,
+        _RESULTS % "a reward model for --load_rm_checkpoint and --load_critic_checkpoint of ppo_one_stage.py",
+    )
+    center_coef: NotNegative = _reward(
+        0.0, "coefficient of the mean (chosen + rejected score)^2 in the loss; 0: off"
+    )
+    calibrate: Literal["sft", "data", "off"] = _reward(
+        "sft",
+        "whose scores get mean 0 and std 1: responses that --load_sft_checkpoint samples for training "
+        "prompts, the data's preferred responses, or nobody's",
+    )
+    calibration_samples: Annotated[Natural, Ge(2)] = _reward(256, "number of responses for the calibration")
+    max_response_length: Natural = _reward(0, "most tokens of a sampled response; 0: the data's longest")
