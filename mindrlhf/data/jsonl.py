@@ -1,4 +1,4 @@
-"""Reads CValues comparison data, one JSON object a line, without holding the file in memory."""
+"""Reads CValues comparison data, one JSON object per line, without holding the file in memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CValuesReader:
     """Iterates over the samples of a CValues jsonl file.
 
     A line has the strings ``prompt``, ``pos_resp`` and ``neg_resp``; other keys are left alone, blank
-    lines are passed over, a byte order mark at the start is tolerated.
+    lines are skipped, a byte order mark at the start is tolerated.
 
     Args:
         path: the file.
@@ -90,9 +90,8 @@ class CValuesReader:
         more = f"\n  ... and {self.bad_lines - len(shown)} more" if self.bad_lines > len(shown) else ""
         listed = "".join(f"\n  {fault}" for fault in shown)
         noun = "line" if self.bad_lines == 1 else "lines"
-        return (
-            f"{self.bad_lines} bad {noun}:{listed}{more}\nmend the file, or pass over with --skip_bad_lines"
-        )
+        remedy = "fix the file, or skip bad lines with --skip_bad_lines"
+        return f"{self.bad_lines} bad {noun}:{listed}{more}\n{remedy}"
 
     def _parse(self, line: bytes, number: int) -> Sample:
         try:
@@ -102,10 +101,10 @@ class CValuesReader:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            hint = "; one object a line is wanted" if text.lstrip().startswith("[") else ""
+            hint = "; expected one object per line" if text.lstrip().startswith("[") else ""
             raise ValueError(f"not JSON ({error}){hint}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"a JSON {type(row).__name__}, an object is wanted")
+            raise ValueError(f"a JSON {type(row).__name__}, expected an object")
         # An answer that is not used may be empty.
         values = [_string(row, key, self._pairs or key != PAIR_KEYS[2]) for key in self._keys]
         response = values[1] if len(values) > 1 else None
@@ -117,7 +116,7 @@ def _string(row: dict[str, object], key: str, is_used: bool) -> str:
         raise ValueError(f"key {key!r} is missing (there are {', '.join(map(repr, row)) or 'none'})"[:300])
     value = row[key]
     if not isinstance(value, str):
-        raise ValueError(f"{key!r} is {type(value).__name__}, a string is wanted")
+        raise ValueError(f"{key!r} is {type(value).__name__}, expected a string")
     if is_used and not value.strip():
         raise ValueError(f"{key!r} is empty")
     try:

@@ -5,15 +5,37 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.data.columns import Column
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import parents_of, probe_directory
 
 Batch = Mapping[str, np.ndarray]
+
+COLUMN_TYPES = ("int32", "int64", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a MindRecord file: an array of fixed length in every row.
+
+    Attributes:
+        dtype: int32, int64, float32 or float64.
+        length: values per row.
+    """
+
+    dtype: str
+    length: int
+
+    def __post_init__(self) -> None:
+        """Refuses what MindRecord cannot store."""
+        if self.dtype not in COLUMN_TYPES:
+            raise ValueError(f"MindRecord stores {', '.join(COLUMN_TYPES)}, not {self.dtype}")
+        if self.length < 1:
+            raise ValueError(f"a column holds at least one value per row, not {self.length}")
 
 
 def index_path(path: str | Path) -> Path:
@@ -32,10 +54,12 @@ def check_output(path: str | Path, *, overwrite: bool) -> None:
     path = Path(path)
     forbidden = sorted(set(path.name) & set("\\/:*?\"<>|`&';"))
     if forbidden or path.name != path.name.strip(" "):
-        raise DataError(f"{path}: MindRecord takes no file name with {' '.join(forbidden) or 'outer blanks'}")
+        raise DataError(
+            f"{path}: MindRecord does not take a file name with {' '.join(forbidden) or 'outer blanks'}"
+        )
     for file in (path, index_path(path)):
         if file.is_dir():
-            raise DataError(f"{file}: is a directory, a file name is wanted")
+            raise DataError(f"{file}: is a directory; give a file name")
         if file.exists() and not overwrite:
             raise DataError(f"{file}: exists already; give another output path, or --overwrite")
     try:
@@ -53,7 +77,7 @@ def write_mindrecord(
 
     The pair is written in a temporary directory beside ``path`` and moved there when it is whole; on any
     failure, one inside ``batches`` included, nothing is left behind and an older file stays as it was.
-    A hundred rows or more a batch write fastest.
+    Batches of a hundred rows or more are written fastest.
 
     Args:
         path: the output file; keep its name afterwards, since the index refers to it.
@@ -185,7 +209,7 @@ def read_rows(path: str | Path, rows: np.ndarray, columns: Sequence[str]) -> lis
 
     Args:
         path: a MindRecord file that :func:`read_schema` accepts.
-        rows: (n,) row numbers, any order; a number may stand twice.
+        rows: (n,) row numbers, any order; a number may occur twice.
         columns: which columns.
 
     Raises:

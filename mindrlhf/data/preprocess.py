@@ -1,4 +1,4 @@
-"""The whole way from CValues jsonl to a MindRecord prompt data set."""
+"""From CValues jsonl to a MindRecord prompt data set: which rows, how they are laid out, what is cut."""
 
 from __future__ import annotations
 
@@ -33,201 +33,6 @@ from mindrlhf.data.prompt_format import (
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.progress import ProgressBar
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """What to make of which file.
-
-    Attributes:
-        file_path: CValues jsonl.
-        output_path: the MindRecord file to write.
-        max_prompt_length: P, columns of ``prompt_ids``.
-        seq_length: columns of ``pretrain_ids`` and ``loss_mask``.
-        chat_template: put prompts into ChatML; otherwise they are taken as they are.
-        system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
-        overlong: what to do with a prompt longer than P, and with a pair longer than ``seq_length``.
-        skip_bad_lines: count bad lines and go on.
-        prompt_only: the file has prompts alone.
-        pairs: write the rejected responses too, for a reward model.
-        overwrite: replace an existing output.
-        eval_output_path: a second MindRecord file, for held-out prompts, which ``output_path`` then lacks.
-        eval_fraction: of all different prompts, how many are held out; a hash of the text chooses them.
-        batch: lines encoded and rows written at a time.
-    """
-
-    file_path: Path
-    output_path: Path
-    max_prompt_length: int = 4096
-    seq_length: int = 8193
-    chat_template: bool = True
-    system_prompt: str | None = None
-    overlong: Overlong = "drop"
-    skip_bad_lines: bool = False
-    prompt_only: bool = False
-    pairs: bool = False
-    overwrite: bool = False
-    eval_output_path: Path | None = None
-    eval_fraction: float = 0.05
-    batch: int = 256
-
-
-@dataclass(frozen=True)
-class PreprocessSummary:
-    """What came of it.
-
-    Attributes:
-        counts: rows, drops, cuts and tokens.
-        bad_lines: lines passed over.
-        seconds: time for reading, encoding and writing.
-        prompt_format: what stands around each prompt.
-        eval_counts: the same as ``counts`` of the held-out file, ``None`` without one.
-    """
-
-    counts: RowCounts
-    bad_lines: int
-    seconds: float
-    prompt_format: PromptFormat
-    eval_counts: RowCounts | None = None
-
-    @property
-    def rows_per_second(self) -> float:
-        """Rows written in a second."""
-        rows = self.counts.rows + (self.eval_counts.rows if self.eval_counts else 0)
-        return rows / max(self.seconds, 1e-9)
-
-
-def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSummary:
-    """Reads, encodes and writes batch by batch; memory does not grow with the file.
-
-    Args:
-        tokenizer: see :func:`mindrlhf.data.tokenizer_loading.load_tokenizer`.
-        options: see :class:`PreprocessOptions`.
-
-    Raises:
-        DataError: a bad line (unless skipped), lengths without room, a tokenizer without ChatML tokens, an
-            existing output, or nothing left to write. No output file is left then.
-    """
-    if options.batch < 1:
-        raise DataError(f"batch is {options.batch}; it must be at least 1")
-    if options.pairs and options.prompt_only:
-        raise DataError("--pairs asks for two responses and --prompt_only for none; leave one of them out")
-    prompt_format = (
-        chatml_format(tokenizer, options.system_prompt) if options.chat_template else raw_format(tokenizer)
-    )
-    builders = [
-        RowBuilder(
-            prompt_format,
-            pad_id=tokenizer.special.pad,
-            max_prompt_length=options.max_prompt_length,
-            seq_length=options.seq_length,
-            overlong=options.overlong,
-            pairs=options.pairs,
-        )
-        for _ in _parts(options)
-    ]
-    _check_outputs(options)
-    reader = CValuesReader(
-        options.file_path,
-        prompt_only=options.prompt_only,
-        pairs=options.pairs,
-        skip_bad_lines=options.skip_bad_lines,
-    )
-    lines = count_lines(options.file_path)
-    if lines == 0:
-        raise DataError(f"{options.file_path}: is empty; give a file with one JSON object a line")
-    # The two seconds that MindSpore takes to import are not the speed of the work.
-    importlib.import_module("mindspore.mindrecord")
-    started = time.perf_counter()
-    written: list[Path] = []
-    try:
-        with ProgressBar("tokenising", lines * len(builders)) as bar:
-            for (path, held_out), builder in zip(_parts(options), builders, strict=True):
-                samples = _samples(reader, held_out, options.eval_fraction)
-                write_mindrecord(
-                    path,
-                    prompt_schema(options.max_prompt_length, options.seq_length, pairs=options.pairs),
-                    _batches(tokenizer, prompt_format, reader, samples, builder, options.batch, bar),
-                    overwrite=options.overwrite,
-                )
-                written.append(path)
-    except BaseException:
-        for path in written:
-            index_path(path).unlink()
-            path.unlink()
-        raise
-    return PreprocessSummary(
-        builders[-1].counts,
-        reader.bad_lines,
-        time.perf_counter() - started,
-        prompt_format,
-        builders[0].counts if len(builders) > 1 else None,
-    )
-
-
-def _parts(options: PreprocessOptions) -> list[tuple[Path, bool | None]]:
-    """Files to write; each with whether it takes the held-out prompts, the others, or (``None``) all.
-
-    Each is a pass of its own over the jsonl, so that memory does not grow with what is held out.
-    """
-    if options.eval_output_path is None:
-        return [(options.output_path, None)]
-    return [(options.eval_output_path, True), (options.output_path, False)]
-
-
-def _check_outputs(options: PreprocessOptions) -> None:
-    paths = [path for path, _ in _parts(options)]
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise DataError(f"{options.output_path}: is the output and the held-out output; give two names")
-    if not 0 < options.eval_fraction < 1:
-        raise DataError(f"eval_fraction is {options.eval_fraction}; it must be above 0 and below 1")
-    for path in paths:
-        check_output(path, overwrite=options.overwrite)
-
-
-def _samples(reader: CValuesReader, held_out: bool | None, fraction: float) -> Iterator[Sample]:
-    """The samples of one part."""
-    if held_out is None:
-        yield from reader
-        return
-    is_empty = True
-    for sample in reader:
-        if is_held_out(sample.prompt, fraction) == held_out:
-            is_empty = False
-            yield sample
-    if is_empty:
-        raise DataError(
-            f"{reader.path}: {'no prompt is held out' if held_out else 'all prompts are held out'} at "
-            f"--eval_fraction {fraction:g}; choose another one, or give more prompts"
-        )
-
-
-def _batches(
-    tokenizer: Tokenizer,
-    prompt_format: PromptFormat,
-    reader: CValuesReader,
-    samples: Iterator[Sample],
-    builder: RowBuilder,
-    size: int,
-    bar: ProgressBar,
-) -> Iterator[Batch]:
-    line = 0
-    while batch := list(islice(samples, size)):
-        yield builder.build(encode_samples(tokenizer, prompt_format, batch))
-        bar.update(batch[-1].line - line)
-        line = batch[-1].line
-    if builder.counts.rows == 0:
-        counts = builder.counts
-        pairs = (
-            f"{counts.dropped_pairs} pairs longer than seq_length and "
-            f"{counts.equal_pairs} with equal responses dropped, "
-        )
-        raise DataError(
-            f"{reader.path}: no row is left to write ({counts.dropped_prompts} prompts longer than "
-            f"max_prompt_length dropped, {pairs if counts.dropped_pairs or counts.equal_pairs else ''}"
-            f"{reader.bad_lines} bad lines); give other data, or raise --max_prompt_length and --seq_length"
-        )
-
 
 Overlong = Literal["drop", "truncate"]
 
@@ -391,11 +196,205 @@ class RowBuilder:
         return answer[:room]
 
 
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What to make of which file.
+
+    Attributes:
+        file_path: CValues jsonl.
+        output_path: the MindRecord file to write.
+        max_prompt_length: P, columns of ``prompt_ids``.
+        seq_length: columns of ``pretrain_ids`` and ``loss_mask``.
+        chat_template: put prompts into ChatML; otherwise they are taken as they are.
+        system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
+        overlong: what to do with a prompt longer than P, and with a pair longer than ``seq_length``.
+        skip_bad_lines: count bad lines and go on.
+        prompt_only: the file has prompts alone.
+        pairs: write the rejected responses too, for a reward model.
+        overwrite: replace an existing output.
+        eval_output_path: a second MindRecord file, for held-out prompts, which ``output_path`` then lacks.
+        eval_fraction: of all different prompts, how many are held out; a hash of the text chooses them.
+        batch: lines encoded and rows written at a time.
+    """
+
+    file_path: Path
+    output_path: Path
+    max_prompt_length: int = 4096
+    seq_length: int = 8193
+    chat_template: bool = True
+    system_prompt: str | None = None
+    overlong: Overlong = "drop"
+    skip_bad_lines: bool = False
+    prompt_only: bool = False
+    pairs: bool = False
+    overwrite: bool = False
+    eval_output_path: Path | None = None
+    eval_fraction: float = 0.05
+    batch: int = 256
+
+
+@dataclass(frozen=True)
+class PreprocessSummary:
+    """What came of it.
+
+    Attributes:
+        counts: rows, drops, cuts and tokens.
+        bad_lines: lines passed over.
+        seconds: time for reading, encoding and writing.
+        prompt_format: what stands around each prompt.
+        eval_counts: the same as ``counts`` of the held-out file, ``None`` without one.
+    """
+
+    counts: RowCounts
+    bad_lines: int
+    seconds: float
+    prompt_format: PromptFormat
+    eval_counts: RowCounts | None = None
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows written per second."""
+        rows = self.counts.rows + (self.eval_counts.rows if self.eval_counts else 0)
+        return rows / max(self.seconds, 1e-9)
+
+
+def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSummary:
+    """Reads, encodes and writes batch by batch; memory does not grow with the file.
+
+    Args:
+        tokenizer: see :func:`mindrlhf.data.tokenizer_loading.load_tokenizer`.
+        options: see :class:`PreprocessOptions`.
+
+    Raises:
+        DataError: a bad line (unless skipped), lengths without room, a tokenizer without ChatML tokens, an
+            existing output, or nothing left to write. No output file is left then.
+    """
+    if options.batch < 1:
+        raise DataError(f"batch is {options.batch}; it must be at least 1")
+    if options.pairs and options.prompt_only:
+        raise DataError("--pairs asks for two responses and --prompt_only for none; leave one of them out")
+    prompt_format = (
+        chatml_format(tokenizer, options.system_prompt) if options.chat_template else raw_format(tokenizer)
+    )
+    builders = [
+        RowBuilder(
+            prompt_format,
+            pad_id=tokenizer.special.pad,
+            max_prompt_length=options.max_prompt_length,
+            seq_length=options.seq_length,
+            overlong=options.overlong,
+            pairs=options.pairs,
+        )
+        for _ in _outputs(options)
+    ]
+    _check_outputs(options)
+    reader = CValuesReader(
+        options.file_path,
+        prompt_only=options.prompt_only,
+        pairs=options.pairs,
+        skip_bad_lines=options.skip_bad_lines,
+    )
+    lines = count_lines(options.file_path)
+    if lines == 0:
+        raise DataError(f"{options.file_path}: is empty; give a file with one JSON object per line")
+    # The two seconds that MindSpore takes to import are not the speed of the work.
+    importlib.import_module("mindspore.mindrecord")
+    started = time.perf_counter()
+    written: list[Path] = []
+    try:
+        with ProgressBar("tokenising", lines * len(builders)) as bar:
+            for (path, held_out), builder in zip(_outputs(options), builders, strict=True):
+                samples = _samples(reader, held_out, options.eval_fraction)
+                write_mindrecord(
+                    path,
+                    prompt_schema(options.max_prompt_length, options.seq_length, pairs=options.pairs),
+                    _batches(tokenizer, prompt_format, reader, samples, builder, options.batch, bar),
+                    overwrite=options.overwrite,
+                )
+                written.append(path)
+    except BaseException:
+        for path in written:
+            index_path(path).unlink()
+            path.unlink()
+        raise
+    return PreprocessSummary(
+        builders[-1].counts,
+        reader.bad_lines,
+        time.perf_counter() - started,
+        prompt_format,
+        builders[0].counts if len(builders) > 1 else None,
+    )
+
+
+def _outputs(options: PreprocessOptions) -> list[tuple[Path, bool | None]]:
+    """Files to write; each with whether it takes the held-out prompts, the others, or (``None``) all.
+
+    Each is a pass of its own over the jsonl, so that memory does not grow with what is held out.
+    """
+    if options.eval_output_path is None:
+        return [(options.output_path, None)]
+    return [(options.eval_output_path, True), (options.output_path, False)]
+
+
+def _check_outputs(options: PreprocessOptions) -> None:
+    paths = [path for path, _ in _outputs(options)]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise DataError(f"{options.output_path}: is the output and the held-out output; give two names")
+    if not 0 < options.eval_fraction < 1:
+        raise DataError(f"eval_fraction is {options.eval_fraction}; it must be above 0 and below 1")
+    for path in paths:
+        check_output(path, overwrite=options.overwrite)
+
+
+def _samples(reader: CValuesReader, held_out: bool | None, fraction: float) -> Iterator[Sample]:
+    """The samples of one output."""
+    if held_out is None:
+        yield from reader
+        return
+    is_empty = True
+    for sample in reader:
+        if is_held_out(sample.prompt, fraction) == held_out:
+            is_empty = False
+            yield sample
+    if is_empty:
+        raise DataError(
+            f"{reader.path}: {'no prompt is held out' if held_out else 'all prompts are held out'} at "
+            f"--eval_fraction {fraction:g}; choose another one, or give more prompts"
+        )
+
+
+def _batches(
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    reader: CValuesReader,
+    samples: Iterator[Sample],
+    builder: RowBuilder,
+    size: int,
+    bar: ProgressBar,
+) -> Iterator[Batch]:
+    line = 0
+    while batch := list(islice(samples, size)):
+        yield builder.build(encode_samples(tokenizer, prompt_format, batch))
+        bar.update(batch[-1].line - line)
+        line = batch[-1].line
+    if builder.counts.rows == 0:
+        counts = builder.counts
+        pairs = (
+            f"{counts.dropped_pairs} pairs longer than seq_length and "
+            f"{counts.equal_pairs} with equal responses dropped, "
+        )
+        raise DataError(
+            f"{reader.path}: no row is left to write ({counts.dropped_prompts} prompts longer than "
+            f"max_prompt_length dropped, {pairs if counts.dropped_pairs or counts.equal_pairs else ''}"
+            f"{reader.bad_lines} bad lines); give other data, or raise --max_prompt_length and --seq_length"
+        )
+
+
 def is_held_out(prompt: str, fraction: float) -> bool:
     """Whether a prompt belongs to the held-out part, by a hash of its text.
 
     The choice depends on nothing else, so it is the same in every run, growing data moves no prompt from
-    one part to the other, and a prompt that stands twice is twice in the same part.
+    one part to the other, and a prompt that occurs twice is in the same part both times.
 
     Args:
         prompt: the user's text.

@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from mindrlhf.data.jsonl import Sample
 from mindrlhf.data.tokenizer import IM_END, IM_START, Tokenizer
 from mindrlhf.utils.errors import DataError
 
@@ -53,17 +53,6 @@ class PromptFormat:
     def overhead(self) -> int:
         """Tokens of a prompt that are not its text."""
         return len(self.prefix) + len(self.lead_ids) + len(self.suffix)
-
-
-class _HasTexts(Protocol):
-    @property
-    def prompt(self) -> str: ...
-
-    @property
-    def response(self) -> str | None: ...
-
-    @property
-    def rejected(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ def raw_format(tokenizer: Tokenizer) -> PromptFormat:
 
 
 def encode_samples(
-    tokenizer: Tokenizer, prompt_format: PromptFormat, samples: Sequence[_HasTexts]
+    tokenizer: Tokenizer, prompt_format: PromptFormat, samples: Sequence[Sample]
 ) -> list[EncodedSample]:
     """Ids of every sample, in one call of the tokenizer."""
     pairs = [(sample.response, sample.rejected) for sample in samples]

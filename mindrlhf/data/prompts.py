@@ -1,4 +1,4 @@
-"""The stream of prompts a PPO run draws from: shuffled anew each epoch, resumable to the row."""
+"""Prompts for PPO: the stream a run draws from, and the held-out ones it is evaluated on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from mindrlhf.data.columns import (
     LOSS_MASK,
     PRETRAIN_IDS,
     PROMPT_IDS,
+    REMEDY,
+    check_columns,
+    check_prompt,
+    check_tokens,
     prompt_length,
-    prompt_schema,
 )
 from mindrlhf.data.mindrecord import read_rows, read_schema
 from mindrlhf.data.stream import RowStream
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.progress import track
+
+_COLUMNS = (PROMPT_IDS, PRETRAIN_IDS, LOSS_MASK)
+_ROWS_AT_ONCE = 4096
 
 
 class PromptBatch(NamedTuple):
@@ -36,25 +42,90 @@ class PromptBatch(NamedTuple):
     sample_ids: np.ndarray
 
 
-class PromptStream:
-    """Draws batches of prompts without end.
-
-    Each epoch is a fresh permutation of the rows, fixed by ``seed`` and the epoch's number; a batch that
-    an epoch cannot fill is completed from the next one. Rows are read when they are drawn, so memory does
-    not grow with the data set. Every rank reads the same global batch.
+class PromptData:
+    """The prompts of a data set, read by row number; memory does not grow with the data set.
 
     Args:
         path: MindRecord file with the columns of :mod:`mindrlhf.data.columns`.
-        batch_size: B, prompts of a global batch.
         max_prompt_length: P; must be the one the file was made with.
         pad_token_id: what the file is padded with.
-        seed: of the permutations.
-        shuffle: False reads in file order in every epoch.
         vocab_size: when given, every token must be below it.
 
     Raises:
-        DataError: the file is missing, damaged, of another schema or length, or has less than B rows; when
-            drawing: a row contradicts itself, is padded with another token, or was made by another tokenizer.
+        DataError: the file is missing, damaged, or of another schema or length.
+    """
+
+    def __init__(
+        self, path: str | Path, *, max_prompt_length: int, pad_token_id: int, vocab_size: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        self._max_prompt_length = max_prompt_length
+        self._pad_token_id = pad_token_id
+        self._vocab_size = vocab_size
+        lengths, self._rows = check_columns(self.path, _COLUMNS)
+        if lengths[PROMPT_IDS] not in (-1, max_prompt_length):
+            raise DataError(f"{self.path}: {self._length_fault(lengths[PROMPT_IDS])}")
+
+    def __len__(self) -> int:
+        """Rows of the data set."""
+        return self._rows
+
+    def read(self, rows: np.ndarray) -> PromptBatch:
+        """The given rows; (B,) row numbers.
+
+        Raises:
+            DataError: a row contradicts itself, is padded with another token, or was made by another
+                tokenizer; the message names the row.
+        """
+        read = read_rows(self.path, rows, _COLUMNS)
+        return PromptBatch(
+            prompt_lengths=np.array(
+                [self._check(int(i), row) for i, row in zip(rows, read, strict=True)], np.int32
+            ),
+            prompt_ids=np.stack([row[PROMPT_IDS] for row in read]).astype(np.int32, copy=False),
+            sample_ids=rows,
+        )
+
+    def _check(self, number: int, row: Mapping[str, np.ndarray]) -> int:
+        """Length of a row's prompt, after checking that its columns agree."""
+        try:
+            return self._checked_length(row)
+        except ValueError as fault:
+            raise DataError(f"{self.path}: row {number}: {fault}") from fault
+
+    def _checked_length(self, row: Mapping[str, np.ndarray]) -> int:
+        prompt, whole, mask = (row[name] for name in _COLUMNS)
+        if len(prompt) != self._max_prompt_length:
+            raise ValueError(self._length_fault(len(prompt)))
+        if mask.shape != whole.shape or not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"loss_mask must be 0 or 1 for each of the {len(whole)} tokens; {REMEDY}")
+        length = prompt_length(row, self._pad_token_id)
+        check_prompt(prompt, length, whole, PRETRAIN_IDS)
+        padding, real = np.split(prompt, [len(prompt) - length])
+        check_tokens(real, padding, self._pad_token_id, self._vocab_size)
+        return length
+
+    def _length_fault(self, made_with: int) -> str:
+        mine = self._max_prompt_length
+        return (
+            f"made with max_prompt_length {made_with}, but the job's is {mine}; make the data again with "
+            f"--max_prompt_length {mine}, or change the job's"
+        )
+
+
+class PromptStream:
+    """Draws batches of prompts without end, in the order of a :class:`~mindrlhf.data.stream.RowStream`.
+
+    A batch that an epoch cannot fill is completed from the next one. Every rank reads the same global batch.
+
+    Args:
+        path, max_prompt_length, pad_token_id, vocab_size: see :class:`PromptData`.
+        batch_size: B, prompts of a global batch.
+        seed: of the permutations.
+        shuffle: False reads in file order in every epoch.
+
+    Raises:
+        DataError: as :class:`PromptData`, or the file has fewer than B rows.
     """
 
     def __init__(
@@ -68,18 +139,20 @@ class PromptStream:
         shuffle: bool = True,
         vocab_size: int | None = None,
     ) -> None:
-        self._path = Path(path)
-        self._batch_size = batch_size
-        self._max_prompt_length = max_prompt_length
-        self._pad_token_id = pad_token_id
-        self._vocab_size = vocab_size
-        self._rows = RowStream(
-            self._check_file(), purpose="prompts", seed=seed, source=self._path, shuffle=shuffle
+        self._data = PromptData(
+            path, max_prompt_length=max_prompt_length, pad_token_id=pad_token_id, vocab_size=vocab_size
         )
+        self._batch_size = batch_size
+        if len(self._data) < batch_size:
+            raise DataError(
+                f"{path}: {len(self._data)} rows are fewer than one batch of {batch_size} prompts; "
+                "give more data or a smaller batch"
+            )
+        self._rows = RowStream(len(self._data), purpose="prompts", seed=seed, source=path, shuffle=shuffle)
 
     def __len__(self) -> int:
         """Rows of the data set."""
-        return len(self._rows)
+        return len(self._data)
 
     @property
     def epoch(self) -> int:
@@ -90,91 +163,21 @@ class PromptStream:
         """The next B prompts.
 
         Raises:
-            DataError: a row does not hold what it should; the message names the row.
+            DataError: see :meth:`PromptData.read`.
         """
-        sample_ids = self._rows.draw(self._batch_size)
-        rows = read_rows(self._path, sample_ids, (PROMPT_IDS, PRETRAIN_IDS, LOSS_MASK))
-        lengths = [self._check_row(int(i), row) for i, row in zip(sample_ids, rows, strict=True)]
-        return PromptBatch(
-            prompt_ids=np.stack([row[PROMPT_IDS] for row in rows]).astype(np.int32, copy=False),
-            prompt_lengths=np.array(lengths, np.int32),
-            sample_ids=sample_ids,
-        )
+        return self._data.read(self._rows.draw(self._batch_size))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as plain numbers (JSON can hold it)."""
+        """Where the stream stands, as plain numbers that JSON can hold."""
         return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on exactly where :meth:`state_dict` was taken; the batch size may differ.
+        """Continues exactly where :meth:`state_dict` was taken; the batch size may differ.
 
         Raises:
-            DataError: the state is of another data set, seed or order, which would repeat or skip prompts.
+            DataError: the state belongs to another data set, seed or order.
         """
         self._rows.load_state_dict(state)
-
-    def _check_file(self) -> int:
-        """Columns and number of rows; the latter is returned."""
-        columns, rows = read_schema(self._path)
-        wanted = prompt_schema(self._max_prompt_length, 1)
-        faults = [f"no column {name}" for name in wanted if name not in columns]
-        faults += [
-            f"column {name} is {columns[name][0]} {columns[name][1]}, one row of int32 is wanted"
-            for name in wanted
-            if name in columns and (columns[name][0] != "int32" or len(columns[name][1]) != 1)
-        ]
-        if faults:
-            raise DataError(
-                f"{self._path}: not a prompt data set: {'; '.join(faults)}; make it with rlhf_data.py"
-            )
-        made_with = columns[PROMPT_IDS][1][0]
-        if made_with not in (-1, self._max_prompt_length):
-            raise DataError(self._length_fault(made_with))
-        if rows < self._batch_size:
-            raise DataError(
-                f"{self._path}: {rows} rows are fewer than one batch of {self._batch_size} prompts; "
-                "give more data or a smaller batch"
-            )
-        return rows
-
-    def _length_fault(self, made_with: int) -> str:
-        return (
-            f"{self._path}: made with max_prompt_length {made_with}, "
-            f"but the job's is {self._max_prompt_length}; "
-            f"make the data again with --max_prompt_length {self._max_prompt_length}, or change the job's"
-        )
-
-    def _check_row(self, number: int, row: Mapping[str, np.ndarray]) -> int:
-        """Length of a row's prompt, after checking that its columns agree."""
-        prompt, whole, mask = row[PROMPT_IDS], row[PRETRAIN_IDS], row[LOSS_MASK]
-        if len(prompt) != self._max_prompt_length:
-            raise DataError(self._length_fault(len(prompt)))
-        if mask.shape != whole.shape or not np.isin(mask, (0, 1)).all():
-            raise DataError(
-                f"{self._path}: row {number}: loss_mask must be 0 or 1 for each of the {len(whole)} tokens; "
-                "make the data again with rlhf_data.py"
-            )
-        length = prompt_length(row, self._pad_token_id)
-        padding, real = prompt[: len(prompt) - length], prompt[len(prompt) - length :]
-        if not 0 < length <= len(prompt) or not np.array_equal(real, whole[:length]):
-            raise DataError(
-                f"{self._path}: row {number}: prompt_ids does not end with the {length} tokens before "
-                "the response of pretrain_ids; make the data again with rlhf_data.py"
-            )
-        if (padding != self._pad_token_id).any():
-            raise DataError(
-                f"{self._path}: row {number}: padded with token {int(padding[0])}, but the job's "
-                f"pad_token_id is {self._pad_token_id}; the data was made with another tokenizer"
-            )
-        if self._vocab_size is not None and not 0 <= int(real.min()) <= int(real.max()) < self._vocab_size:
-            raise DataError(
-                f"{self._path}: row {number}: token {int(real.max())} is not below the model's vocab_size "
-                f"{self._vocab_size}; the data was made with another tokenizer"
-            )
-        return length
-
-
-_ROWS_AT_ONCE = 4096
 
 
 def read_held_out(
@@ -185,25 +188,15 @@ def read_held_out(
     Args:
         path: MindRecord file as for training.
         count: how many at most.
-        max_prompt_length, pad_token_id, vocab_size: see :class:`mindrlhf.data.prompts.PromptStream`.
+        max_prompt_length, pad_token_id, vocab_size: see :class:`PromptData`.
 
     Raises:
         DataError: the file is missing, damaged, or of another schema, length or tokenizer.
     """
-
-    def stream(rows: int) -> PromptStream:
-        return PromptStream(
-            path,
-            batch_size=rows,
-            max_prompt_length=max_prompt_length,
-            pad_token_id=pad_token_id,
-            seed=0,
-            shuffle=False,
-            vocab_size=vocab_size,
-        )
-
-    rows = len(stream(1))
-    return stream(min(count or rows, rows)).next_batch()
+    data = PromptData(
+        path, max_prompt_length=max_prompt_length, pad_token_id=pad_token_id, vocab_size=vocab_size
+    )
+    return data.read(np.arange(min(count or len(data), len(data))))
 
 
 def overlapping_rows(prompts: PromptBatch, train_path: Path) -> np.ndarray:

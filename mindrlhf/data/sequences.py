@@ -1,4 +1,4 @@
-"""Whole sequences for supervised fine-tuning and reward modelling: prompt and one or two responses a row.
+"""Whole sequences for supervised fine-tuning and reward modelling: a prompt and one or two responses per row.
 
 The file is scanned once for lengths and faults; rows are then read when they are used, so memory does not
 grow with the data set's tokens.
@@ -19,8 +19,12 @@ from mindrlhf.data.columns import (
     PROMPT_IDS,
     REJECTED_IDS,
     REJECTED_MASK,
+    REMEDY,
+    check_columns,
+    check_prompt,
+    check_tokens,
 )
-from mindrlhf.data.mindrecord import read_rows, read_schema
+from mindrlhf.data.mindrecord import read_rows
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.progress import ProgressBar
 
@@ -75,7 +79,7 @@ class SequenceData:
         self._max_length = max_length
         self._responses = (CHOSEN, REJECTED) if pairs else (CHOSEN,)
         self._columns = (PROMPT_IDS, *(name for pair in self._responses for name in pair))
-        self._rows = self._check_schema()
+        _, self._rows = check_columns(self.path, self._columns)
         lengths, self._prompt_keys = self._scan()
         self.prompt_lengths, self.response_lengths = lengths[0], lengths[1]
         self.rejected_lengths = lengths[2] if pairs else None
@@ -139,26 +143,6 @@ class SequenceData:
             tokens[row, self.prompt_columns - n : self.prompt_columns + length] = whole[: n + length]
         return Sequences(tokens, prompts, responses)
 
-    def _check_schema(self) -> int:
-        """Columns and number of rows; the latter is returned."""
-        columns, rows = read_schema(self.path)
-        missing = [name for name in self._columns if name not in columns]
-        if missing:
-            remedy = "make it with rlhf_data.py"
-            if set(missing) <= set(REJECTED):
-                remedy += " --pairs, which adds the rejected responses"
-            raise DataError(f"{self.path}: no column {', '.join(missing)}; {remedy}")
-        wrong = [
-            f"column {name} is {columns[name][0]} {columns[name][1]}, one row of int32 is wanted"
-            for name in self._columns
-            if columns[name][0] != "int32" or len(columns[name][1]) != 1
-        ]
-        if wrong:
-            raise DataError(
-                f"{self.path}: not a data set of rlhf_data.py: {'; '.join(wrong)}; make it with rlhf_data.py"
-            )
-        return rows
-
     def _scan(self) -> tuple[np.ndarray, list[bytes]]:
         """Lengths (1 + responses, rows) int32 and a key of each prompt; raises for all faulty rows."""
         lengths = np.zeros((1 + len(self._responses), self._rows), np.int32)
@@ -197,22 +181,10 @@ class SequenceData:
             if length < 1:
                 raise ValueError(f"the prompt of {n} tokens leaves no room for a response in seq_length")
             real = row[ids][: n + length]
-            if not 0 < n <= len(prompt) or not np.array_equal(prompt[len(prompt) - n :], real[:n]):
-                raise ValueError(
-                    f"prompt_ids does not end with the {n} tokens before the response of {ids}; make the "
-                    "data again with rlhf_data.py"
-                )
-            padding = np.concatenate([prompt[: len(prompt) - n], row[ids][row[mask].nonzero()[0][-1] + 1 :]])
-            if (padding != self._pad_token_id).any():
-                raise ValueError(
-                    f"not padded with the model's pad_token_id {self._pad_token_id}; the data was made with "
-                    "another tokenizer"
-                )
-            if int(real.min()) < 0 or int(real.max()) >= self._vocab_size:
-                raise ValueError(
-                    f"token {int(real.max())} is not below the model's vocab_size {self._vocab_size}; the "
-                    "data was made with another tokenizer"
-                )
+            check_prompt(prompt, n, real, ids)
+            after = row[mask].nonzero()[0][-1] + 1
+            padding = np.concatenate([prompt[: len(prompt) - n], row[ids][after:]])
+            check_tokens(real, padding, self._pad_token_id, self._vocab_size)
             lengths = [n, *lengths[1:], length]
         return lengths, real[:n]
 
@@ -223,7 +195,5 @@ def _response_span(ids: np.ndarray, mask: np.ndarray, name: str) -> tuple[int, i
     if len(ones) == 0:
         raise ValueError("there is no response; data made with --prompt_only can only be used for PPO")
     if mask.shape != ids.shape or (mask[ones] != 1).any() or ones[-1] - ones[0] + 1 != len(ones):
-        raise ValueError(
-            f"{name} must be 1 on one unbroken response, else 0; make the data again with rlhf_data.py"
-        )
+        raise ValueError(f"{name} must be 1 on one unbroken response, else 0; {REMEDY}")
     return int(ones[0]), len(ones)

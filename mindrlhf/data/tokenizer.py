@@ -1,11 +1,11 @@
-"""What the library asks of a tokenizer, and the one place that picks a maker by path."""
+"""What the library asks of a tokenizer; the back ends are in ``tokenizer_*.py``."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from mindrlhf.utils.errors import DataError
 
@@ -39,7 +39,7 @@ class SpecialIds:
     turn_end: int | None = None
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Text to ids and back, whatever file the vocabulary came from.
 
     Attributes:
@@ -49,29 +49,22 @@ class Tokenizer(Protocol):
         chat_template: the template text of ``tokenizer_config.json``, if there is one.
     """
 
-    @property
-    def size(self) -> int: ...
+    size: int
+    special: SpecialIds
+    special_tokens: Mapping[str, int]
+    chat_template: str | None = None
 
-    @property
-    def special(self) -> SpecialIds: ...
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]: ...
-
-    @property
-    def chat_template(self) -> str | None: ...
-
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """Ids of each text, nothing added in front or behind.
 
         By default text that looks like a control token is encoded as ordinary text, so that no user
         text can open or close a turn; ``parse_special=True`` turns it into the control token.
         """
-        ...
 
+    @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        ...
+        """The text of ``ids``, without control tokens when asked; bytes that are not UTF-8 become U+FFFD."""
 
 
 def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

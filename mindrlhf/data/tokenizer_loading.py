@@ -1,10 +1,11 @@
-"""What the library asks of a tokenizer, and the one place that picks a maker by path."""
+"""Loads a tokenizer from whatever files it has."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mindrlhf.data.tokenizer import Tokenizer
+from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
 from mindrlhf.utils.errors import DataError
 
 
@@ -15,7 +16,7 @@ def load_tokenizer(
     merges_path: str | Path | None = None,
     config_path: str | Path | None = None,
 ) -> Tokenizer:
-    """Makes a tokenizer from files, by what they are.
+    """Loads a tokenizer, by what its files are.
 
     Args:
         path: a directory with ``vocab.json`` + ``merges.txt`` (or only ``tokenizer.json``), with
@@ -39,8 +40,6 @@ def load_tokenizer(
     if vocab_path is None or merges_path is None:
         missing = "vocabulary (vocab.json)" if vocab_path is None else "merges file (merges.txt)"
         raise DataError(f"tokenizer: no {missing} given; give both, or a tokenizer path")
-    from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
-
     return Qwen2Tokenizer.from_vocab(
         _existing(vocab_path, "vocabulary"), _existing(merges_path, "merges file"), config
     )
@@ -49,7 +48,7 @@ def load_tokenizer(
 def _existing(path: str | Path, what: str) -> Path:
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such {what}; give the path of one that is there")
+        raise DataError(f"{path}: no such {what}; give the path of an existing one")
     return path
 
 
@@ -65,8 +64,6 @@ def _load_from_path(path: Path, config: Path | None) -> Tokenizer:
 
         return TiktokenTokenizer(path)
     if path.name == "tokenizer.json":
-        from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
-
         return Qwen2Tokenizer.from_json(path, config)
     raise DataError(
         f"{path}: not a tokenizer; give a directory with vocab.json and merges.txt, a sentencepiece .model, "
@@ -79,8 +76,6 @@ def _load_from_directory(directory: Path, config: Path | None) -> Tokenizer:
     config = config or (beside if beside.is_file() else None)
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     if vocab.is_file() and merges.is_file():
-        from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
-
         return Qwen2Tokenizer.from_vocab(vocab, merges, config)
     singles = [directory / "tokenizer.json", *sorted(directory.glob("*.model"))]
     singles = [file for file in [*singles, *sorted(directory.glob("*.tiktoken"))] if file.is_file()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,33 @@ from mindrlhf.data.tokenizer import (
     QWEN2_SPECIAL_TOKENS,
     QWEN_SPLIT_PATTERN,
     SpecialIds,
+    Tokenizer,
     read_text,
 )
 from mindrlhf.utils.errors import DataError
 
+_SHOWN_FAULTS = 5
+# Control tokens may be in a vocabulary without a merge that makes them.
+_LOOKS_SPECIAL = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
-class Qwen2Tokenizer:
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The part of ``tokenizer_config.json`` that matters here.
+
+    Attributes:
+        added: text of each added token with its id, in id order.
+        eos, pad: text of these tokens.
+        chat_template: the template text, ``None`` when there is none.
+    """
+
+    added: Mapping[str, int] = field(default_factory=dict)
+    eos: str = END_OF_TEXT
+    pad: str = END_OF_TEXT
+    chat_template: str | None = None
+
+
+class Qwen2Tokenizer(Tokenizer):
     """Byte-level BPE with NFC normalisation; the ids equal those of ``transformers``' Qwen2 tokenizer.
 
     Make it with :meth:`from_vocab` or :meth:`from_json`.
@@ -35,7 +57,7 @@ class Qwen2Tokenizer:
         self,
         core: rust.Tokenizer,
         special_tokens: Mapping[str, int],
-        config: TokenizerConfig | None,
+        config: TokenizerConfig,
         source: str,
     ) -> None:
         # All added tokens count as control tokens, "special" in the config or not: user text must not
@@ -45,10 +67,11 @@ class Qwen2Tokenizer:
         )
         core.encode_special_tokens = True
         self._core = core
-        self._special_tokens = dict(special_tokens)
         self._special_ids = frozenset(special_tokens.values())
-        self._special = _special_ids(self._special_tokens, config, source)
-        self._chat_template = config.chat_template if config is not None else None
+        self.size = int(core.get_vocab_size(with_added_tokens=True))
+        self.special_tokens = dict(special_tokens)
+        self.special = _special_ids(special_tokens, config, source)
+        self.chat_template = config.chat_template
 
     @classmethod
     def from_vocab(
@@ -60,7 +83,7 @@ class Qwen2Tokenizer:
             DataError: a file is corrupt, or the files do not fit together.
         """
         vocab = read_vocab(vocab_path)
-        config = read_tokenizer_config(config_path) if config_path is not None else None
+        config = read_tokenizer_config(config_path) if config_path is not None else TokenizerConfig()
         added = place_added_tokens(config, vocab, str(config_path))
         merges = read_merges(merges_path, vocab, added)
         core = rust.Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -86,28 +109,8 @@ class Qwen2Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path}: not a tokenizer.json ({error})") from error
         added = {token.content: number for number, token in sorted(core.get_added_tokens_decoder().items())}
-        config = read_tokenizer_config(config_path) if config_path is not None else None
+        config = read_tokenizer_config(config_path) if config_path is not None else TokenizerConfig()
         return cls(core, added, config, str(path))
-
-    @property
-    def size(self) -> int:
-        """Number of ids, added tokens included."""
-        return int(self._core.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def special(self) -> SpecialIds:
-        """The control tokens by role."""
-        return self._special
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Text of every added token, with its id."""
-        return self._special_tokens
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template text of the config."""
-        return self._chat_template
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """Ids of each text; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
@@ -121,10 +124,9 @@ class Qwen2Tokenizer:
         return str(self._core.decode(kept, skip_special_tokens=False))
 
 
-def _special_ids(tokens: Mapping[str, int], config: TokenizerConfig | None, source: str) -> SpecialIds:
-    eos = (config.eos if config is not None else None) or END_OF_TEXT
-    pad = (config.pad if config is not None else None) or END_OF_TEXT
-    end_of_text = tokens.get(END_OF_TEXT, tokens.get(eos))
+def _special_ids(tokens: Mapping[str, int], config: TokenizerConfig, source: str) -> SpecialIds:
+    pad = config.pad
+    end_of_text = tokens.get(END_OF_TEXT, tokens.get(config.eos))
     if end_of_text is None:
         raise DataError(f"{source}: names neither {END_OF_TEXT} nor another end token among its added tokens")
     if pad not in tokens and pad != END_OF_TEXT:
@@ -137,57 +139,30 @@ def _special_ids(tokens: Mapping[str, int], config: TokenizerConfig | None, sour
     )
 
 
-_SHOWN_FAULTS = 5
-# Control tokens may stand in a vocabulary without a merge that makes them.
-_LOOKS_SPECIAL = re.compile(r"<.*>|\[.*\]", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """The part of ``tokenizer_config.json`` that matters here.
-
-    Attributes:
-        added: text of each added token with its id, in id order.
-        eos, pad: text of these tokens, ``None`` when the file names none.
-        chat_template: the template text, ``None`` when there is none.
-    """
-
-    added: Mapping[str, int]
-    eos: str | None = None
-    pad: str | None = None
-    chat_template: str | None = None
-
-
 def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        DataError: not JSON, not an object, or a key stands twice where keys must be unique.
+        DataError: not JSON, not an object, or a key occurs twice where keys must be unique.
     """
 
     def pairs_to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted(_twice(keys))
-            raise DataError(f"{path}: {len(twice)} tokens stand twice: {_some(map(repr, twice))}")
-        return found
+        counts = Counter(key for key, _ in pairs)
+        if len(counts) < len(pairs):
+            twice = sorted(key for key, count in counts.items() if count > 1)
+            raise DataError(f"{path}: {len(twice)} tokens occur twice: {_some(map(repr, twice))}")
+        return dict(pairs)
 
     try:
         content = json.loads(read_text(path), object_pairs_hook=pairs_to_dict if unique_keys else None)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a JSON {type(content).__name__}, a JSON object is wanted")
+        raise DataError(f"{path}: holds a JSON {type(content).__name__}, expected a JSON object")
     return content
 
 
-def _twice(keys: Sequence[str]) -> set[str]:
-    seen: set[str] = set()
-    return {key for key in keys if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
-
-
-def _some(faults: Any) -> str:
+def _some(faults: Iterable[str]) -> str:
     listed = list(faults)
     more = f", and {len(listed) - _SHOWN_FAULTS} more" if len(listed) > _SHOWN_FAULTS else ""
     return ", ".join(listed[:_SHOWN_FAULTS]) + more
@@ -197,12 +172,12 @@ def read_vocab(path: Path) -> dict[str, int]:
     """Token text to id from ``vocab.json``; ids are exactly 0 .. n - 1.
 
     Raises:
-        DataError: a token or an id stands twice, an id is no whole number, or ids have a gap.
+        DataError: a token or an id occurs twice, an id is not an integer, or ids have a gap.
     """
     vocab = read_json(path, unique_keys=True)
     wrong = [f"{token!r}: {value!r}" for token, value in vocab.items() if type(value) is not int]
     if wrong:
-        raise DataError(f"{path}: ids that are not whole numbers: {_some(wrong)}")
+        raise DataError(f"{path}: ids that are not integers: {_some(wrong)}")
     if not vocab:
         raise DataError(f"{path}: holds no token")
     ids = sorted(vocab.values())
@@ -246,7 +221,9 @@ def read_merges(path: Path, vocab: Mapping[str, int], added: Mapping[str, int]) 
             faults.append(f"line {number}: {unknown[0][:60]!r} is not in the vocabulary")
         merges.append((left, right))
     if faults:
-        raise DataError(f"{path}: {len(faults)} bad merges: {_some(faults)}; is it of another vocabulary?")
+        raise DataError(
+            f"{path}: {len(faults)} bad merges: {_some(faults)}; does it belong to another vocabulary?"
+        )
     made = {left + right for left, right in merges}
     orphans = [
         token
@@ -276,7 +253,7 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
     content = read_json(path)
     entries = content.get("added_tokens_decoder") or {}
     if not isinstance(entries, Mapping):
-        raise DataError(f"{path}: added_tokens_decoder is {type(entries).__name__}, an object is wanted")
+        raise DataError(f"{path}: added_tokens_decoder is {type(entries).__name__}, expected an object")
     added: dict[str, int] = {}
     for key, value in entries.items():
         text = _token_text(value)
@@ -290,26 +267,24 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
     template = content.get("chat_template")
     return TokenizerConfig(
         added=dict(sorted(added.items(), key=lambda item: item[1])),
-        eos=_token_text(content.get("eos_token")),
-        pad=_token_text(content.get("pad_token")),
+        eos=_token_text(content.get("eos_token")) or END_OF_TEXT,
+        pad=_token_text(content.get("pad_token")) or END_OF_TEXT,
         chat_template=template if isinstance(template, str) else None,
     )
 
 
-def place_added_tokens(
-    config: TokenizerConfig | None, vocab: Mapping[str, int], source: str
-) -> dict[str, int]:
+def place_added_tokens(config: TokenizerConfig, vocab: Mapping[str, int], source: str) -> dict[str, int]:
     """Ids of all added tokens: those of the config, else Qwen2's three, directly after the vocabulary.
 
     Args:
-        config: the tokenizer config, or ``None``.
+        config: the tokenizer config.
         vocab: token text to id, ids 0 .. n - 1.
         source: names the config in an error.
 
     Raises:
         DataError: an added id contradicts the vocabulary, or leaves a gap after it.
     """
-    added = dict(config.added) if config is not None else {}
+    added = dict(config.added)
     following = len(vocab)
     for text, wanted in sorted(added.items(), key=lambda item: item[1]):
         if text in vocab:

@@ -1,11 +1,11 @@
-"""A tiktoken ranks file (Qwen's first generation) behind the library's tokenizer protocol."""
+"""A tiktoken ranks file (Qwen's first generation) as a tokenizer of the library."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tiktoken
@@ -17,67 +17,49 @@ from mindrlhf.data.tokenizer import (
     QWEN2_SPECIAL_TOKENS,
     QWEN_SPLIT_PATTERN,
     SpecialIds,
+    Tokenizer,
     read_text,
 )
 from mindrlhf.utils.errors import DataError
 
 
-class TiktokenTokenizer:
-    """Byte-pair ranks, one ``base64-token rank`` a line, cut by Qwen's pattern after NFC.
+class TiktokenTokenizer(Tokenizer):
+    """Byte-pair ranks, one ``base64-token rank`` per line, cut by Qwen's pattern after NFC.
 
     The control tokens ``<|endoftext|>``, ``<|im_start|>``, ``<|im_end|>`` follow directly after the ranks.
 
     Raises:
-        DataError: a line is not a token with its rank, a token or rank stands twice, ranks have a gap,
+        DataError: a line is not a token with its rank, a token or rank occurs twice, ranks have a gap,
             or one of the 256 single bytes is missing.
     """
 
     def __init__(self, path: Path) -> None:
         ranks = read_ranks(path)
-        self._special_tokens = {text: len(ranks) + i for i, text in enumerate(QWEN2_SPECIAL_TOKENS)}
-        self._special_ids = frozenset(self._special_tokens.values())
-        self._special = SpecialIds(
-            end_of_text=self._special_tokens[END_OF_TEXT],
-            pad=self._special_tokens[END_OF_TEXT],
-            turn_start=self._special_tokens[IM_START],
-            turn_end=self._special_tokens[IM_END],
-        )
+        tokens = {text: len(ranks) + i for i, text in enumerate(QWEN2_SPECIAL_TOKENS)}
         self._core = tiktoken.Encoding(
-            path.stem, pat_str=QWEN_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self._special_tokens
+            path.stem, pat_str=QWEN_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=tokens
         )
-
-    @property
-    def size(self) -> int:
-        """Number of ids, control tokens included."""
-        return int(self._core.n_vocab)
-
-    @property
-    def special(self) -> SpecialIds:
-        """The control tokens by role."""
-        return self._special
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Text of every control token, with its id."""
-        return self._special_tokens
-
-    @property
-    def chat_template(self) -> str | None:
-        """A ranks file holds no template."""
-        return None
+        self._special_ids = frozenset(tokens.values())
+        self.size = int(self._core.n_vocab)
+        self.special_tokens = tokens
+        self.special = SpecialIds(
+            end_of_text=tokens[END_OF_TEXT],
+            pad=tokens[END_OF_TEXT],
+            turn_start=tokens[IM_START],
+            turn_end=tokens[IM_END],
+        )
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """Ids of each text; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
+        """See :class:`~mindrlhf.data.tokenizer.Tokenizer`."""
         normal = [unicodedata.normalize("NFC", text) for text in texts]
         if parse_special:
             return self._core.encode_batch(normal, allowed_special="all")
         return self._core.encode_ordinary_batch(normal)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ``ids``; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
-        return str(
-            self._core.decode([int(i) for i in ids if not (skip_special and int(i) in self._special_ids)])
-        )
+        """See :class:`~mindrlhf.data.tokenizer.Tokenizer`."""
+        kept = [int(i) for i in ids if not (skip_special and int(i) in self._special_ids)]
+        return str(self._core.decode(kept))
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -97,7 +79,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             raise DataError(f"{path}:{number}: {line[:60]!r} is not a base64 token and its rank") from error
         if token in ranks:
             raise DataError(
-                f"{path}:{number}: token {token!r} stands twice, ranks {ranks[token]} and {value}"
+                f"{path}:{number}: token {token!r} occurs twice, with ranks {ranks[token]} and {value}"
             )
         ranks[token] = value
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.data.columns import Column
-from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.mindrecord import Column, write_mindrecord
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.experience import Experience, Rollout, Scores

@@ -327,8 +327,7 @@ def make_good_records(directory: Path) -> None:
 
 def write_records(path: Path, *, remove: bool = True, **columns: np.ndarray) -> None:
     """A MindRecord file with any int32 columns in place of ``path``."""
-    from mindrlhf.data.columns import Column
-    from mindrlhf.data.mindrecord import write_mindrecord
+    from mindrlhf.data.mindrecord import Column, write_mindrecord
 
     if remove:
         path.unlink(missing_ok=True)

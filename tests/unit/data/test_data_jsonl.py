@@ -18,7 +18,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"{", "not JSON"),
     "two objects": (GOOD.encode() * 2, "not JSON"),
     "array": (b'["p"]', "JSON list"),
-    "array file": (b"[", "not JSON .*one object a line"),
+    "array file": (b"[", "not JSON .*one object per line"),
     "number": (b"3", "JSON int"),
     "null": (b"null", "JSON NoneType"),
     "missing prompt": (b'{"pos_resp": "y", "neg_resp": "n"}', "'prompt' is missing .*'pos_resp', 'neg_resp'"),

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindrlhf.data.columns import Column, prompt_schema
+from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import (
+    Column,
     check_output,
     index_path,
     read_columns,
@@ -106,7 +107,7 @@ def test_existing_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a:b", "a&b", "a;b", "a ", "a?b"])
 def test_names_mindrecord_does_not_take(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="takes no file name"):
+    with pytest.raises(DataError, match="does not take a file name"):
         check_output(tmp_path / name, overwrite=False)
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="is a directory"):

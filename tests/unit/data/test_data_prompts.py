@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.data.columns import Column
-from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.mindrecord import Column, write_mindrecord
 from mindrlhf.data.prompts import PromptStream
 from mindrlhf.utils.errors import DataError
 

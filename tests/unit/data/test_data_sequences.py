@@ -104,8 +104,8 @@ def change(name: str, row: int, column: int, value: int) -> Edit:
         (change("rejected_mask", 1, 2, 2), "row 1: rejected_mask must be 1 on one unbroken"),
         (change("prompt_ids", 0, 3, 8), "row 0: prompt_ids does not end with the 2 tokens"),
         (change("rejected_ids", 2, 0, 8), "row 2: prompt_ids does not end with the 3 tokens"),
-        (change("pretrain_ids", 0, 7, 8), "row 0: not padded with the model's pad_token_id 9"),
-        (change("prompt_ids", 1, 0, 8), "row 1: not padded with the model's pad_token_id 9"),
+        (change("pretrain_ids", 0, 7, 8), "row 0: padded with token 8, but the model's pad_token_id is 9"),
+        (change("prompt_ids", 1, 0, 8), "row 1: padded with token 8, but the model's pad_token_id is 9"),
         (change("pretrain_ids", 0, 2, 60), "row 0: token 60 is not below the model's vocab_size 60"),
     ],
 )

@@ -297,7 +297,7 @@ def test_tiktoken_ranks_of_qwen2_give_qwen2_ids(qwen2_dir: Path, tmp_path: Path)
         ("YQ== x\n", ":1: 'YQ== x'"),
         ("YQ== 0 1\n", ":1: "),
         ("Y 0\n", ":1: "),
-        ("YQ== 0\nYQ== 1\n", ":2: .*stands twice"),
+        ("YQ== 0\nYQ== 1\n", ":2: .*occurs twice"),
         (ranks_text([bytes([byte]) for byte in range(1, 256)]), "first 0x00"),
         (ranks_text([bytes([byte]) for byte in range(256)]) + "YWI= 300\n", "not 0..256"),
     ],

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.columns import Column, prompt_schema
-from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.columns import prompt_schema
+from mindrlhf.data.mindrecord import Column, write_mindrecord
 from mindrlhf.trainer.pretraining import PretrainStream, open_pretraining, pretrain_inputs
 from mindrlhf.utils.errors import DataError
 

@@ -12,8 +12,7 @@ from mindspore import Tensor
 
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.columns import Column
-from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.mindrecord import Column, write_mindrecord
 from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
