@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mindrlhf.algorithms.kl import AdaptiveKLController, FixedKLController
     from mindrlhf.algorithms.rewards import token_rewards
     from mindrlhf.chat.options import ChatOptions
-    from mindrlhf.chat.run import run_chat
+    from mindrlhf.chat.session import run_chat
     from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf
     from mindrlhf.checkpoint.shards import load_shard, merge_shards, save_shard
     from mindrlhf.checkpoint.transform import transform_checkpoint
@@ -104,7 +104,7 @@ _MODULES = {
     "algorithms.kl": "AdaptiveKLController FixedKLController",
     "algorithms.rewards": "token_rewards",
     "chat.options": "ChatOptions",
-    "chat.run": "run_chat",
+    "chat.session": "run_chat",
     "checkpoint.conversion": "export_hf hf_to_mindspore mindspore_to_hf",
     "checkpoint.shards": "load_shard merge_shards save_shard",
     "checkpoint.transform": "transform_checkpoint",

@@ -1,32 +1,28 @@
-"""A conversation as ids: ChatML turns, the replies exactly as they were sampled."""
+"""A conversation as token ids: prompts made of its turns, and replies from sampled ids to text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 
 from mindrlhf.data.prompt_format import chatml_format, raw_format
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 
-
-@dataclass(frozen=True)
-class Turn:
-    """A user's message and the reply, as ids without the markup around them."""
-
-    message: list[int]
-    reply: list[int]
+_REPLACEMENT = "\ufffd"
+# Characters that move the cursor, change colours or ring: C0 without tab and line end, DEL and C1.
+_CONTROL = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\n"}
 
 
 class Conversation:
-    """Turns so far, and the prompt that the next message makes of them.
+    """The turns so far, in ChatML with replies exactly as they were sampled, and the next prompt.
 
     A message that looks like a control token is ordinary text: it cannot close its turn.
 
     Args:
         tokenizer: of the model.
         system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
-        chat_template: False takes each message as it is, for a model that goes on with text; then there
-            is no history.
+        chat_template: False takes each message as it is, for a model that continues text; then there is no
+            history.
 
     Raises:
         DataError: the tokenizer has no ChatML tokens.
@@ -39,7 +35,7 @@ class Conversation:
         self._chat_template = chat_template
         self._format = chatml_format(tokenizer, system_prompt) if chat_template else raw_format(tokenizer)
         self._newline = tokenizer.encode_batch(["\n"])[0]
-        self._turns: list[Turn] = []
+        self._turns: list[tuple[list[int], list[int]]] = []  # message and reply, without markup
 
     def __len__(self) -> int:
         """Turns that the next prompt holds in front of its message."""
@@ -48,19 +44,18 @@ class Conversation:
     def prompt(self, message: str, limit: int) -> list[int]:
         """Ids of all turns and a new message, ready for the reply.
 
-        Turns that do not fit any more are forgotten, the oldest first; the system turn stays.
+        Turns that no longer fit are forgotten, the oldest first; the system turn stays.
 
         Args:
             message: the user's text.
-            limit: most ids.
+            limit: maximum number of ids.
 
         Raises:
-            DataError: the message alone does not fit, or there is nothing in it.
+            DataError: the message alone does not fit, or is empty.
         """
         ids = self._encode(message)
-        while len(self._joined(ids)) > limit and self._turns:
+        while len(joined := self._joined(ids)) > limit and self._turns:
             del self._turns[0]
-        joined = self._joined(ids)
         if len(joined) > limit:
             raise DataError(
                 f"the message makes a prompt of {len(joined)} tokens, only {limit} fit; shorten it, or lower "
@@ -71,9 +66,9 @@ class Conversation:
         return joined
 
     def add(self, message: str, reply: list[int]) -> None:
-        """Keeps a turn that is over; ``reply`` without its stop token."""
+        """Adds a finished turn; ``reply`` without its stop token."""
         if self._chat_template:
-            self._turns.append(Turn(self._encode(message), list(reply)))
+            self._turns.append((self._encode(message), list(reply)))
 
     def reset(self) -> None:
         """Forgets all turns."""
@@ -85,7 +80,62 @@ class Conversation:
     def _joined(self, message: list[int]) -> list[int]:
         form = self._format
         ids = list(form.prefix)
-        for turn in self._turns:
-            # The prefix ends with the start of a user's turn; so does what follows a reply.
-            ids += [*turn.message, *form.suffix, *turn.reply, form.stop, *self._newline, form.prefix[-1]]
+        for earlier, reply in self._turns:
+            # The prefix ends with the start of a user's turn, and so does what follows a reply.
+            ids += [*earlier, *form.suffix, *reply, form.stop, *self._newline, form.prefix[-1]]
         return [*ids, *message, *form.suffix]
+
+
+class Reply:
+    """Collects the ids of one reply and returns its text as soon as it is certain.
+
+    A character whose bytes lie in several tokens is held back until its last byte is there.
+
+    Args:
+        tokenizer: of the model.
+        stop_ids: the first of these ends the reply and is not part of it.
+
+    Attributes:
+        ids: without the stop token.
+        tokens: number of tokens drawn, with the stop token.
+        stopped: whether a stop token came.
+        text: returned so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self.ids: list[int] = []
+        self.tokens = 0
+        self.stopped = False
+        self.text = ""
+
+    def add(self, ids: Iterable[int]) -> str:
+        """Takes the next ids and returns the text that has become certain; "" after the end."""
+        for token in ids:
+            if self.stopped:
+                break
+            self.tokens += 1
+            self.stopped = token in self._stop_ids
+            if not self.stopped:
+                self.ids.append(int(token))
+        # An unfinished character is decoded as one U+FFFD or more, any of which may become something else.
+        return self._advance(self._decoded().rstrip(_REPLACEMENT))
+
+    def finish(self) -> str:
+        """Returns the text that was held back, with U+FFFD for bytes that are not a character."""
+        return self._advance(self._decoded())
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self.ids, skip_special=True)
+
+    def _advance(self, certain: str) -> str:
+        new = certain[len(self.text) :]
+        if new:
+            self.text = certain
+        return new
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters: a model's words must not command the terminal."""
+    return text.translate(_CONTROL)

@@ -1,67 +1,47 @@
-"""Shows replies while they come: plain text for one speaker, two columns for two."""
+"""Shows replies while they come: plain text for one model, two columns for two."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO
 
 from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
-from mindrlhf.chat.reply import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.table import Table
-
-
-class Display(Protocol):
-    """Where replies go."""
-
-    def piece(self, place: int, text: str) -> None:
-        """More text of the speaker at ``place``."""
-        ...
-
-    def notice(self, text: str) -> None:
-        """A line about the conversation, not of it."""
-        ...
-
-    @contextmanager
-    def reply(self) -> Iterator[None]:
-        """Around all pieces of the replies to one message."""
-        ...
+from mindrlhf.chat.conversation import printable
 
 
 class PlainDisplay:
-    """Text of one speaker goes straight to ``out``; of several, one after another when all is there.
+    """Text of one model goes to ``out`` at once; that of several models when all replies are complete.
 
     Args:
-        names: of the speakers.
-        out: replies.
-        err: notices.
+        names: of the models.
+        out: for replies.
+        notices: for everything else, so that ``out`` holds replies alone.
     """
 
-    def __init__(self, names: Sequence[str], out: IO[str], err: IO[str]) -> None:
-        self._names, self._out = names, out
-        self._err = Console(file=err, highlight=False, soft_wrap=True)
+    def __init__(self, names: Sequence[str], out: IO[str], notices: Console) -> None:
+        self._names, self._out, self._notices = names, out, notices
         self._texts = [""] * len(names)
 
     def piece(self, place: int, text: str) -> None:
-        """Written at once, so that it is seen at once."""
+        """More text of the model at ``place``."""
         self._texts[place] += text
         if len(self._names) == 1:
             self._write(printable(text))
 
     def notice(self, text: str) -> None:
-        """On ``err``, so that ``out`` holds replies alone."""
-        self._err.print(Text(printable(text), style="dim"))
+        """A line about the conversation that is not part of it."""
+        self._notices.print(Text(printable(text), style="dim"))
 
     @contextmanager
     def reply(self) -> Iterator[None]:
-        """Ends with a line end, however the reply ends."""
+        """Surrounds all pieces of the replies to one message."""
         self._texts = [""] * len(self._names)
         try:
             yield
@@ -77,62 +57,50 @@ class PlainDisplay:
         self._out.flush()
 
 
-class ColumnsDisplay:
-    """Two speakers side by side on a terminal, both columns growing while they speak."""
+class ColumnsDisplay(PlainDisplay):
+    """Two models side by side on a terminal, both columns growing while the replies come."""
 
     def __init__(self, names: Sequence[str], console: Console) -> None:
-        self._names, self._console = names, console
-        self._texts = [""] * len(names)
-        self._refresh = lambda: None
+        super().__init__(names, console.file, console)
+        self._live: Live | None = None
 
     def piece(self, place: int, text: str) -> None:
         """Drawn with the next frame."""
         self._texts[place] += text
-        self._refresh()
-
-    def notice(self, text: str) -> None:
-        """A dim line above the columns."""
-        self._console.print(Text(printable(text), style="dim"))
+        if self._live is not None:
+            self._live.update(self._columns())
 
     @contextmanager
     def reply(self) -> Iterator[None]:
         """Redraws while the replies come; what stays on the screen is complete, however long."""
-        from rich.live import Live
-
         self._texts = [""] * len(self._names)
         try:
-            with Live(self._columns(), console=self._console, transient=True, refresh_per_second=12) as live:
-                self._refresh = lambda: live.update(self._columns())
+            with Live(self._columns(), console=self._notices, transient=True, refresh_per_second=12) as live:
+                self._live = live
                 yield
         finally:
-            self._refresh = lambda: None
-            self._console.print(self._columns())
+            self._live = None
+            self._notices.print(self._columns())
 
     def _columns(self) -> Table:
-        from rich.panel import Panel
-        from rich.table import Table
-
         table = Table.grid(expand=True, padding=0)
-        for _ in self._names:
+        panels = []
+        for name, text in zip(self._names, self._texts, strict=True):
             table.add_column(ratio=1)
-        table.add_row(
-            *(
-                Panel(Text(printable(text)), title=Text(printable(name)), title_align="left")
-                for name, text in zip(self._names, self._texts, strict=True)
-            )
-        )
+            panels.append(Panel(Text(printable(text)), title=Text(printable(name)), title_align="left"))
+        table.add_row(*panels)
         return table
 
 
-def new_display(names: Sequence[str]) -> PlainDisplay | ColumnsDisplay:
-    """Columns for two speakers on a terminal, plain text otherwise."""
+def new_display(names: Sequence[str]) -> PlainDisplay:
+    """Columns for two models on a terminal, plain text otherwise."""
     if len(names) > 1 and sys.stdout.isatty():
         return ColumnsDisplay(names, Console(highlight=False))
-    return PlainDisplay(names, sys.stdout, sys.stderr)
+    return PlainDisplay(names, sys.stdout, Console(file=sys.stderr, highlight=False, soft_wrap=True))
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Names without the folders that all of them share; equal ones are numbered."""
+    """Names without the directories that all of them share; equal names are numbered."""
     parts = [name.rstrip("/").split("/") for name in names]
     shortest = min(map(len, parts))
     same = next((i for i in range(shortest - 1) if len({tuple(p[: i + 1]) for p in parts}) > 1), shortest - 1)

@@ -1,47 +1,149 @@
-"""The main rank's side of a conversation: messages in, commands, replies out."""
+"""A whole chat from its options: check, start, then talk on the terminal or answer a file."""
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mindrlhf.chat.conversation import Conversation
-from mindrlhf.chat.display import ColumnsDisplay, PlainDisplay
-from mindrlhf.chat.reply import Reply
+from mindrlhf.chat.conversation import Conversation, Reply
+from mindrlhf.chat.display import PlainDisplay, new_display, short_names
+from mindrlhf.chat.options import ChatOptions
+from mindrlhf.chat.prompt_file import answer_file, encode_prompts, read_prompts
+from mindrlhf.chat.saved_model import SavedModel, find_model
+from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
 from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.ranks import env_world_size, is_scheduler
 
 if TYPE_CHECKING:
-    from mindrlhf.chat.team import Team
+    from mindrlhf.chat.worker_group import WorkerGroup
+
+logger = get_logger(__name__)
 
 HELP = "/reset forgets the conversation, /quit ends it; // in front of a message sends it with one /"
 _PROMPT = "you> "
-_SECONDS_BETWEEN_SIGNS_OF_LIFE = 5.0
+_KEEP_ALIVE_SECONDS = 5.0
+
+
+def run_chat(options: ChatOptions) -> None:
+    """Talks on standard input and output, or answers ``--prompt_file``; under msrun on all workers.
+
+    Raises:
+        MindRLHFError: anything the user can fix; all but the weights is checked before a model is built.
+    """
+    os.environ.setdefault("GLOG_v", "3")
+    options = options.checked()
+    count_workers(use_parallel=True)
+    if is_scheduler():
+        serve_as_scheduler()
+        return
+    for stream in (sys.stdin, sys.stdout):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="replace")
+    models: list[SavedModel] = []
+    for path in filter(None, (options.checkpoint, options.compare)):
+        model = find_model(
+            path,
+            config=options.config,
+            tokenizer_path=options.tokenizer_path,
+            device_target=options.device_target,
+            fallback=models[0] if models else None,
+        )
+        models.append(model)
+    template = not options.no_chat_template
+    conversations = [
+        Conversation(model.tokenizer, system_prompt=options.system_prompt, chat_template=template)
+        for model in models
+    ]
+    (_talk if options.prompt_file is None else _answer_file)(options, models, conversations)
+
+
+def _talk(options: ChatOptions, models: Sequence[SavedModel], conversations: Sequence[Conversation]) -> None:
+    display = new_display(short_names(model.name for model in models))
+    workers = start_workers(options, models, rows=1, longest=1, notice=display.notice)
+    if not workers.is_main:
+        workers.serve()
+        return
+    if sys.stdin.isatty():
+        display.notice(HELP)
+    # Not in a finally clause: after a failure the others wait elsewhere, and msrun's supervisor ends them.
+    Session(workers, conversations, display).talk(read_messages(workers))
+    workers.end()
+
+
+def _answer_file(
+    options: ChatOptions, models: Sequence[SavedModel], conversations: Sequence[Conversation]
+) -> None:
+    from mindrlhf.chat.reply_generator import prompt_limit
+
+    assert options.prompt_file is not None
+    prompts = read_prompts(options.prompt_file, skip_bad_lines=options.skip_bad_lines)
+    encoded = encode_prompts(prompts, conversations, [prompt_limit(model, options) for model in models])
+    longest = max(len(ids) for of_model in encoded for ids in of_model)
+    rows = min(options.batch_size, len(prompts))
+    workers = start_workers(options, models, rows=rows, longest=longest, notice=logger.info)
+    if not workers.is_main:
+        workers.serve()
+        return
+    answer_file(workers, prompts, encoded, options.output_file)
+    workers.end()
+
+
+def start_workers(
+    options: ChatOptions,
+    models: Sequence[SavedModel],
+    *,
+    rows: int,
+    longest: int,
+    notice: Callable[[str], None],
+) -> WorkerGroup:
+    """Takes the device, joins the other workers, and loads the weights for prompts of ``longest`` ids."""
+    from mindrlhf.chat.reply_generator import ReplyGenerator, mesh_for_workers
+    from mindrlhf.chat.worker_group import WorkerGroup
+    from mindrlhf.parallel.groups import create_groups
+    from mindrlhf.runtime.device import check_device, start_runtime
+    from mindrlhf.runtime.host_exchange import HostExchange
+
+    context = models[0].sizes.context
+    check_device(context)
+    runtime = start_runtime(context, use_parallel=env_world_size() > 1, scratch_dir=scratch_directory())
+    generators = []
+    for model in models:
+        mesh = mesh_for_workers(model.sizes.model, runtime.world_size)
+        logger.info("%s: %s on %s", model.name, mesh, context.device_target)
+        # Other ranks do the same as the main rank; one notice is enough.
+        on_main = notice if runtime.is_main else logger.debug
+        groups = create_groups(mesh, runtime.rank)
+        generators.append(ReplyGenerator(model, groups, options, rows=rows, notice=on_main))
+    for generator in generators:
+        generator.prepare(longest)
+    return WorkerGroup(generators, HostExchange(runtime), options.seed)
 
 
 class Session:
-    """Talks until there are no more messages.
-
-    Each speaker has a conversation of its own, with its own replies.
+    """Talks until there are no more messages, on the main rank.
 
     Args:
-        team: the speakers on all workers.
-        conversations: one for each speaker.
+        workers: all workers with the models.
+        conversations: one per model, each with its own replies.
         display: where replies go.
     """
 
     def __init__(
-        self, team: Team, conversations: Sequence[Conversation], display: PlainDisplay | ColumnsDisplay
+        self, workers: WorkerGroup, conversations: Sequence[Conversation], display: PlainDisplay
     ) -> None:
-        self._team, self._conversations, self._display = team, conversations, display
+        self._workers, self._conversations, self._display = workers, conversations, display
         self._asked = 0
 
     def talk(self, messages: Iterator[str]) -> None:
-        """Answers every message, one after another; ``/quit`` or the end of messages ends it."""
+        """Answers message after message; ``/quit`` or the end of messages ends it."""
         for line in messages:
             message = line.strip()
             if message in ("/quit", "/exit"):
@@ -50,11 +152,12 @@ class Session:
                 for conversation in self._conversations:
                     conversation.reset()
                 self._display.notice("the conversation is forgotten")
+            elif message == "/help":
+                self._display.notice(HELP)
             elif message.startswith("/") and not message.startswith("//"):
-                known = message == "/help"
-                self._display.notice(HELP if known else f"{message.split()[0]}: no such command; {HELP}")
+                self._display.notice(f"{message.split()[0]}: no such command; {HELP}")
             elif message:
-                self._answer(message[1:] if message.startswith("//") else message)
+                self._answer(message.removeprefix("/"))
 
     def _answer(self, message: str) -> None:
         try:
@@ -62,15 +165,14 @@ class Session:
         except DataError as error:
             self._display.notice(f"not sent: {error}")
             return
-        speakers = self._team.speakers
-        replies = [Reply(speaker.checkpoint.tokenizer, speaker.stop_ids) for speaker in speakers]
+        replies = [Reply(g.model.tokenizer, g.stop_ids) for g in self._workers.generators]
         self._asked += 1
-        with self._display.reply(), _terminate_is_interrupt():
+        with self._display.reply(), _sigterm_interrupts():
             try:
-                for place, ids in self._team.ask([[prompt] for prompt in prompts], [self._asked]):
+                for place, ids in self._workers.generate([[prompt] for prompt in prompts], [self._asked]):
                     self._display.piece(place, replies[place].add(ids[0]))
             except KeyboardInterrupt:
-                if not self._team.is_alone:  # the other workers cannot be told to stop
+                if not self._workers.is_alone:  # the other workers cannot be told to stop
                     raise
             for place, reply in enumerate(replies):
                 self._display.piece(place, reply.finish())
@@ -80,23 +182,23 @@ class Session:
             self._display.notice("(cut: --max_tokens or an interrupt ended it)")
 
     def _prompt(self, place: int, message: str) -> list[int]:
-        conversation, speaker = self._conversations[place], self._team.speakers[place]
+        conversation, generator = self._conversations[place], self._workers.generators[place]
         before = len(conversation)
-        prompt = conversation.prompt(message, speaker.limit)
+        prompt = conversation.prompt(message, generator.limit)
         if len(conversation) < before:
             self._display.notice(
-                f"{speaker.checkpoint.name}: the oldest {before - len(conversation)} turn(s) are forgotten, "
-                f"prompts have at most {speaker.limit} tokens"
+                f"{generator.model.name}: the oldest {before - len(conversation)} turn(s) are forgotten, "
+                f"prompts have at most {generator.limit} tokens"
             )
         return prompt
 
 
 @contextmanager
-def _terminate_is_interrupt() -> Iterator[None]:
+def _sigterm_interrupts() -> Iterator[None]:
     """Makes Ctrl-C at a terminal end the reply and not the program.
 
-    From its first graph on MindSpore answers SIGINT itself, with a SIGTERM to its own process; so SIGTERM
-    counts as an interrupt here, and SIGINT is Python's again afterwards.
+    From its first graph on, MindSpore answers SIGINT with a SIGTERM to its own process. So SIGTERM counts as
+    an interrupt here, and SIGINT is Python's again afterwards.
     """
     if not sys.stdin.isatty():
         yield
@@ -109,36 +211,36 @@ def _terminate_is_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def read_messages(team: Team) -> Iterator[str]:
-    """Lines of standard input, asked for on a terminal.
+def read_messages(workers: WorkerGroup) -> Iterator[str]:
+    """Lines of standard input, with a prompt on a terminal.
 
     With several workers the main rank tells the others now and then that it is only waiting.
     """
-    on_terminal = sys.stdin.isatty()
-    if team.is_alone:
-        yield from _lines(on_terminal)
+    if workers.is_alone:
+        yield from _lines()
         return
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        for line in _lines(on_terminal):
+        for line in _lines():
             lines.put(line)
         lines.put(None)
 
-    # Waits for a person, so the process must be able to end without it.
+    # It waits for a person, so the process must be able to end without it.
     threading.Thread(target=read, daemon=True).start()
     while True:
         try:
-            line = lines.get(timeout=_SECONDS_BETWEEN_SIGNS_OF_LIFE)
+            line = lines.get(timeout=_KEEP_ALIVE_SECONDS)
         except queue.Empty:
-            team.still_here()
+            workers.keep_alive()
             continue
         if line is None:
             return
         yield line
 
 
-def _lines(on_terminal: bool) -> Iterator[str]:
+def _lines() -> Iterator[str]:
+    on_terminal = sys.stdin.isatty()
     if on_terminal:
         import readline  # noqa: F401  # gives input() a history and arrow keys
     while True:

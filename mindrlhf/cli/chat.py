@@ -99,7 +99,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser, defaults: ChatOptions) 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses, then talks."""
     options = ChatOptions(**vars(build_parser().parse_args(argv)))
-    from mindrlhf.chat.run import run_chat
+    from mindrlhf.chat.session import run_chat
 
     run_chat(options)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.chat.options import ChatOptions
-from mindrlhf.chat.speaker import Speaker
-from mindrlhf.chat.team import Team
+from mindrlhf.chat.reply_generator import ReplyGenerator
+from mindrlhf.chat.worker_group import WorkerGroup
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.tokenizer import SpecialIds
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
@@ -78,7 +78,7 @@ def generate(case: str, mesh: Mesh, groups: Groups) -> dict[str, Any]:
 
 
 def chat(groups: Groups, runtime: Runtime) -> list[int]:
-    """Rank 0 asks a team on all workers, with a pause between two messages; the others only serve."""
+    """Rank 0 asks all workers, with a pause between two messages; the others only serve."""
     config = model_config("greedy")
     rng = np.random.default_rng(23)
     full = {
@@ -91,19 +91,21 @@ def chat(groups: Groups, runtime: Runtime) -> list[int]:
         layouts = parameter_layouts(config, mesh)
         return [(name, layout.take(full[name], rank)) for name, layout in layouts.items()]
 
-    checkpoint: Any = SimpleNamespace(name="random", model=config, tokenizer=tokenizer, shards=shards)
+    saved: Any = SimpleNamespace(
+        name="random", sizes=SimpleNamespace(model=config), tokenizer=tokenizer, shards=shards
+    )
     options = ChatOptions(checkpoint=Path(), max_tokens=RESPONSE, temperature=1.0, top_p=1.0)
-    speaker = Speaker(checkpoint, groups, options, notice=lambda text: None)
-    team = Team([speaker], HostExchange(runtime), seed=5)
+    generator = ReplyGenerator(saved, groups, options, notice=lambda text: None)
+    workers = WorkerGroup([generator], HostExchange(runtime), seed=5)
     if not runtime.is_main:
-        team.serve()
+        workers.serve()
         return []
     said = []
     for number in (1, 2):
-        team.still_here()
+        workers.keep_alive()
         prompt = rng.integers(0, VALID - 1, 30).tolist()
-        said += [int(token) for _, ids in team.ask([[prompt]], [number]) for token in ids[0]]
-    team.dismiss()
+        said += [int(token) for _, ids in workers.generate([[prompt]], [number]) for token in ids[0]]
+    workers.end()
     return said
 
 

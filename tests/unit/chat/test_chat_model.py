@@ -14,11 +14,11 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from mindrlhf.chat.conversation import printable
 from mindrlhf.chat.options import ChatOptions
-from mindrlhf.chat.reply import printable
-from mindrlhf.chat.run import run_chat
-from mindrlhf.chat.speaker import bucket, prompt_limit, speaking_mesh
-from mindrlhf.chat.team import Broadcast, Team
+from mindrlhf.chat.reply_generator import bucket, mesh_for_workers, prompt_limit
+from mindrlhf.chat.session import run_chat
+from mindrlhf.chat.worker_group import Broadcast, WorkerGroup
 from mindrlhf.checkpoint.shards import save_shard
 from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
@@ -223,9 +223,9 @@ def test_columns_grow_by_doubling() -> None:
 
 
 def test_room_for_the_reply_is_kept(first: SimpleNamespace) -> None:
-    from mindrlhf.chat.checkpoint import find_checkpoint
+    from mindrlhf.chat.saved_model import find_model
 
-    checkpoint = find_checkpoint(first.hf)
+    checkpoint = find_model(first.hf)
     assert prompt_limit(checkpoint, ChatOptions(checkpoint=first.hf, max_tokens=56)) == 200
     small = ChatOptions(checkpoint=first.hf, max_tokens=56, max_context=100)
     assert prompt_limit(checkpoint, small) == 44
@@ -239,7 +239,7 @@ def test_room_for_the_reply_is_kept(first: SimpleNamespace) -> None:
 def test_workers_split_a_model_as_far_as_its_heads_allow(
     first: SimpleNamespace, workers: int, mesh: Mesh
 ) -> None:
-    assert speaking_mesh(first.model, workers) == mesh
+    assert mesh_for_workers(first.model, workers) == mesh
 
 
 @pytest.mark.parametrize("length", [0, 1000, 1013, 1014, 5000])
@@ -268,8 +268,8 @@ def test_a_message_to_nobody_is_not_sent() -> None:
 
 def test_same_seed_same_draws_whoever_asks() -> None:
     def draws(seed: int, number: int) -> np.ndarray:
-        speaker: Any = SimpleNamespace(options=SimpleNamespace(max_tokens=5))
-        return Team([speaker], HostExchange(Runtime(0, 1)), seed)._uniforms(number)
+        generator: Any = SimpleNamespace(options=SimpleNamespace(max_tokens=5))
+        return WorkerGroup([generator], HostExchange(Runtime(0, 1)), seed)._uniforms(number)
 
     np.testing.assert_array_equal(draws(1, 2), draws(1, 2))
     assert (draws(1, 2) != draws(2, 2)).all()

@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mindrlhf.chat.batch import encode_prompts, read_prompts
-from mindrlhf.chat.conversation import Conversation
+from mindrlhf.chat.conversation import Conversation, Reply, printable
 from mindrlhf.chat.display import ColumnsDisplay, PlainDisplay, short_names
 from mindrlhf.chat.options import ChatOptions
-from mindrlhf.chat.reply import Reply, printable
-from mindrlhf.chat.session import _terminate_is_interrupt
+from mindrlhf.chat.prompt_file import encode_prompts, read_prompts
+from mindrlhf.chat.session import _sigterm_interrupts
 from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.utils.errors import ConfigError, DataError
 
@@ -135,7 +134,7 @@ def test_a_reply_cannot_command_the_terminal() -> None:
 
 def test_plain_display_streams_one_speaker_and_puts_two_after_another() -> None:
     out, err = io.StringIO(), io.StringIO()
-    display = PlainDisplay(["model"], out, err)
+    display = PlainDisplay(["model"], out, Console(file=err, highlight=False, soft_wrap=True))
     with display.reply():
         display.piece(0, "Hel")
         assert out.getvalue() == "Hel"
@@ -143,7 +142,7 @@ def test_plain_display_streams_one_speaker_and_puts_two_after_another() -> None:
     display.notice("built [bold]anew[/bold]")
     assert (out.getvalue(), err.getvalue()) == ("Hello[2J\n", "built [bold]anew[/bold]\n")
     out = io.StringIO()
-    display = PlainDisplay(["a", "b"], out, err)
+    display = PlainDisplay(["a", "b"], out, Console(file=err))
     for word in ("one", "two"):
         with display.reply():
             display.piece(1, word)
@@ -188,7 +187,7 @@ def test_an_interrupt_ends_the_reply_and_the_program_keeps_its_signals(
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupted_reply() -> None:
-        with _terminate_is_interrupt():
+        with _sigterm_interrupts():
             signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
             signal.raise_signal(signal.SIGINT)
             time.sleep(1)

@@ -1,4 +1,4 @@
-"""What a path given to ``--checkpoint`` is: sizes, tokenizer and weights, wherever they lie."""
+"""What a path given to ``--checkpoint`` holds: weights, their sizes and a tokenizer, wherever they are."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.models.qwen2.layouts import LM_HEAD, parameter_layouts
-from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.utils.errors import CheckpointError, DataError
+from mindrlhf.utils.provenance import CONFIG_FILE
 
-YAML_SUFFIXES = (".yaml", ".yml")
 POLICY = "policy"
 """Directory of the policy's weights in RUN/iteration_NNNNNN."""
 _TOKENIZER_FILES = ("vocab.json", "tokenizer.json", "*.model", "*.tiktoken")
@@ -31,7 +31,14 @@ _TOKENIZER_FILES = ("vocab.json", "tokenizer.json", "*.model", "*.tiktoken")
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes and how its rank directories, if any, are split."""
+    """The sizes of a model, and what else is recorded with them.
+
+    Attributes:
+        model: the sizes.
+        mesh: over which rank directories are split; ``None`` when nothing says so.
+        context: the device.
+        where: the file that says so.
+    """
 
     model: ModelConfig
     mesh: Mesh | None
@@ -40,8 +47,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """One language model on disk.
+class SavedModel:
+    """A language model on disk.
 
     Attributes:
         name: as the user gave it.
@@ -72,7 +79,7 @@ class Checkpoint:
             if LM_HEAD in wanted and LM_HEAD not in source.tensors:
                 raise CheckpointError(
                     f"{self.weights}: no {LM_HEAD}, so this is a reward model or a critic, which cannot "
-                    "speak; give a policy"
+                    "generate text; give a policy"
                 )
             local = LocalSource(source, wanted, rank)
             cast = CastSource(local, BY_NAME[self.model.param_init_type])
@@ -81,28 +88,28 @@ class Checkpoint:
             cast.check_overflow()
 
 
-def find_checkpoint(
+def find_model(
     path: Path,
     *,
     config: Path | None = None,
     tokenizer_path: Path | None = None,
     device_target: str | None = None,
-    fallback: Checkpoint | None = None,
-) -> Checkpoint:
-    """Finds out what ``path`` is and reads all but its weights.
+    fallback: SavedModel | None = None,
+) -> SavedModel:
+    """Finds out what ``path`` holds and reads everything but the weights.
 
     Args:
         path: a Hugging Face directory, a full file, rank directories, an ``iteration_NNNNNN`` directory of
             PPO (its ``policy/`` is meant), or the directory of a run (its last weights are meant).
-        config: YAML, ``config.json`` or its directory, for a path that brings no sizes of its own.
-        tokenizer_path: for a path that brings no tokenizer of its own.
+        config: YAML, ``config.json`` or its directory, for a path without sizes of its own.
+        tokenizer_path: for a path without a tokenizer of its own.
         device_target: replaces that of a YAML; CPU without either.
-        fallback: whose sizes and tokenizer are taken when there are no others.
+        fallback: the model whose sizes and tokenizer are used when there are no others.
 
     Raises:
-        CheckpointError: nothing there, or no sizes for it.
-        DataError: no tokenizer, or one that has more tokens than the model.
-        ConfigError: faults of the YAML.
+        CheckpointError: there is nothing at ``path``, or no sizes for it.
+        DataError: there is no tokenizer, or it has more tokens than the model.
+        ConfigError: the YAML has faults.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -121,7 +128,7 @@ def find_checkpoint(
             f"the tokenizer for {path} has {tokenizer.size} tokens, more than the vocab_size "
             f"{sizes.model.vocab_size} of {sizes.where}; give the model's own with --tokenizer_path"
         )
-    return Checkpoint(str(path), weights, sizes, tokenizer)
+    return SavedModel(str(path), weights, sizes, tokenizer)
 
 
 def _weights_of(path: Path) -> Path:
@@ -137,17 +144,16 @@ def _weights_of(path: Path) -> Path:
 
 
 def _own_sizes(weights: Path, config: Path | None, device_target: str | None) -> Sizes | None:
-    """Sizes from beside the weights, else from ``--config``, else from what the run recorded."""
+    """Sizes from beside the weights, else from ``--config``, else from the record of a PPO checkpoint."""
     if (weights / CONFIG_NAME).is_file():
         return _hf_sizes(weights, device_target)
-    if config is not None and config.suffix in YAML_SUFFIXES:
+    if config is not None and config.suffix in (".yaml", ".yml"):
         run = load_run_config(config, device_target=device_target)
-        mesh = Mesh(run.parallel.data_parallel, run.parallel.model_parallel)
-        return Sizes(run.model, mesh, run.context, str(config))
+        return Sizes(run.model, mesh_of(run), run.context, str(config))
     if config is not None:
         return _hf_sizes(config, device_target)
     if weights.name == POLICY:
-        return _recorded_sizes(weights.parent.parent / CONFIG_NAME, device_target)
+        return _recorded_sizes(weights.parent / CONFIG_FILE, device_target)
     return None
 
 
@@ -157,10 +163,10 @@ def _hf_sizes(path: Path, device_target: str | None) -> Sizes:
 
 
 def _recorded_sizes(record: Path, device_target: str | None) -> Sizes | None:
-    """Sizes and split of the trained policy from the ``config.json`` of a PPO run."""
+    """Sizes and split of the trained policy from the ``config.json`` of a PPO checkpoint."""
     try:
         train = json.loads(record.read_text(encoding="utf-8"))["configuration"]["train"]
-        # Of the training job, not of the model: here there may be another device or processor.
+        # The matmul type belongs to the training job: this may be another device or processor.
         model = _dataclass(ModelConfig, train["model"] | {"matmul_dtype": "float32"})
         parallel = _dataclass(ParallelConfig, train["parallel"])
         context = ContextConfig(device_target=device_target or train["context"]["device_target"])
@@ -174,7 +180,7 @@ def _dataclass(kind: type[Any], values: dict[str, Any]) -> Any:
     return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known})
 
 
-def _tokenizer(path: Path, weights: Path, given: Path | None, fallback: Checkpoint | None) -> Tokenizer:
+def _tokenizer(path: Path, weights: Path, given: Path | None, fallback: SavedModel | None) -> Tokenizer:
     if weights.is_dir() and any(any(weights.glob(name)) for name in _TOKENIZER_FILES):
         return load_tokenizer(weights)
     if given is not None:

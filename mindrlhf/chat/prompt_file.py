@@ -1,4 +1,4 @@
-"""Replies to a file of prompts."""
+"""Answers a file of prompts."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
-from mindrlhf.chat.conversation import Conversation
-from mindrlhf.chat.reply import Reply
+from mindrlhf.chat.conversation import Conversation, Reply
 from mindrlhf.data.jsonl import CValuesReader
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from mindrlhf.chat.team import Team
+    from mindrlhf.chat.worker_group import WorkerGroup
 
 _SHOWN_FAULTS = 10
 
 
 def read_prompts(path: Path, *, skip_bad_lines: bool = False) -> list[str]:
-    """Prompts of a file: jsonl with the string ``prompt`` on each line, or one text a line.
+    """Prompts of a file: jsonl with the string ``prompt`` on each line, or one text per line.
 
-    It is jsonl when its name ends with .jsonl or its first line begins with a brace. Blank lines are
-    passed over.
+    It is jsonl when its name ends with .jsonl or its first line begins with a brace. Blank lines are skipped.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, holds no prompt, or has bad lines (all named).
+        DataError: the file cannot be read, is not UTF-8, holds no prompt, or has bad lines (all are named).
     """
     try:
         with path.open("rb") as file:
@@ -52,10 +50,10 @@ def read_prompts(path: Path, *, skip_bad_lines: bool = False) -> list[str]:
 def encode_prompts(
     prompts: Sequence[str], conversations: Sequence[Conversation], limits: Sequence[int]
 ) -> list[list[list[int]]]:
-    """Ids of every prompt for every speaker.
+    """Ids of every prompt, per model.
 
     Raises:
-        DataError: prompts that are too long; all of them at once.
+        DataError: prompts that are too long, all of them at once.
     """
     faults, encoded = [], []
     for conversation, limit in zip(conversations, limits, strict=True):
@@ -74,52 +72,40 @@ def encode_prompts(
 
 
 def answer_file(
-    team: Team, prompts: Sequence[str], encoded: Sequence[list[list[int]]], output: Path | None
+    workers: WorkerGroup, prompts: Sequence[str], encoded: Sequence[list[list[int]]], output: Path | None
 ) -> None:
-    """Writes a JSON line for each prompt, in the order of the file.
+    """Writes one JSON line per prompt, in the order of the file.
 
-    Keys: ``prompt``, ``response``, ``tokens`` (with the stop token) and ``stopped``; the second speaker's
-    are ``compare_response``, ``compare_tokens`` and ``compare_stopped``.
+    Keys: ``prompt``, ``response``, ``tokens`` (with the stop token) and ``stopped``; those of the second
+    model are ``compare_response``, ``compare_tokens`` and ``compare_stopped``.
 
     Args:
-        team: speakers that take as many rows as a call has.
+        workers: whose models take as many rows as a call has.
         prompts: texts.
-        encoded: for each speaker, the ids of each prompt.
-        output: the file, which appears when it is whole; standard output without one.
+        encoded: per model, the ids of each prompt.
+        output: the file, which appears when it is complete; standard output without one.
     """
-    rows = team.speakers[0].rows
+    rows = workers.generators[0].rows
     with _opened(output) as file, ProgressBar("replies", len(prompts)) as bar:
         for first in range(0, len(prompts), rows):
             count = min(rows, len(prompts) - first)
-            # The shape is fixed: a last batch that is not full repeats a prompt, whose replies nobody reads.
+            # The shape is fixed: a last batch that is not full repeats a prompt, and drops its replies.
             places = [first + min(row, count - 1) for row in range(rows)]
-            replies = _replies(team, [[ids[place] for place in places] for ids in encoded], places)
-            for row in range(count):
-                line = _line(prompts[first + row], [of_speaker[row] for of_speaker in replies])
+            replies = [[Reply(g.model.tokenizer, g.stop_ids) for _ in places] for g in workers.generators]
+            for model, ids in workers.generate([[row[p] for p in places] for row in encoded], places):
+                for reply, new in zip(replies[model], ids, strict=True):
+                    reply.add(new)
+            for row, prompt in enumerate(prompts[first : first + count]):
+                line: dict[str, str | int | bool] = {"prompt": prompt}
+                for prefix, of_model in zip(("", "compare_"), replies, strict=False):
+                    reply = of_model[row]
+                    reply.finish()
+                    line[f"{prefix}response"] = reply.text
+                    line[f"{prefix}tokens"] = reply.tokens
+                    line[f"{prefix}stopped"] = reply.stopped
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(count)
-
-
-def _replies(team: Team, prompts: Sequence[list[list[int]]], places: Sequence[int]) -> list[list[Reply]]:
-    replies = [
-        [Reply(speaker.checkpoint.tokenizer, speaker.stop_ids) for _ in places] for speaker in team.speakers
-    ]
-    for speaker, ids in team.ask(prompts, places):
-        for reply, new in zip(replies[speaker], ids, strict=True):
-            reply.add(new)
-    for reply in (reply for of_speaker in replies for reply in of_speaker):
-        reply.finish()
-    return replies
-
-
-def _line(prompt: str, replies: Sequence[Reply]) -> dict[str, Any]:
-    line: dict[str, Any] = {"prompt": prompt}
-    for prefix, reply in zip(("", "compare_"), replies, strict=False):
-        line[f"{prefix}response"] = reply.text
-        line[f"{prefix}tokens"] = reply.tokens
-        line[f"{prefix}stopped"] = reply.stopped
-    return line
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A checkpoint that answers: the generating model, compiled for as many prompt columns as are needed."""
+"""Generates replies with a saved model, compiled for as many prompt columns as prompts need."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mindrlhf.chat.checkpoint import Checkpoint
 from mindrlhf.chat.options import ChatOptions
+from mindrlhf.chat.saved_model import SavedModel
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.tokenizer import chat_stop_ids
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
@@ -18,24 +18,24 @@ from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.timers import Timer
 
 SMALLEST_BUCKET = 64
-"""Prompt columns of the first model; twice as many whenever a prompt does not fit."""
+"""Prompt columns of the first graph; they double when a prompt does not fit."""
 
 
-class Speaker:
+class ReplyGenerator:
     """Generates replies to prompts of any length up to ``limit``. Every rank makes one, in step.
 
-    Prompt columns are a shape that graphs are compiled for, so they come in buckets: 64, 128, 256 and so
-    on; the model is built and compiled anew when a prompt outgrows its bucket.
+    Graphs are compiled for a number of prompt columns, so columns come in buckets: 64, 128, 256 and so on.
+    The model is built and compiled again when a prompt outgrows its bucket.
 
     Args:
-        checkpoint: whose weights are used.
+        model: whose weights are used.
         groups: this rank's.
         options: sampling and lengths.
-        rows: prompts of one call.
-        notice: told when a model is built, and how long that took.
+        rows: prompts per call.
+        notice: called with a line when a model has been built.
 
     Attributes:
-        limit: most ids of a prompt.
+        limit: maximum number of ids of a prompt.
         stop_ids: end a reply.
 
     Raises:
@@ -44,55 +44,54 @@ class Speaker:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        model: SavedModel,
         groups: Groups,
         options: ChatOptions,
         *,
         rows: int = 1,
         notice: Callable[[str], None],
     ) -> None:
-        self.checkpoint, self.options, self.rows = checkpoint, options, rows
-        self.stop_ids = chat_stop_ids(checkpoint.tokenizer)
-        self.limit = prompt_limit(checkpoint, options)
+        self.model, self.options, self.rows = model, options, rows
+        self.stop_ids = chat_stop_ids(model.tokenizer)
+        self.limit = prompt_limit(model, options)
         self._groups, self._notice = groups, notice
-        self._model: PPOModelInfer | None = None
+        self._built: PPOModelInfer | None = None
         self._columns = 0
 
     def stream(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray) -> Iterator[np.ndarray]:
-        """Replies to ``rows`` prompts, (rows, n) int32 ids at a time, until all rows have ended.
+        """Yields replies to ``rows`` prompts as (rows, n) int32 ids, until all rows have ended.
 
         Args:
-            prompts: ids, ``limit`` at most each.
+            prompts: ids, at most ``limit`` each.
             uniforms: (rows, max_tokens) in [0, 1).
         """
-        model = self.prepare(max(map(len, prompts)))
-        ids = np.full((self.rows, self._columns), self.checkpoint.tokenizer.special.pad, np.int32)
+        generator = self.prepare(max(map(len, prompts)))
+        ids = np.full((self.rows, self._columns), self.model.tokenizer.special.pad, np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, self._columns - len(prompt) :] = prompt
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        return model.stream(ids, lengths, uniforms)
+        return generator.stream(ids, np.array([len(prompt) for prompt in prompts], np.int32), uniforms)
 
     def prepare(self, length: int) -> PPOModelInfer:
-        """The model for prompts of ``length`` ids, made anew when they do not fit into the present one.
+        """The generating model for prompts of ``length`` ids; built again when they do not fit.
 
         Raises:
             CheckpointError: the weights do not fit.
         """
-        if self._model is not None and length <= self._columns:
-            return self._model
+        if self._built is not None and length <= self._columns:
+            return self._built
         columns = bucket(length, self.limit)
-        why = "" if self._model is None else f"the conversation has {length} tokens now; "
+        why = "" if self._built is None else f"the conversation has {length} tokens now; "
         with Timer() as timer:
-            self._model = self._build(columns)
+            self._built = self._build(columns)
         self._notice(
-            f"{self.checkpoint.name}: {why}ready for prompts of up to {columns} tokens in "
+            f"{self.model.name}: {why}ready for prompts of up to {columns} tokens in "
             f"{timer.seconds:.1f} s; the next reply begins once that is compiled"
         )
         self._columns = columns
-        return self._model
+        return self._built
 
     def _build(self, columns: int) -> PPOModelInfer:
-        options, tokenizer = self.options, self.checkpoint.tokenizer
+        options, tokenizer = self.options, self.model.tokenizer
         generation = GenerationConfig(
             max_prompt_length=columns,
             max_response_length=options.max_tokens,
@@ -104,21 +103,21 @@ class Speaker:
             pad_token_id=tokenizer.special.pad,
             valid_vocab_size=tokenizer.size,
         )
-        model = PPOModelInfer(
-            self.checkpoint.model,
+        generator = PPOModelInfer(
+            self.model.sizes.model,
             self._groups,
             generation,
             batch_size=self.rows,
-            decode_steps_per_call=1,  # seen as they come, and compiled in a fraction of the time
+            decode_steps_per_call=1,  # tokens are seen as they come, and compiling is much faster
         )
-        if self._model is None:
-            model.load(self.checkpoint.shards(self._groups.mesh, self._groups.rank))
+        if self._built is None:
+            generator.load(self.model.shards(self._groups.mesh, self._groups.rank))
         else:
             # From memory: a run that goes on may have removed its checkpoint meanwhile.
-            model.load(self._model.shards())
-        self._model = None
-        gc.collect()  # a model is held in cycles, and its memory is wanted now
-        return model
+            generator.load(self._built.shards())
+        self._built = None
+        gc.collect()  # reference cycles hold the former model, whose memory is needed now
+        return generator
 
 
 def bucket(length: int, limit: int) -> int:
@@ -129,24 +128,24 @@ def bucket(length: int, limit: int) -> int:
     return min(columns, limit)
 
 
-def prompt_limit(checkpoint: Checkpoint, options: ChatOptions) -> int:
-    """Most ids of a prompt that leave room for a reply.
+def prompt_limit(model: SavedModel, options: ChatOptions) -> int:
+    """The maximum number of ids of a prompt that leaves room for a reply.
 
     Raises:
         MindRLHFError: there is no room for both.
     """
-    length = checkpoint.model.seq_length
+    length = model.sizes.model.seq_length
     context = min(options.max_context or length, length)
     if context - options.max_tokens < 1:
         raise MindRLHFError(
-            f"{checkpoint.name}: prompt and reply have {context} tokens together (--max_context, or the "
+            f"{model.name}: prompt and reply have {context} tokens together (--max_context, or the "
             f"model's own {length}), so --max_tokens {options.max_tokens} leaves the prompt none; lower it"
         )
     return context - options.max_tokens
 
 
-def speaking_mesh(model: ModelConfig, workers: int) -> Mesh:
-    """How ``workers`` hold a model: split as far as its heads allow, the rest are replicas."""
+def mesh_for_workers(model: ModelConfig, workers: int) -> Mesh:
+    """Splits a model over ``workers`` as far as its heads allow; the other workers are replicas."""
     split = [model.n_kv_heads, model.intermediate_size, model.vocab_size]
     parts = next(mp for mp in range(workers, 0, -1) if all(n % mp == 0 for n in (workers, *split)))
     return Mesh(workers // parts, parts)

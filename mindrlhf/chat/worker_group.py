@@ -1,4 +1,4 @@
-"""All workers as one: the main rank asks, every rank answers in step."""
+"""All workers of a chat as one: the main rank sends requests, and every rank generates in step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.chat.speaker import Speaker
+from mindrlhf.chat.reply_generator import ReplyGenerator
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.seeds import random_stream
 
-# One shape for every message, so that one graph carries them all.
+# Every message has blocks of one shape, so that one graph carries them all.
 _BLOCK = 1024
 _HEADER = 4
 
@@ -25,7 +25,7 @@ class Broadcast:
         self._exchange = exchange
 
     def send(self, message: dict[str, Any]) -> None:
-        """Main rank: gives all ranks a message; does nothing when there is no other."""
+        """Main rank: gives all other ranks a message."""
         if self._exchange.runtime.world_size == 1:
             return
         body = json.dumps(message).encode("ascii")
@@ -47,69 +47,66 @@ class Broadcast:
         return bytes(self._exchange.every_rank(block)[0].astype("<i4").tobytes())
 
 
-class Team:
-    """One or two speakers on all workers.
+class WorkerGroup:
+    """One or two models on all workers.
 
-    The main rank calls :meth:`ask` and at last :meth:`dismiss`; the others call :meth:`serve`. Whatever
-    is asked must be read to its end when there are several workers.
+    The main rank calls :meth:`generate` and at last :meth:`end`; the others call :meth:`serve`. With several
+    workers, the iterator of :meth:`generate` must be read to its end.
 
     Args:
-        speakers: this rank's, in the same order everywhere.
-        exchange: among the workers' hosts.
+        generators: this rank's, in the same order on every rank.
+        exchange: between the workers' hosts.
         seed: of all draws.
     """
 
-    def __init__(self, speakers: Sequence[Speaker], exchange: HostExchange, seed: int) -> None:
-        self.speakers = speakers
+    def __init__(self, generators: Sequence[ReplyGenerator], exchange: HostExchange, seed: int) -> None:
+        self.generators = generators
+        self.is_main = exchange.runtime.is_main
         self.is_alone = exchange.runtime.world_size == 1
         self._broadcast, self._seed = Broadcast(exchange), seed
 
-    def ask(
+    def generate(
         self, prompts: Sequence[Sequence[Sequence[int]]], numbers: Sequence[int]
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Speakers' replies, piece by piece and in turns.
+        """Main rank: the models' replies, piece by piece and in turns.
 
         Args:
-            prompts: for each speaker, the ids of each row.
-            numbers: number of each row, which its random numbers are drawn by; so they are the same for
-                every speaker.
+            prompts: per model, the ids of each row.
+            numbers: per row, the number that keys its random numbers; they are the same for every model.
 
         Yields:
-            place of a speaker, and its next ids (rows, n).
+            place of a model, and its next ids (rows, n).
         """
         self._broadcast.send({"prompts": prompts, "numbers": numbers})
-        return self._answer(prompts, numbers)
+        return self._generate(prompts, numbers)
 
-    def still_here(self) -> None:
-        """Main rank: keeps waiting workers from giving up; to be called every few seconds."""
+    def keep_alive(self) -> None:
+        """Main rank: prevents waiting workers from giving up; to be called every few seconds."""
         self._broadcast.send({})
 
-    def dismiss(self) -> None:
+    def end(self) -> None:
         """Main rank: ends the others' :meth:`serve`."""
         self._broadcast.send({"end": True})
 
     def serve(self) -> None:
-        """Other ranks: answers with the main rank until it is done."""
-        while True:
-            message = self._broadcast.receive()
-            if "end" in message:
-                return
+        """Other ranks: generate with the main rank until it ends."""
+        while "end" not in (message := self._broadcast.receive()):
             if message:
-                for _ in self._answer(message["prompts"], message["numbers"]):
+                for _ in self._generate(message["prompts"], message["numbers"]):
                     pass
 
-    def _answer(
+    def _generate(
         self, prompts: Sequence[Sequence[Sequence[int]]], numbers: Sequence[int]
     ) -> Iterator[tuple[int, np.ndarray]]:
         uniforms = np.stack([self._uniforms(number) for number in numbers])
-        pairs = zip(self.speakers, prompts, strict=True)
-        streams = [speaker.stream(rows, uniforms) for speaker, rows in pairs]
+        pairs = zip(self.generators, prompts, strict=True)
+        streams = [generator.stream(rows, uniforms) for generator, rows in pairs]
         for pieces in zip_longest(*streams):
             for place, piece in enumerate(pieces):
                 if piece is not None:
                     yield place, piece
 
     def _uniforms(self, number: int) -> np.ndarray:
-        length = self.speakers[0].options.max_tokens
+        length = self.generators[0].options.max_tokens
         # Drawn as float32: float64 numbers just below 1 would round up to it.
         return random_stream("chat", self._seed, number).random(length, dtype=np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mindrlhf.chat.checkpoint import Checkpoint, find_checkpoint
+from mindrlhf.chat.saved_model import SavedModel, find_model
 from mindrlhf.checkpoint.shards import save_shard
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
@@ -54,7 +54,7 @@ def write_ranks(directory: Path, made: SimpleNamespace, mesh: Mesh, *, value_hea
     return directory
 
 
-def assert_whole(found: Checkpoint, made: SimpleNamespace) -> None:
+def assert_whole(found: SavedModel, made: SimpleNamespace) -> None:
     """Tensors over any mesh are the parts of what was written, and no head is among them."""
     for mesh in (Mesh(1, 1), Mesh(1, 2)):
         layouts = parameter_layouts(made.model, mesh)
@@ -66,8 +66,8 @@ def assert_whole(found: Checkpoint, made: SimpleNamespace) -> None:
 
 
 def test_a_hugging_face_directory_needs_nothing_else(made: SimpleNamespace) -> None:
-    found = find_checkpoint(made.hf)
-    assert found.model == made.model
+    found = find_model(made.hf)
+    assert found.sizes.model == made.model
     assert found.tokenizer.size == 1024
     assert found.sizes.context.device_target == "CPU"
     assert_whole(found, made)
@@ -77,11 +77,11 @@ def test_a_full_file_needs_sizes_and_tokenizer(
     made: SimpleNamespace, write_yaml: Callable[[int, int], Path], tokenizer_dir: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="does not say the model's sizes: give --config"):
-        find_checkpoint(made.full)
+        find_model(made.full)
     with pytest.raises(DataError, match="brings no tokenizer: give --tokenizer_path"):
-        find_checkpoint(made.full, config=made.hf)
+        find_model(made.full, config=made.hf)
     for config in (made.hf, made.hf / "config.json", write_yaml(1, 1)):
-        assert_whole(find_checkpoint(made.full, config=config, tokenizer_path=tokenizer_dir), made)
+        assert_whole(find_model(made.full, config=config, tokenizer_path=tokenizer_dir), made)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(1, 2), Mesh(2, 2)])
@@ -93,38 +93,38 @@ def test_rank_directories_are_merged_as_their_yaml_split_them(
     mesh: Mesh,
 ) -> None:
     ranks = write_ranks(tmp_path / "ranks", made, mesh)
-    found = find_checkpoint(ranks, config=write_yaml(mesh.dp, mesh.mp), tokenizer_path=tokenizer_dir)
+    found = find_model(ranks, config=write_yaml(mesh.dp, mesh.mp), tokenizer_path=tokenizer_dir)
     assert_whole(found, made)
-    other = find_checkpoint(ranks, config=write_yaml(1, 1), tokenizer_path=tokenizer_dir)
+    other = find_model(ranks, config=write_yaml(1, 1), tokenizer_path=tokenizer_dir)
     with pytest.raises(CheckpointError):
         list(other.shards(Mesh(), 0))
 
 
-def record(run: Path, made: SimpleNamespace, mesh: Mesh) -> None:
-    """What a PPO run writes into its directory, as far as it matters here."""
+def record(checkpoint: Path, made: SimpleNamespace, mesh: Mesh) -> None:
+    """What a PPO run writes into a checkpoint, as far as it matters here."""
     train: dict[str, Any] = {
         "model": plain(made.model) | {"matmul_dtype": "bfloat16"},  # of the job, no part of the model
         "parallel": {"data_parallel": mesh.dp, "model_parallel": mesh.mp},
         "context": {"device_target": "CPU"},
     }
-    (run / "config.json").write_text(json.dumps({"configuration": {"train": train}}))
+    (checkpoint / "config.json").write_text(json.dumps({"configuration": {"train": train}}))
 
 
 @pytest.mark.parametrize("name", ["iteration_000012", ""])
 def test_a_run_is_its_last_policy_without_the_value_head(
     made: SimpleNamespace, tokenizer_dir: Path, tmp_path: Path, name: str
 ) -> None:
-    """Sizes and split are those that the run recorded."""
+    """Sizes and split are those that the checkpoint recorded."""
     mesh = Mesh(2, 2)
     write_ranks(tmp_path / "iteration_000012" / "policy", made, mesh, value_head=True)
     (tmp_path / "iteration_000002" / "policy").mkdir(parents=True)
     (tmp_path / "iteration_000012" / "critic").mkdir()
     with pytest.raises(CheckpointError, match="--config"):
-        find_checkpoint(tmp_path / name, tokenizer_path=tokenizer_dir)
-    record(tmp_path, made, mesh)
-    found = find_checkpoint(tmp_path / name, tokenizer_path=tokenizer_dir)
+        find_model(tmp_path / name, tokenizer_path=tokenizer_dir)
+    record(tmp_path / "iteration_000012", made, mesh)
+    found = find_model(tmp_path / name, tokenizer_path=tokenizer_dir)
     assert found.weights == tmp_path / "iteration_000012" / "policy"
-    assert found.model == made.model
+    assert found.sizes.model == made.model
     assert_whole(found, made)
 
 
@@ -132,22 +132,22 @@ def test_the_last_weights_of_the_first_stage_are_found(
     made: SimpleNamespace, write_yaml: Callable[[int, int], Path], tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     write_ranks(tmp_path / "final", made, Mesh(1, 1))
-    found = find_checkpoint(tmp_path, config=write_yaml(1, 1), tokenizer_path=tokenizer_dir)
+    found = find_model(tmp_path, config=write_yaml(1, 1), tokenizer_path=tokenizer_dir)
     assert_whole(found, made)
 
 
 def test_the_second_checkpoint_may_lean_on_the_first(made: SimpleNamespace) -> None:
-    first = find_checkpoint(made.hf)
-    second = find_checkpoint(made.full, fallback=first)
+    first = find_model(made.hf)
+    second = find_model(made.full, fallback=first)
     assert second.tokenizer is first.tokenizer
     assert_whole(second, made)
 
 
-def test_a_reward_model_cannot_speak(made: SimpleNamespace, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_a_reward_model_is_refused(made: SimpleNamespace, tokenizer_dir: Path, tmp_path: Path) -> None:
     arrays = {name: array for name, array in {**made.arrays, **HEAD}.items() if name != "lm_head.weight"}
     write_weights(tmp_path / "reward.ckpt", ArraySource(arrays))
-    found = find_checkpoint(tmp_path / "reward.ckpt", config=made.hf, tokenizer_path=tokenizer_dir)
-    with pytest.raises(CheckpointError, match="reward model or a critic, which cannot speak"):
+    found = find_model(tmp_path / "reward.ckpt", config=made.hf, tokenizer_path=tokenizer_dir)
+    with pytest.raises(CheckpointError, match="reward model or a critic, which cannot generate text"):
         list(found.shards(Mesh(), 0))
 
 
@@ -155,10 +155,10 @@ def test_what_does_not_fit_is_refused(
     made: SimpleNamespace, tokenizer_dir: Path, tmp_path: Path, tiny: Callable[..., SimpleNamespace]
 ) -> None:
     with pytest.raises(CheckpointError, match="gone does not exist"):
-        find_checkpoint(tmp_path / "gone")
+        find_model(tmp_path / "gone")
     small = tiny(2, vocab_size=512)
     with pytest.raises(DataError, match="1024 tokens, more than the vocab_size 512"):
-        find_checkpoint(small.full, config=small.hf, tokenizer_path=tokenizer_dir)
-    wide = find_checkpoint(made.full, config=tiny(3, intermediate_size=64).hf, tokenizer_path=tokenizer_dir)
+        find_model(small.full, config=small.hf, tokenizer_path=tokenizer_dir)
+    wide = find_model(made.full, config=tiny(3, intermediate_size=64).hf, tokenizer_path=tokenizer_dir)
     with pytest.raises(CheckpointError, match="does not fit the model"):
         list(wide.shards(Mesh(), 0))
