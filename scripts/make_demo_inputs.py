@@ -11,27 +11,30 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import tokenizers
+from demo_files import tokenizer_config, write_json, write_merges
 from demo_text import demo_rows
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from mindrlhf.checkpoint.element_types import BY_NAME
+from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.prompt_format import QWEN2_SYSTEM_PROMPT
 from mindrlhf.data.tokenizer import (
-    END_OF_TEXT,
     IM_END,
     IM_START,
     QWEN2_SPECIAL_TOKENS,
     QWEN_SPLIT_PATTERN,
 )
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.qwen2.weight_names import canonical_to_hf
+from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file
@@ -55,12 +58,6 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in demo_rows(rows, seed):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """A JSON file with a line end."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
 
 
 def train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -96,7 +93,7 @@ def train_tokenizer() -> tuple[dict[str, int], list[tuple[str, str]]]:
     model = json.loads(core.to_str())["model"]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     if len(vocab) != ORDINARY_TOKENS:
-        raise AssertionError(f"the demo text gives {len(vocab)} tokens, {ORDINARY_TOKENS} are wanted")
+        raise AssertionError(f"the demo text gives {len(vocab)} tokens, expected {ORDINARY_TOKENS}")
     return vocab, [(left, right) for left, right in model["merges"]]
 
 
@@ -105,47 +102,11 @@ def write_tokenizer(directory: Path) -> None:
     vocab, merges = train_tokenizer()
     special = {text: ORDINARY_TOKENS + i for i, text in enumerate(QWEN2_SPECIAL_TOKENS)}
     write_json(directory / "vocab.json", vocab, indent=None)
-    with atomic_file(directory / "merges.txt") as temporary:
-        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    config = {
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(number): {"content": text, **flags} for text, number in special.items()},
-        "additional_special_tokens": [IM_START, IM_END],
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": IM_END,
-        "errors": "replace",
-        "model_max_length": 32768,
-        "pad_token": END_OF_TEXT,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
+    write_merges(directory / "merges.txt", (f"{left} {right}" for left, right in merges))
+    config = tokenizer_config(
+        special, CHAT_TEMPLATE, max_length=32768, additional_special_tokens=[IM_START, IM_END]
+    )
     write_json(directory / "tokenizer_config.json", config)
-
-
-def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a Qwen2 model in Hugging Face's format."""
-    hidden, inner, kv = model.hidden_size, model.intermediate_size, model.n_kv_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}."
-        for name, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)):
-            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, hidden)
-            shapes[f"{prefix}self_attn.{name}.bias"] = (rows,)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
-    return shapes
 
 
 def random_weight(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> np.ndarray:
@@ -157,19 +118,13 @@ def random_weight(name: str, shape: tuple[int, ...], model: ModelConfig, seed: i
     return np.float32(model.initializer_range) * draw
 
 
-def to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    """``array`` in a storage type; bfloat16 as its bits, rounded to nearest even."""
-    if dtype != "bfloat16":
-        return array.astype(dtype)
-    bits = array.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 def write_model(directory: Path, model: ModelConfig, *, dtype: str, seed: int, tokenizer_dir: Path) -> int:
     """The checkpoint directory; returns the number of parameters."""
+    layouts = parameter_layouts(model, Mesh())
+    names = canonical_to_hf(model.num_layers)
     arrays = {
-        name: to_dtype(random_weight(name, shape, model, seed), dtype)
-        for name, shape in hf_shapes(model).items()
+        names[name]: random_weight(names[name], layout.shape, model, seed).astype(BY_NAME[dtype])
+        for name, layout in layouts.items()
     }
     specs = {
         name: safetensors.TensorSpec(
@@ -179,7 +134,10 @@ def write_model(directory: Path, model: ModelConfig, *, dtype: str, seed: int, t
     }
     with atomic_file(directory / "model.safetensors") as temporary:
         safetensors.serialize_file(specs, str(temporary), metadata={"format": "pt"})
-    write_json(directory / "config.json", hf_config(model, dtype))
+    # Qwen2's own files name one end token in config.json, and all that end a reply in generation_config.json.
+    config = hf_config_from_model(replace(model, eos_token_id=model.eos_token_id[:1]))
+    config |= {"max_window_layers": model.num_layers, "sliding_window": None}
+    write_json(directory / "config.json", finish_hf_config(config, layouts, BY_NAME[dtype]))
     generation = {
         "bos_token_id": model.bos_token_id,
         "eos_token_id": list(model.eos_token_id),
@@ -190,35 +148,6 @@ def write_model(directory: Path, model: ModelConfig, *, dtype: str, seed: int, t
             shutil.copyfile(tokenizer_dir / name, directory / name)
     write_json(directory / "generation_config.json", generation)
     return sum(array.size for array in arrays.values())
-
-
-def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """``config.json`` of a Qwen2 model."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": model.bos_token_id,
-        "eos_token_id": model.eos_token_id[0],
-        "hidden_act": "silu",
-        "hidden_size": model.hidden_size,
-        "initializer_range": model.initializer_range,
-        "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": model.seq_length,
-        "max_window_layers": model.num_layers,
-        "model_type": "qwen2",
-        "num_attention_heads": model.num_heads,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.n_kv_heads,
-        "pad_token_id": model.pad_token_id,
-        "rms_norm_eps": model.rms_norm_eps,
-        "rope_theta": model.theta,
-        "sliding_window": None,
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": model.vocab_size,
-    }
 
 
 TINY = ModelConfig(

@@ -152,7 +152,7 @@ def test_other_files_are_refused(fetch: ModuleType, llama: LlamaForCausalLM, tmp
     with pytest.raises(CheckpointError, match=r"text\.gguf: not a GGUF file"):
         fetch.LlamaGguf(tmp_path / "text.gguf")
     write_gguf(tmp_path / "gpt2.gguf", llama, architecture="gpt2")
-    with pytest.raises(CheckpointError, match=r"general\.architecture is 'gpt2', 'llama' is wanted"):
+    with pytest.raises(CheckpointError, match=r"general\.architecture is 'gpt2', expected 'llama'"):
         fetch.LlamaGguf(tmp_path / "gpt2.gguf")
 
 
