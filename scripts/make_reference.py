@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""Writes the reference of every command-line flag and YAML key, from the code that reads them.
+"""Writes the reference of every flag and YAML key, and the comments of ppo_X.yaml, from their declarations.
 
     python scripts/make_reference.py
 
-A test compares the file with what this script would write, so neither can change alone.
+A test compares the files with what this script would write, so neither can change alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from mindrlhf.utils.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "examples" / "qwen_ppo_tutorial" / "REFERENCE.md"
+SETTINGS = sorted((ROOT / "model_configs" / "qwen_ppo").glob("ppo_*.yaml"))
 
 SCRIPTS = {
     "convert_weight.py": ("mindrlhf.cli.convert", "mindrlhf-convert"),
@@ -32,6 +34,9 @@ SCRIPTS = {
     "python -m mindrlhf.report": ("mindrlhf.report.__main__", "mindrlhf-report"),
 }
 """How a script is called in the text: the module of its parser, and its console command."""
+
+
+_SETTING = re.compile(r"^(\w+): ([^#\n]*[^#\s])", re.M)
 
 
 def reference() -> str:
@@ -66,12 +71,31 @@ def _flag_row(action: argparse.Action) -> str:
     return f"| {names} | {default} | {_cell(text)} |"
 
 
+def _ppo_groups() -> dict[str, dict[str, Key]]:
+    """Heading -> its keys."""
+    groups: dict[str, dict[str, Key]] = {}
+    for name, key in keys_of(PPOConfig).items():
+        groups.setdefault(key.group, {})[name] = key
+    return groups
+
+
 def _ppo_keys() -> Iterator[str]:
     yield from ("", "## ppo_X.yaml", "", "Each may be replaced on the command line: `--set key=value`.", "")
-    groups = dict.fromkeys(key.group for key in keys_of(PPOConfig).values())
-    yield from _table(
-        {name: key for group in groups for name, key in keys_of(PPOConfig).items() if key.group == group}
-    )
+    yield from _table({name: key for keys in _ppo_groups().values() for name, key in keys.items()})
+
+
+def settings_file(text: str) -> str:
+    """A ``ppo_X.yaml`` with ``text``'s values and first comment, and all keys in order, explained."""
+    values = dict(_SETTING.findall(text))
+    lines = [text.partition("\n\n")[0]]
+    for group, keys in _ppo_groups().items():
+        lines += ["", f"# {group}"]
+        lines += [f"{name}: {values.get(name, key.default)}  # {_comment(key)}" for name, key in keys.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _comment(key: Key) -> str:
+    return f"{' | '.join(map(str, key.choices))}: {key.help}" if key.choices else key.help
 
 
 def _model_keys() -> Iterator[str]:
@@ -104,6 +128,8 @@ def _cell(text: str) -> str:
 def main() -> None:
     with atomic_file(REFERENCE) as temporary:
         temporary.write_text(reference(), encoding="utf-8")
+    for path in SETTINGS:
+        path.write_text(settings_file(path.read_text(encoding="utf-8")), encoding="utf-8")
     sys.stdout.write(f"{REFERENCE.relative_to(ROOT)} written\n")
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from mindrlhf.configs.faults import Faults
 from mindrlhf.configs.fields import join, keys_of
-from mindrlhf.configs.options import StageOptions
 from mindrlhf.configs.ppo_file import PPODraft
 from mindrlhf.configs.run_file import RunDraft
 from mindrlhf.configs.schema import CRITIC_KEYS, PPOConfig, RunnerConfig, unfinished_warm_up
@@ -107,11 +106,13 @@ def check_inside_vocab(ids: tuple[int, ...], vocab_size: int | None, where: str,
         )
 
 
-def check_trainable(draft: RunDraft, faults: Faults) -> None:
+def check_trainable(
+    draft: RunDraft, faults: Faults, remedy: str = "the model that is trained needs this section"
+) -> None:
     """A fault for each section that a model cannot be trained without."""
     for section in ("optimizer", "lr_schedule"):
         if draft.readable and section not in draft.sections:
-            faults.add(at(draft, section), "missing", "the model that is trained needs this section")
+            faults.add(at(draft, section), "missing", remedy)
 
 
 def check_ppo(ppo: PPODraft, faults: Faults) -> None:
@@ -314,31 +315,25 @@ def _check_warm_up(roles: Mapping[str, RunDraft], ppo: PPODraft, faults: Faults)
             faults.add(at(roles[role], "lr_schedule.warmup_steps"), *fault)
 
 
-def check_stage(draft: RunDraft, options: StageOptions, world_size: int, faults: Faults) -> None:
-    """Relations between the YAML and the flags of ``sft.py`` or ``reward_model.py``."""
-    for section in ("optimizer", "lr_schedule"):
-        if draft.readable and section not in draft.sections:
-            faults.add(at(draft, section), "missing", "give a finetune_*.yaml, which has this section")
+def check_stage(draft: RunDraft, options: Mapping[str, Any], world_size: int, faults: Faults) -> None:
+    """Relations between the YAML and the valid flags of ``sft.py`` or ``reward_model.py``."""
+    check_trainable(draft, faults, "give a finetune_*.yaml, which has this section")
     _check_world_size({"infer": draft}, world_size, faults)
-    vocab_size = draft.model.get("vocab_size")
-    if vocab_size is not None and options.valid_vocab_size > vocab_size:
-        faults.add(
-            "--valid_vocab_size",
-            f"{options.valid_vocab_size} is above the vocabulary",
-            f"must be at most {vocab_size}",
-        )
+    vocab_size, valid = draft.model.get("vocab_size"), options.get("valid_vocab_size", 0)
+    if vocab_size is not None and valid > vocab_size:
+        faults.add("--valid_vocab_size", f"{valid} is above the vocabulary", f"must be at most {vocab_size}")
     dp = draft.parallel.get("data_parallel")
-    rows = draft.runner.get("batch_size", RunnerConfig.batch_size)
-    if dp is None:
+    if dp is None or "batch_size" not in options:
         return
-    batch_size, micro = options.batch_size or rows * dp, options.micro_batch_size
+    batch_size = options["batch_size"] or draft.runner.get("batch_size", RunnerConfig.batch_size) * dp
+    micro = options.get("micro_batch_size", 0)
     if batch_size % dp:
         faults.add(
             "--batch_size",
             f"{batch_size} is not divisible by data_parallel ({dp}) of {draft.path}",
             "choose a multiple",
         )
-    elif micro > 0 and (batch_size // dp) % micro:
+    elif micro and (batch_size // dp) % micro:
         faults.add(
             "--micro_batch_size",
             f"{micro} does not divide the {batch_size // dp} rows of a step on one rank",

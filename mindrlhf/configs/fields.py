@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Len, Lt
@@ -83,7 +84,13 @@ TokenIds = Annotated[
 DType = Literal["float32", "float16", "bfloat16"]
 DeviceTarget = Annotated[Text, OneOf(lambda: ("CPU", "Ascend", "GPU"))]
 
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a mapping"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    Path: "a path",
+}
 _BOUNDS = ((Ge, ">=", "ge"), (Gt, ">", "gt"), (Le, "<=", "le"), (Lt, "<", "lt"))
 
 
@@ -159,7 +166,7 @@ class Key:
             for entry in metadata
             if isinstance(entry, kind) and getattr(entry, attribute) != MAX_INT
         ]
-        return f"{_KINDS[base]} {' and '.join(bounds)}".strip()
+        return f"{_KINDS.get(base, 'a list of texts')} {' and '.join(bounds)}".strip()
 
     def convert(self, value: object) -> Any:
         """``value`` in its Python type.
@@ -198,10 +205,12 @@ def key(default: Any, text: str, **more: Any) -> Any:
 
 @cache
 def keys_of(declaration: type) -> dict[str, Key]:
-    """The keys that a dataclass declares, in order; fields without help are none."""
+    """The keys that a dataclass declares, its own before its bases'; fields without help are none."""
     hints = get_type_hints(declaration, include_extras=True)
+    declared = {one.name: one for one in fields(declaration)}
+    names = (name for kind in declaration.__mro__ for name in vars(kind).get("__annotations__", ()))
     found = {}
-    for one in fields(declaration):
+    for one in (declared[name] for name in dict.fromkeys(names)):
         if "key" in one.metadata:
             more = dict(one.metadata["key"])
             default = ... if one.default is MISSING else one.default
@@ -217,6 +226,7 @@ def read_section(
     where: str,
     *,
     accepted: Iterable[str] = (),
+    synonyms: Mapping[str, str] | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The valid values of ``section`` by key; every other key adds a fault.
@@ -227,6 +237,7 @@ def read_section(
         faults: collects what is wrong.
         where: ``file`` or ``file: key.path`` of the section.
         accepted: further keys that may be there.
+        synonyms: names that other libraries have for some keys, with ours.
         sources: where a key was given, when not in ``section`` itself.
     """
 
@@ -236,9 +247,9 @@ def read_section(
     known = [*keys, *accepted]
     for name in section:
         if name not in known:
-            faults.add(
-                place(name), "unknown key", did_you_mean(str(name), known, "remove it or check its spelling")
-            )
+            ours = (synonyms or {}).get(name)
+            remedy = did_you_mean(str(name), known, "remove it or check its spelling")
+            faults.add(place(name), "unknown key", remedy if ours is None else f"here it is called {ours}")
     values: dict[str, Any] = {}
     for name, one in keys.items():
         if name not in section or (section[name] is None and one.nullable):

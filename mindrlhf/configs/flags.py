@@ -65,14 +65,14 @@ def optional_path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
-def check_options(options: RunOptions, faults: Faults) -> None:
-    """Adds a fault for each option that is out of its range."""
+def check_options(options: RunOptions, faults: Faults) -> dict[str, Any]:
+    """The options that are in their range; each other one adds a fault."""
     declaration: Any = type(options)
+    valid = {}
     for name, key in keys_of(declaration).items():
         value = getattr(options, name)
-        if key.base in (bool, Path) or key.parse is not None:
-            continue  # argparse has seen to it
         try:
-            key.convert(value)
+            valid[name] = key.convert(value)
         except ValueError as error:
             faults.add(key.flag or f"--{name}", f"{error} ({shown(value)})", f"must be {key.allowed}")
+    return valid

@@ -176,7 +176,7 @@ def load_stage(options: StageOptions, world_size: int) -> StagePlan:
         ConfigError: with every fault of the file and the flags.
     """
     with collected() as faults:
-        check_options(options, faults)
+        valid = check_options(options, faults)
         draft = _read_run(
             options.config_path,
             faults,
@@ -184,7 +184,7 @@ def load_stage(options: StageOptions, world_size: int) -> StagePlan:
             not options.use_parallel,
             options.cpu_matmul_dtype,
         )
-        check_stage(draft, options, world_size, faults)
+        check_stage(draft, valid, world_size, faults)
     config = draft.build()
     dp = config.parallel.data_parallel
     batch_size = options.batch_size or config.runner.batch_size * dp
@@ -211,8 +211,10 @@ def _read_run(
     path: Path, faults: Faults, device_target: str | None, single_process: bool, matmul_dtype: str
 ) -> RunDraft:
     """One YAML, checked by itself."""
-    if device_target not in keys_of(ContextConfig)["device_target"].choices:
-        device_target = None  # check_options reports it
+    key = keys_of(ContextConfig)["device_target"]
+    if device_target is not None and device_target not in key.choices:
+        faults.add("--device_target", f"not allowed ({device_target!r})", f"must be {key.allowed}")
+        device_target = None
     draft = read_run(path, faults, device_target=device_target, single_process=single_process)
     check_run(draft, faults)
     if matmul_dtype != "float32":

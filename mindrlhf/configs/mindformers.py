@@ -101,6 +101,23 @@ MODEL = {
     ),
 }  # fmt: skip
 
+SYNONYMS = {
+    "layernorm_compute_dtype": "layernorm_compute_type",
+    "softmax_compute_dtype": "softmax_compute_type",
+    "params_dtype": "param_init_type",
+    "torch_dtype": "compute_dtype",
+    "add_qkv_bias": "qkv_has_bias",
+    "attention_bias": "qkv_has_bias",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "max_position_embeddings": "seq_length",
+    "rope_theta": "theta",
+    "rotary_base": "theta",
+    "layernorm_epsilon": "rms_norm_eps",
+}
+"""Keys of ``model_config`` by their names in newer model classes of MindFormers and in Hugging Face."""
+
 PARALLEL = {
     **_describes_nothing("context_parallel_algo", "mem_coeff"),
     **_harmless("gradient_aggregation_group", neutral=(4, None)),
@@ -157,7 +174,7 @@ IGNORED_SECTIONS = (
     "seed", "output_dir", "run_mode", "use_parallel", "print_separate_loss",
     "load_ckpt_format", "transform_process_num",
     "src_strategy_path_or_dir", "load_ckpt_async", "use_legacy", "use_legacy_format",
-    "pretrained_model_dir", "balanced_load", "reshard_worker_num", "remove_redundancy", "save_checkpoint",
+    "balanced_load", "reshard_worker_num", "remove_redundancy", "save_checkpoint",
     "eval_step_interval", "eval_epoch_interval", "ignore_data_skip", "data_skip_steps",
     "profile_communication", "profile_memory", "init_start_profile", "profile_start_step",
     "profile_stop_step", "profile_rank_ids", "profile_pipeline", "profile_level", "mstx",
@@ -172,7 +189,8 @@ IGNORED_SECTIONS = (
 
 TOP = {
     **_harmless(
-        "resume_training", "load_checkpoint", "auto_trans_ckpt", "only_save_strategy", "do_eval", "profile"
+        "resume_training", "load_checkpoint", "pretrained_model_dir", "auto_trans_ckpt", "only_save_strategy",
+        "do_eval", "profile",
     ),
     **_unsupported("layer_scale", "lr_scale"),
     "grouped_lr_schedule": Foreign((None, {}), "remove it: one lr_schedule is for all weights"),

@@ -137,7 +137,9 @@ class _SectionReader:
             return {}
         where = self.place(key_path)
         self.check(section, key_path, foreign)
-        return read_section(section, keys_of(declaration), self.faults, where, accepted=foreign)
+        synonyms = mindformers.SYNONYMS if declaration is ModelConfig else None
+        keys = keys_of(declaration)
+        return read_section(section, keys, self.faults, where, accepted=foreign, synonyms=synonyms)
 
     def check(self, section: Mapping[Any, Any], key_path: str, foreign: Mapping[str, Foreign]) -> None:
         """Refuses or notes what MindFormers' other keys ask for."""
@@ -154,8 +156,8 @@ class _SectionReader:
                 self.faults.add(join(str(self.path), name), "unknown section", remedy)
         self.check(root, "", mindformers.TOP)
         for name, foreign in mindformers.WITHIN_IGNORED.items():
-            if isinstance(root.get(name), dict):
-                self.check(root[name], name, foreign)
+            if (section := self.section(root, name)) is not None:
+                self.check(section, name, foreign)
 
 
 def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, Any]:

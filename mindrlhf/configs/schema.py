@@ -144,8 +144,8 @@ class TrainingSettings:
     seed: Natural = key(1, "seed of everything random: data order, rollouts, new heads", group="run")
     save_interval: Natural = key(
         0,
-        "steps between checkpoints of the whole training state, which the last step leaves, too; 0: PPO "
-        "saves at the end only, the others when a signal stops them",
+        "steps between checkpoints of the training state; 0: PPO at the end only, the others when a signal "
+        "stops them",
         group="run",
     )
     keep_checkpoints: Natural = key(
@@ -163,8 +163,7 @@ class TrainingSettings:
     )
     valid_vocab_size: Natural = key(
         0,
-        "length of the tokenizer: token ids from here on are padding rows and have probability 0; "
-        "0: the model's vocab_size",
+        "length of the tokenizer: token ids from here on have probability 0; 0: the model's vocab_size",
         group="sequences",
     )
     max_grad_norm: NotNegative = key(1.0, "bound of the global gradient norm; 0: off", group="loss")
@@ -228,27 +227,27 @@ class PPOConfig(TrainingSettings):
     )
     decode_steps_per_call: Count = key(8, "tokens per call of a compiled graph", group="sampling")
 
-    kl_controller: Literal["fixed", "adaptive"] = key("fixed", "how kl_coef moves", group="reward")
+    kl_controller: Literal["fixed", "adaptive"] = key("fixed", "whether kl_coef moves", group="reward")
     kl_coef: NotNegative = key(
         0.02, "factor of the KL to the reference, per token; adaptive: where it starts", group="reward"
     )
     kl_target: Positive = key(6.0, "KL that the adaptive controller aims at", group="reward")
     kl_horizon: Count = key(10_000, "responses over which the adaptive controller corrects", group="reward")
-    kl_estimator: Literal["k1", "k2", "k3"] = key("k1", "of the KL per token", group="reward")
+    kl_estimator: Literal["k1", "k2", "k3"] = key("k1", "estimator of the KL per token", group="reward")
     missing_eos_penalty: NotNegative = key(
-        0.0, "taken off the score of a response without a stop token; 0: off", group="reward"
+        0.0, "subtracted from the score of a response without a stop token; 0: off", group="reward"
     )
     scale_rewards: Flag = key(
-        False, "then: scores are divided by their running standard deviation", group="reward"
+        False, "whether scores are then divided by their running standard deviation", group="reward"
     )
-    center_rewards: Flag = key(False, "then: their running mean is taken off", group="reward")
+    center_rewards: Flag = key(False, "whether their running mean is then subtracted", group="reward")
     score_clip: NotNegative = key(
-        0.0, "last: scores are cut to -score_clip..score_clip; 0: off", group="reward"
+        0.0, "at last scores are clipped to -score_clip..score_clip; 0: off", group="reward"
     )
 
     advantage: Annotated[Text, OneOf(_advantages)] = key(
         "gae",
-        "estimator; gae needs a critic, reinforce (returns less their batch mean) goes with critic: none",
+        "estimator; gae needs a critic, reinforce (returns less the batch mean) has critic: none",
         group="advantages",
     )
     critic: Literal["separate", "shared", "none"] = key(
@@ -257,9 +256,11 @@ class PPOConfig(TrainingSettings):
     gamma: Fraction = key(1.0, "discount", group="advantages")
     lam: Fraction = key(0.95, "lambda of GAE (arXiv 1506.02438)", group="advantages")
     whiten_advantages: Flag = key(
-        True, "mean 0 and variance 1 over the tokens of a rollout", group="advantages"
+        True, "whether advantages get mean 0 and variance 1 over the tokens of a rollout", group="advantages"
     )
-    whiten_rewards: Flag = key(False, "variance 1, the mean stays", group="advantages")
+    whiten_rewards: Flag = key(
+        False, "whether rewards are scaled to variance 1; their mean stays", group="advantages"
+    )
 
     cliprange: Annotated[Positive, Lt(1)] = key(
         0.2, "bound of the ratio, epsilon of PPO (arXiv 1707.06347)", group="loss"
@@ -267,11 +268,13 @@ class PPOConfig(TrainingSettings):
     cliprange_value: Positive = key(0.2, "bound of the values around the old ones", group="loss")
     vf_coef: NotNegative = key(0.1, "factor of the value loss", group="loss")
     value_head_init_scale: NotNegative = key(
-        1.0, "of a fresh value head, N(0, 1/sqrt(H+1)); 0: values start at 0", group="loss"
+        1.0, "scale of a fresh value head, N(0, 1/sqrt(H+1)); 0: values start at 0", group="loss"
     )
-    entropy_coef: NotNegative = key(0.0, "entropy bonus in the policy loss; 0: off", group="loss")
+    entropy_coef: NotNegative = key(
+        0.0, "factor of the entropy bonus in the policy loss; 0: off", group="loss"
+    )
     ptx_coef: NotNegative = key(
-        0.0, "pre-training loss mixed in (InstructGPT's PPO-ptx), on --ptx_dataset_dir; 0: off", group="loss"
+        0.0, "factor of the pre-training loss that is mixed in (InstructGPT's PPO-ptx); 0: off", group="loss"
     )
     target_kl: NotNegative = key(
         0.0,

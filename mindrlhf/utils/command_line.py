@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -33,21 +32,6 @@ def str_to_bool(text: str) -> bool:
     if word in _FALSE:
         return False
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-
-
-def seconds(text: str) -> float:
-    """The argparse type of a time limit: a finite number of seconds, 0 for none.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, at least 0, got {text!r}")
-    return number
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -24,6 +24,9 @@ def make_reference() -> ModuleType:
 def test_the_file_is_what_the_script_writes(make_reference: ModuleType) -> None:
     written = make_reference.REFERENCE.read_text(encoding="utf-8")
     assert written == make_reference.reference(), "run scripts/make_reference.py"
+    for path in make_reference.SETTINGS:
+        text = path.read_text(encoding="utf-8")
+        assert text == make_reference.settings_file(text), f"{path}: run scripts/make_reference.py"
 
 
 def test_every_key_and_flag_is_explained(make_reference: ModuleType) -> None:

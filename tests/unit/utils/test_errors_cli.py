@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from mindrlhf.utils.command_line import run_main, seconds, str_to_bool
+from mindrlhf.utils.command_line import run_main, str_to_bool
 from mindrlhf.utils.errors import CheckpointError, ConfigError, DataError, MindRLHFError
 
 
@@ -80,14 +80,3 @@ def test_run_main_lets_defects_through() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_main(main)
-
-
-@pytest.mark.parametrize(("text", "number"), [("0", 0.0), ("90", 90.0), ("1.5", 1.5)])
-def test_seconds(text: str, number: float) -> None:
-    assert seconds(text) == number
-
-
-@pytest.mark.parametrize("text", ["-1", "nan", "inf", "soon", ""])
-def test_seconds_refuses(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="number of seconds"):
-        seconds(text)
