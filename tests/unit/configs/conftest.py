@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,3 +95,11 @@ def yaml_file(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """caplog, with the library's records passed on to it."""
+    monkeypatch.setattr(logging.getLogger("mindrlhf"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="mindrlhf")
+    return caplog

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mindrlhf.algorithms.advantages import ADVANTAGES, Advantage, reinforce
 from mindrlhf.configs.fields import keys_of
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.load import load_ppo_job
+from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions
+from mindrlhf.configs.schema import PPOConfig, TrainingSettings
+from mindrlhf.utils.errors import ConfigError
 
 M = "model.model_config."
 
@@ -49,6 +55,36 @@ ONE_KEY_CASES = [
     ("reward", "parallel_config.context_parallel", 2, "context_parallel: not supported (2)"),
     ("reward", "parallel_config.expert_parallel", 2, "expert_parallel: not supported (2)"),
     ("reward", "moe_config", {"expert_num": 8}, "moe_config.expert_num: not supported (8)"),
+    ("reward", "recompute_config.recompute", True, "recompute: not supported (True) - set it to False"),
+    ("reward", "recompute_config.recompute", [1, 0], "recompute: not supported ([1, 0])"),
+    ("reward", "recompute_config.select_recompute", {"a": 1}, "select_recompute: not supported"),
+    ("reward", "recompute_config", True, "recompute_config: wrong type (True)"),
+    ("reward", "swap_config", {"swap": True}, "swap_config.swap: not supported (True)"),
+    ("reward", "parallel.enable_parallel_optimizer", True, "enable_parallel_optimizer: not supported (True)"),
+    ("reward", "parallel_config.use_seq_parallel", True, "use_seq_parallel: not supported (True)"),
+    (
+        "reward",
+        "parallel_config.micro_batch_num",
+        4,
+        "micro_batch_num: not supported (4) - set it to 1: micro_",
+    ),
+    ("reward", "parallel_config.optimizer_shard", 8, "optimizer_shard: not supported (8)"),
+    ("reward", M + "parallel_optimizer", True, "parallel_optimizer: not supported (True)"),
+    ("reward", M + "residual_dtype", "float16", "residual_dtype: not supported ('float16')"),
+    ("reward", "context.mode", 1, "context.mode: not supported (1) - must be 0 (graph)"),
+    ("reward", "context.deterministic", "ON", "context.deterministic: not supported ('ON')"),
+    ("reward", "context.memory_offload", "ON", "context.memory_offload: not supported ('ON')"),
+    ("reward", "context.jit_config", {"jit_level": "O1"}, "context.jit_config: not supported ({'jit_level'"),
+    ("reward", "context.device_id", 3, "context.device_id: not supported (3) - remove it: msrun gives"),
+    ("reward", "context.ascend_config", {"precision_mode": "force_fp16"}, "ascend_config: not supported"),
+    ("reward", "context.enable_compile_cache", True, "remove it; --enable_compile_cache True keeps graphs"),
+    ("reward", "micro_batch_interleave_num", 2, "micro_batch_interleave_num: not supported (2)"),
+    (
+        "reward",
+        M + "num_attention_heads",
+        8,
+        "heads: unknown key - here it is called num_heads",
+    ),
     ("reward", "lr_scale", True, "lr_scale: not supported (True)"),
     (
         "reward",
@@ -310,22 +346,94 @@ def test_batch_sizes_that_divide_are_taken(job: Any) -> None:
     )
 
 
+def test_estimator_and_critic_go_together(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job.load(overrides=["critic=none", "advantage=reinforce"]).ppo.critic == "none"
+    (fault,) = job.faults(overrides=["critic=none"])
+    assert fault.startswith("--set critic: advantage gae needs the values of a critic (none) - use critic: ")
+    (fault,) = job.faults(overrides=["advantage=reinforce"])
+    assert fault.startswith(
+        "--set advantage: a critic would be trained and never used (reinforce with critic:"
+    )
+    assert fault.endswith("set critic: none")
+    monkeypatch.setitem(ADVANTAGES, "mine", Advantage(reinforce, needs_critic=False))
+    assert job.load(overrides=["critic=none", "advantage=mine"]).ppo.advantage == "mine"
+
+
+def test_without_a_critic_its_file_is_not_read_and_its_settings_are_refused(job: Any, tmp_path: Path) -> None:
+    none = ["critic=none", "advantage=reinforce"]
+    job.paths["critic"].unlink()
+    loaded = job.load(overrides=none)
+    assert loaded.critic == loaded.train
+    changed = {"lam": 1.0, "cliprange_value": 0.3, "vf_coef": 0.5, "critic_warmup_iterations": 1}
+    job.edit("ppo", "value_head_init_scale", 0.0)
+    faults = job.faults(overrides=[*none, *(f"{key}={value}" for key, value in changed.items())])
+    places = [f"--set {key}" for key in changed] + ["ppo.yaml: value_head_init_scale"]
+    assert sorted(faults) == sorted(
+        f"{place}: without effect with critic: none ({value}) - remove it"
+        for place, value in zip(places, [*changed.values(), 0.0], strict=True)
+    )
+    job.edit("ppo", "value_head_init_scale", 1.0)
+    options = PPOOptions(
+        sft_path_infer=job.paths["infer"],
+        sft_path_train=job.paths["train"],
+        reward_path=job.paths["reward"],
+        critic_path=job.paths["critic"],
+        ppo_config=job.paths["ppo"],
+        overrides=none,
+        load_critic_checkpoint=tmp_path,
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_ppo_job(options, 4)
+    assert caught.value.faults == (
+        f"--load_critic_checkpoint: not used ({tmp_path}) - there is no critic (--set critic: none): leave it "
+        "out",
+    )
+
+
+def test_what_is_harmless_is_named_in_one_warning_per_file(job: Any, log: pytest.LogCaptureFixture) -> None:
+    job.load()
+    assert [record for record in log.records if record.levelno >= logging.WARNING] == []
+    job.edit("reward", M + "top_k", 5)
+    job.edit("reward", "context.save_graphs", True)
+    job.edit("reward", "load_checkpoint", "a.ckpt")
+    job.load()
+    (warning,) = (record.getMessage() for record in log.records if record.levelno >= logging.WARNING)
+    assert warning == (
+        f"{job.paths['reward']}: without effect here: load_checkpoint ('a.ckpt'), "
+        "context.save_graphs (True), model.model_config.top_k (5)"
+    )
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("extend_method", None),
-        ("scaling_factor", 1),
-        ("emb_dropout_prob", 0),
-        ("repetition_penalty", 1.0),
-        ("moe_config", None),
-        ("use_rope_slice", True),
-        ("is_dynamic", True),
-        ("ffn_dim_multiplier", None),
-        ("multiple_of", 256),
-        ("checkpoint_name_or_path", "qwen2_7b"),
-        ("block_size", 32),
+        (M + "extend_method", None),
+        (M + "scaling_factor", 1),
+        (M + "emb_dropout_prob", 0),
+        (M + "repetition_penalty", 1.0),
+        (M + "moe_config", None),
+        (M + "use_past", True),
+        (M + "ffn_dim_multiplier", None),
+        (M + "multiple_of", 256),
+        (M + "embedding_init_type", "float32"),
+        (M + "init_method_std", 0.02),
+        ("context.mode", "GRAPH_MODE"),
+        ("context.deterministic", "OFF"),
+        ("context.ascend_config", {"precision_mode": "must_keep_origin_dtype"}),
+        ("parallel_config.optimizer_shard", None),
+        ("recompute_config", None),
+        ("swap_config", {"swap": False, "default_prefetch": 10}),
     ],
 )
-def test_neutral_and_accepted_keys(key: str, value: Any, job: Any) -> None:
-    job.edit("infer", M + key, value)
+def test_values_that_ask_for_nothing(key: str, value: Any, job: Any, log: pytest.LogCaptureFixture) -> None:
+    job.edit("infer", key, value)
     job.load()
+    assert [record for record in log.records if record.levelno >= logging.WARNING] == []
+
+
+def test_zero_turns_off_alike_in_ppo_and_before_it(job: Any) -> None:
+    assert job.load(overrides=["keep_checkpoints=0", "max_grad_norm=0"]).ppo.keep_checkpoints == 0
+    shared = keys_of(TrainingSettings)
+    for declaration in (PPOConfig, SFTOptions, RewardOptions):
+        theirs = keys_of(declaration)
+        assert all(theirs[name].annotation == key.annotation for name, key in shared.items())

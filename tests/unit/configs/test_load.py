@@ -16,14 +16,6 @@ from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, 
 from mindrlhf.utils.errors import ConfigError
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """caplog, with the library's records passed on to it."""
-    monkeypatch.setattr(logging.getLogger("mindrlhf"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="mindrlhf")
-    return caplog
-
-
 def _faults_of(path: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         load_run_config(path)
