@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mindrlhf.report.page import render
-from mindrlhf.report.reading import ReportError, read_runs
+from mindrlhf.report.run_data import ReportError, read_runs
 from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
@@ -62,7 +62,8 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
     page = render(runs)
     try:
         with atomic_file(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+            # A lone surrogate, which a tokenizer may leave in a response, becomes its escape sequence.
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ReportError(f"--output {path}: cannot be written ({error.strerror}); give another") from error
     return path

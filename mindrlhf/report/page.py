@@ -1,255 +1,333 @@
-"""Puts the page together: what reads without a script as HTML, curves and samples as data for the scripts."""
+"""Puts the page together: ``page.html.j2`` with numbers, settings and warnings, and data for ``page.js``."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from mindrlhf.report.charts import COLORS, LEVEL_COLORS, make_figures, rounded
 from mindrlhf.report.diagnostics import diagnose
-from mindrlhf.report.findings import Finding
-from mindrlhf.report.markup import Html, duration, join, json_for_script, number, tag
-from mindrlhf.report.payload import make_payload
-from mindrlhf.report.reading import Run
-from mindrlhf.report.settings import settings_section
-from mindrlhf.report.stage_diagnostics import diagnose_stage
-from mindrlhf.report.stages import PPO, TITLES, unit_of
-from mindrlhf.report.summary import Row, Summary, rows_of, summary_of, total_seconds
+from mindrlhf.report.run_data import PPO, REWARD, SFT, TITLES, Line, Run, Series
 
 ASSETS = Path(__file__).parent / "assets"
-STYLES = ("style.css",)
-SCRIPTS = ("dom.js", "charts.js", "stack.js", "samples.js", "pairs.js", "main.js")
+SAMPLE_BYTES = 8_000_000
+"""Budget of all training samples of the page."""
+EVAL_SAMPLE_BYTES = 3_000_000
+"""Budget of all evaluation samples of the page."""
+EXTREME_SAMPLES = 50
+"""Samples of the highest and of the lowest scores that are kept whatever else goes."""
 
-_LEVELS = {"error": "✕", "warning": "!", "note": "i"}
-_SECTIONS = (
-    ("overview", "Overview"),
-    ("warnings", "Warnings"),
-    ("curves", "Curves"),
-    ("pairs", "Before and after"),
-    ("samples", "Samples"),
-    ("settings", "Configuration"),
-)
+_MAX_SETTING = 300
+# HTML forbids them, and nobody can read them: control characters but for tab and line end.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+class Row(NamedTuple):
+    """A metric of the overview.
+
+    Attributes:
+        metric: its name; ``eval/...`` is read from the evaluations.
+        title: for people.
+        better: 1 when high values are good, -1 when low ones are, 0 when neither.
+        share: whether it is a part of 1, read as per cent.
+    """
+
+    metric: str
+    title: str
+    better: int = 0
+    share: bool = False
+
+
+class Summary(NamedTuple):
+    """A metric of one run in a few numbers, of its finite values.
+
+    Attributes:
+        first, last: values of the first and last iteration that have one.
+        best: the best value, ``None`` when neither direction is good.
+        best_iteration: the first iteration that has it.
+        low, high: extremes.
+    """
+
+    first: float
+    last: float
+    best: float | None
+    best_iteration: int | None
+    low: float
+    high: float
+
+
+ROWS: dict[str, tuple[Row, ...]] = {
+    PPO: (
+        Row("eval/scores", "Held-out score", 1),
+        Row("objective/scores", "Score", 1),
+        Row("objective/kl", "KL (nats per response)"),
+        Row("policy/entropy", "Entropy (nats per token)"),
+        Row("response/length", "Response length (tokens)"),
+        Row("response/eos_rate", "Stop rate", share=True),
+        Row("policy/clipfrac", "Clip fraction", share=True),
+        Row("value/explained_var", "Explained variance", 1),
+        Row("tokens_per_second", "Response tokens per second", 1),
+    ),
+    SFT: (
+        Row("eval/loss", "Held-out loss (nats per token)", -1),
+        Row("eval/perplexity", "Held-out perplexity", -1),
+        Row("loss/train", "Loss (nats per token)", -1),
+        Row("grad_norm", "Gradient norm"),
+        Row("tokens_per_second", "Tokens per second", 1),
+    ),
+    REWARD: (
+        Row("eval/accuracy", "Held-out accuracy", 1, share=True),
+        Row("eval/loss", "Held-out loss", -1),
+        Row("eval/margin", "Held-out margin"),
+        Row("train/accuracy", "Accuracy", 1, share=True),
+        Row("loss/train", "Loss", -1),
+        Row("grad_norm", "Gradient norm"),
+        Row("tokens_per_second", "Tokens per second", 1),
+    ),
+}
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page about one run, or about several side by side."""
-    kind = runs[0].kind
-    findings = [diagnose(run) if kind == PPO else diagnose_stage(run) for run in runs]
-    style = Html("\n".join(_asset(name) for name in STYLES))
-    script = Html("(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in SCRIPTS) + "\n})();")
-    data = json_for_script(make_payload(runs, findings))
-    title = f"{TITLES[kind]}: " + ", ".join(run.name for run in runs)
-    left_out = {
-        name for name, is_there in (("pairs", _has_pairs(runs)), ("samples", kind == PPO)) if not is_there
+    """The page about one run, or about several side by side; runs are of one kind."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    def readable(value: Any) -> Any:
+        return value if isinstance(value, Markup) else _CONTROL.sub("\ufffd", str(value))
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        finalize=readable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # The text of a sample stays as it is; what HTML could read as markup, tojson escapes in any case.
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False, "allow_nan": False, "separators": (",", ":"),
+    }  # fmt: skip
+    environment.filters |= {"number": number, "duration": duration}
+    findings = [diagnose(run) for run in runs]
+    groups = make_figures(runs, findings)
+    plotly, script = get_plotlyjs(), (ASSETS / "page.js").read_text(encoding="utf-8")
+    return environment.get_template("page.html.j2").render(
+        runs=runs,
+        kind=TITLES[runs[0].kind],
+        unit=runs[0].unit,
+        overview=overview(runs),
+        seconds=[float(run.series("time/iteration").finite.values.sum()) for run in runs],
+        findings=[(place, finding) for place, found in enumerate(findings) for finding in found],
+        groups=groups,
+        settings=settings_tables(runs),
+        differences=differences(runs),
+        data=page_data(runs) | {"plots": [figure.plot for figures in groups.values() for figure in figures]},
+        has_samples=runs[0].kind == PPO,
+        has_pairs=any(run.eval_samples for run in runs),
+        colors=COLORS,
+        levels=LEVEL_COLORS,
+        style=Markup((ASSETS / "page.css").read_text(encoding="utf-8")),
+        plotly=Markup(plotly),
+        script=Markup(script),
+        # Nothing is fetched and no script but the page's own two runs, whatever a sample says. Plotly sets
+        # styles of its own.
+        policy="default-src 'none'; base-uri 'none'; style-src 'unsafe-inline'; "
+        f"script-src '{_digest(plotly)}' '{_digest(script)}'",
+    )
+
+
+def overview(runs: Sequence[Run]) -> list[tuple[Row, list[Summary | None], list[int]]]:
+    """The rows that runs have something for: each with its summary per run, and the places of the best."""
+    found = []
+    for row in ROWS[runs[0].kind]:
+        held_out = row.metric.startswith("eval/")
+        series = [run.evaluation_series(row.metric) if held_out else run.series(row.metric) for run in runs]
+        cells = [summarize(values, row.better) for values in series]
+        lasts = [cell.last * row.better for cell in cells if cell]
+        # max > min: where all are equal, none has won.
+        wins = bool(row.better and lasts and max(lasts) > min(lasts))
+        best = [n for n, cell in enumerate(cells) if wins and cell and cell.last * row.better == max(lasts)]
+        if lasts:
+            found.append((row, cells, best))
+    return found
+
+
+def summarize(series: Series, better: int = 0) -> Summary | None:
+    """A metric in a few numbers; ``None`` when it has no finite value."""
+    iterations, values = series.finite
+    if not len(values):
+        return None
+    best = int((values * better).argmax())
+    return Summary(
+        float(values[0]),
+        float(values[-1]),
+        float(values[best]) if better else None,
+        int(iterations[best]) if better else None,
+        float(values.min()),
+        float(values.max()),
+    )
+
+
+def sections_of(run: Run) -> dict[str, dict[str, str]]:
+    """The settings of a run as flat tables by section: ``{"Machine": {"cpu_count": "2"}, ...}``."""
+    config = dict(run.config)
+    nested = config.pop("configuration", None)
+    nested = dict(nested) if isinstance(nested, Mapping) else {}
+    software = flatten({name: config.pop(name, None) for name in ("versions", "git", "created")})
+    machine = flatten(config.pop("machine", {}))
+    memory = machine.pop("memory_bytes", "")
+    if memory.isdigit():
+        machine["memory"] = f"{int(memory) / 2**30:.1f} GiB"
+    sections = {
+        "PPO": flatten(nested.pop("ppo", {})),
+        "Flags": flatten(nested.pop("options", {})),
+        "Versions": {key.removeprefix("versions."): text for key, text in software.items() if text != "none"},
+        "Machine": machine,
+        **{str(name): flatten(value, name=str(name)) for name, value in nested.items()},
+        "Other": flatten(config),
     }
-    shown = [(name, label) for name, label in _SECTIONS if name not in left_out]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        # Nothing is fetched and no script but the page's own runs, whatever a sample says.
-        tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("title", title),
-        tag("style", style),
-    )
-    body = tag(
-        "body",
-        _header(runs),
-        _navigation(shown, runs),
-        tag(
-            "main",
-            _section("overview", "Overview", _overview(runs)),
-            _section("warnings", "Warnings", _warnings(runs, findings)),
-            _section("curves", "Curves", tag("div", id="charts"), _no_script()),
-            _section("pairs", "Before and after", tag("div", id="pair-view")) if _has_pairs(runs) else None,
-            _section("samples", "Samples", tag("div", id="sample-view")) if kind == PPO else None,
-            _section("settings", "Configuration", settings_section(runs)),
-        ),
-        tag("div", id="tooltip", role="status", hidden=True),
-        tag("script", data, type="application/json", id="data"),
-        tag("script", script),
-    )
-    return join(Html("<!DOCTYPE html>\n"), tag("html", head, body, lang="en"), "\n")
+    if run.checkpoint is not None:
+        sections[f"Newest checkpoint: {run.checkpoint}"] = flatten(run.state)
+    return {name: table for name, table in sections.items() if table}
 
 
-def _policy(style: Html, script: Html) -> str:
-    return (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'"
-    )
+def settings_tables(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, str]], list[str]]]:
+    """The sections of all runs: title, one table per run, and all keys of these."""
+    columns = [sections_of(run) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    tables = {name: [column.get(name, {}) for column in columns] for name in names}
+    return [
+        (name, found, list(dict.fromkeys(key for t in found for key in t))) for name, found in tables.items()
+    ]
+
+
+def differences(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Settings that are not the same in all runs that have a ``config.json``: one table per run."""
+    flat = [
+        {f"{title} · {key}": text for title, table in sections_of(run).items() for key, text in table.items()}
+        for run in runs
+    ]
+    known = [table for table, run in zip(flat, runs, strict=True) if run.config]
+    keys = dict.fromkeys(key for table in known for key in table if "checkpoint" not in key)
+    different = [key for key in keys if len({table.get(key) for table in known}) > 1]
+    return [{key: table.get(key, "–") for key in different} for table in flat]
+
+
+def flatten(value: Any, prefix: str = "", name: str = "value") -> dict[str, str]:
+    """Nested mappings as one: ``{"a": {"b": 1}}`` becomes ``{"a.b": "1"}``; lists stay one value."""
+    if isinstance(value, Mapping):
+        flat: dict[str, str] = {}
+        for key, entry in value.items():
+            flat |= flatten(entry, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    text = "none" if value is None else _text(value)
+    return {prefix or name: text if len(text) <= _MAX_SETTING else text[:_MAX_SETTING] + " …"}
+
+
+def page_data(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the page's script needs beside the figures, as JSON values.
+
+    ``samples`` and ``pairs`` are rows ``[run, iteration, place in prompts, response, score, KL]``.
+    """
+    prompts: dict[str, int] = {}
+    longest_run = max(len(run.metrics) for run in runs)
+    samples, longest = _rows([run.samples for run in runs], prompts, SAMPLE_BYTES)
+    pairs, _ = _rows([run.eval_samples for run in runs], prompts, EVAL_SAMPLE_BYTES)
+    return {
+        "unit": runs[0].unit,
+        "runs": [run.name for run in runs],
+        "smoothing": round(min(0.98, max(0.0, 1 - 30 / longest_run)), 2) if longest_run > 60 else 0,
+        "samples": samples,
+        "sampleCount": sum(len(run.samples) for run in runs),
+        "longest": longest,
+        "pairs": pairs,
+        "prompts": list(prompts),
+    }
+
+
+def fit_samples(samples: Sequence[Line], budget: int) -> tuple[list[Line], int]:
+    """As many samples as fit into about ``budget`` bytes of JSON.
+
+    Long texts are cut first; then samples go, evenly over the run, but never the best, the worst, the
+    first or the last.
+
+    Returns:
+        the samples in their order, and how many characters of a text were kept at most.
+    """
+    for most in (8000, 4000, 2000, 1000):
+        cut = [
+            {**sample, **{name: _cut(_text(sample.get(name)), most) for name in ("prompt", "response")}}
+            for sample in samples
+        ]
+        sizes = np.array([len(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")) for row in cut])
+        if sizes.sum() <= budget:
+            return cut, most
+    scored = [place for place, sample in enumerate(samples) if sample.get("score") is not None]
+    ranked = sorted(scored, key=lambda place: samples[place]["score"])
+    kept = {*ranked[:EXTREME_SAMPLES], *ranked[-EXTREME_SAMPLES:], 0, len(cut) - 1}
+    room = budget - int(sizes[list(kept)].sum())
+    if room > 0:
+        kept |= set(range(0, len(cut), math.ceil(int(sizes.sum()) / room)))
+    return [cut[place] for place in sorted(kept)], most
+
+
+def number(value: float | None) -> str:
+    """A number for people: three digits or so, no exponent unless it is needed."""
+    if value is None or not math.isfinite(value):
+        return "–" if value is None else {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
+    size = abs(value)
+    if (size < 1e6 and value == int(value)) or 1000 <= size < 1e7:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.3g}" if size >= 1e-4 else f"{value:.1e}"
+    return text.replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``48 s``, ``3 min 20 s`` or ``5 h 12 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _rows(by_run: Sequence[Sequence[Line]], prompts: dict[str, int], budget: int) -> tuple[list[Any], int]:
+    rows: list[Any] = []
+    longest = 0
+    for run, samples in enumerate(by_run):
+        kept, most = fit_samples(samples, budget // len(by_run))
+        longest = max(longest, most)
+        for sample in kept:
+            place = prompts.setdefault(sample["prompt"], len(prompts))
+            numbers = (_json_number(sample.get(name)) for name in ("score", "kl"))
+            rows.append([run, int(sample["iteration"]), place, sample["response"], *numbers])
+    return rows, longest
+
+
+def _json_number(value: float | None) -> float | str | None:
+    """A number as JSON takes it: rounded, or the name of what is not finite."""
+    return None if value is None else rounded(value) if math.isfinite(value) else number(value)
+
+
+def _text(value: Any) -> str:
+    """Text as it is; other values, such as token ids of runs without a tokenizer, as JSON."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} … [{len(text) - most} more characters]"
 
 
 def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
-
-
-def _asset(name: str) -> str:
-    return (ASSETS / name).read_text(encoding="utf-8")
-
-
-def _has_pairs(runs: Sequence[Run]) -> bool:
-    return any(run.eval_samples for run in runs)
-
-
-def _section(name: str, title: str, *children: Html) -> Html:
-    return tag("section", tag("h2", title), *children, id=name)
-
-
-def _no_script() -> Html:
-    return tag("noscript", tag("p", "Curves and samples need JavaScript; everything else is here."))
-
-
-def _header(runs: Sequence[Run]) -> Html:
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    facts = _facts(runs[0]) if len(runs) == 1 else [run.name for run in runs]
-    button = tag(
-        "button", "◐", type="button", id="theme", title="Light or dark", aria_label="Light or dark scheme"
-    )
-    return tag(
-        "header",
-        tag(
-            "div",
-            tag("p", f"MindRLHF · {TITLES[runs[0].kind]}", class_="kicker"),
-            tag("h1", title),
-            tag("p", *(tag("span", fact) for fact in facts), class_="facts"),
-        ),
-        button,
-    )
-
-
-def _facts(run: Run) -> list[str]:
-    facts = [f"{len(run.metrics):,} {unit_of(run.kind)}s"]
-    episodes = run.metrics[-1].get("episode")
-    if episodes:
-        facts.append(f"{int(episodes):,} replies")
-    if total_seconds(run):
-        facts.append(duration(total_seconds(run)))
-    created = run.config.get("created")
-    if isinstance(created, str):
-        facts.append(f"started {created[:16].replace('T', ' ')} UTC")
-    return facts
-
-
-def _navigation(sections: Sequence[tuple[str, str]], runs: Sequence[Run]) -> Html:
-    links = [tag("a", label, href=f"#{name}") for name, label in sections]
-    legend = [
-        tag(
-            "button", tag("i", class_=f"swatch c{index % 8}"), run.name,
-            type="button", class_="run", data_run=index, aria_pressed="true",
-        )
-        for index, run in enumerate(runs)
-    ]  # fmt: skip
-    return tag(
-        "nav",
-        tag("div", *links, class_="links"),
-        tag("div", *legend, class_="legend", aria_label="Runs: press to hide or show")
-        if len(runs) > 1
-        else None,
-        aria_label="Sections",
-    )
-
-
-def _overview(runs: Sequence[Run]) -> Html:
-    found = [(row, [summary_of(run, row) for run in runs]) for row in rows_of(runs[0].kind)]
-    found = [(row, cells) for row, cells in found if any(cells)]
-    if len(runs) == 1:
-        return tag("div", *(_tile(row, cells[0]) for row, cells in found if cells[0]), class_="tiles")
-    return _comparison(runs, found)
-
-
-def _tile(row: Row, cell: Summary) -> Html:
-    if cell.best is not None:
-        extreme = f"best {_value(row, cell.best)} at {cell.best_iteration}"
-    else:
-        extreme = f"{_value(row, cell.low)} to {_value(row, cell.high)}"
-    trend = cell.last - cell.first
-    mood = "" if not row.better or not trend else " good" if trend * row.better > 0 else " bad"
-    return tag(
-        "div",
-        tag("h3", row.title),
-        tag("p", _value(row, cell.last), class_="value" + mood),
-        tag("p", f"first {_value(row, cell.first)}", class_="small"),
-        tag("p", extreme, class_="small"),
-        class_="tile",
-    )
-
-
-def _value(row: Row, value: float) -> str:
-    return f"{100 * value:.0f} %" if row.share else number(value)
-
-
-def _comparison(runs: Sequence[Run], found: Sequence[tuple[Row, Sequence[Summary | None]]]) -> Html:
-    header = tag(
-        "tr",
-        tag("th", "Run", scope="col"),
-        tag("th", f"{unit_of(runs[0].kind).capitalize()}s", scope="col"),
-        *(tag("th", row.title, scope="col") for row, _ in found),
-        tag("th", "Time", scope="col"),
-    )
-    body = []
-    for index, run in enumerate(runs):
-        cells = [_cell(row, [cells[index], *cells]) for row, cells in found]
-        body.append(
-            tag(
-                "tr",
-                tag("th", tag("i", class_=f"swatch c{index % 8}"), run.name, scope="row"),
-                tag("td", f"{len(run.metrics):,}"),
-                *cells,
-                tag("td", duration(total_seconds(run))),
-            )
-        )
-    note = (
-        "Last value; below it the first, and the best with its iteration. The best run of a column is marked."
-    )
-    return tag(
-        "div",
-        tag(
-            "div",
-            tag("table", tag("thead", header), tag("tbody", *body), class_="comparison"),
-            class_="scroll", tabindex="0", role="region", aria_label="Comparison of the runs",
-        ),
-        tag("p", note, class_="small"),
-    )  # fmt: skip
-
-
-def _cell(row: Row, summaries: Sequence[Summary | None]) -> Html:
-    """A cell of the comparison: the first of ``summaries``, marked when it is the best of the others."""
-    cell, *others = summaries
-    if cell is None:
-        return tag("td", "–")
-    lasts = [other.last * row.better for other in others if other is not None]
-    # max > min: where all are equal, none has won.
-    wins = bool(row.better) and max(lasts) > min(lasts) and cell.last * row.better == max(lasts)
-    details = [f"first {_value(row, cell.first)}"]
-    if cell.best is not None:
-        details.append(f"best {_value(row, cell.best)} @ {cell.best_iteration}")
-    lines = [tag("span", detail, class_="small") for detail in details]
-    return tag("td", tag("b", _value(row, cell.last)), *lines, class_="best" if wins else None)
-
-
-def _warnings(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> Html:
-    cards = [
-        _warning(found, None if len(runs) == 1 else (index, run.name))
-        for index, (run, of_run) in enumerate(zip(runs, findings, strict=True))
-        for found in of_run
-    ]
-    if not cards:
-        return tag("p", tag("span", "✓", class_="badge ok"), "Nothing to warn about.", class_="fine")
-    return tag("div", *cards, class_="cards")
-
-
-def _warning(found: Finding, run: tuple[int, str] | None) -> Html:
-    return tag(
-        "article",
-        tag("span", _LEVELS[found.level], class_=f"badge {found.level}", title=found.level),
-        tag(
-            "div",
-            tag("p", tag("i", class_=f"swatch c{run[0] % 8}"), run[1], class_="of-run") if run else None,
-            tag("h3", found.text),
-            tag("p", found.detail),
-            tag("p", found.remedy, class_="remedy"),
-        ),
-        class_=f"finding {found.level}",
-    )

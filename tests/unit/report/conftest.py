@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.report.run_data import Series
+
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 QUESTIONS = (
     "How do I learn to swim as an adult?",
@@ -147,6 +149,53 @@ def synthetic_evaluations(iterations: int, every: int) -> tuple[list[dict[str, A
                 }
             )
     return lines, samples
+
+
+def stage_lines(held_out: Sequence[float], every: int = 2, **more: float) -> list[dict[str, Any]]:
+    """Metrics of SFT with an evaluation before training and every ``every`` steps."""
+    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0.0, "eval/loss": held_out[0]}]
+    for step in range(1, every * (len(held_out) - 1) + 1):
+        line = {
+            "step": step, "epoch": step / 4, "loss/train": 3.0 / step, "lr": 1e-5, "grad_norm": 2.0,
+            "update/skipped": 0.0, "time/step": 0.5, "tokens_per_second": 100.0, **more,
+        }  # fmt: skip
+        if step % every == 0:
+            line["eval/loss"] = held_out[step // every]
+        lines.append(line)
+    return lines
+
+
+def reward_lines(accuracy: float) -> list[dict[str, Any]]:
+    """Metrics of a reward model with three evaluations."""
+    lines = stage_lines([0.7, 0.6, 0.5], **{"train/accuracy": 0.8, "train/margin": 1.5})
+    for line in lines:
+        if "eval/loss" in line:
+            line |= {
+                "eval/accuracy": accuracy,
+                "eval/margin": 0.4,
+                "eval/scores": -0.2,
+                "eval/scores_std": 2.0,
+            }
+    return lines
+
+
+def stage_config(stage: str, held_out: int = 100) -> dict[str, Any]:
+    """config.json of SFT or of a reward model."""
+    return {
+        "created": "2026-11-23T07:30:15+00:00",
+        "machine": {"cpu_count": 2},
+        "configuration": {
+            "stage": stage,
+            "options": {"seed": 1, "learning_rate": 1e-5},
+            "plan": {"epochs": 3, "config": {"optimizer": {"type": "AdamW"}}},
+            "rows": {"train": 900, "held_out": held_out},
+        },
+    }
+
+
+def series(values: Sequence[float], first: int = 1, step: int = 1) -> Series:
+    """Values of the iterations ``first, first + step, ...``."""
+    return Series(np.arange(first, first + step * len(values), step), np.array(values, dtype=np.float64))
 
 
 CONFIG: dict[str, Any] = {

@@ -5,21 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mindrlhf.report import diagnostics as d
-from mindrlhf.report.reading import Series, read_run
-from mindrlhf.report.trends import count_since, running_median, score_change, since_iteration, standard_error
-from tests.unit.report.conftest import CONFIG, plain_line, synthetic_metrics
+from mindrlhf.report.diagnostics import running_median, score_change, since_iteration, standard_error
+from mindrlhf.report.run_data import read_run
+from tests.unit.report.conftest import (
+    CONFIG,
+    plain_line,
+    reward_lines,
+    series,
+    stage_config,
+    stage_lines,
+    synthetic_metrics,
+)
 
 MakeRun = Callable[..., Path]
 
 
-def series(values: Sequence[float], first: int = 1, step: int = 1) -> Series:
-    """Iterations ``first, first + step, ...``."""
-    return Series(np.arange(first, first + step * len(values), step), np.array(values, dtype=np.float64))
+def check(kind: str, values: Sequence[float]) -> d.Finding | None:
+    """What the rule of a kind says about the values of iterations 1, 2, ..."""
+    (rule,) = [rule for rule in d.RULES if rule.kind == kind]
+    return rule.check(series(values))
 
 
 def test_running_median_by_hand() -> None:
@@ -41,7 +51,6 @@ def test_since_is_the_start_of_the_last_stretch() -> None:
     assert since_iteration(run, np.array([1, 1, 1, 1, 1, 0], dtype=bool)) is None
     assert since_iteration(run, np.ones(6, dtype=bool)) == 10
     assert since_iteration(series([]), np.zeros(0, dtype=bool)) is None
-    assert count_since(run, 20) == 4
 
 
 def test_standard_error_by_hand() -> None:
@@ -60,84 +69,84 @@ def test_score_change_by_hand() -> None:
 
 def test_kl_above_target() -> None:
     # 1.2 x 6 = 7.2 is the limit.
-    settings = {"kl_controller": "adaptive", "kl_target": 6.0}
-    found = d.kl_above_target(series([1.0] * 11 + [8.0] * 9), settings)
+    settings = ("adaptive", 6.0)
+    found = d.kl_above_target(series([1.0] * 11 + [8.0] * 9), *settings)
     assert found is not None
     assert (found.text, found.level, found.since) == ("KL above target since iteration 12", "warning", 12)
     assert found.threshold == 6.0
-    assert found.detail == "Last 8 nats a sequence; target is 6."
-    assert d.kl_above_target(series([7.1] * 20), settings) is None
-    assert d.kl_above_target(series([8.0] * 10 + [1.0] * 10), settings) is None
+    assert found.detail == "Last 8 nats per sequence; target is 6."
+    assert d.kl_above_target(series([7.1] * 20), *settings) is None
+    assert d.kl_above_target(series([8.0] * 10 + [1.0] * 10), *settings) is None
 
 
 def test_a_spike_is_no_stretch() -> None:
-    assert d.kl_above_target(series([1.0, 1, 1, 99, 99, 1, 1, 1]), {}) is None
-    found = d.kl_above_target(series([9.0] * 5 + [1.0, 1.0] + [9.0] * 5), {})
+    assert d.kl_above_target(series([1.0, 1, 1, 99, 99, 1, 1, 1]), None, None) is None
+    found = d.kl_above_target(series([9.0] * 5 + [1.0, 1.0] + [9.0] * 5), None, None)
     assert found is not None
     assert found.since == 1
 
 
 def test_kl_with_a_fixed_coefficient_is_a_note() -> None:
-    found = d.kl_above_target(series([8.0] * 5), {"kl_controller": "fixed", "kl_target": "wrong"})
+    found = d.kl_above_target(series([8.0] * 5), "fixed", "wrong")
     assert found is not None
     assert (found.level, found.text) == ("note", "KL above the usual target since iteration 1")
 
 
 def test_kl_negative_needs_a_long_stretch() -> None:
-    assert d.kl_negative(series([1.0] * 5 + [-0.1] * 9)) is None
-    found = d.kl_negative(series([1.0] * 5 + [-0.1] * 10))
+    assert check("kl_negative", [1.0] * 5 + [-0.1] * 9) is None
+    found = check("kl_negative", [1.0] * 5 + [-0.1] * 10)
     assert found is not None
     assert found.text == "KL below 0 since iteration 6"
 
 
 def test_clip_fraction() -> None:
-    found = d.clip_fraction_high(series([0.1] * 4 + [0.31] * 6))
+    found = check("clip_fraction", [0.1] * 4 + [0.31] * 6)
     assert found is not None
     assert found.text == "Clip fraction over 0.3 since iteration 5: lower the learning rate"
-    assert d.clip_fraction_high(series([0.3] * 10)) is None
+    assert check("clip_fraction", [0.3] * 10) is None
 
 
 @pytest.mark.parametrize(("value", "fires"), [(2.1, True), (0.4, True), (1.9, False), (0.6, False)])
 def test_ratio(value: float, fires: bool) -> None:
-    found = d.ratio_far_from_one(series([1.0] * 5 + [value] * 5))
+    found = check("ratio", [1.0] * 5 + [value] * 5)
     assert (found is not None) == fires
     if found:
         assert found.since == 6
 
 
 def test_entropy_collapsed() -> None:
-    found = d.entropy_collapsed(series([2.0, 2.0, 2.0, 2.0, 1.0, 0.39, 0.39, 0.39]))
+    found = check("entropy", [2.0, 2.0, 2.0, 2.0, 1.0, 0.39, 0.39, 0.39])
     assert found is not None
     # At 6 the window is [2, 1, .39, .39, .39].
     assert found.text == "Entropy collapsed since iteration 6"
-    assert d.entropy_collapsed(series([2.0, 2.0, 2.0, 0.41, 0.41, 0.41])) is None
-    assert d.entropy_collapsed(series([0.0] * 9)) is None
-    assert d.entropy_collapsed(series([2.0, 0.1])) is None
+    assert check("entropy", [2.0, 2.0, 2.0, 0.41, 0.41, 0.41]) is None
+    assert check("entropy", [0.0] * 9) is None
+    assert check("entropy", [2.0, 0.1]) is None
 
 
 def test_stop_rate_falling() -> None:
-    found = d.stop_rate_falling(series([0.5, 0.9, 0.9, 0.9, 0.9, 0.9, 0.6, 0.6, 0.6]))
+    found = check("stop_rate", [0.5, 0.9, 0.9, 0.9, 0.9, 0.9, 0.6, 0.6, 0.6])
     assert found is not None
     assert (found.text, found.since) == ("Stop rate falling since iteration 7", 7)
-    assert found.detail == "Last 60% of the replies stopped, before up to 90%."
-    assert d.stop_rate_falling(series([0.9] * 5 + [0.75] * 5)) is None
-    assert d.stop_rate_falling(series([0.2] * 5 + [0.9] * 5)) is None
+    assert found.detail == "Last 60% of the responses stopped, before up to 90%."
+    assert check("stop_rate", [0.9] * 5 + [0.75] * 5) is None
+    assert check("stop_rate", [0.2] * 5 + [0.9] * 5) is None
 
 
 def test_never_stops() -> None:
-    found = d.never_stops(series([0.0] * 4))
+    found = check("never_stops", [0.0] * 4)
     assert found is not None
     assert (found.level, found.since) == ("note", 1)
-    assert d.never_stops(series([0.0, 0.0])) is None
-    assert d.never_stops(series([0.0] * 4 + [0.5] * 4)) is None
+    assert check("never_stops", [0.0, 0.0]) is None
+    assert check("never_stops", [0.0] * 4 + [0.5] * 4) is None
 
 
 def test_explained_variance() -> None:
-    found = d.explained_variance_negative(series([0.5] * 6 + [-0.2] * 6))
+    found = check("explained_variance", [0.5] * 6 + [-0.2] * 6)
     assert found is not None
     assert found.text == "Explained variance below 0 since iteration 7"
-    assert d.explained_variance_negative(series([-0.2] * 10)) is None  # a fresh critic may
-    assert d.explained_variance_negative(series([-0.2] * 6 + [0.1] * 6)) is None
+    assert check("explained_variance", [-0.2] * 10) is None  # a fresh critic may
+    assert check("explained_variance", [-0.2] * 6 + [0.1] * 6) is None
 
 
 def test_no_progress() -> None:
@@ -161,10 +170,10 @@ def test_score_falling() -> None:
 
 
 def test_scores_equal() -> None:
-    found = d.scores_equal(series([0.5, 0.5, 0.0, 0.0, 0.0, 0.0]))
+    found = check("scores_equal", [0.5, 0.5, 0.0, 0.0, 0.0, 0.0])
     assert found is not None
     assert found.text == "All scores of an iteration equal since iteration 3"
-    assert d.scores_equal(series([0.0, 0.0])) is None
+    assert check("scores_equal", [0.0, 0.0]) is None
 
 
 def test_not_finite_names_the_first() -> None:
@@ -208,3 +217,55 @@ def test_the_worst_comes_first(make_run: MakeRun) -> None:
     ]
     levels = [found.level for found in d.diagnose(read_run(make_run(metrics=lines)))]
     assert levels == ["error", "warning", "note"]
+
+
+def test_overfitting_by_hand() -> None:
+    """From 3 down to 1 and up to 1.3: 15 % of the fall; up to 1.1 is 5 %."""
+    found = d.held_out_loss_rising(series([3.0, 1.5, 1.0, 1.2, 1.3], 0, 10))
+    assert found is not None
+    assert found.text == "Held-out loss rising since step 20: overfitting"
+    assert found.detail == "Lowest 1 after step 20, last 1.3."
+    for values in ([3.0, 1.0, 1.1], [3.0, 2.0, 1.0], [1.0, 1.3], [1.0, 1.0, 1.0], []):
+        assert d.held_out_loss_rising(series(values)) is None
+
+
+def test_no_gain_by_hand() -> None:
+    found = d.no_gain(series([2.0, math.nan, 1.0, 2.5], 0, 10))
+    assert found is not None
+    assert found.text == "Held-out loss no lower than after step 0"
+    assert found.detail == "First 2, last 2.5."
+    assert d.no_gain(series([2.0, 2.5, 1.9], 0, 10)) is None
+    assert d.no_gain(series([2.0], 0, 10)) is None
+
+
+def test_accuracy_near_chance_by_hand() -> None:
+    """100 pairs: the standard error is 0.05, so 0.59 is chance and 0.61 is not; 2500 pairs make it 0.01."""
+    found = d.accuracy_near_chance(series([0.4, 0.59], 0, 10), 100)
+    assert found is not None
+    assert found.text == "Held-out accuracy no better than chance at step 10"
+    assert found.detail == "0.59 on 100 pairs; the standard error of a coin is 0.05."
+    assert d.accuracy_near_chance(series([0.4, 0.61], 0, 10), 100) is None
+    assert d.accuracy_near_chance(series([0.4, 0.59], 0, 10), 2500) is None
+    assert d.accuracy_near_chance(series([0.4], 0, 10), 100) is None, "before training"
+    assert d.accuracy_near_chance(series([0.4, 0.5], 0, 10), None) is None
+
+
+def test_findings_of_runs(make_run: MakeRun) -> None:
+    def kinds(name: str, lines: list[dict[str, Any]], stage: str = "sft", held_out: int = 100) -> list[str]:
+        run = read_run(make_run(name, metrics=lines, config=stage_config(stage, held_out)))
+        return [found.kind for found in d.diagnose(run)]
+
+    assert kinds("good", stage_lines([3.0, 2.0, 1.0])) == []
+    assert kinds("chance", reward_lines(0.55), "reward") == ["chance"]
+    assert kinds("enough", reward_lines(0.55), "reward", 900) == []
+    assert kinds("nan", stage_lines([3.0, math.nan, 2.0])) == ["nan"]
+    alone = [line for line in stage_lines([3.0, 2.0]) if line["step"]]
+    for line in alone:
+        line.pop("eval/loss", None)
+    assert kinds("alone", alone) == ["not_held_out"]
+    skipped = stage_lines([3.0, 2.0, 1.0])
+    skipped[2]["update/skipped"] = skipped[3]["update/skipped"] = 1.0
+    run = read_run(make_run("skipped", metrics=skipped))
+    (found,) = d.diagnose(run)
+    assert found.text == "2 update(s) skipped since step 2"
+    assert found.detail == "In 2 of 4 steps, last in 3."

@@ -1,4 +1,8 @@
-"""Reads what a run left in its ``--save_ckpt_dir``: tolerant of absent files, strict about broken lines."""
+"""Reads what a run left in its ``--save_ckpt_dir``: tolerant of absent files, strict about broken lines.
+
+Runs of ``sft.py`` and ``reward_model.py`` count optimizer steps in place of iterations and have their
+evaluations in ``metrics.jsonl``; both are brought into the form of a PPO run here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindrlhf.report.stages import PPO, TITLES, counts_steps, kind_of, split_lines, unit_of
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 
@@ -23,6 +26,10 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 EVAL_SAMPLES_FILE = "eval_samples.jsonl"
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
+
+PPO, SFT, REWARD = "ppo", "sft", "reward"
+TITLES = {PPO: "PPO", SFT: "SFT", REWARD: "Reward model"}
+"""Kinds of runs, for people."""
 
 Line = dict[str, Any]
 
@@ -44,6 +51,12 @@ class Series(NamedTuple):
     iterations: np.ndarray
     values: np.ndarray
 
+    @property
+    def finite(self) -> Series:
+        """The entries that are neither NaN nor infinite."""
+        keep = np.isfinite(self.values)
+        return Series(self.iterations[keep], self.values[keep])
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,15 +65,14 @@ class Run:
     Attributes:
         name: short name, different from those of the other runs on the page.
         directory: as given.
-        metrics: one mapping an iteration, iterations rising.
+        metrics: one mapping per iteration, iterations rising.
         samples: sampled replies of the training prompts.
         evaluations: like ``metrics``, of the iterations that were evaluated.
         eval_samples: replies to the evaluation prompts.
         config: content of ``config.json``; empty when there is none.
         state: content of the newest checkpoint's ``state.json``; empty when there is none.
         checkpoint: name of that checkpoint.
-        kind: a key of :data:`mindrlhf.report.stages.TITLES`. What is called an iteration here is a step of
-            a stage before PPO.
+        kind: a key of :data:`TITLES`. For SFT and reward models, an iteration is an optimizer step.
     """
 
     name: str
@@ -75,20 +87,22 @@ class Run:
     kind: str = PPO
 
     @property
+    def unit(self) -> str:
+        """What the run counts."""
+        return unit_of(self.kind)
+
+    @property
     def iterations(self) -> np.ndarray:
         """(n,) int64, those of ``metrics``."""
         return np.array([line["iteration"] for line in self.metrics], dtype=np.int64)
 
     def series(self, name: str) -> Series:
         """A metric, of the iterations that have it."""
-        if name not in self._metrics_by_name:
-            self._metrics_by_name[name] = _series(self.metrics, name)
-        return self._metrics_by_name[name]
+        return self._series.get(name) or _series([], name)
 
     @cached_property
-    def _metrics_by_name(self) -> dict[str, Series]:
-        """Those that were asked for: a long run's take time."""
-        return {}
+    def _series(self) -> dict[str, Series]:
+        return {name: _series(self.metrics, name) for name in self.metric_names()}
 
     def evaluation_series(self, name: str) -> Series:
         """A metric of the evaluations, of those that have it."""
@@ -98,9 +112,17 @@ class Run:
         """Names of all metrics in the order in which they appear."""
         return list(dict.fromkeys(name for line in self.metrics for name in line))
 
+    def evaluation_names(self) -> list[str]:
+        """Names of all metrics of the evaluations."""
+        return list(dict.fromkeys(name for line in self.evaluations for name in line if "/" in name))
+
     def setting(self, name: str) -> Any:
-        """A PPO hyper-parameter from ``config.json``, ``None`` when it is not recorded."""
-        return _find(self.config, name)
+        """A PPO hyper-parameter from ``config.json``: from its ``configuration.ppo`` or, in other forms of
+        the file, from the first place that has it; ``None`` when it is not recorded."""
+        for section in (_child(_child(self.config, "configuration"), "ppo"), _child(self.config, "ppo")):
+            if name in section:
+                return section[name]
+        return self.config.get(name)
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -167,8 +189,8 @@ def read_run(directory: Path, name: str | None = None) -> Run:
 def read_lines(path: Path, check: Callable[[Line], str | None]) -> list[Line]:
     """The JSON objects of a JSON-lines file; none when there is no such file.
 
-    A last line without a line end that is no JSON is one that a run is writing just now, or was killed at:
-    it is left out with a log line. Everything else that is broken is an error.
+    A last line that has no line end and is not JSON is being written just now, or its run was killed: it is
+    left out with a log line. Everything else that is broken is an error.
 
     Args:
         path: the file.
@@ -199,6 +221,39 @@ def read_lines(path: Path, check: Callable[[Line], str | None]) -> list[Line]:
     return found
 
 
+def unit_of(kind: str) -> str:
+    """What a run of a kind counts."""
+    return "iteration" if kind == PPO else "step"
+
+
+def kind_of(lines: Sequence[Line], config: Mapping[str, Any]) -> str:
+    """The kind of a run, from ``config.json`` where that says it, else from its metrics."""
+    if not any(_unit(line) == "step" for line in lines):
+        return PPO
+    configuration = config.get("configuration")
+    stage = configuration.get("stage") if isinstance(configuration, Mapping) else None
+    if stage in (SFT, REWARD):
+        return str(stage)
+    return REWARD if any("train/accuracy" in line or "eval/accuracy" in line for line in lines) else SFT
+
+
+def split_lines(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
+    """Metrics and evaluations of a stage before PPO, with its steps for iterations; step 0 only evaluates."""
+    renamed = [
+        {{"step": "iteration", "time/step": "time/iteration"}.get(name, name): line[name] for name in line}
+        for line in lines
+    ]
+    metrics = [{name: line[name] for name in line if not name.startswith("eval/")} for line in renamed]
+    evaluations = [
+        {name: line[name] for name in line if name == "iteration" or name.startswith("eval/")}
+        for line in renamed
+    ]
+    return (
+        [line for line in metrics if any(name not in ("iteration", "epoch") for name in line)],
+        [line for line in evaluations if len(line) > 1],
+    )
+
+
 def short_names(directories: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that tell them apart, ``a/ppo`` and ``b/ppo``; the last part for one."""
     for length in range(1, max(len(path.parts) for path in directories) + 1):
@@ -214,14 +269,6 @@ def _series(lines: Sequence[Line], name: str) -> Series:
         np.array([iteration for iteration, _ in pairs], dtype=np.int64),
         np.array([value for _, value in pairs], dtype=np.float64),
     )
-
-
-def _find(settings: Mapping[str, Any], name: str) -> Any:
-    """Value of a key in ``configuration.ppo`` or, for other forms of the file, at the first place it is."""
-    for section in (_child(_child(settings, "configuration"), "ppo"), _child(settings, "ppo"), settings):
-        if name in section:
-            return section[name]
-    return None
 
 
 def _child(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -263,9 +310,9 @@ def _check_iteration(line: Line) -> str | None:
     return None if whole else f"{unit} is {_short(value)}, not a whole number"
 
 
-def _unit(line: Line) -> str:
+def _unit(line: Mapping[str, Any]) -> str:
     """The name of what a line counts."""
-    return "step" if counts_steps(line) else "iteration"
+    return "step" if "step" in line and "iteration" not in line else "iteration"
 
 
 def _check_rising(path: Path, lines: Sequence[Line]) -> None:
@@ -294,9 +341,9 @@ def _read_object(path: Path) -> Line:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: not JSON ({error}); mend or remove the file") from None
+        raise ReportError(f"{path}: not JSON ({error}); fix or remove the file") from None
     if not isinstance(value, dict):
-        raise ReportError(f"{path}: expected a JSON object, found {_short(value)}; mend or remove the file")
+        raise ReportError(f"{path}: expected a JSON object, found {_short(value)}; fix or remove the file")
     return value
 
 
@@ -307,7 +354,7 @@ def _read_text(path: Path) -> str | None:
         return None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ReportError(f"{path}:{line}: not UTF-8 ({error.reason}); mend or remove the line") from None
+        raise ReportError(f"{path}:{line}: not UTF-8 ({error.reason}); fix or remove the line") from None
     except OSError as error:
         raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -7,11 +7,13 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mindrlhf.report.reading import ReportError, read_run, read_runs, short_names
+from mindrlhf.report.run_data import ReportError, read_run, read_runs, short_names
+from tests.unit.report.conftest import reward_lines, stage_config, stage_lines
 
 MakeRun = Callable[..., Path]
 LINE = '{"iteration": 1, "objective/scores": 0.5}'
@@ -85,6 +87,8 @@ def test_nan_is_a_number_of_a_run(make_run: MakeRun) -> None:
         ("metrics.jsonl", '{"iteration": NaN}', "iteration is NaN, not a whole number"),
         ("metrics.jsonl", '{"iteration": 2, "objective/kl": "1"}', 'objective/kl is "1", not a number'),
         ("metrics.jsonl", '{"iteration": 1}', "iteration 1 after iteration 1"),
+        ("metrics.jsonl", '{"step": 1.5}', "step is 1.5, not a whole number"),
+        ("metrics.jsonl", '{"step": 2}', "step 2 after iteration 1"),
         ("samples.jsonl", '{"iteration": 2, "score": []}', "score is [], not a number"),
         ("samples.jsonl", '{"prompt": "x"}', "no iteration"),
         ("evaluations.jsonl", '{"iteration": 2, "eval/kl": {}}', "eval/kl is {}, not a number"),
@@ -183,3 +187,47 @@ def test_lone_surrogates_do_not_end_the_reading(make_run: MakeRun) -> None:
     directory = make_run()
     (directory / "samples.jsonl").write_text('{"iteration": 1, "response": "\\ud800"}\n')
     assert read_run(directory).samples[0]["response"] == json.loads('"\\ud800"')
+
+
+def test_steps_and_evaluations_are_told_apart(make_run: MakeRun) -> None:
+    run = read_run(make_run("sft", metrics=stage_lines([3.0, 2.0, 1.0]), config=stage_config("sft")))
+    assert run.kind == "sft"
+    assert run.iterations.tolist() == [1, 2, 3, 4]
+    assert run.evaluation_series("eval/loss").iterations.tolist() == [0, 2, 4]
+    assert run.evaluation_series("eval/loss").values.tolist() == [3.0, 2.0, 1.0]
+    assert run.series("time/iteration").values.tolist() == [0.5] * 4
+    assert not [name for name in run.metric_names() if name.startswith("eval/") or name == "step"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "config", "kind"),
+    [
+        (stage_lines([1.0, 0.9]), None, "sft"),
+        (reward_lines(0.8), None, "reward"),
+        (stage_lines([1.0, 0.9]), stage_config("reward"), "reward"),
+        (stage_lines([1.0, 0.9]), {"configuration": [1]}, "sft"),
+        ([{"iteration": 1, "step": 4.0}], stage_config("sft"), "ppo"),
+    ],
+)
+def test_the_kind_is_found(make_run: MakeRun, lines: Any, config: Any, kind: str) -> None:
+    assert read_run(make_run(metrics=lines, config=config)).kind == kind
+
+
+def test_the_newest_checkpoint_of_a_stage_counts(make_run: MakeRun) -> None:
+    directory = make_run(metrics=stage_lines([3.0, 2.0]))
+    for name in ("step_000002", "step_000010", "iteration_000099"):
+        (directory / name).mkdir()
+        (directory / name / "state.json").write_text(json.dumps({"step": int(name[-6:])}))
+    run = read_run(directory)
+    assert (run.checkpoint, run.state) == ("step_000010", {"step": 10})
+
+
+def test_before_the_first_step_there_is_nothing_to_report(make_run: MakeRun) -> None:
+    with pytest.raises(ReportError, match="the run has finished no step yet"):
+        read_run(make_run(metrics=[{"step": 0, "epoch": 0.0, "eval/loss": 3.0}]))
+
+
+def test_runs_of_one_kind_only(make_run: MakeRun) -> None:
+    directories = [make_run("ppo"), make_run("sft", metrics=stage_lines([2.0, 1.0]))]
+    with pytest.raises(ReportError, match=r"ppo is a run of PPO, .*sft one of SFT; give runs of one kind"):
+        read_runs(directories)
