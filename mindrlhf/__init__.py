@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from mindrlhf.parallel.reshard import Resharder
     from mindrlhf.parallel.strategy import write_strategies
     from mindrlhf.report.__main__ import write_report
-    from mindrlhf.trainer.job import run_ppo
-    from mindrlhf.trainer.ppo_trainer import PPOTrainer
-    from mindrlhf.trainer.stages.reward import run_reward
-    from mindrlhf.trainer.stages.sft import run_sft
+    from mindrlhf.trainer.programs import run_ppo, run_reward, run_sft
+    from mindrlhf.trainer.recipes.rl import PPOTrainer
     from mindrlhf.utils.errors import CheckpointError, ConfigError, DataError, MindRLHFError
 
 __version__ = "0.1.0"
@@ -124,10 +122,8 @@ _MODULES = {
     "parallel.reshard": "Resharder",
     "parallel.strategy": "write_strategies",
     "report.__main__": "write_report",
-    "trainer.job": "run_ppo",
-    "trainer.ppo_trainer": "PPOTrainer",
-    "trainer.stages.reward": "run_reward",
-    "trainer.stages.sft": "run_sft",
+    "trainer.programs": "run_ppo run_reward run_sft",
+    "trainer.recipes.rl": "PPOTrainer",
     "utils.errors": "CheckpointError ConfigError DataError MindRLHFError",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

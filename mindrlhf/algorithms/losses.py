@@ -9,8 +9,10 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, ops
 
-POLICY_STATS = ("approxkl", "clipfrac", "ratio", "ratio_sq")
-VALUE_STATS = ("clipfrac", "error")
+POLICY_TERMS = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared")
+"""Names of what :func:`policy_loss_terms` returns."""
+VALUE_TERMS = ("value_loss", "value_clipfrac", "value_error")
+"""Names of what :func:`value_loss_terms` returns."""
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def policy_loss_terms(
         log_ratio_clamp: guards exp against overflow.
 
     Returns:
-        loss sum, then the sums named in :data:`POLICY_STATS`, without gradient: ``0.5 (logprobs - old)^2``,
+        the sums named in :data:`POLICY_TERMS`: the loss, then, without gradient, ``0.5 (logprobs - old)^2``,
         tokens where the clipped term is the greater one, ratio, ratio squared. Scalars, float32.
     """
     mask = ops.cast(mask, ms.bool_)
@@ -92,8 +94,8 @@ def value_loss_terms(
         cliprange_value: c.
 
     Returns:
-        loss sum (with the 0.5, without vf_coef), then the sums named in :data:`VALUE_STATS`, without
-        gradient: tokens where the clipped term is the greater one, ``(V - R)^2``. Scalars, float32.
+        the sums named in :data:`VALUE_TERMS`: the loss (with the 0.5, without vf_coef), then, without
+        gradient, tokens where the clipped term is the greater one, ``(V - R)^2``. Scalars, float32.
     """
     mask = ops.cast(mask, ms.bool_)
     values = _masked(values, mask)

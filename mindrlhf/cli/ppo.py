@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses, then runs the job or writes the strategies."""
     options = PPOOptions(**vars(build_parser().parse_args(argv)))
-    from mindrlhf.trainer.job import run_ppo, save_strategies
+    from mindrlhf.trainer.programs import run_ppo, save_strategies
 
     if options.only_save_strategy:
         save_strategies(options, Path("strategy"))

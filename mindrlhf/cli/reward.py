@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses, then trains."""
     options = RewardOptions(**vars(build_parser().parse_args(argv)))
-    from mindrlhf.trainer.stages.reward import run_reward
+    from mindrlhf.trainer.programs import run_reward
 
     run_reward(options)
 

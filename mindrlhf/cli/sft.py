@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses, then trains."""
     options = SFTOptions(**vars(build_parser().parse_args(argv)))
-    from mindrlhf.trainer.stages.sft import run_sft
+    from mindrlhf.trainer.programs import run_sft
 
     run_sft(options)
 

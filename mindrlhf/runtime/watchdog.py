@@ -44,21 +44,19 @@ class Watchdog:
         self.timeout = timeout
         self._computing = computing if timeout and device_target == "CPU" else frozenset()
         self._iteration: Callable[[], int] = int
-        self._first_phase = ""
         self._phases: list[_Phase] = []
         self._steps = 0
         self._number = 0
 
-    def follow(self, iteration: Callable[[], int], first_phase: str) -> None:
-        """Asks ``iteration`` for its number, counted from 1, at each start of the loop's first phase."""
-        self._iteration, self._first_phase = iteration, first_phase
+    def follow(self, iteration: Callable[[], int]) -> None:
+        """Asks ``iteration``, at the start of each phase, for the number of the running one, from 1."""
+        self._iteration = iteration
 
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
         """A phase begins."""
         self._phases.append(_Phase(name, total, unit))
         self._steps += 1
-        if name == self._first_phase:
-            self._number = self._iteration()
+        self._number = self._iteration()
         self._beat()
 
     def phase_advanced(self, done: int) -> None:

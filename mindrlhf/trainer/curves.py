@@ -1,69 +1,75 @@
-"""The picture of a run: metrics over iterations, and what evaluations on held-out prompts gave."""
+"""The picture of a run: metrics over its steps, and what evaluations on held-out data gave."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mindrlhf.utils.files import atomic_file
 
-CURVES = (
-    ("objective/scores", "score"),
-    ("objective/kl", "KL to the reference (nats per sequence)"),
-    ("response/length", "response length (tokens)"),
-    ("loss/policy", "policy loss"),
-    ("loss/value", "value loss"),
-    ("policy/entropy", "entropy (nats per token)"),
-)
-EVALUATION_CURVES = (
-    ("eval/scores", "held-out score (band: \N{PLUS-MINUS SIGN}1 std)"),
-    ("eval/kl", "held-out KL (nats per sequence)"),
-    ("eval/length", "held-out length (tokens)"),
-    ("eval/eos_rate", "held-out stop rate"),
-)
+COLUMNS = 3
 
-Lines = Sequence[Mapping[str, float]]
+Lines = Sequence[Mapping[str, Any]]
 
 
-def draw_curves(path: Path, metrics: Lines, evaluations: Lines = ()) -> None:
-    """Draws all curves into a PNG; a row for the evaluations is added when there are any.
+class Curve(NamedTuple):
+    """A metric that is drawn.
+
+    Attributes:
+        metric: its name in the lines of ``metrics.jsonl`` or, when it starts with ``eval/``, of
+            ``evaluations.jsonl``.
+        title: above the plot.
+        band: name of a metric whose value is drawn as a band to both sides.
+    """
+
+    metric: str
+    title: str
+    band: str = ""
+
+
+def draw_curves(
+    path: Path, unit: str, curves: Sequence[Curve], metrics: Lines, evaluations: Lines = ()
+) -> None:
+    """Draws the curves that have values into a PNG, three in a row.
 
     Args:
         path: the picture.
+        unit: what a step is called; the key of its number in the lines.
+        curves: what to draw.
         metrics: lines of ``metrics.jsonl``, at least one.
         evaluations: lines of ``evaluations.jsonl``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 9 if evaluations else 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1)) if evaluations else [figure]
-    for axis, (name, title) in zip(parts[0].subplots(2, 3).flat, CURVES, strict=True):
-        _draw(axis, metrics, name, title)
-    if evaluations:
-        axes = parts[1].subplots(1, len(EVALUATION_CURVES))
-        for axis, (name, title) in zip(axes, EVALUATION_CURVES, strict=True):
-            _draw(axis, evaluations, name, title, color="tab:orange")
-        mean, std = (
-            np.array([line[f"eval/{name}"] for line in evaluations]) for name in ("scores", "scores_std")
-        )
-        iterations = [line["iteration"] for line in evaluations]
-        axes[0].fill_between(iterations, mean - std, mean + std, color="tab:orange", alpha=0.2)
-        axes[-1].set_ylim(-0.05, 1.05)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def _draw(axis: Any, lines: Lines, name: str, title: str, **style: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.plot([line["iteration"] for line in lines], [line[name] for line in lines], "o-", ms=3, **style)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel("iteration")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.ticklabel_format(useOffset=False)
-    axis.grid(alpha=0.3)
+    drawn = []
+    for curve in curves:
+        lines = evaluations if curve.metric.startswith("eval/") else metrics
+        if having := [line for line in lines if curve.metric in line]:
+            drawn.append((curve, having))
+    rows = max(1, math.ceil(len(drawn) / COLUMNS))
+    figure = Figure(figsize=(12, 3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axis, (curve, lines) in zip(axes, drawn, strict=False):
+        steps = [line[unit] for line in lines]
+        values = np.array([line[curve.metric] for line in lines], float)
+        color = "tab:orange" if curve.metric.startswith("eval/") else "tab:blue"
+        axis.plot(steps, values, "o-", ms=3, color=color)
+        if curve.band:
+            width = np.array([line[curve.band] for line in lines], float)
+            axis.fill_between(steps, values - width, values + width, color=color, alpha=0.2)
+        axis.set_title(curve.title, fontsize=10)
+        axis.set_xlabel(unit)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.ticklabel_format(useOffset=False)
+        axis.grid(alpha=0.3)
+    for axis in list(figure.axes)[len(drawn) :]:
+        axis.remove()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -11,33 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mindrlhf.algorithms.kl import token_kl
-from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.configs.schema import JobConfig, PPOConfig
-from mindrlhf.data.prompts import PromptBatch, overlapping_rows, prompts_digest, read_held_out
-from mindrlhf.data.tokenizer import Tokenizer
-from mindrlhf.parallel.layout import Mesh
+from mindrlhf.data.held_out import overlapping_rows, read_held_out
+from mindrlhf.data.prompts import PromptBatch
+from mindrlhf.data.tokenizers import Tokenizer
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.builder import PPOModels, valid_vocab_size
 from mindrlhf.trainer.experience import Rollout
-from mindrlhf.trainer.records import RunRecords, choose_rows, sample_texts
+from mindrlhf.trainer.recipe import EvaluationResult
 from mindrlhf.trainer.rollout import sample_responses
-from mindrlhf.trainer.scoring import judge_rollout
+from mindrlhf.trainer.samples import choose_rows, sample_texts
+from mindrlhf.trainer.scoring import ExtraScores, judge_rollout
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
-from mindrlhf.utils.timers import Timer
 
 logger = get_logger(__name__)
-
-ExtraScores = Callable[[Rollout], np.ndarray]
-
-_NOT_DUE, _DUE, _OTHER_PROMPTS = range(3)
 
 
 class Evaluation(NamedTuple):
@@ -95,7 +89,6 @@ def held_out_prompts(path: Path, train_path: Path, job: JobConfig, exchange: Hos
 def evaluate(
     models: PPOModels,
     prompts: PromptBatch,
-    mesh: Mesh,
     exchange: HostExchange,
     config: PPOConfig,
     extra_scores: ExtraScores | None = None,
@@ -107,7 +100,6 @@ def evaluate(
         models: of this rank.
         prompts: N held-out prompts, equal on every rank. The last batch is filled with prompts from the
             front, whose second answers are dropped.
-        mesh: of ``models.infer``.
         exchange: gathers the replicas' rows.
         config: batch sizes.
         extra_scores: gives (N,) float32, added to the reward model's, or alone without one; called once.
@@ -118,10 +110,9 @@ def evaluate(
     for first in range(0, total, size):
         rows = np.arange(first, first + size) % total
         batch = PromptBatch(*(field[rows] for field in prompts))
-        rollout = sample_responses(models.infer, batch, mesh, exchange, partial(_stream, batch))
+        rollout = sample_responses(models.infer, batch, exchange, partial(_stream, batch))
         ref_logprobs, scores = judge_rollout(models, rollout, exchange, rows_per_pass=config.score_batch_size)
-        mask = policy_mask(rollout.response_lengths, rollout.logprobs.shape[1])
-        kl = token_kl(rollout.logprobs, ref_logprobs, mask, "k1").sum(axis=1, dtype=np.float64)
+        kl = token_kl(rollout.logprobs, ref_logprobs, rollout.mask, "k1").sum(axis=1, dtype=np.float64)
         real = slice(0, min(size, total - first))
         parts.append(
             Evaluation(
@@ -141,111 +132,29 @@ def _stream(batch: PromptBatch, row: int) -> np.random.Generator:
     return random_stream("evaluation", int(batch.sample_ids[row]))
 
 
-class HeldOutEvaluation:
-    """Evaluates when it is time, and keeps what people read; every rank makes one.
+def evaluation_result(
+    evaluation: Evaluation, config: PPOConfig, tokenizer: Tokenizer | None
+) -> EvaluationResult:
+    """What is recorded of an evaluation.
 
     Args:
-        prompts: held-out prompts.
-        models, mesh, exchange: see :func:`evaluate`.
-        config: when, and how many samples are kept.
-        records: of the main rank, ``None`` elsewhere.
+        evaluation: of all prompts.
+        config: how many samples are kept.
         tokenizer: makes samples readable; ids are kept without one.
-        extra_scores: see :func:`evaluate`.
     """
-
-    def __init__(
-        self,
-        prompts: PromptBatch,
-        models: PPOModels,
-        mesh: Mesh,
-        exchange: HostExchange,
-        config: PPOConfig,
-        *,
-        records: RunRecords | None,
-        tokenizer: Tokenizer | None,
-        extra_scores: ExtraScores | None,
-    ) -> None:
-        self.prompts, self.models, self.mesh, self.exchange = prompts, models, mesh, exchange
-        self.config, self.records, self.tokenizer = config, records, tokenizer
-        self.extra_scores = extra_scores
-        self.digest = prompts_digest(prompts)
-
-    def run_if_due(
-        self, iteration: int, on_prompts: Callable[[int], None] = lambda count: None
-    ) -> Evaluation | None:
-        """Evaluates the policy after ``iteration`` when nothing is recorded yet, at the end, and between.
-
-        What the records hold already is not repeated, so a resumed run goes on where it was. Collective.
-
-        Raises:
-            MindRLHFError: the records are of other prompts; or ``--reward_fn`` failed.
-        """
-        # The main rank alone has the records; all must do the same.
-        answer = int(self.exchange.every_rank(np.array([self._answer(iteration)], np.int32))[0, 0])
-        if answer == _OTHER_PROMPTS:
-            raise MindRLHFError(
-                "the evaluations in --save_ckpt_dir are of other held-out prompts; resume with their "
-                "--eval_dataset_dir and eval_prompts, or without --eval_dataset_dir"
-            )
-        return self.run(iteration, on_prompts) if answer == _DUE else None
-
-    def _answer(self, iteration: int) -> int:
-        if self.records is None:
-            return _NOT_DUE
-        earlier = self.records.evaluations
-        if any(line["prompts_digest"] != self.digest for line in earlier):
-            return _OTHER_PROMPTS
-        interval = self.config.eval_interval
-        is_time = iteration == self.config.total_iterations or bool(interval and iteration % interval == 0)
-        is_new = all(line["iteration"] != iteration for line in earlier)
-        return _DUE if is_new and (is_time or not earlier) else _NOT_DUE
-
-    def run(self, iteration: int, on_prompts: Callable[[int], None] = lambda count: None) -> Evaluation:
-        """Evaluates the policy as it is after ``iteration`` and records it; collective."""
-        with Timer() as timer:
-            try:
-                result = evaluate(
-                    *(self.models, self.prompts, self.mesh, self.exchange, self.config, self.extra_scores),
-                    on_prompts=on_prompts,
-                )
-            except MindRLHFError as error:
-                raise MindRLHFError(f"evaluation on held-out prompts: {error}") from error
-        if self.records is not None:
-            line: dict[str, Any] = {"iteration": iteration, **result.metrics()}
-            line |= {
-                "prompts": len(result.scores),
-                "prompts_digest": self.digest,
-                "seconds": timer.seconds,
-            }
-            rows = choose_rows(len(result.scores), self.config.eval_samples)
-            self.records.add_evaluation(line, [self._sample(iteration, result, row) for row in rows])
-            logger.info(
-                "held-out after iteration %d: score %+.4f (std %.4f)  kl %+.4f  length %.1f  stop rate %.2f  "
-                "%d prompts  %.1f s",
-                iteration, *result.metrics().values(), line["prompts"], timer.seconds,
-            )  # fmt: skip
-        return result
-
-    def report(self) -> None:
-        """Writes and logs the first evaluation against the last; nothing when there is none."""
-        if self.records is None or not self.records.evaluations:
-            return
-        records = self.records
-        table = write_before_after(records.directory, records.evaluations, records.eval_samples)
-        if table:
-            logger.info("held-out samples, scores in brackets:\n%s", table)
-        logger.info("%s", summary_sentence(summarize(records.evaluations)))
-
-    def _sample(self, iteration: int, result: Evaluation, row: int) -> dict[str, Any]:
-        """One prompt with its markup, and its response without control tokens."""
-        return {
-            "iteration": iteration,
-            **sample_texts(result.rollout, row, self.tokenizer, skip_special=True),
-            "score": result.scores[row],
-            "kl": result.kl[row],
-            "length": result.rollout.response_lengths[row],
-            "stopped": bool(result.rollout.stopped[row]),
+    rollout = evaluation.rollout
+    samples = [
+        {
+            # The prompt with its markup, and its response without control tokens.
+            **sample_texts(rollout, row, tokenizer, skip_special=True),
+            "score": evaluation.scores[row],
+            "kl": evaluation.kl[row],
+            "length": rollout.response_lengths[row],
+            "stopped": bool(rollout.stopped[row]),
         }
+        for row in choose_rows(len(evaluation.scores), config.eval_samples)
+    ]
+    return EvaluationResult(evaluation.metrics(), {"prompts": len(evaluation.scores)}, samples)
 
 
 def _listed(rows: np.ndarray, shown: int = 5) -> str:

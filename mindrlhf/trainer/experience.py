@@ -2,7 +2,7 @@
 
 All arrays are GLOBAL and live on the host: every rank holds the whole batch, bit for bit the same, and
 each model takes its own data-parallel rows. Layouts can therefore not change rewards, advantages or
-whitening.
+whitening. B rows, P prompt columns, R response columns, T = P + R.
 """
 
 from __future__ import annotations
@@ -11,23 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mindrlhf.algorithms.advantages import gae, whiten
-from mindrlhf.algorithms.kl import token_kl
-from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids, value_mask
-from mindrlhf.algorithms.rewards import token_rewards
+from mindrlhf.algorithms.advantages import ADVANTAGES, whiten
+from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
 from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.trainer.reward_scale import RewardShaping
-
-
-class Rollout(NamedTuple):
-    """Prompts with sampled responses."""
-
-    tokens: np.ndarray  # (B, T) int32, prompt left-padded, response padded after its stop token
-    prompt_lengths: np.ndarray  # (B,) int32
-    response_lengths: np.ndarray  # (B,) int32, stop token included, at least 1
-    logprobs: np.ndarray  # (B, R) float32 of the sampled tokens, 0 after the end
-    stopped: np.ndarray  # (B,) int32, 1 where a stop token ended the response
-    sample_ids: np.ndarray  # (B,) int64, row in the data set
+from mindrlhf.trainer.skipped_updates import SkippedUpdate
 
 
 class SequenceInputs(NamedTuple):
@@ -42,77 +29,102 @@ class SequenceInputs(NamedTuple):
         return SequenceInputs(*(field[rows] for field in self))
 
 
-class Scores(NamedTuple):
-    """What the scoring models say of a rollout."""
+def sequence_inputs(
+    tokens: np.ndarray, prompt_lengths: np.ndarray, response_lengths: np.ndarray, prompt_columns: int
+) -> SequenceInputs:
+    """Masks and positions of sequences, from their lengths alone: pad and stop token may be one id.
 
+    Args:
+        tokens: (B, T) int32, prompts left-padded, responses right-padded.
+        prompt_lengths, response_lengths: (B,) real tokens.
+        prompt_columns: P.
+    """
+    valid = attention_mask(prompt_lengths, response_lengths, prompt_columns, tokens.shape[1] - prompt_columns)
+    # Pads behind a text as long as the model's positions reach would have the next position.
+    positions = np.where(valid, position_ids(valid), 0).astype(np.int32)
+    return SequenceInputs(tokens, valid.astype(np.int32), positions)
+
+
+class Rollout(NamedTuple):
+    """Prompts with sampled responses; masks and positions are computed once, by :meth:`of`."""
+
+    tokens: np.ndarray  # (B, T) int32, prompt left-padded, response padded after its stop token
+    valid: np.ndarray  # (B, T) int32, 1 on real tokens
+    position_ids: np.ndarray  # (B, T) int32
+    mask: np.ndarray  # (B, R) bool, True on real response tokens; the mask of policy and value alike
+    prompt_lengths: np.ndarray  # (B,) int32
+    response_lengths: np.ndarray  # (B,) int32, stop token included, at least 1
+    logprobs: np.ndarray  # (B, R) float32 of the sampled tokens, 0 after the end
+    stopped: np.ndarray  # (B,) int32, 1 where a stop token ended the response
+    sample_ids: np.ndarray  # (B,) int64, row in the data set
+
+    @classmethod
+    def of(
+        cls,
+        tokens: np.ndarray,
+        prompt_lengths: np.ndarray,
+        response_lengths: np.ndarray,
+        logprobs: np.ndarray,
+        stopped: np.ndarray,
+        sample_ids: np.ndarray,
+    ) -> Rollout:
+        """A rollout with the masks and positions that follow from its lengths."""
+        columns = logprobs.shape[1]
+        inputs = sequence_inputs(tokens, prompt_lengths, response_lengths, tokens.shape[1] - columns)
+        mask = policy_mask(response_lengths, columns)
+        return cls(*inputs, mask, prompt_lengths, response_lengths, logprobs, stopped, sample_ids)
+
+    @property
+    def inputs(self) -> SequenceInputs:
+        """What the networks take."""
+        return SequenceInputs(self.tokens, self.valid, self.position_ids)
+
+    @property
+    def prompt_columns(self) -> int:
+        """P."""
+        return self.tokens.shape[1] - self.logprobs.shape[1]
+
+
+class ScoredRollout(NamedTuple):
+    """A rollout and what the scoring models say of it."""
+
+    rollout: Rollout
     ref_logprobs: np.ndarray  # (B, R) float32
-    values: np.ndarray  # (B, R) float32, critic before the update
-    scores: np.ndarray  # (B,) float32, reward model
+    values: np.ndarray | None  # (B, R) float32, critic before the update; None without a critic
+    scores: np.ndarray  # (B,) float32, reward model and reward function
+    fault: SkippedUpdate | None = None  # why nothing can be learned from it
 
 
-class Experience(NamedTuple):
-    """Everything an update needs, one row a sequence."""
+class TokenRewards(NamedTuple):
+    """What each token is paid."""
 
-    inputs: SequenceInputs
-    mask: np.ndarray  # (B, R) float32, 1 on real response tokens (policy and value mask alike)
-    old_logprobs: np.ndarray  # (B, R) float32
-    old_values: np.ndarray  # (B, R) float32, 0 outside the mask
-    advantages: np.ndarray  # (B, R) float32, whitened, 0 outside the mask
-    returns: np.ndarray  # (B, R) float32, taken before whitening
     kl: np.ndarray  # (B, R) float32, the estimator that the reward uses, 0 outside the mask
+    kl_coef: float  # the coefficient in force for this rollout
     rewards: np.ndarray  # (B, R) float32, -kl_coef * kl plus the shaped score at the last token
 
 
-def sequence_inputs(rollout: Rollout) -> SequenceInputs:
-    """Masks and positions of a rollout, from its lengths alone (checklist 3)."""
-    columns = rollout.tokens.shape[1]
-    response_columns = rollout.logprobs.shape[1]
-    valid = attention_mask(
-        rollout.prompt_lengths, rollout.response_lengths, columns - response_columns, response_columns
-    )
-    return SequenceInputs(rollout.tokens, valid.astype(np.int32), position_ids(valid))
+class Experience(NamedTuple):
+    """Everything an update needs, one row per sequence."""
+
+    rollout: Rollout
+    old_values: np.ndarray | None  # (B, R) float32, 0 outside the mask; None without a critic
+    advantages: np.ndarray  # (B, R) float32, 0 outside the mask
+    returns: np.ndarray  # (B, R) float32, taken before whitening
+    fault: SkippedUpdate | None = None
 
 
-def sequence_mask(rollout: Rollout) -> np.ndarray:
-    """(B, R) bool: the real response tokens of a rollout."""
-    mask: np.ndarray = np.arange(rollout.logprobs.shape[1]) < rollout.response_lengths[:, None]
-    return mask
-
-
-def make_experience(
-    rollout: Rollout,
-    scores: Scores,
-    kl_coef: float,
-    config: PPOConfig,
-    shaping: RewardShaping | None = None,
-) -> Experience:
-    """Rewards, advantages and returns of a scored rollout.
+def make_experience(scored: ScoredRollout, rewards: TokenRewards, config: PPOConfig) -> Experience:
+    """Advantages and returns of a scored rollout.
 
     Args:
-        rollout: sampled sequences.
-        scores: reference log-probs, values and reward-model scores of the same rows.
-        kl_coef: coefficient in force for this rollout.
-        config: discount, lambda, estimator and what to whiten.
-        shaping: keeps the running moments of the scores; ``None``: those of this batch alone.
+        scored: the global batch.
+        rewards: of its tokens.
+        config: estimator, discount, lambda, and what to whiten.
     """
-    columns = rollout.logprobs.shape[1]
-    mask = policy_mask(rollout.response_lengths, columns)
-    values_count = value_mask(rollout.response_lengths, columns)
-    old_values = np.where(values_count, scores.values, 0.0).astype(np.float32)
-    kl = token_kl(rollout.logprobs, scores.ref_logprobs, mask, config.kl_estimator)
-    paid = (shaping or RewardShaping(config))(scores.scores, rollout.stopped)
-    rewards = token_rewards(kl, paid, rollout.response_lengths, kl_coef)
-    learnt_from = whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
-    advantages, returns = gae(learnt_from, old_values, values_count, config.gamma, config.lam)
+    mask = scored.rollout.mask
+    values = None if scored.values is None else np.where(mask, scored.values, 0.0).astype(np.float32)
+    paid = whiten(rewards.rewards, mask, shift_mean=False) if config.whiten_rewards else rewards.rewards
+    advantages, returns = ADVANTAGES[config.advantage].compute(paid, values, mask, config.gamma, config.lam)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Experience(
-        inputs=sequence_inputs(rollout),
-        mask=mask.astype(np.float32),
-        old_logprobs=rollout.logprobs,
-        old_values=old_values,
-        advantages=advantages,
-        returns=returns,
-        kl=kl,
-        rewards=rewards,
-    )
+    return Experience(scored.rollout, values, advantages, returns, scored.fault)

@@ -9,18 +9,24 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.algorithms.losses import entropy_sum, policy_loss_terms, value_loss_terms
+from mindrlhf.algorithms.losses import (
+    POLICY_TERMS,
+    VALUE_TERMS,
+    entropy_sum,
+    policy_loss_terms,
+    value_loss_terms,
+)
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
 from mindrlhf.trainer.experience import Experience
 
-POLICY_SUMS = ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared", "entropy")
 RATIO_EDGES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
 """Inner edges of the bins in which ratios are counted. None at 1: rounding would choose the bin there."""
-POLICY_STATISTICS = (*POLICY_SUMS, *(f"ratio above {edge}" for edge in RATIO_EDGES))
-"""What a policy loss sums over its tokens, in the order of its statistics."""
+RATIOS_ABOVE = tuple(f"ratio above {edge}" for edge in RATIO_EDGES)
 
-VALUE_STATISTICS = ("value_loss", "clipfrac", "error", "value")
+POLICY_STATISTICS = (*POLICY_TERMS, "entropy", *RATIOS_ABOVE)
+"""What a policy loss sums over its tokens, in the order of its statistics."""
+VALUE_STATISTICS = (*VALUE_TERMS, "value")
 """What a value loss sums over its tokens."""
 
 
@@ -39,6 +45,7 @@ class PolicyLoss(nn.Cell):
         self.entropy_coef = config.entropy_coef
         self.vf_coef = config.vf_coef
         self.shared = policy.value_head
+        self.statistics = (*POLICY_STATISTICS, *(VALUE_STATISTICS if self.shared else ()))
         self.log_edges = Tensor(np.log(RATIO_EDGES).astype(np.float32))
 
     def construct(
@@ -49,14 +56,15 @@ class PolicyLoss(nn.Cell):
         mask: Tensor,
         old_logprobs: Tensor,
         advantages: Tensor,
-        old_values: Tensor,
-        returns: Tensor,
         inverse_count: Tensor,
+        *value_targets: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One micro-batch, fields as in :class:`Experience`; ``inverse_count`` (1,) is 1 / global tokens.
 
+        ``value_targets``, old values and returns, are there when the backbone is shared with the critic.
+
         Returns:
-            the loss, and the sums named in POLICY_STATISTICS, then VALUE_STATISTICS when shared.
+            the loss, and the sums named in ``statistics``.
         """
         logprobs, entropy, values = self.policy(tokens, valid, position_ids)
         policy_sum, *sums = policy_loss_terms(
@@ -68,6 +76,7 @@ class PolicyLoss(nn.Cell):
         of_policy = ops.stack((policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum()))
         statistics = ops.concat((of_policy, self._ratios_above(logprobs, old_logprobs, mask)))
         if self.shared:
+            old_values, returns = value_targets
             value_sum, *value_sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
             total = total + self.vf_coef * value_sum
             of_value = ops.stack((value_sum, *value_sums, (ops.stop_gradient(values) * mask).sum()))
@@ -86,6 +95,7 @@ class ValueLoss(nn.Cell):
 
     def __init__(self, critic: CriticModel, config: PPOConfig) -> None:
         super().__init__(auto_prefix=False)
+        self.statistics = VALUE_STATISTICS
         self.critic = critic
         self.cliprange_value = config.cliprange_value
         self.vf_coef = config.vf_coef
@@ -100,7 +110,7 @@ class ValueLoss(nn.Cell):
         returns: Tensor,
         inverse_count: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """One micro-batch; returns the loss and the sums named in VALUE_STATISTICS."""
+        """One micro-batch; returns the loss and the sums named in ``statistics``."""
         values = self.critic(tokens, valid, position_ids)
         value_sum, *sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
         statistics = (value_sum, *sums, (ops.stop_gradient(values) * mask).sum())
@@ -108,17 +118,17 @@ class ValueLoss(nn.Cell):
 
 
 def policy_inputs(
-    experience: Experience, rows: np.ndarray, inverse_count: np.ndarray
+    experience: Experience, rows: np.ndarray, inverse_count: np.ndarray, *, shared_critic: bool
 ) -> tuple[np.ndarray, ...]:
     """The arguments of :meth:`PolicyLoss.construct` for some global rows."""
+    rollout = experience.rollout
     return (
-        *experience.inputs.rows(rows),
-        experience.mask[rows],
-        experience.old_logprobs[rows],
+        *rollout.inputs.rows(rows),
+        rollout.mask[rows].astype(np.float32),
+        rollout.logprobs[rows],
         experience.advantages[rows],
-        experience.old_values[rows],
-        experience.returns[rows],
         inverse_count,
+        *(_value_targets(experience, rows) if shared_critic else ()),
     )
 
 
@@ -127,12 +137,16 @@ def value_inputs(
 ) -> tuple[np.ndarray, ...]:
     """The arguments of :meth:`ValueLoss.construct` for some global rows."""
     return (
-        *experience.inputs.rows(rows),
-        experience.mask[rows],
-        experience.old_values[rows],
-        experience.returns[rows],
+        *experience.rollout.inputs.rows(rows),
+        experience.rollout.mask[rows].astype(np.float32),
+        *_value_targets(experience, rows),
         inverse_count,
     )
+
+
+def _value_targets(experience: Experience, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    assert experience.old_values is not None
+    return experience.old_values[rows], experience.returns[rows]
 
 
 def inverse_token_count(mask: np.ndarray) -> np.ndarray:

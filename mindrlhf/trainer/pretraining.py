@@ -14,11 +14,11 @@ from mindrlhf.algorithms.masks import position_ids
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS
 from mindrlhf.data.mindrecord import read_rows, read_schema
+from mindrlhf.data.stream import RowStream
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.trainer.builder import valid_vocab_size
 from mindrlhf.trainer.experience import SequenceInputs
 from mindrlhf.utils.errors import DataError
-from mindrlhf.utils.seeds import random_stream
 
 FEWEST_COLUMNS = 16
 _CHECKED_AT_START = 64
@@ -62,10 +62,9 @@ class PretrainStream:
         self._batch_size = batch_size
         self._max_length = max_length
         self._vocab_size = vocab_size
-        self._seed = seed
-        self._rows = self._check_file()
-        self._drawn = 0
-        self._batch(np.arange(min(self._rows, _CHECKED_AT_START)))
+        rows = self._check_file()
+        self._order = RowStream(rows, purpose="pretraining", seed=seed, source=path)
+        self._batch(np.arange(min(rows, _CHECKED_AT_START)))
 
     def next_batch(self) -> PretrainBatch:
         """The next B texts.
@@ -73,32 +72,19 @@ class PretrainStream:
         Raises:
             DataError: a row does not hold what it should; the message names the row.
         """
-        places = np.arange(self._drawn, self._drawn + self._batch_size)
-        epochs, columns = np.divmod(places, self._rows)
-        orders = {int(epoch): self._order(int(epoch)) for epoch in np.unique(epochs)}
-        self._drawn += self._batch_size
-        return self._batch(np.array([orders[int(e)][c] for e, c in zip(epochs, columns, strict=True)]))
+        return self._batch(self._order.draw(self._batch_size))
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
-        return {"drawn": self._drawn, "rows": self._rows, "seed": self._seed}
+    def state_dict(self) -> Mapping[str, Any]:
+        """The place in the data."""
+        return self._order.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken.
+        """Continues from :meth:`state_dict`.
 
         Raises:
             DataError: the state is of another data set or seed.
         """
-        for key, mine in (("rows", self._rows), ("seed", self._seed)):
-            if state.get(key) != mine:
-                raise DataError(
-                    f"{self._path}: cannot resume the pre-training texts: {key} was {state.get(key)}, is "
-                    f"{mine}; use the data set and seed of the run that was saved"
-                )
-        self._drawn = int(state["drawn"])
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return random_stream("pretraining", self._seed, epoch).permutation(self._rows)
+        self._order.load_state_dict(state)
 
     def _check_file(self) -> int:
         """Columns and number of rows; the latter is returned."""
@@ -164,6 +150,7 @@ class PretrainLoss(nn.Cell):
     def __init__(self, policy: PPOModelTrain, ptx_coef: float) -> None:
         super().__init__(auto_prefix=False)
         self.policy = policy
+        self.statistics = ("cross_entropy",)
         self.ptx_coef = ptx_coef
         self.temperature = 1.0 / policy.inverse_temperature
 

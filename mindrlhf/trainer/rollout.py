@@ -8,7 +8,6 @@ import numpy as np
 
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.models.qwen2.generator import PPOModelInfer
-from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.experience import Rollout
 from mindrlhf.utils.seeds import random_stream
@@ -17,48 +16,46 @@ from mindrlhf.utils.seeds import random_stream
 def generate_rollout(
     model: PPOModelInfer,
     batch: PromptBatch,
-    mesh: Mesh,
     exchange: HostExchange,
     *,
     seed: int,
     iteration: int,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Rollout:
-    """Samples one response a prompt; each replica of ``mesh`` generates its own rows.
+    """Samples one response per prompt; each replica of the model generates its own rows.
 
     Random numbers are keyed by (seed, iteration, row of the global batch): the ranks of a
     tensor-parallel group draw the same tokens, replicas draw different ones, and the layout does not
-    matter (checklist 19).
+    matter.
 
     Args:
         model: the generating policy.
         batch: the global batch, equal on every rank.
-        mesh: of ``model``.
         exchange: gathers the replicas' rows.
         seed: of the job.
         iteration: counted from 0.
         on_tokens: see :meth:`PPOModelInfer.generate`.
     """
     return sample_responses(
-        model, batch, mesh, exchange, lambda row: random_stream("rollout", seed, iteration, row), on_tokens
+        model, batch, exchange, lambda row: random_stream("rollout", seed, iteration, row), on_tokens
     )
 
 
 def sample_responses(
     model: PPOModelInfer,
     batch: PromptBatch,
-    mesh: Mesh,
     exchange: HostExchange,
     stream: Callable[[int], np.random.Generator],
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Rollout:
-    """One response a prompt, with random numbers of the caller's choice.
+    """One response per prompt, with random numbers of the caller's choice.
 
     Args:
-        model, batch, mesh, exchange: as for :func:`generate_rollout`.
-        stream: row of the global batch -> where its random numbers come from; the same on every rank.
+        model, batch, exchange: as for :func:`generate_rollout`.
+        stream: row of the global batch -> source of its random numbers; the same on every rank.
         on_tokens: see :meth:`PPOModelInfer.generate`.
     """
+    mesh = model.groups.mesh
     rows = local_rows(len(batch.prompt_ids), mesh, exchange.runtime.rank)
     columns = model.generation.max_response_length
     draws = [stream(row).random(columns, np.float32) for row in range(rows.start, rows.stop)]
@@ -72,7 +69,7 @@ def sample_responses(
         },
         mesh,
     )
-    return Rollout(
+    return Rollout.of(
         tokens=np.concatenate([batch.prompt_ids, everyone["response_ids"]], axis=1),
         prompt_lengths=batch.prompt_lengths,
         response_lengths=everyone["lengths"],

@@ -9,11 +9,15 @@ from mindspore import Tensor
 
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.models.qwen2.networks import SequenceModel
+from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.experience import Rollout, Scores, sequence_inputs
+from mindrlhf.trainer.experience import Rollout, ScoredRollout
+from mindrlhf.trainer.skipped_updates import SkippedUpdate
 
 Forward = Callable[..., np.ndarray]
+ExtraScores = Callable[[Rollout], np.ndarray]
+"""Gives (B,) float32 that are added to the reward model's scores, or stand alone without one."""
 
 
 def score_rollout(
@@ -22,36 +26,40 @@ def score_rollout(
     exchange: HostExchange,
     *,
     rows_per_pass: int,
-    extra_scores: Callable[[Rollout], np.ndarray] | None = None,
+    extra_scores: ExtraScores | None = None,
     on_pass: Callable[[], None] = lambda: None,
-) -> Scores:
+) -> ScoredRollout:
     """What the scoring models say of a global rollout; equal on every rank.
+
+    A single number that is not finite would reach every sample by whitening, so a rollout with one is not
+    learned from: it comes back with a fault, and with neutral numbers, for metrics alone, in place of those
+    (0, and the mean of the other scores).
 
     Args:
         models: of this rank.
         rollout: the global batch.
         exchange: gathers the replicas' rows.
         rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
-        extra_scores: gives (B,) float32 that are added to the reward model's, or stand alone without one.
+        extra_scores: reward function.
         on_pass: called after each of the :func:`count_passes` forward passes.
     """
     passes = _Passes(rollout, exchange, rows_per_pass, on_pass)
-    on = models.train if models.critic is None else models.critic
-    values = passes.run(on, lambda *arrays: models.values(*map(Tensor, arrays)).asnumpy())
+    values = None
+    if models.values is not None:
+        network = models.values
+        values = passes.run(_values_mesh(models), lambda *arrays: network(*map(Tensor, arrays)).asnumpy())
     scores = _reward_scores(models, passes)
     if extra_scores is not None:
         scores = scores + extra_scores(rollout)
-    return Scores(ref_logprobs=_ref_logprobs(models, passes), values=values, scores=scores)
+    return _without_faults(ScoredRollout(rollout, _ref_logprobs(models, passes), values, scores))
 
 
 def count_passes(models: PPOModels, config: PPOConfig) -> int:
     """Forward passes on this rank in which :func:`score_rollout` scores a rollout of the whole batch."""
-    value_model = models.train if models.critic is None else models.critic
-    rows = [
-        config.rollout_batch_size // model.groups.mesh.dp
-        for model in (value_model, models.reward, models.ref)
-        if model is not None
-    ]
+    meshes = [model.groups.mesh for model in (models.reward, models.ref) if model is not None]
+    if models.values is not None:
+        meshes.append(_values_mesh(models))
+    rows = [config.rollout_batch_size // mesh.dp for mesh in meshes]
     return sum(-(-count // (config.score_batch_size or count)) for count in rows)
 
 
@@ -74,9 +82,8 @@ def policy_logprobs(
     The check on the rollout's own log-probs: before the first update and after every sync the two agree.
     """
     passes = _Passes(rollout, exchange, rows_per_pass)
-    logprobs = passes.run(model, lambda *arrays: policy_outputs(model, *arrays)[0])
-    columns = np.arange(logprobs.shape[1])
-    return np.where(columns < rollout.response_lengths[:, None], logprobs, 0.0).astype(np.float32)
+    logprobs = passes.run(model.groups.mesh, lambda *arrays: policy_outputs(model, *arrays)[0])
+    return np.where(rollout.mask, logprobs, 0.0).astype(np.float32)
 
 
 def policy_outputs(model: SequenceModel, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,15 +92,54 @@ def policy_outputs(model: SequenceModel, *arrays: np.ndarray) -> tuple[np.ndarra
     return logprobs.asnumpy(), entropy.asnumpy(), values.asnumpy()
 
 
+def _values_mesh(models: PPOModels) -> Mesh:
+    return (models.critic or models.train).groups.mesh
+
+
 def _ref_logprobs(models: PPOModels, passes: _Passes) -> np.ndarray:
-    return passes.run(models.ref, lambda *arrays: policy_outputs(models.ref, *arrays)[0])
+    return passes.run(models.ref.groups.mesh, lambda *arrays: policy_outputs(models.ref, *arrays)[0])
 
 
 def _reward_scores(models: PPOModels, passes: _Passes) -> np.ndarray:
     reward, lengths = models.reward, passes.rollout.response_lengths
     if reward is None:
         return np.zeros(len(lengths), np.float32)
-    return passes.run(reward, lambda *arrays: reward(*map(Tensor, arrays)).asnumpy(), lengths)
+    return passes.run(reward.groups.mesh, lambda *arrays: reward(*map(Tensor, arrays)).asnumpy(), lengths)
+
+
+def _without_faults(scored: ScoredRollout) -> ScoredRollout:
+    """The same when all numbers are finite; else neutral numbers and what is wrong."""
+    rollout = scored.rollout
+    faults = {
+        "reward": ~np.isfinite(scored.scores),
+        "reference log-prob": _any_not_finite(scored.ref_logprobs, rollout.mask),
+        "log-prob": _any_not_finite(rollout.logprobs, rollout.mask),
+    }
+    if scored.values is not None:
+        faults["value"] = _any_not_finite(scored.values, rollout.mask)
+    bad = np.any(list(faults.values()), axis=0)
+    if not bad.any():
+        return scored
+    names = [f"{name} of {int(rows.sum())} sample(s)" for name, rows in faults.items() if rows.any()]
+    finite = scored.scores[np.isfinite(scored.scores)]
+    neutral = float(finite.mean(dtype=np.float64)) if len(finite) else 0.0
+
+    def zeroed(array: np.ndarray) -> np.ndarray:
+        return np.where(bad[:, None], np.float32(0), array)
+
+    return ScoredRollout(
+        rollout._replace(logprobs=zeroed(rollout.logprobs)),
+        ref_logprobs=zeroed(scored.ref_logprobs),
+        values=None if scored.values is None else zeroed(scored.values),
+        scores=np.where(faults["reward"], np.float32(neutral), scored.scores),
+        fault=SkippedUpdate("both", f"not a finite number: {', '.join(names)}", np.flatnonzero(bad)),
+    )
+
+
+def _any_not_finite(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Rows of (B, R) with NaN or infinity inside the mask."""
+    found: np.ndarray = (~np.isfinite(array) & mask).any(axis=1)
+    return found
 
 
 class _Passes:
@@ -115,16 +161,15 @@ class _Passes:
     ) -> None:
         self.rollout, self.exchange, self.rows_per_pass = rollout, exchange, rows_per_pass
         self.on_pass = on_pass
-        self.inputs = sequence_inputs(rollout)
 
-    def run(self, model: SequenceModel, forward: Forward, *extra: np.ndarray) -> np.ndarray:
+    def run(self, mesh: Mesh, forward: Forward, *extra: np.ndarray) -> np.ndarray:
         """Runs ``forward`` over this replica's rows, pass by pass, and gathers the global result."""
-        mesh = model.groups.mesh
-        mine = local_rows(len(self.inputs.tokens), mesh, self.exchange.runtime.rank)
+        inputs = self.rollout.inputs
+        mine = local_rows(len(inputs.tokens), mesh, self.exchange.runtime.rank)
         step = self.rows_per_pass or (mine.stop - mine.start)
         parts = []
         for first in range(mine.start, mine.stop, step):
             rows = slice(first, first + step)
-            parts.append(forward(*self.inputs.rows(rows), *(array[rows] for array in extra)))
+            parts.append(forward(*inputs.rows(rows), *(array[rows] for array in extra)))
             self.on_pass()
         return self.exchange.gather_rows({"x": np.concatenate(parts).astype(np.float32)}, mesh)["x"]

@@ -15,6 +15,9 @@ from mindrlhf.parallel.layout import Layout
 from mindrlhf.trainer.gradients import GradientBuffers, clear
 from mindrlhf.trainer.optimizer import FusedAdamW
 
+Statistics = dict[str, np.float32]
+"""What a loss cell sums, by name."""
+
 
 class Backward(nn.Cell):
     """Adds the gradients of a loss cell, which returns ``(loss, statistics)``, to buffers.
@@ -148,7 +151,8 @@ class TrainStep:
     data-parallel replicas simply add up, and results depend on neither.
 
     Args:
-        loss: cell with ``construct(*inputs) -> (scalar loss, statistics (k,))``.
+        loss: cell with ``construct(*inputs) -> (scalar loss, statistics (k,))``, whose attribute
+            ``statistics`` names them.
         optimizer: over ``loss.trainable_params()``.
         layouts: canonical name -> layout of those parameters.
         groups: this rank's groups.
@@ -178,18 +182,9 @@ class TrainStep:
         self._norm = GradientNorm(self._gradients, split, groups)
         self._update = Update(optimizer, self._gradients, max_grad_norm)
 
-    def step(self, micro_batches: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, float, float]:
-        """One optimizer step over the micro-batches of this rank; skipped as :meth:`update` says.
-
-        Returns:
-            statistics summed over the micro-batches (k,), gradient norm before clipping, learning rate.
-        """
-        statistics = self.accumulate(micro_batches)
-        return statistics, *self.update()
-
     def accumulate(
         self, micro_batches: Sequence[tuple[np.ndarray, ...]], *, mixed_in: bool = False
-    ) -> np.ndarray:
+    ) -> Statistics:
         """Adds the gradients of some micro-batches to those that :meth:`update` will take.
 
         Args:
@@ -197,7 +192,7 @@ class TrainStep:
             mixed_in: whether they are for the loss that is mixed in.
 
         Returns:
-            statistics summed over the micro-batches (k,).
+            statistics by name, summed over the micro-batches.
         """
         backward = self._mixed_in if mixed_in else self._backward
         assert backward is not None
@@ -209,7 +204,8 @@ class TrainStep:
             losses.append(loss)
             statistics.append(part)
         self._losses += [float(loss.asnumpy()) for loss in losses]
-        return np.sum([part.asnumpy() for part in statistics], axis=0)
+        sums = np.sum([part.asnumpy() for part in statistics], axis=0)
+        return dict(zip(backward.loss.statistics, sums, strict=True))
 
     def update(self) -> tuple[float, float]:
         """Steps the optimizer with the gradients so far; returns their norm and the learning rate.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,34 +26,36 @@ from mindrlhf.trainer.losses import (
 )
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.pretraining import PretrainLoss, PretrainStream, pretrain_inputs
-from mindrlhf.trainer.skipping import SkippedUpdate, SkippedUpdates, not_finite
-from mindrlhf.trainer.train_step import TrainStep
+from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
+from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
 
 logger = get_logger(__name__)
 
-Inputs = Callable[[Experience, np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
-
+MicroBatches = Sequence[tuple[np.ndarray, ...]]
 
 KL_MARGIN = 1.5
 """How far ``policy/approxkl`` may go above ``target_kl``."""
 
 
 class UpdateResult(NamedTuple):
-    """What the optimizer steps of one iteration report; one row a minibatch, sums over ALL ranks' tokens.
+    """What the optimizer steps of one iteration report; one entry per minibatch, sums over ALL ranks' tokens.
 
-    A minibatch whose sums are not finite has no rows.
+    A minibatch whose sums are not finite has no entry.
     """
 
     tokens: np.ndarray  # (minibatches,) real response tokens
-    policy: np.ndarray  # (minibatches, len(POLICY_STATISTICS)), that which ended the iteration included
-    value: np.ndarray  # (minibatches, len(VALUE_STATISTICS)), without that last one for a separate critic
+    policy: Mapping[str, np.ndarray]  # POLICY_STATISTICS -> (minibatches,), the one that ended it included
+    value: Mapping[
+        str, np.ndarray
+    ]  # VALUE_STATISTICS -> (minibatches,), without that last one for a separate
+    # critic; empty without a critic
     grad_norm: np.ndarray  # (policy steps,) of the policy, before clipping
-    critic_grad_norm: np.ndarray  # (critic steps,) of a separate critic; zeros when shared
+    critic_grad_norm: np.ndarray  # (critic steps,) of a separate critic; empty otherwise
     learning_rate: float  # of the policy's last step; 0 when there was none
     pretrain_loss: np.ndarray = np.zeros(0)  # (policy steps,) mean over tokens; empty without ptx
-    skipped: int = 0  # minibatches in which a step was skipped; 1 when all were, for the rollout's sake
+    skipped: int = 0  # minibatches in which a step was skipped; 1 when the whole rollout was
 
 
 @dataclass
@@ -61,11 +63,11 @@ class _Log:
     """What :class:`UpdateResult` is made of while steps are taken; sums over this replica's tokens."""
 
     tokens: list[float] = field(default_factory=list)
-    policy: list[np.ndarray] = field(default_factory=list)
-    value: list[np.ndarray] = field(default_factory=list)
+    policy: list[Statistics] = field(default_factory=list)
+    value: list[Statistics] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     critic_norms: list[float] = field(default_factory=list)
-    pretrain: list[np.ndarray] = field(default_factory=list)
+    pretrain: list[np.float32] = field(default_factory=list)
     pretrain_tokens: list[float] = field(default_factory=list)
     rate: float = 0.0
     skipped: int = 0
@@ -92,7 +94,8 @@ class PPOUpdate:
         self.exchange = exchange
         self.pretraining = pretraining
         self.skips = SkippedUpdates(config.max_skipped_updates)
-        self.policy_mesh = models.train.groups.mesh
+        self.policy_mesh = self.critic_mesh = models.train.groups.mesh
+        self.shared_critic = models.train.value_head
         buffers = GradientBuffers()  # of both: the critic's turn comes when the policy has done its step
         self.policy_step = _train_step(
             PolicyLoss(models.train, config),
@@ -116,15 +119,15 @@ class PPOUpdate:
             )
 
     def run(self, experience: Experience, iteration: int, on_step: Callable[[], None]) -> UpdateResult:
-        """``ppo_epochs`` passes over the experience, a fresh permutation each (checklist 18).
+        """``ppo_epochs`` passes over the experience, a fresh permutation each.
 
         In the first ``critic_warmup_iterations`` the policy is only measured. With a ``target_kl`` the steps
         of policy and critic end before the first minibatch whose approxkl is above 1.5 times it, which is
         the rule of Spinning Up and Stable-Baselines3; the first minibatch of an iteration, where the policy
-        has not moved yet, is always learnt from. The sum is over all ranks, so all end together.
+        has not moved yet, is always learned from. The sum is over all ranks, so all end together.
 
         A step whose loss or gradient is not finite is skipped, see :meth:`TrainStep.update`; too many in a
-        row (``skips``) end the iteration.
+        row (``skips``) end the iteration. Experience with a fault is one update skipped.
 
         Args:
             experience: the global batch, equal on every rank.
@@ -132,56 +135,43 @@ class PPOUpdate:
             on_step: called after each minibatch.
         """
         log = _Log()
+        if experience.fault is not None:
+            self.skips.add(experience.fault)
+            self.skips.end_update(skipped=True)
+            log.skipped = 1
+            return self._result(log)
         is_warm_up = iteration < self.config.critic_warmup_iterations
-        for number, rows in enumerate(minibatches(len(experience.mask), self.config, iteration), start=1):
-            inverse_count = inverse_token_count(experience.mask[rows])
-            log.tokens.append(float(experience.mask[rows].sum()))
-            micro = self._micro_batches(experience, rows, inverse_count, self.policy_mesh, policy_inputs)
-            statistics = self.policy_step.accumulate(micro)
-            log.policy.append(statistics[: len(POLICY_STATISTICS)])
-            if self.critic_step is None:
-                log.value.append(statistics[len(POLICY_STATISTICS) :])
-                log.critic_norms.append(0.0)
-            skipped = False
+        count = len(experience.advantages)
+        for number, rows in enumerate(minibatches(count, self.config, iteration), start=1):
+            log.tokens.append(float(experience.rollout.mask[rows].sum()))
+            statistics = self.policy_step.accumulate(self._policy_batches(experience, rows))
+            log.policy.append({name: statistics[name] for name in POLICY_STATISTICS})
+            if self.shared_critic:
+                log.value.append({name: statistics[name] for name in VALUE_STATISTICS})
+            taken = True
             if is_warm_up:
                 self.policy_step.discard()
             elif log.norms and self._has_moved_too_far(log):
                 self.policy_step.discard()
                 break
             else:
-                skipped = not self._step_policy(log, number, rows)
+                taken = self._step_policy(log, number, rows)
             if self.critic_step is not None:
-                micro = self._micro_batches(experience, rows, inverse_count, self.critic_mesh, value_inputs)
-                log.value.append(self.critic_step.accumulate(micro))
-                losses = self.critic_step.losses
-                norm, _ = self.critic_step.update()
-                if np.isfinite(norm):
-                    log.critic_norms.append(norm)
-                else:
-                    self._skip("critic", number, rows, norm, losses, self.critic_mesh)
-                    skipped = True
+                taken &= self._step_critic(self.critic_step, log, experience, number, rows)
             on_step()
-            log.skipped += skipped
-            self.skips.end_update(skipped=skipped)
+            log.skipped += not taken
+            self.skips.end_update(skipped=not taken)
             if self.skips.are_too_many:
                 break
         return self._result(log)
-
-    def skip(self, fault: SkippedUpdate) -> UpdateResult:
-        """No step at all in an iteration, whose rollout cannot be learnt from; that is one update skipped."""
-        self.skips.add(fault)
-        self.skips.end_update(skipped=True)
-        nothing = np.zeros(0)
-        policy, value = (np.zeros((0, len(names))) for names in (POLICY_STATISTICS, VALUE_STATISTICS))
-        return UpdateResult(nothing, policy, value, nothing, nothing, 0.0, skipped=1)
 
     def _has_moved_too_far(self, log: _Log) -> bool:
         """Whether the last minibatch's approxkl, over all ranks, ends the iteration."""
         target = self.config.target_kl
         if not target:
             return False
-        total = self.exchange.sum(log.policy[-1], self.policy_mesh)
-        approxkl = float(total[POLICY_STATISTICS.index("approxkl")]) / log.tokens[-1]
+        total = self.exchange.sum(np.array([log.policy[-1]["approxkl"]]), self.policy_mesh)
+        approxkl = float(total[0]) / log.tokens[-1]
         if not approxkl > KL_MARGIN * target:  # NaN is for the update to skip
             return False
         logger.info(
@@ -201,7 +191,7 @@ class PPOUpdate:
             batch = self.pretraining.next_batch()
             mine = local_rows(len(batch.mask), self.policy_mesh, self.exchange.runtime.rank)
             micro = pretrain_inputs(batch, mine, self.config.micro_batch_size)
-            log.pretrain.append(self.policy_step.accumulate(micro, mixed_in=True))
+            log.pretrain.append(self.policy_step.accumulate(micro, mixed_in=True)["cross_entropy"])
             log.pretrain_tokens.append(float(batch.mask.sum(dtype=np.float64)))
         norm, rate = self.policy_step.update()
         if not np.isfinite(norm):
@@ -209,6 +199,23 @@ class PPOUpdate:
             return False
         log.norms.append(norm)
         log.rate = rate
+        return True
+
+    def _step_critic(
+        self, step: TrainStep, log: _Log, experience: Experience, number: int, rows: np.ndarray
+    ) -> bool:
+        """One optimizer step of a separate critic; returns whether it was taken."""
+        inverse_count = inverse_token_count(experience.rollout.mask[rows])
+        micro = [
+            value_inputs(experience, part, inverse_count) for part in self._micro_rows(rows, self.critic_mesh)
+        ]
+        log.value.append(step.accumulate(micro))
+        losses = step.losses
+        norm, _ = step.update()
+        if not np.isfinite(norm):
+            self._skip("critic", number, rows, norm, losses, self.critic_mesh)
+            return False
+        log.critic_norms.append(norm)
         return True
 
     def _skip(
@@ -222,19 +229,19 @@ class PPOUpdate:
         self.skips.add(update)
 
     def _result(self, log: _Log) -> UpdateResult:
-        value_mesh = self.policy_mesh if self.critic_step is None else self.critic_mesh
-        policy = self.exchange.sum(np.stack(log.policy), self.policy_mesh)
-        value = self.exchange.sum(np.stack(log.value), value_mesh)
+        policy = self._summed(log.policy, POLICY_STATISTICS, self.policy_mesh)
+        value_names = VALUE_STATISTICS if self.shared_critic or self.critic_step else ()
+        value = self._summed(log.value, value_names, self.critic_mesh)
         # Sums over all ranks: what is left out is the same everywhere.
         finite = np.isfinite(policy).all(axis=1)
         finite[: len(value)] &= np.isfinite(value).all(axis=1)
         pretrain = np.zeros(0)
         if log.pretrain:
-            pretrain = self.exchange.sum(np.concatenate(log.pretrain), self.policy_mesh) / log.pretrain_tokens
+            pretrain = self.exchange.sum(np.array(log.pretrain), self.policy_mesh) / log.pretrain_tokens
         return UpdateResult(
             tokens=np.array(log.tokens)[finite],
-            policy=policy[finite],
-            value=value[finite[: len(value)]],
+            policy=dict(zip(POLICY_STATISTICS, policy[finite].T.astype(np.float64), strict=True)),
+            value=dict(zip(value_names, value[finite[: len(value)]].T.astype(np.float64), strict=True)),
             grad_norm=np.array(log.norms),
             critic_grad_norm=np.array(log.critic_norms),
             learning_rate=log.rate,
@@ -242,16 +249,25 @@ class PPOUpdate:
             skipped=log.skipped,
         )
 
-    def _micro_batches(
-        self, experience: Experience, rows: np.ndarray, inverse_count: np.ndarray, mesh: Mesh, inputs: Inputs
-    ) -> Sequence[tuple[np.ndarray, ...]]:
-        """This replica's part of a minibatch, cut into micro-batches."""
+    def _summed(self, statistics: Sequence[Statistics], names: Sequence[str], mesh: Mesh) -> np.ndarray:
+        """(minibatches, len(names)), summed over the replicas of ``mesh``; collective when there are any."""
+        if not statistics or not names:
+            return np.zeros((len(statistics), len(names)))
+        return self.exchange.sum(np.array([[row[name] for name in names] for row in statistics]), mesh)
+
+    def _policy_batches(self, experience: Experience, rows: np.ndarray) -> MicroBatches:
+        """This replica's part of a minibatch for the policy, cut into micro-batches."""
+        inverse_count = inverse_token_count(experience.rollout.mask[rows])
+        return [
+            policy_inputs(experience, part, inverse_count, shared_critic=self.shared_critic)
+            for part in self._micro_rows(rows, self.policy_mesh)
+        ]
+
+    def _micro_rows(self, rows: np.ndarray, mesh: Mesh) -> list[np.ndarray]:
+        """This replica's part of a minibatch's rows, cut into micro-batches."""
         mine = rows[local_rows(len(rows), mesh, self.exchange.runtime.rank)]
         size = self.config.micro_batch_size or len(mine)
-        return [
-            inputs(experience, mine[first : first + size], inverse_count)
-            for first in range(0, len(mine), size)
-        ]
+        return [mine[first : first + size] for first in range(0, len(mine), size)]
 
 
 def _train_step(
@@ -280,6 +296,3 @@ def minibatches(count: int, config: PPOConfig, iteration: int) -> Iterator[np.nd
         order = random_stream("minibatch", config.seed, iteration, epoch).permutation(count)
         for first in range(0, count, size):
             yield order[first : first + size]
-
-
-__all__ = ["VALUE_STATISTICS", "PPOUpdate", "UpdateResult", "minibatches"]

@@ -139,8 +139,11 @@ def run_worker(directory: Path, job: JobConfig) -> None:
     from mindrlhf.data.columns import prompt_schema
     from mindrlhf.data.mindrecord import write_mindrecord
     from mindrlhf.runtime.device import start_runtime
+    from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer.builder import WeightPaths
-    from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+    from mindrlhf.trainer.loop import train
+    from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+    from mindrlhf.trainer.run import Run
 
     peaks = HighWater()
     rows, columns = job.ppo.rollout_batch_size, job.ppo.max_prompt_length
@@ -154,17 +157,17 @@ def run_worker(directory: Path, job: JobConfig) -> None:
     runtime = start_runtime(job.train.context, use_parallel=False, scratch_dir=str(directory))
     weights = WeightPaths(train=directory / "weights.ckpt")
     shared = job.ppo.critic == "shared"
+    run = Run(open_checkpoints(job, directory / "run", HostExchange(runtime)), listeners=[peaks])
     trainer = PPOTrainer(
         job,
         weights if shared else replace(weights, reward=weights.train, critic=weights.train),
-        TrainerPaths(directory / "prompts.mindrecord", directory / "run"),
-        runtime,
+        DataPaths(directory / "prompts.mindrecord"),
+        run,
         # The quick start's reward is a function; what it computes is no matter here.
         tokenizer=_no_tokenizer() if shared else None,
         reward_function=(lambda prompts, responses: [0.5] * len(prompts)) if shared else None,
-        listeners=[peaks],
     )
-    trainer.train()
+    train(run, trainer)
     peaks.take("between")
     (directory / "peaks.json").write_text(json.dumps(peaks.bytes), encoding="utf-8")
 

@@ -45,7 +45,7 @@ DTYPES = ("float32", "bfloat16")
 
 if TYPE_CHECKING:
     from mindrlhf.configs.schema import JobConfig
-    from mindrlhf.trainer.ppo_trainer import PPOTrainer
+    from mindrlhf.trainer.recipes.rl import PPOTrainer
 
 
 def parse_args() -> argparse.Namespace:
@@ -143,20 +143,25 @@ def build_trainer(job: JobConfig, directory: Path, inputs: tuple[Path, Path]) ->
     """The trainer, its models loaded; ``inputs`` are the paths of weights and prompts."""
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.launching import scratch_directory
+    from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer.builder import WeightPaths
-    from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+    from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+    from mindrlhf.trainer.run import Run
 
     runtime = start_runtime(job.train.context, use_parallel=False, scratch_dir=scratch_directory())
     weights, data = inputs
-    trainer = PPOTrainer(job, WeightPaths(train=weights), TrainerPaths(data, directory / "save"), runtime)
-    trainer.start_from_equal_policies()
+    run = Run(open_checkpoints(job, directory / "save", HostExchange(runtime)))
+    trainer = PPOTrainer(job, WeightPaths(train=weights), DataPaths(data), run)
+    run.begin(trainer)
     return trainer
 
 
 def timed_step(trainer: PPOTrainer) -> dict[str, float]:
     """Seconds of one iteration and its phases."""
     start = time.perf_counter()
-    trainer.run_iteration(trainer.prompts.next_batch())
+    with trainer.run.timed_step():
+        result = trainer.step(trainer.run.step)
+    trainer.run.record(trainer, result)
     whole = time.perf_counter() - start
     phases = trainer.timer.seconds
     return {

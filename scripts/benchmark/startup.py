@@ -85,8 +85,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     laps.lap("import mindspore")
     from mindrlhf.runtime import compile_cache
     from mindrlhf.runtime.device import Runtime
-    from mindrlhf.trainer import mindformers_builders, ppo_trainer
-    from mindrlhf.trainer.job import graph_configuration
+    from mindrlhf.trainer import mindformers_builders
+    from mindrlhf.trainer.recipes.rl import graph_configuration
 
     mindformers_builders.load_builders()
     laps.lap("import mindrlhf and MindFormers' builders")
@@ -109,17 +109,18 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         laps.lap("build and load models")
         roll_out = trainer.rollout
 
-        def rollout(batch: Any) -> Any:
-            result = roll_out(batch)
+        def rollout(batch: Any, iteration: int) -> Any:
+            result = roll_out(batch, iteration)
             laps.lap("first rollout")
             laps.seconds["to first rollout"] = laps.total()
             return result
 
         trainer.rollout = rollout
-        trainer.run_iteration(trainer.prompts.next_batch())
+        with trainer.run.timed_step():
+            trainer.step(0)
         laps.lap("rest of iteration 1")
     laps.seconds["to end of iteration 1"] = laps.total()
-    del mindspore, ppo_trainer
+    del mindspore
     return {"laps": laps.seconds, "compiled": compiled}
 
 

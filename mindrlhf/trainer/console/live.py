@@ -6,7 +6,8 @@ import contextlib
 import logging
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 
 import psutil
 from rich.console import Console, Group
@@ -32,9 +33,7 @@ class LiveConsole(RunState):
     so that no log line tears the drawing.
 
     Args:
-        title, total, unit: see :class:`RunState`.
-        columns: of the line a finished step leaves; no line without them.
-        status: metrics of the last step in the drawing.
+        title, unit: see :class:`RunState`.
         console: rich's.
     """
 
@@ -44,16 +43,13 @@ class LiveConsole(RunState):
     def __init__(
         self,
         title: str,
-        total: int,
         unit: str,
         *,
-        columns: Sequence[Column],
-        status: Sequence[Column],
         console: Console,
-        **options: object,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(title, total, unit, **options)  # type: ignore[arg-type]
-        self.columns, self.status, self.console = columns, status, console
+        super().__init__(title, unit, clock=clock)
+        self.console = console
         self._rows = 0
         self._process = psutil.Process()
         self._log_handler = _LogHandler(console)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO
 
 from rich.console import Console
 
 from mindrlhf.trainer.console.live import LiveConsole
 from mindrlhf.trainer.console.plain import PlainConsole
-from mindrlhf.trainer.console.state import Column, RunState
+from mindrlhf.trainer.console.state import RunState
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_rank
 
@@ -22,48 +22,25 @@ CONSOLE_VARIABLE = "MINDRLHF_CONSOLE"
 """Environment variable: ``plain`` for plain lines on a terminal, too; or a terminal's device file, as ``tty``
 prints it, to draw on from a worker of msrun, whose own output goes to a file."""
 
-PPO_COLUMNS = (
-    Column("objective/scores", "score", "+.4f", 8),
-    Column("objective/kl", "KL", "+.4f", 8),
-    Column("response/length", "length", ".1f", 6),
-    Column("response/eos_rate", "stop", ".2f", 4),
-    Column("loss/policy", "pi loss", "+.4f", 7),
-    Column("loss/value", "v loss", ".4f", 6),
-    Column("tokens_per_second", "tok/s", ".0f", 5),
-    Column("time/iteration", "seconds", ".1f", 7),
-)
-"""Fit 80 characters, with the iteration before them."""
-
-PPO_STATUS = (*PPO_COLUMNS[:3], PPO_COLUMNS[6])
-
 
 @contextlib.contextmanager
-def open_console(
-    title: str,
-    total: int,
-    unit: str,
-    *,
-    columns: Sequence[Column] = (),
-    status: Sequence[Column] = (),
-) -> Iterator[RunState]:
+def open_console(title: str, unit: str) -> Iterator[RunState]:
     """Shows a run while the block runs; what it yields listens to phases and metrics.
 
     Args:
         title: what runs.
-        total: steps of the run; 0 when a phase counts them.
         unit: what a step is.
-        columns, status: see :class:`LiveConsole`.
     """
     if env_rank() != 0:
-        yield RunState(title, total, unit)
+        yield RunState(title, unit)
         return
     with contextlib.ExitStack() as stack:
         terminal = _terminal(stack)
         console: LiveConsole | PlainConsole
         if terminal is None:
-            console = PlainConsole(title, total, unit)
+            console = PlainConsole(title, unit)
         else:
-            console = LiveConsole(title, total, unit, columns=columns, status=status, console=terminal)
+            console = LiveConsole(title, unit, console=terminal)
         console.open()
         try:
             yield console

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Mapping
 
 from mindrlhf.trainer.console.state import RunState
 from mindrlhf.utils.logging import get_logger
@@ -15,11 +17,13 @@ logger = get_logger(__name__)
 class PlainConsole(RunState):
     """Says every ten seconds which phase is running, how far it is and for how long it has run.
 
-    What a finished step gave is not said here: :func:`mindrlhf.trainer.recording.record_iteration` logs it.
+    What a finished step gave is not said here: :class:`mindrlhf.trainer.recorder.Recorder` logs it.
     A thread looks at the clock, so that phases without any progress of their own are named, too.
     """
 
-    _last_line = 0.0
+    def __init__(self, title: str, unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(title, unit, clock=clock)
+        self._last_line = self.started
 
     def open(self) -> None:
         """Starts to look at the clock."""
@@ -32,15 +36,10 @@ class PlainConsole(RunState):
         self._stop.set()
         self._thread.join()
 
-    def phase_started(self, name: str, total: int | None, unit: str) -> None:
-        """A phase begins: silence for ten seconds."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """A step is done, and the recorder may log it: silence for ten seconds."""
         self._last_line = self.clock()
-        super().phase_started(name, total, unit)
-
-    def phase_ended(self, name: str) -> None:
-        """The phase that was around it goes on: silence for ten seconds."""
-        super().phase_ended(name)
-        self._last_line = self.clock()
+        super().scalars(step, values)
 
     def tick(self) -> None:
         """Writes a line when it is time."""

@@ -44,21 +44,22 @@ class RunState(Tracker):
 
     Args:
         title: what runs.
-        total: steps of the run; 0 when a phase counts them.
         unit: what a step is.
         clock: seconds, rising.
 
     Attributes:
+        total: steps of the run; 0 until they are known.
+        columns: of the line that a finished step leaves; no line without them.
         status: metrics of the last step that are in the drawing.
     """
 
     name = "console"
+    columns: Sequence[Column] = ()
     status: Sequence[Column] = ()
 
-    def __init__(
-        self, title: str, total: int, unit: str, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.title, self.total, self.unit, self.clock = title, total, unit, clock
+    def __init__(self, title: str, unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.title, self.unit, self.clock = title, unit, clock
+        self.total = 0
         self.step = 0
         self.started = clock()
         self.phases: list[Phase] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,25 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
-from mindrlhf.configs.load import load_stage
 from mindrlhf.configs.options import SFTOptions
+from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.qwen2.networks import PPOModelTrain
-from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
-from mindrlhf.runtime.signals import ignore_signals
+from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
-from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
-from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
+from mindrlhf.trainer.curves import Curve
+from mindrlhf.trainer.experience import sequence_inputs
+from mindrlhf.trainer.loop import train
+from mindrlhf.trainer.recipes.supervised import (
+    StageRows,
+    SupervisedTrainer,
+    over_rows,
+    prepare,
+    stage_groups,
+)
+from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.tokenizer_checks import load_model_tokenizer
+from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.ranks import is_scheduler
 
 logger = get_logger(__name__)
 
@@ -31,6 +38,7 @@ class SFTLoss(nn.Cell):
 
     def __init__(self, policy: PPOModelTrain) -> None:
         super().__init__(auto_prefix=False)
+        self.statistics = ("cross_entropy",)
         self.policy = policy
 
     def construct(
@@ -48,36 +56,42 @@ class SFTLoss(nn.Cell):
         return (total * inverse_count).sum(), ops.stop_gradient(total.reshape((1,)))
 
 
-class SFTStage(Stage):
-    """The policy on this rank, and its loss and perplexity."""
+class SFTTrainer(SupervisedTrainer):
+    """The policy on this rank, and its loss and perplexity.
 
-    curves = (
-        ("loss/train", "training loss (nats per token)"),
-        ("eval/loss", "held-out loss (nats per token)"),
-        ("eval/perplexity", "held-out perplexity"),
-        ("lr", "learning rate"),
-        ("grad_norm", "gradient norm before clipping"),
-        ("tokens_per_second", "tokens per second"),
-    )
+    Args:
+        options, plan: of the job.
+        rows: of the data set.
+        run: this rank's run.
+    """
+
+    name = "policy"
     shown = (
         ("loss/train", "loss"),
         ("eval/loss", "held-out loss"),
         ("eval/perplexity", "held-out perplexity"),
     )
+    curves = (
+        Curve("loss/train", "training loss (nats per token)"),
+        Curve("eval/loss", "held-out loss (nats per token)"),
+        Curve("eval/perplexity", "held-out perplexity"),
+        Curve("lr", "learning rate"),
+        Curve("grad_norm", "gradient norm before clipping"),
+        Curve("tokens_per_second", "tokens per second"),
+    )
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.data = job, job.data
-        config, options = job.plan.config, job.options
-        self.model = PPOModelTrain(
-            config.model,
-            job.groups,
-            prompt_length=job.data.prompt_columns,
+    def __init__(self, options: SFTOptions, plan: StagePlan, rows: StageRows, run: Run) -> None:
+        config = plan.config.model
+        self.policy = PPOModelTrain(
+            config,
+            stage_groups(run, plan),
+            prompt_length=rows.data.prompt_columns,
             temperature=1.0,
-            valid_vocab_size=options.valid_vocab_size or config.model.vocab_size,
+            valid_vocab_size=options.valid_vocab_size or config.vocab_size,
             with_entropy=False,
         )
-        fill_model(self.model, options.load_sft_checkpoint, options.seed, job.exchange.runtime.rank, "policy")
-        self.loss = SFTLoss(self.model)
+        fill_model(self.policy, options.load_sft_checkpoint, options.seed, run.runtime.rank, "policy")
+        super().__init__(options, plan, rows, run, self.policy, SFTLoss(self.policy))
 
     def count(self, rows: np.ndarray) -> int:
         """Response tokens."""
@@ -91,66 +105,64 @@ class SFTStage(Stage):
         """The arguments of :meth:`SFTLoss.construct`."""
         return (*self._sequences(rows), inverse_count)
 
-    def train_metrics(self, sums: np.ndarray, count: int) -> dict[str, float]:
+    def train_metrics(self, sums: Statistics, count: int) -> dict[str, float]:
         """``loss/train``, the mean over the response tokens of the step."""
-        return {"loss/train": float(sums[0]) / count}
+        return {"loss/train": float(sums["cross_entropy"]) / count}
 
-    def evaluate(self, rows: np.ndarray) -> dict[str, float]:
+    def held_out_metrics(self, rows: np.ndarray) -> dict[str, float]:
         """``eval/loss``, the mean over all held-out response tokens, and its exponential."""
         sums = over_rows(
             self._row_losses,
             self._sequences(rows),
-            self.model.groups.mesh,
-            self.job.exchange,
-            rows_per_pass=self.job.plan.micro_batch_size,
+            self.policy.groups.mesh,
+            self.exchange,
+            rows_per_pass=self.plan.micro_batch_size,
         )
         loss = float(sums.sum(dtype=np.float64)) / self.count(rows)
         return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
 
     def _row_losses(self, *arrays: np.ndarray) -> np.ndarray:
         *inputs, mask = arrays
-        logprobs = self.model(*map(Tensor, inputs))[0].asnumpy()
+        logprobs = self.policy(*map(Tensor, inputs))[0].asnumpy()
         return -np.where(mask > 0, logprobs, 0.0).sum(axis=1)
 
     def _sequences(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         sequences = self.data.read(rows)
         mask = policy_mask(sequences.response_lengths, self.data.response_columns).astype(np.float32)
-        return (*network_inputs(sequences, self.data.prompt_columns), mask)
+        return (*sequence_inputs(*sequences, self.data.prompt_columns), mask)
 
 
-def run_sft(options: SFTOptions) -> Path:
+def train_sft(options: SFTOptions, plan: StagePlan) -> Path:
     """Runs supervised fine-tuning on this worker and returns the directory of the last weights.
 
     Stopped by SIGTERM, it returns that of the results; the state is saved there.
 
+    Args:
+        options: the flags.
+        plan: their checked configuration.
+
     Raises:
-        MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
-            model is built.
+        MindRLHFError: anything the user can fix; data and paths are checked before any model is built.
     """
-    os.environ.setdefault("GLOG_v", "3")
-    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
-    if is_scheduler():
-        ignore_signals()
-        serve_as_scheduler()
-        return options.save_ckpt_dir
     if options.tokenizer_path is not None:
         load_model_tokenizer(options.tokenizer_path, plan.config)
     if options.export_hf_dir is not None:
         check_hf_output(options.export_hf_dir, overwrite=True)
-    with surrounded("SFT", options) as surroundings:
-        job = start_job("sft", "policy", options, plan, surroundings, pairs=False)
-        with job.timer.phase("load"):
-            trainer = StageTrainer(job, SFTStage(job))
-        if not trainer.train():
+    with observed("SFT", "step", options.watchdog_timeout, options.trackers) as observers:
+        run, rows = prepare("sft", options, plan, observers, pairs=False)
+        with run.timer.phase("load"):
+            trainer = SFTTrainer(options, plan, rows, run)
+        if not train(run, trainer):
             return options.save_ckpt_dir
-        final = trainer.save()
+        suspend_watchdog("save")
+        final = trainer.save_weights()
         if options.export_hf_dir is not None:
             _export(options, trainer, final)
     logger.info("weights: %s (for --load_sft_checkpoint_train and the reward model)", final)
     return final
 
 
-def _export(options: SFTOptions, trainer: StageTrainer, final: Path) -> None:
+def _export(options: SFTOptions, trainer: SFTTrainer, final: Path) -> None:
     """The policy in Hugging Face format, merged from all ranks' shards by the main rank."""
     assert options.export_hf_dir is not None
     if trainer.exchange.runtime.is_main:
@@ -158,8 +170,8 @@ def _export(options: SFTOptions, trainer: StageTrainer, final: Path) -> None:
         export_hf(
             final,
             options.export_hf_dir,
-            trainer.job.plan.config.model,
-            mesh=trainer.job.groups.mesh,
+            trainer.plan.config.model,
+            mesh=trainer.model.groups.mesh,
             tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
         )
         logger.info("policy in Hugging Face format: %s", options.export_hf_dir)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whole one, or the one that is named.
+"""Which checkpoint a run is resumed from: the newest whole one, or the one that is named.
 
 Everything here comes before any model is built, and all ranks decide alike: each hashes its share of the
 files, and what one finds all know.
@@ -6,9 +6,10 @@ files, and what one finds all know.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ from mindrlhf.checkpoint.manifest import (
     read_manifest,
 )
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.checkpointing import checkpoint_directory, checkpoint_numbers
-from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible
+from mindrlhf.trainer.checkpoints import (
+    TrainingCheckpoints,
+    check_fixed,
+    checkpoint_directory,
+    checkpoint_numbers,
+    read_state,
+)
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import sync_to_disk
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.provenance import CONFIG_FILE, plain
 
 logger = get_logger(__name__)
 
@@ -34,59 +41,101 @@ _LEFTOVER = re.compile(r"\.(((iteration|step)_\d+|final)\.tmp|.+\.tmp-\d+)")
 _REPLACED = re.compile(r"\.((?:iteration|step)_\d+|final)\.old")
 
 
+_LAYOUT = re.compile(r"[\w.]+\.parallel\.\w+")
+# Paths may move, and what a flag puts into the plan of a stage is reported there.
+_UNIMPORTANT = re.compile(
+    r"([\w.]+\.)?(path|ignored.*)"
+    r"|options\.(\w+_(path|dir|checkpoint|ckpt)|resume_\w+|trackers|watchdog_timeout|use_parallel|device_target"
+    r"|cpu_matmul_dtype|epochs|batch_size|micro_batch_size|learning_rate)"
+)
+
+
 def choose_checkpoint(
-    save: Path,
-    resume_from: Path | None,
-    *,
-    resume_training: bool,
-    job: Any,
-    exchange: HostExchange,
-    kind: Kind = PPO_JOB,
+    checkpoints: TrainingCheckpoints, resume_from: Path | None, *, resume_training: bool
 ) -> Path | None:
-    """The whole checkpoint to go on from, checked against the job; ``None`` for a fresh start. Collective.
+    """The whole checkpoint to resume from, checked against the job; ``None`` for a fresh start. Collective.
 
     Args:
-        save: ``--save_ckpt_dir``.
+        checkpoints: of the job.
         resume_from: ``--resume_from``: a checkpoint, or a folder of them, whose newest whole one is taken.
         resume_training: ``--resume_training``.
-        job: the present configuration.
-        exchange: between the ranks.
-        kind: of the job.
 
     Raises:
-        CheckpointError: the named checkpoint, or every one of ``save``, is damaged; or of another job.
+        CheckpointError: the named checkpoint, or every one of the directory, is damaged; or of another job.
     """
+    save, unit, exchange = checkpoints.directory, checkpoints.unit, checkpoints.exchange
     if resume_training:
         tidy(save, exchange)
-        chosen = newest_whole(save, exchange, kind)
+        chosen = newest_whole(save, exchange, unit)
         if chosen is None:
             logger.info("--resume_training: no checkpoint in %s yet, a fresh start", save)
             return None
     elif resume_from is not None:
-        chosen = newest_whole(resume_from, exchange, kind)
-        if chosen is None:  # no folder of checkpoints, so it must be one
+        chosen = newest_whole(resume_from, exchange, unit)
+        if chosen is None:  # not a folder of checkpoints, so it must be one
             chosen = resume_from
             require_whole(chosen, exchange)
     else:
         return None
-    check_compatible(chosen, job, kind)
+    check_fixed(chosen, read_state(chosen)["fixed"], checkpoints.fixed)
+    report_changes(chosen, checkpoints.configuration)
     return chosen
 
 
-def newest_whole(save: Path, exchange: HostExchange, kind: Kind = PPO_JOB) -> Path | None:
+def report_changes(directory: Path, configuration: Any) -> None:
+    """Logs what else has changed since a checkpoint was written.
+
+    Args:
+        directory: the checkpoint.
+        configuration: of this job, a dataclass or a mapping.
+
+    Raises:
+        CheckpointError: the checkpoint's configuration cannot be read.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        before = dict(_entries(json.loads(path.read_text(encoding="utf-8"))["configuration"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}), so this is not a whole checkpoint; resume from another one"
+        ) from error
+    now, missing = dict(_entries(json.loads(json.dumps(plain(configuration))))), "(not there)"
+    changed = {
+        key: f"{key}: {before.get(key, missing)} in the checkpoint, {now.get(key, missing)} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing) and not _UNIMPORTANT.fullmatch(key)
+    }
+    if now.get("ppo.critic") in ("shared", "none"):  # the critic's YAML is not used
+        changed = {key: line for key, line in changed.items() if not key.startswith("critic.")}
+    if resharded := [line for key, line in changed.items() if _LAYOUT.fullmatch(key)]:
+        logger.info("the layout has changed, the checkpoint is resharded: %s", "; ".join(resharded))
+    if others := [line for key, line in changed.items() if not _LAYOUT.fullmatch(key)]:
+        logger.info("the configuration has changed since the checkpoint: %s", "; ".join(others))
+
+
+def _entries(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``{"a": {"b": 1}}`` as ``("a.b", 1)``."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def newest_whole(save: Path, exchange: HostExchange, unit: str) -> Path | None:
     """The newest whole checkpoint, ``None`` when there is none at all; a warning names each damaged one.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
     damaged = []
-    for number in _numbers_of_main(save, exchange, kind):
-        directory = checkpoint_directory(save, number, kind)
+    for number in _numbers_of_main(save, exchange, unit):
+        directory = checkpoint_directory(save, number, unit)
         faults = find_faults(directory, exchange)
         if not faults:
             return directory
         damaged.append(f"{directory}: {_listed(faults)}")
-        logger.warning("%s is damaged and passed over: %s", directory, _listed(faults))
+        logger.warning("%s is damaged and skipped: %s", directory, _listed(faults))
     if damaged:
         raise CheckpointError(
             f"all {len(damaged)} checkpoint(s) of {save} are damaged; resume from another folder, or remove "
@@ -151,9 +200,9 @@ def tidy(save: Path, exchange: HostExchange) -> None:
     exchange.barrier()
 
 
-def _numbers_of_main(save: Path, exchange: HostExchange, kind: Kind) -> Sequence[int]:
+def _numbers_of_main(save: Path, exchange: HostExchange, unit: str) -> Sequence[int]:
     """The main rank's list of checkpoints, newest first, on every rank; collective."""
-    mine = checkpoint_numbers(save, kind) if exchange.runtime.is_main else []
+    mine = checkpoint_numbers(save, unit) if exchange.runtime.is_main else []
     count = int(exchange.every_rank(np.array([len(mine)], np.int32))[0, 0])
     if not count:
         return []

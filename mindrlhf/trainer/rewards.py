@@ -1,20 +1,29 @@
-"""From the scores of a rollout to what each response is paid: penalty, centre, scale, clip, in this order."""
+"""From the scores of a rollout to the rewards of its tokens: shaped scores, and the KL penalty."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from mindrlhf.algorithms.kl import (
+    AdaptiveKLController,
+    FixedKLController,
+    KLController,
+    sequence_kl,
+    token_kl,
+)
 from mindrlhf.algorithms.moments import RunningMoments
-from mindrlhf.algorithms.rewards import penalize_missing_stop
+from mindrlhf.algorithms.rewards import penalize_missing_stop, token_rewards
 from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.trainer.experience import ScoredRollout, TokenRewards
 
 SMALLEST_STD = 1e-8
 """Scores that vary less count as equal: there is no scale to bring them to."""
 
 
-class RewardShaping:
+class ScoreShaping:
     """Turns scores into what is paid at the last token.
 
     1. ``missing_eos_penalty`` off the score of a response that never stopped;
@@ -62,3 +71,39 @@ class RewardShaping:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Goes on from :meth:`state_dict`."""
         self.moments.load_state_dict(state)
+
+
+class RewardShaper:
+    """Gives every token its reward, and adapts the KL coefficient once per rollout.
+
+    Args:
+        config: how scores are shaped, the KL estimator and the KL controller.
+    """
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+        self.shaping = ScoreShaping(config)
+        self.kl_controller: KLController = (
+            FixedKLController(config.kl_coef)
+            if config.kl_controller == "fixed"
+            else AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        )
+
+    def __call__(self, scored: ScoredRollout) -> TokenRewards:
+        """The rewards of a scored global batch; one with a fault changes neither moments nor coefficient."""
+        rollout, kl_coef = scored.rollout, self.kl_controller.value
+        kl = token_kl(rollout.logprobs, scored.ref_logprobs, rollout.mask, self.config.kl_estimator)
+        shaping = self.shaping if scored.fault is None else ScoreShaping(self.config)
+        paid = shaping(scored.scores, rollout.stopped)
+        if scored.fault is None:
+            self.kl_controller.update(sequence_kl(kl), len(rollout.tokens))
+        return TokenRewards(kl, kl_coef, token_rewards(kl, paid, rollout.response_lengths, kl_coef))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return {"kl_controller": self.kl_controller.state_dict(), "scores": self.shaping.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from :meth:`state_dict`."""
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.shaping.load_state_dict(state["scores"])

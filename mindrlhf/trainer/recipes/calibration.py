@@ -1,4 +1,4 @@
-"""Scores of the SFT model with mean 0 and standard deviation 1, folded into the head (checklist 16).
+"""Scores of the SFT model with mean 0 and standard deviation 1, folded into the head.
 
 A gain and a bias after the head, ``gain * r + bias``, as in Ziegler et al., arXiv 1909.08593, section 2.2;
 here they become part of the head's own weight and bias, so nothing else has to know of them.
@@ -7,20 +7,24 @@ here they become part of the head's own weight and bias, so nothing else has to 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mindrlhf.configs.options import RewardOptions
+from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, parameter_layouts
+from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.trainer.builder import load_shards
+from mindrlhf.trainer.recipes.supervised import StageRows, stage_groups
 from mindrlhf.trainer.rollout import generate_rollout
-from mindrlhf.trainer.stages.runner import Job, StageTrainer
+from mindrlhf.trainer.run import Run
 from mindrlhf.utils.errors import ConfigError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
@@ -103,36 +107,54 @@ def calibrate(
     return Calibration(options.calibrate, len(before), gain, bias, *numbers)
 
 
-def check_sampling(options: RewardOptions, job: Job) -> None:
-    """Refuses a response length that the model has no positions for.
+def responses_to_calibrate(
+    options: RewardOptions, plan: StagePlan, rows: StageRows, run: Run
+) -> Sequences | None:
+    """The responses whose scores are to have mean 0 and standard deviation 1, ``None`` for none; collective.
 
     Raises:
-        ConfigError: prompts and responses together are longer than ``seq_length``.
+        ConfigError: the model has no positions for responses as long as asked for.
     """
-    room = job.plan.config.model.seq_length - job.data.prompt_columns
+    if options.calibrate == "off":
+        return None
+    # Drawn without repetition while there are enough.
+    count = min(options.calibration_samples, len(rows.train))
+    numbers = random_stream("calibration", options.seed).permutation(rows.train)[:count]
+    if options.calibrate == "data":
+        return rows.data.read(numbers)
+    _check_sampling(options, plan, rows)
+    with run.timer.phase("calibrate"):
+        return _sft_responses(options, plan, rows, run, numbers)
+
+
+def _check_sampling(options: RewardOptions, plan: StagePlan, rows: StageRows) -> None:
+    """Refuses a response length that the model has no positions for."""
+    room = plan.config.model.seq_length - rows.data.prompt_columns
     if max(1, options.max_response_length) > room:
         raise ConfigError(
             [
                 f"--max_response_length: {options.max_response_length}, but behind prompts of "
-                f"{job.data.prompt_columns} tokens seq_length leaves {room} - make it smaller, or pass "
+                f"{rows.data.prompt_columns} tokens seq_length leaves {room} - make it smaller, or pass "
                 "--calibrate data"
             ]
         )
 
 
-def sft_responses(options: RewardOptions, job: Job) -> Sequences:
-    """Responses that the SFT model samples at temperature 1 for training prompts; collective."""
-    data, config, exchange = job.data, job.plan.config, job.exchange
-    rows = _some_training_rows(options, job)
+def _sft_responses(
+    options: RewardOptions, plan: StagePlan, stage_rows: StageRows, run: Run, rows: np.ndarray
+) -> Sequences:
+    """Responses that the SFT model samples at temperature 1 for some training prompts; collective."""
+    data, config = stage_rows.data, plan.config
     room = config.model.seq_length - data.prompt_columns
     length = options.max_response_length or min(data.response_columns, room)
-    dp = job.groups.mesh.dp
+    groups = stage_groups(run, plan)
+    dp = groups.mesh.dp
     at_once = min(GENERATED_AT_ONCE, -(-len(rows) // dp))
     unit = dp * at_once
     filled = np.resize(rows, -(-len(rows) // unit) * unit)  # every call has the same number of rows
     model = PPOModelInfer(
         config.model,
-        job.groups,
+        groups,
         GenerationConfig(
             max_prompt_length=data.prompt_columns,
             max_response_length=length,
@@ -142,19 +164,12 @@ def sft_responses(options: RewardOptions, job: Job) -> Sequences:
         ),
         batch_size=at_once,
     )
-    layouts = parameter_layouts(config.model, job.groups.mesh)
-    model.load(load_shards(options.load_sft_checkpoint, layouts, exchange.runtime.rank, "sampling policy"))
+    model.load(load_shards(options.load_sft_checkpoint, model.layouts, run.runtime.rank, "sampling policy"))
     prompts = data.read(filled)
     batch = PromptBatch(prompts.tokens[:, : data.prompt_columns], prompts.prompt_lengths, filled)
     with Timer() as timer:
         rollout = generate_rollout(
-            model,
-            batch,
-            job.groups.mesh,
-            exchange,
-            seed=options.seed,
-            iteration=0,
-            on_tokens=job.timer.advance,
+            model, batch, run.exchange, seed=options.seed, iteration=0, on_tokens=run.timer.advance
         )
     logger.info(
         "%d responses sampled from %s for the calibration in %.1f s: mean length %.1f, stop rate %.2f",
@@ -171,25 +186,18 @@ def sft_responses(options: RewardOptions, job: Job) -> Sequences:
     return Sequences(tokens, rollout.prompt_lengths[: len(rows)], rollout.response_lengths[: len(rows)])
 
 
-def data_responses(options: RewardOptions, job: Job) -> Sequences:
-    """Preferred responses of training rows, in place of sampled ones."""
-    return job.data.read(_some_training_rows(options, job))
-
-
-def write_report(trainer: StageTrainer, calibration: Calibration | None) -> None:
+def write_report(
+    directory: Path, evaluations: Sequence[Mapping[str, Any]], calibration: Calibration | None
+) -> None:
     """``reward_model.json``: the evaluations before and after training, and the calibration."""
-    if not trainer.exchange.runtime.is_main:
-        return
+    shown = [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("eval/")}
+        for line in evaluations
+    ]
     report = {
-        "before": trainer.evaluations[0] if trainer.evaluations else None,
-        "after": trainer.evaluations[-1] if trainer.evaluations else None,
+        "before": shown[0] if shown else None,
+        "after": shown[-1] if shown else None,
         "calibration": None if calibration is None else asdict(calibration),
     }
-    with atomic_file(trainer.directory / REPORT_FILE) as file:
+    with atomic_file(directory / REPORT_FILE) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def _some_training_rows(options: RewardOptions, job: Job) -> np.ndarray:
-    """Row numbers, drawn without repetition while there are enough."""
-    count = min(options.calibration_samples, len(job.train_rows))
-    return random_stream("calibration", options.seed).permutation(job.train_rows)[:count]

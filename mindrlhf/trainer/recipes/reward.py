@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.configs.load import load_stage
 from mindrlhf.configs.options import RewardOptions
+from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.qwen2.networks import RewardModel
-from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
-from mindrlhf.runtime.signals import ignore_signals
+from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
-from mindrlhf.trainer.stages.calibration import (
-    calibrate,
-    check_sampling,
-    data_responses,
-    sft_responses,
-    write_report,
+from mindrlhf.trainer.curves import Curve
+from mindrlhf.trainer.experience import sequence_inputs
+from mindrlhf.trainer.loop import train
+from mindrlhf.trainer.recipes.calibration import calibrate, responses_to_calibrate, write_report
+from mindrlhf.trainer.recipes.supervised import (
+    StageRows,
+    SupervisedTrainer,
+    over_rows,
+    prepare,
+    stage_groups,
 )
-from mindrlhf.trainer.stages.runner import Job, StageTrainer, start_job, surrounded
-from mindrlhf.trainer.stages.stage import Stage, network_inputs, over_rows
+from mindrlhf.trainer.run import Run, observed
+from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.ranks import is_scheduler
-from mindrlhf.utils.timers import PhaseTimer
 
 logger = get_logger(__name__)
 
@@ -43,6 +43,7 @@ class PairLoss(nn.Cell):
 
     def __init__(self, reward: RewardModel, center_coef: float) -> None:
         super().__init__(auto_prefix=False)
+        self.statistics = PAIR_STATISTICS
         self.reward = reward
         self.center_coef = center_coef
         self.softplus = ops.Softplus()
@@ -73,22 +74,16 @@ class PairLoss(nn.Cell):
         return (total * inverse_count).sum(), ops.stop_gradient(ops.stack(statistics))
 
 
-class RewardStage(Stage):
+class RewardTrainer(SupervisedTrainer):
     """The reward model on this rank, and how well it tells chosen from rejected.
 
     Args:
-        job: with pairs.
-        response_columns: R, at least the data's.
+        options, plan: of the job.
+        rows: of pairs.
+        run: this rank's run.
     """
 
-    curves = (
-        ("loss/train", "training loss"),
-        ("train/accuracy", "training accuracy"),
-        ("train/margin", "training margin"),
-        ("eval/loss", "held-out loss"),
-        ("eval/accuracy", "held-out accuracy"),
-        ("eval/margin", "held-out margin"),
-    )
+    name = "reward"
     shown = (
         ("loss/train", "loss"),
         ("train/accuracy", "accuracy"),
@@ -96,22 +91,29 @@ class RewardStage(Stage):
         ("eval/accuracy", "held-out accuracy"),
         ("eval/margin", "held-out margin"),
     )
+    curves = (
+        Curve("loss/train", "training loss"),
+        Curve("train/accuracy", "training accuracy"),
+        Curve("train/margin", "training margin"),
+        Curve("eval/loss", "held-out loss"),
+        Curve("eval/accuracy", "held-out accuracy"),
+        Curve("eval/margin", "held-out margin"),
+    )
 
-    def __init__(self, job: Job, center_coef: float) -> None:
-        self.job, self.data = job, job.data
+    def __init__(self, options: RewardOptions, plan: StagePlan, rows: StageRows, run: Run) -> None:
         # Steps of a small learning rate would be lost in bfloat16's rounding; see build_models.
-        model = replace(job.plan.config.model, param_init_type="float32")
-        self.model = RewardModel(model, job.groups, prompt_length=job.data.prompt_columns)
-        options = job.options
+        config = replace(plan.config.model, param_init_type="float32")
+        groups = stage_groups(run, plan)
+        self.reward = RewardModel(config, groups, prompt_length=rows.data.prompt_columns)
         fill_model(
-            self.model,
+            self.reward,
             options.load_sft_checkpoint,
             options.seed,
-            job.exchange.runtime.rank,
+            run.runtime.rank,
             "reward model",
             "reward",
         )
-        self.loss = PairLoss(self.model, center_coef)
+        super().__init__(options, plan, rows, run, self.reward, PairLoss(self.reward, options.center_coef))
 
     def count(self, rows: np.ndarray) -> int:
         """Pairs."""
@@ -128,12 +130,12 @@ class RewardStage(Stage):
         """The arguments of :meth:`PairLoss.construct`."""
         return (*self._arrays(self.data.read_pairs(rows)), inverse_count)
 
-    def train_metrics(self, sums: np.ndarray, count: int) -> dict[str, float]:
+    def train_metrics(self, sums: Statistics, count: int) -> dict[str, float]:
         """Loss without the centring term, accuracy and margin of a step."""
-        loss, correct, margin = (float(value) / count for value in sums)
+        loss, correct, margin = (float(sums[name]) / count for name in PAIR_STATISTICS)
         return {"loss/train": loss, "train/accuracy": correct, "train/margin": margin}
 
-    def evaluate(self, rows: np.ndarray) -> dict[str, float]:
+    def held_out_metrics(self, rows: np.ndarray) -> dict[str, float]:
         """Loss, accuracy and margin on held-out pairs, mean and standard deviation of their scores."""
         scores = self.scores(self.data.read_pairs(rows)).astype(np.float64)
         margin = scores[: len(rows)] - scores[len(rows) :]
@@ -148,61 +150,43 @@ class RewardStage(Stage):
     def scores(self, sequences: Sequences) -> np.ndarray:
         """(n,) float32 scores of any number of sequences; collective, equal on every rank."""
         return over_rows(
-            lambda *arrays: self.model(*map(Tensor, arrays)).asnumpy(),
+            lambda *arrays: self.reward(*map(Tensor, arrays)).asnumpy(),
             self._arrays(sequences),
-            self.model.groups.mesh,
-            self.job.exchange,
-            rows_per_pass=2 * self.job.plan.micro_batch_size,
+            self.reward.groups.mesh,
+            self.exchange,
+            rows_per_pass=2 * self.plan.micro_batch_size,
         )
 
     def _arrays(self, sequences: Sequences) -> tuple[np.ndarray, ...]:
-        return (*network_inputs(sequences, self.data.prompt_columns), sequences.response_lengths)
+        return (*sequence_inputs(*sequences, self.data.prompt_columns), sequences.response_lengths)
 
 
-def run_reward(options: RewardOptions) -> Path:
+def train_reward(options: RewardOptions, plan: StagePlan) -> Path:
     """Trains a reward model on this worker and returns the directory of its weights.
 
     Stopped by SIGTERM, it returns that of the results; the state is saved there.
 
+    Args:
+        options: the flags.
+        plan: their checked configuration.
+
     Raises:
-        MindRLHFError: anything the user can mend; configuration, data and paths are checked before any
-            model is built.
+        MindRLHFError: anything the user can fix; data and paths are checked before any model is built.
     """
-    os.environ.setdefault("GLOG_v", "3")
-    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
-    if is_scheduler():
-        ignore_signals()
-        serve_as_scheduler()
-        return options.save_ckpt_dir
-    with surrounded("reward model", options) as surroundings:
-        job = start_job("reward", "reward", options, plan, surroundings, pairs=True)
-        final = _train(options, job)
-    if final is None:
-        return options.save_ckpt_dir
-    logger.info("weights: %s (for --load_rm_checkpoint and --load_critic_checkpoint)", final)
-    return final
-
-
-def _train(options: RewardOptions, job: Job) -> Path | None:
-    """Trains, calibrates, saves and reports; returns the directory of the weights, ``None`` when stopped."""
-    responses = None
-    if options.calibrate == "sft":
-        check_sampling(options, job)
+    with observed("reward model", "step", options.watchdog_timeout, options.trackers) as observers:
+        run, rows = prepare("reward", options, plan, observers, pairs=True)
         # Before training, so that the generating model is gone when the reward model is trained.
-        with job.timer.phase("calibrate"):
-            responses = sft_responses(options, job)
-    elif options.calibrate == "data":
-        responses = data_responses(options, job)
-    with job.timer.phase("load"):
-        stage = RewardStage(job, options.center_coef)
-        trainer = StageTrainer(job, stage)
-    if not trainer.train():
-        return None
-    calibration = None
-    if responses is not None:
-        # The watchdog is at rest: nothing here tells of progress.
-        with PhaseTimer([job.surroundings.watchers.console]).phase("calibrate"):
-            calibration = calibrate(stage.model, stage.scores, responses, options)
-    final = trainer.save()
-    write_report(trainer, calibration)
+        responses = responses_to_calibrate(options, plan, rows, run)
+        with run.timer.phase("load"):
+            trainer = RewardTrainer(options, plan, rows, run)
+        if not train(run, trainer):
+            return options.save_ckpt_dir
+        suspend_watchdog("calibrate")
+        calibration = None
+        if responses is not None:
+            calibration = calibrate(trainer.reward, trainer.scores, responses, options)
+        final = trainer.save_weights()
+        if run.recorder is not None:
+            write_report(run.directory, run.recorder.evaluations, calibration)
+    logger.info("weights: %s (for --load_rm_checkpoint and --load_critic_checkpoint)", final)
     return final

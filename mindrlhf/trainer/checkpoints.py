@@ -1,20 +1,18 @@
-"""Checkpoints of a whole training state: ``iteration_NNNNNN/`` of PPO, with one file per rank and model.
+"""Checkpoints of a whole training state: ``iteration_NNNNNN/`` of PPO, ``step_NNNNNN/`` of other recipes.
 
 ======================================  ==========================================================
-``policy/``, ``critic/``                weights and heads, ``rank_0/ rank_1/ ...`` in each
+``policy/``, ``critic/``, ``reward/``   weights and heads of what is trained, ``rank_0/ rank_1/ ...`` in each
 ``policy_optimizer/``, ...              moments, and the step that the learning-rate schedule is at
 ``random/rank_i.json``                  Python's and NumPy's global generators of each rank
-``state.json``                          iteration, data cursors, KL coefficient, reward statistics
-``config.json``                         the resolved configuration that made it, with the layouts
+``state.json``                          step, layouts, what must not change, cursors, coefficients, moments
+``config.json``                         the resolved configuration that made it
 ``manifest.json``                       size and SHA-256 of all of these; written last
 ======================================  ==========================================================
 
 Rollouts, permutations and data orders need no random state: their streams are keyed by the seed, the
-iteration and the row (:mod:`mindrlhf.utils.seeds`), so cursor and iteration are all of it. A shared critic
-is in ``policy/``. The generating policy and the reference are not kept: the first equals the trained one
+iteration and the row (:mod:`mindrlhf.utils.seeds`), so cursor and step are all of it. A shared critic
+is in ``policy/``. The generating policy and the reference are not saved: the first equals the trained one
 after its sync, the other comes from its own file.
-
-A stage before PPO has ``step_NNNNNN/`` with one model, ``policy/`` or ``reward/``; all else is the same.
 """
 
 from __future__ import annotations
@@ -30,22 +28,30 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn import Optimizer
 
+from mindrlhf.checkpoint.load import load_resharded
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
-from mindrlhf.checkpoint.shards import load_resharded, rank_file_name, save_shard
+from mindrlhf.checkpoint.save import save_shard
+from mindrlhf.checkpoint.shards import rank_file_name
+from mindrlhf.configs.schema import RunConfig
 from mindrlhf.models.qwen2.networks import SequenceModel
-from mindrlhf.parallel.layout import Layout
+from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.compatibility import PPO_JOB, Kind, check_compatible, stored_meshes
 from mindrlhf.utils.errors import CheckpointError
-from mindrlhf.utils.files import atomic_file, check_writable, sync_to_disk
+from mindrlhf.utils.files import atomic_file, probe_directory, sync_to_disk
+from mindrlhf.utils.generators import generator_states, restore_generators
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import CONFIG_FILE, provenance, write_provenance
-from mindrlhf.utils.seeds import generator_states, restore_generators
+from mindrlhf.utils.provenance import CONFIG_FILE, plain, provenance, write_provenance
 
 STATE_FILE = "state.json"
+FORMAT = 2
+"""Of the state file; checkpoints of another format are refused."""
 LEFT_PREFIX = "left_"
-"""Before the name of a checkpoint that is newer than the one a run went on from."""
+"""Before the name of a checkpoint that is newer than the one a run was resumed from."""
 
+_FIXED_MODEL_KEYS = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "n_kv_heads", "intermediate_size", "rms_norm_eps",
+    "theta", "qkv_has_bias", "tie_word_embeddings",
+)  # fmt: skip
 _RANDOM = "random"
 _SIZE_BYTES = 8
 
@@ -78,25 +84,48 @@ class Stateful(Protocol):
         ...
 
 
-def load_states(parts: Mapping[str, Stateful], state: Mapping[str, Any], directory: Path) -> None:
-    """Gives each part its own of a checkpoint's ``state``; one that has none there starts anew."""
-    for name, part in parts.items():
-        if name in state:
-            part.load_state_dict(state[name])
-        else:
-            logger.warning("%s has no state of %s, which starts anew", directory, name)
-
-
-def checkpoint_numbers(directory: Path, kind: Kind = PPO_JOB) -> list[int]:
+def checkpoint_numbers(directory: Path, unit: str) -> list[int]:
     """Iterations or steps of the checkpoints below ``directory``, whole or not, newest first."""
-    name = re.compile(rf"{kind.unit}_(\d+)")
-    found = (name.fullmatch(path.name) for path in directory.glob(f"{kind.unit}_*") if path.is_dir())
+    name = re.compile(rf"{unit}_(\d+)")
+    found = (name.fullmatch(path.name) for path in directory.glob(f"{unit}_*") if path.is_dir())
     return sorted((int(match.group(1)) for match in found if match), reverse=True)
 
 
-def checkpoint_directory(directory: Path, number: int, kind: Kind = PPO_JOB) -> Path:
-    """Where the checkpoint after an iteration or step lies below ``directory``."""
-    return directory / f"{kind.unit}_{number:06d}"
+def checkpoint_directory(directory: Path, number: int, unit: str) -> Path:
+    """The checkpoint after an iteration or step, below ``directory``."""
+    return directory / f"{unit}_{number:06d}"
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The content of a checkpoint's ``state.json``.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another format.
+    """
+    path = directory / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        found = state.get("format")
+        if found == FORMAT:
+            int(state["step"]), dict(state["parts"]), dict(state["fixed"])
+            _meshes(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error!r}); resume from another checkpoint") from error
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {found}, but this version of MindRLHF resumes format {FORMAT} only; start a "
+            "new run from its weights"
+        )
+    return dict(state)
+
+
+def stored_meshes(directory: Path) -> dict[str, Mesh]:
+    """The mesh over which each model of a checkpoint is split, by the name of the model's directory.
+
+    Raises:
+        CheckpointError: the checkpoint does not say so.
+    """
+    return _meshes(read_state(directory))
 
 
 class TrainingCheckpoints:
@@ -107,10 +136,12 @@ class TrainingCheckpoints:
 
     Args:
         directory: where checkpoints go; made when missing.
-        rank: this worker.
-        keep: how many checkpoints stay; older ones are removed after a newer one is whole. 0 keeps all.
-        job: the configuration that makes them, a dataclass or a mapping.
-        kind: of the job.
+        unit: what a step is called, ``iteration`` or ``step``; checkpoints are named after it.
+        exchange: between the ranks.
+        keep: how many checkpoints to keep; older ones are removed once a newer one is whole. 0 keeps all.
+        configuration: the resolved configuration of the job, a dataclass or a mapping.
+        fixed: the settings, by dotted name, with which a checkpoint can be resumed at all: with another
+            value, the saved weights, moments or orders would mean something else.
 
     Attributes:
         last: the checkpoint that this run has saved or loaded last, ``None`` before.
@@ -119,71 +150,75 @@ class TrainingCheckpoints:
         CheckpointError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, rank: int, keep: int, job: Any, kind: Kind = PPO_JOB) -> None:
-        self.directory = directory
-        self.rank = rank
-        self.keep = keep
-        self.job = job
-        self.kind = kind
-        self.last: Path | None = None
-        check_writable(directory, rank)
-
-    def save(
+    def __init__(
         self,
-        number: int,
-        trained: Sequence[Trained],
-        state: Mapping[str, Any],
+        directory: Path,
+        unit: str,
         exchange: HostExchange,
-    ) -> Path:
+        *,
+        keep: int,
+        configuration: Any,
+        fixed: Mapping[str, Any],
+    ) -> None:
+        self.directory, self.unit, self.exchange, self.keep = directory, unit, exchange, keep
+        self.rank = exchange.runtime.rank
+        self.configuration = configuration
+        self.fixed: dict[str, Any] = json.loads(json.dumps(plain(fixed)))
+        self.last: Path | None = None
+        try:
+            probe_directory(directory)
+        except OSError as error:
+            raise CheckpointError(
+                f"--save_ckpt_dir {directory}: cannot be written by rank {self.rank} ({error.strerror}); "
+                "give a directory that can"
+            ) from error
+
+    def save(self, step: int, trained: Sequence[Trained], stateful: Mapping[str, Stateful]) -> Path:
         """Writes this rank's part and makes the checkpoint appear; collective. Returns its directory.
 
         Args:
-            number: iterations or steps that are done.
-            trained: what to save.
-            state: everything else, as JSON takes it.
-            exchange: between the ranks.
+            step: iterations or steps that are done.
+            trained: the models to save.
+            stateful: everything else, by name.
 
         Raises:
             CheckpointError: a rank could not write its part; on all ranks, and nothing is left of it.
         """
-        final = self._directory(number)
+        final = self._directory(step)
         temporary = _hidden(final)
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        exchange.barrier()
+        self.exchange.barrier()
         mine: dict[str, FileRecord] = {}
         fault: Exception | None = None
         try:
             mine = self._write_mine(temporary, trained)
         except (CheckpointError, OSError) as error:
             fault = error
-        _raise_together(fault, temporary, exchange)
-        files = _gather_records(mine, exchange)
+        _raise_together(fault, temporary, self.exchange)
+        files = _gather_records(mine, self.exchange)
         try:
             if self.rank == 0:
-                self._finish(temporary, final, state, files)
+                self._finish(temporary, final, self._state(step, trained, stateful), files)
         except OSError as error:
             fault = error
-        _raise_together(fault, temporary, exchange)
+        _raise_together(fault, temporary, self.exchange)
         self.last = final
         return final
 
-    def load(self, directory: Path, trained: Sequence[Trained]) -> dict[str, Any]:
-        """Fills this rank's models and optimizers from a checkpoint and returns its ``state``.
+    def load(self, directory: Path, trained: Sequence[Trained], stateful: Mapping[str, Stateful]) -> int:
+        """Fills this rank's models, optimizers and other state from a checkpoint; returns its step.
 
         The checkpoint may be of another layout: this rank then reads its slices from the ranks that have
-        them. Its content is not checked here, see :func:`mindrlhf.trainer.resuming.find_faults`.
+        them. The files are not checked against the manifest here, see
+        :func:`mindrlhf.trainer.resume.find_faults`.
 
         Raises:
-            CheckpointError: the directory is no checkpoint, or one of another model.
+            CheckpointError: the directory is not a checkpoint, or is one of another model.
         """
-        state_file = directory / STATE_FILE
-        try:
-            state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{state_file}: damaged ({error}); resume from another one") from error
-        check_compatible(directory, self.job, self.kind, quiet=True)
-        meshes = stored_meshes(directory, self.kind)
+        state = read_state(directory)
+        check_fixed(directory, state["fixed"], self.fixed)
+        meshes = _meshes(state)
         for name, model, optimizer in trained:
             stored = meshes[name]
             model.load(load_resharded(directory / name, model.layouts, self.rank, stored))
@@ -192,27 +227,46 @@ class TrainingCheckpoints:
             arrays = load_resharded(directory / f"{name}_optimizer", layouts, self.rank, stored)
             for key, array in arrays.items():
                 states[key].set_data(Tensor(array).astype(states[key].dtype))
+        for name, part in stateful.items():
+            if name in state["parts"]:
+                part.load_state_dict(state["parts"][name])
+            else:
+                logger.warning("%s has no state of %s, which starts anew", directory, name)
         _load_generators(directory, self.rank)
         self.last = directory
-        return state
+        return int(state["step"])
 
-    def find(self, number: int) -> Path | None:
-        """This run's checkpoint after an iteration or step when it is the last one, in this directory."""
-        wanted = self._directory(number)
+    def find(self, step: int) -> Path | None:
+        """The last checkpoint when it is of this step and in this directory; ``None`` otherwise."""
+        wanted = self._directory(step)
         return self.last if self.last is not None and self.last.resolve() == wanted.resolve() else None
 
-    def set_newer_aside(self, number: int) -> None:
-        """Renames checkpoints after the one from which a run goes on: they are not of this run."""
-        for newer in checkpoint_numbers(self.directory, self.kind):
-            if newer > number and self.rank == 0:
+    def set_newer_aside(self, step: int) -> None:
+        """Renames checkpoints that are newer than the one resumed from: they are not of this run."""
+        for newer in checkpoint_numbers(self.directory, self.unit):
+            if newer > step and self.rank == 0:
                 path = self._directory(newer)
                 aside = path.with_name(LEFT_PREFIX + path.name)
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                logger.warning("%s is newer than what this run goes on from: it is now %s", path, aside.name)
+                logger.warning("%s is newer than the checkpoint resumed from: it is now %s", path, aside.name)
 
-    def _directory(self, number: int) -> Path:
-        return checkpoint_directory(self.directory, number, self.kind)
+    def _directory(self, step: int) -> Path:
+        return checkpoint_directory(self.directory, step, self.unit)
+
+    def _state(
+        self, step: int, trained: Sequence[Trained], stateful: Mapping[str, Stateful]
+    ) -> dict[str, Any]:
+        meshes = {name: model.groups.mesh for name, model, _ in trained}
+        return {
+            "format": FORMAT,
+            "step": step,
+            "layouts": {
+                name: {"data_parallel": mesh.dp, "model_parallel": mesh.mp} for name, mesh in meshes.items()
+            },
+            "fixed": self.fixed,
+            "parts": {name: dict(part.state_dict()) for name, part in stateful.items()},
+        }
 
     def _write_mine(self, temporary: Path, trained: Sequence[Trained]) -> dict[str, FileRecord]:
         """Writes the files of this rank; returns their records by part."""
@@ -233,7 +287,7 @@ class TrainingCheckpoints:
     ) -> None:
         """What the main rank adds when all ranks have written; then the checkpoint appears."""
         files[STATE_FILE] = _write_json(temporary / STATE_FILE, state)
-        files[CONFIG_FILE] = digest_file(write_provenance(temporary, provenance(self.job)))
+        files[CONFIG_FILE] = digest_file(write_provenance(temporary, provenance(self.configuration)))
         write_manifest(temporary, files)
         for directory in sorted({path.parent for path in temporary.rglob("*")}):
             sync_to_disk(directory)
@@ -244,14 +298,51 @@ class TrainingCheckpoints:
         temporary.rename(final)
         sync_to_disk(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
-        for number in checkpoint_numbers(self.directory, self.kind)[self.keep :] if self.keep else []:
+        for number in checkpoint_numbers(self.directory, self.unit)[self.keep :] if self.keep else []:
             old = self._directory(number)
             # Renamed first: one that is removed by half must not have a checkpoint's name.
             shutil.rmtree(old.rename(_hidden(old)))
 
 
+def model_identity(config: RunConfig) -> dict[str, Any]:
+    """What of a YAML must not change on resuming: the model, and the meaning of its optimizer's state."""
+    found = {f"model.{key}": getattr(config.model, key) for key in _FIXED_MODEL_KEYS}
+    return found | {"optimizer.type": config.optimizer.get("type")}
+
+
+def check_fixed(directory: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of a job that differs in what must not change.
+
+    Args:
+        directory: the checkpoint.
+        before, now: the ``fixed`` settings of the checkpoint and of this job.
+
+    Raises:
+        CheckpointError: names every setting that differs, with both values.
+    """
+    missing = "(not there)"
+    different = [
+        f"{key}: {before.get(key, missing)} in the checkpoint, {now.get(key, missing)} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{directory} cannot be resumed by this job, {len(different)} difference(s); give the "
+            f"configuration that made it ({CONFIG_FILE} in it), or start anew in another --save_ckpt_dir:"
+            + "".join(f"\n  - {line}" for line in different)
+        )
+
+
+def _meshes(state: Mapping[str, Any]) -> dict[str, Mesh]:
+    return {
+        name: Mesh(int(layout["data_parallel"]), int(layout["model_parallel"]))
+        for name, layout in state["layouts"].items()
+    }
+
+
 def _hidden(checkpoint: Path) -> Path:
-    """Its name while it is not whole, see :func:`mindrlhf.trainer.resuming.tidy`."""
+    """Its name while it is not whole, see :func:`mindrlhf.trainer.resume.tidy`."""
     return checkpoint.with_name(f".{checkpoint.name}.tmp")
 
 

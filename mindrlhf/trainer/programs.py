@@ -1,0 +1,139 @@
+"""The training programs behind the commands: check flags and configuration, then train on this worker.
+
+Everything here is light, so that a fault of the configuration is reported before MindSpore is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mindrlhf.configs.load import load_ppo_job, load_stage
+from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions, StageOptions
+from mindrlhf.models.job_layouts import job_layouts
+from mindrlhf.parallel.strategy import write_strategies
+from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
+from mindrlhf.runtime.signals import ignore_signals
+from mindrlhf.trainer.trackers.choice import check_trackers
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
+
+logger = get_logger(__name__)
+
+
+def save_strategies(options: PPOOptions, directory: Path) -> list[Path]:
+    """Writes the strategy files of every model; needs no device, data, weights or other worker.
+
+    Under msrun a worker writes its own rank's; alone, those of all ranks of ``--world_size``, or of as
+    many as the YAMLs ask for.
+    """
+    under_msrun = env_world_size() > 1
+    world_size = env_world_size() if under_msrun else options.world_size
+    job = load_ppo_job(options, world_size)
+    if is_scheduler():
+        return []
+    ranks = [env_rank()] if under_msrun else range(world_size or job.infer.parallel.world_size)
+    files = write_strategies(directory, job_layouts(job), ranks)
+    logger.info("%d strategy files for rank(s) %s in %s", len(files), list(ranks), directory.resolve())
+    return files
+
+
+def run_ppo(options: PPOOptions) -> Path:
+    """Runs a PPO job on this worker and returns the directory of the last checkpoint.
+
+    Raises:
+        MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
+            model is built.
+    """
+    data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
+    _check_flags(options.resume_from, options.resume_training, options.trackers, unit="iteration")
+    job = load_ppo_job(options, count_workers(use_parallel=options.use_parallel))
+    if _served_as_scheduler():
+        return save
+    from mindrlhf.trainer.recipes.rl import train_ppo
+
+    return train_ppo(options, job, data, save)
+
+
+def run_sft(options: SFTOptions) -> Path:
+    """Runs supervised fine-tuning on this worker and returns the directory of the last weights.
+
+    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+
+    Raises:
+        MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
+            model is built.
+    """
+    _check_stage_flags(options)
+    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
+    if _served_as_scheduler():
+        return options.save_ckpt_dir
+    from mindrlhf.trainer.recipes.sft import train_sft
+
+    return train_sft(options, plan)
+
+
+def run_reward(options: RewardOptions) -> Path:
+    """Trains a reward model on this worker and returns the directory of its weights.
+
+    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+
+    Raises:
+        MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
+            model is built.
+    """
+    _check_stage_flags(options)
+    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
+    if _served_as_scheduler():
+        return options.save_ckpt_dir
+    from mindrlhf.trainer.recipes.reward import train_reward
+
+    return train_reward(options, plan)
+
+
+def _served_as_scheduler() -> bool:
+    """In msrun's scheduler, serves the workers until they have ended.
+
+    It is checked like a worker before, so that it ends with them on a fault.
+    """
+    os.environ.setdefault("GLOG_v", "3")
+    if not is_scheduler():
+        return False
+    ignore_signals()
+    serve_as_scheduler()
+    return True
+
+
+def _check_stage_flags(options: StageOptions) -> None:
+    _check_flags(options.resume_from, options.resume_training, options.trackers, unit="step")
+
+
+def _check_flags(
+    resume_from: Path | None, resume_training: bool, trackers: tuple[str, ...], *, unit: str
+) -> None:
+    """Refuses trackers that are not installed, and two answers to where the run resumes from.
+
+    Raises:
+        MindRLHFError: names the flags and the remedy.
+    """
+    check_trackers(trackers)
+    if resume_from is None:
+        return
+    if resume_training:
+        raise MindRLHFError(
+            "--resume_training True takes the newest whole checkpoint of --save_ckpt_dir, --resume_from "
+            f"takes {resume_from}: give one of the two"
+        )
+    if not resume_from.is_dir():
+        raise MindRLHFError(
+            f"--resume_from {resume_from}: there is no such directory; name an existing {unit}_NNNNNN "
+            "directory"
+        )
+
+
+def _required(options: PPOOptions, flag: str) -> Path:
+    path = getattr(options, flag)
+    if path is None:
+        raise MindRLHFError(f"--{flag} is missing; it is needed unless --only_save_strategy True")
+    return Path(path)

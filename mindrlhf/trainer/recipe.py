@@ -1,0 +1,115 @@
+"""What the training loop asks of a recipe, and what a recipe gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mindrlhf.trainer.checkpoints import Stateful, Trained
+from mindrlhf.trainer.console.state import Column
+from mindrlhf.trainer.curves import Curve
+from mindrlhf.trainer.trackers.base import Histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run is and when it does what, in steps; an interval of 0 is off."""
+
+    total: int
+    eval_interval: int = 0
+    """Beside the evaluations before the first step and after the last one."""
+    save_interval: int = 0
+    save_at_end: bool = True
+    """Whether the last step is followed by a checkpoint."""
+    log_interval: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Display:
+    """Which metrics of a recipe people see, and how.
+
+    Attributes:
+        summary, evaluation: metric and how it is written in the log line of a step or of an evaluation,
+            such as ``("objective/kl", "kl {:+.4f}")``; metrics that a line lacks are left out.
+        columns: of the table on a terminal.
+        status: metrics in the live drawing on a terminal.
+        curves: of ``curves.png``; those without a value are left out.
+        before_after: whether the evaluations have responses to compare.
+    """
+
+    summary: Sequence[tuple[str, str]] = ()
+    evaluation: Sequence[tuple[str, str]] = ()
+    columns: Sequence[Column] = ()
+    status: Sequence[Column] = ()
+    curves: Sequence[Curve] = ()
+    before_after: bool = False
+
+
+class StepResult(NamedTuple):
+    """What one step of a recipe gives, global and equal on every rank but for ``samples``."""
+
+    metrics: Mapping[str, float]
+    tokens: int
+    """Real tokens that ``tokens_per_second`` counts."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """Prompts with responses; the main rank's are recorded."""
+    histograms: Mapping[str, Histogram] = {}
+    skipped: Sequence[Mapping[str, Any]] = ()
+    """One entry per optimizer step that was skipped."""
+    failure: str = ""
+    """Why training cannot go on; empty when it can."""
+    experience: Mapping[str, np.ndarray] | None = None
+    """Columns for ``--save_data_file``."""
+
+
+class EvaluationResult(NamedTuple):
+    """What an evaluation on held-out data gives."""
+
+    metrics: Mapping[str, float]
+    details: Mapping[str, Any] = {}
+    """Recorded beside the metrics, such as the number of prompts."""
+    samples: Sequence[Mapping[str, Any]] = ()
+
+
+class Recipe(Protocol):
+    """What the loop trains."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Steps and intervals."""
+        ...
+
+    @property
+    def display(self) -> Display:
+        """Which of its metrics people see, and how."""
+        ...
+
+    @property
+    def trained(self) -> Sequence[Trained]:
+        """The models that steps change, with their optimizers."""
+        ...
+
+    @property
+    def stateful(self) -> Mapping[str, Stateful]:
+        """What else a checkpoint keeps, by name."""
+        ...
+
+    @property
+    def held_out_digest(self) -> str | None:
+        """Identifies the held-out data; ``None`` when there is none."""
+        ...
+
+    def begin(self) -> None:
+        """Called once, before the first step and after a checkpoint has been loaded; collective."""
+        ...
+
+    def step(self, step: int) -> StepResult:
+        """One step, counted from 0; collective."""
+        ...
+
+    def evaluate(self) -> EvaluationResult:
+        """Evaluates on the held-out data; collective."""
+        ...

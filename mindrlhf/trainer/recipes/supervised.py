@@ -1,0 +1,338 @@
+"""What SFT and reward modelling share: one optimizer step per step of the loop, over rows of a data set."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mindspore import nn
+
+from mindrlhf.checkpoint.shards import merge_shards, save_shard
+from mindrlhf.checkpoint.weight_files import check_output_file
+from mindrlhf.configs.options import StageOptions
+from mindrlhf.configs.schema import StagePlan
+from mindrlhf.data.sequences import SequenceData
+from mindrlhf.data.stream import RowStream
+from mindrlhf.models.qwen2.networks import SequenceModel
+from mindrlhf.parallel.groups import Groups, create_groups
+from mindrlhf.parallel.layout import Mesh, mesh_of
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows
+from mindrlhf.runtime.launching import scratch_directory
+from mindrlhf.runtime.watchdog import Watchdog
+from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, model_identity
+from mindrlhf.trainer.console.state import Column
+from mindrlhf.trainer.curves import Curve
+from mindrlhf.trainer.optimizer import build_optimizer
+from mindrlhf.trainer.recipe import Display, EvaluationResult, Schedule, StepResult
+from mindrlhf.trainer.recorder import check_fresh
+from mindrlhf.trainer.resume import choose_checkpoint
+from mindrlhf.trainer.run import Observers, Run, start_worker
+from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
+from mindrlhf.trainer.train_step import Statistics, TrainStep
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+FINAL = "final"
+"""Directory of the last weights in the directory of results."""
+_LOG_LINES = 20  # of steps, in a whole run
+
+Forward = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """The rows of a stage: those to train on, and those held out."""
+
+    data: SequenceData
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def prepare(
+    recipe: str, options: StageOptions, plan: StagePlan, observers: Observers, *, pairs: bool
+) -> tuple[Run, StageRows]:
+    """Checks all that can be checked without a model, takes the device and joins the other workers.
+
+    Args:
+        recipe: ``sft`` or ``reward``.
+        options, plan: of the job.
+        observers: of the job.
+        pairs: whether rejected responses are wanted.
+
+    Raises:
+        MindRLHFError: paths, data or the number of rows do not fit; or the checkpoint to resume from.
+    """
+    scratch = scratch_directory()
+    _check_paths(options)
+    config = plan.config
+    data = SequenceData(
+        options.mind_dataset_dir,
+        pad_token_id=config.model.pad_token_id,
+        vocab_size=options.valid_vocab_size or config.model.vocab_size,
+        max_length=config.model.seq_length,
+        pairs=pairs,
+    )
+    rows = StageRows(data, *data.split(options.eval_fraction, options.max_eval_prompts, options.seed))
+    steps = plan.total_steps(len(rows.train))
+    exchange = start_worker(config, scratch)
+    counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
+    checkpoints = TrainingCheckpoints(
+        options.save_ckpt_dir,
+        "step",
+        exchange,
+        keep=options.keep_checkpoints,
+        configuration={"stage": recipe, "options": options, "plan": plan, "rows": counts},
+        # Rows, their split and their order are what the place in the data is a place in.
+        fixed={
+            "recipe": recipe,
+            **model_identity(config),
+            **{f"rows.{name}": count for name, count in counts.items()},
+            "batch_size": plan.batch_size,
+            **{key: getattr(options, key) for key in ("seed", "eval_fraction", "max_eval_prompts")},
+        },
+    )
+    logger.info(
+        "%s: %d rows, %d to train on and %d held out; prompts up to %d, responses up to %d tokens; "
+        "%d epoch(s) of %d rows per step: %d optimizer steps",
+        data.path, len(data), len(rows.train), len(rows.held_out), data.prompt_columns,
+        data.response_columns, plan.epochs, plan.batch_size, steps,
+    )  # fmt: skip
+    run = Run(
+        checkpoints,
+        resume=choose_checkpoint(checkpoints, options.resume_from, resume_training=options.resume_training),
+        rewinds=options.resume_training,
+        observers=observers,
+        listeners=[
+            Watchdog(
+                options.watchdog_timeout,
+                computing=frozenset({"train", "evaluate"}),
+                device_target=config.context.device_target,
+            )
+        ],
+    )
+    return run, rows
+
+
+class SupervisedTrainer(ABC):
+    """A recipe whose step is one optimizer step on a batch of rows; every rank makes one.
+
+    Args:
+        options, plan: of the job.
+        rows: of the data set.
+        run: this rank's run.
+        model: what is trained.
+        loss: cell over ``model`` that returns (loss, statistics); divided by the GLOBAL count of a step.
+
+    Attributes:
+        name: of what is trained, and of its directory in a checkpoint.
+        shown: metric and title, for the log and the console.
+        curves: for ``curves.png``.
+    """
+
+    name: str
+    shown: Sequence[tuple[str, str]]
+    curves: Sequence[Curve]
+
+    def __init__(
+        self,
+        options: StageOptions,
+        plan: StagePlan,
+        rows: StageRows,
+        run: Run,
+        model: SequenceModel,
+        loss: nn.Cell,
+    ) -> None:
+        self.options, self.plan, self.data, self.run, self.model = options, plan, rows.data, run, model
+        self.exchange, self.held_out = run.exchange, rows.held_out
+        total = plan.total_steps(len(rows.train))
+        optimizer = build_optimizer(plan.config, loss.trainable_params(), total)
+        self.train_step = TrainStep(loss, optimizer, model.layouts, model.groups, options.max_grad_norm)
+        self.skips = SkippedUpdates(options.max_skipped_updates)
+        self.rows = RowStream(
+            rows.train, purpose="stage", seed=options.seed, source=rows.data.path, drop_last=True
+        )
+        self.trained = [Trained(self.name, model, optimizer)]
+        self.stateful: dict[str, Stateful] = {"rows": self.rows}
+        self.held_out_digest = f"{len(rows.held_out)} rows" if len(rows.held_out) else None
+        self.schedule = Schedule(
+            total=total,
+            eval_interval=options.eval_interval,
+            save_interval=options.save_interval,
+            save_at_end=options.save_interval > 0,
+            log_interval=max(1, total // _LOG_LINES),
+        )
+        lines = [(metric, title + " {:.4f}") for metric, title in self.shown]
+        self.display = Display(
+            summary=lines,
+            evaluation=lines,
+            status=[Column(metric, title, ".4f", 0) for metric, title in self.shown],
+            curves=self.curves,
+        )
+
+    def begin(self) -> None:  # noqa: B027
+        """Nothing has to be done before the first step."""
+
+    def step(self, step: int) -> StepResult:
+        """One optimizer step on a global batch.
+
+        A step whose loss or gradient is not a finite number is skipped, see :meth:`TrainStep.update`; what
+        is not finite is then left out of its metrics.
+        """
+        mesh, size = self.model.groups.mesh, self.plan.micro_batch_size
+        # 1. Draw a batch; this replica's part of it.
+        rows = self.rows.draw(self.plan.batch_size)
+        count = self.count(rows)
+        inverse_count = np.array([1.0 / count], np.float32)
+        mine = rows[local_rows(len(rows), mesh, self.exchange.runtime.rank)]
+        micro = [self.inputs(mine[i : i + size], inverse_count) for i in range(0, len(mine), size)]
+        # 2. Backward passes, and the optimizer step.
+        with self.run.timer.phase("train"):
+            sums = self.train_step.accumulate(micro)
+            losses = self.train_step.losses
+            norm, rate = self.train_step.update()
+        # 3. What is recorded.
+        totals = self.exchange.sum(np.array(list(sums.values())), mesh)
+        metrics = {
+            "epoch": (step + 1) * self.plan.epochs / self.schedule.total,
+            **self.train_metrics(dict(zip(sums, totals, strict=True)), count),
+            "lr": rate,
+            "grad_norm": norm,
+        }
+        is_skipped = not np.isfinite(norm)
+        if is_skipped:
+            places = np.arange(len(rows))
+            self.skips.add(
+                not_finite(self.name, places, losses, norm, mesh, self.exchange, micro_batch_size=size)
+            )
+            metrics = {name: value for name, value in metrics.items() if np.isfinite(value)}
+        self.skips.end_update(skipped=is_skipped)
+        metrics["update/skipped"] = float(is_skipped)
+        skipped, failure = self.skips.report(rows)
+        return StepResult(metrics, self.tokens(rows), skipped=skipped, failure=failure)
+
+    def evaluate(self) -> EvaluationResult:
+        """Metrics on the held-out rows; collective."""
+        return EvaluationResult(self.held_out_metrics(self.held_out), {"rows": len(self.held_out)})
+
+    @abstractmethod
+    def count(self, rows: np.ndarray) -> int:
+        """What the loss of these rows is a mean over: tokens or pairs."""
+
+    @abstractmethod
+    def tokens(self, rows: np.ndarray) -> int:
+        """Real tokens that a forward pass over these rows goes through."""
+
+    @abstractmethod
+    def inputs(self, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Arguments of the loss for some rows of the data set; ``inverse_count`` (1,) is 1 / global count."""
+
+    @abstractmethod
+    def train_metrics(self, sums: Statistics, count: int) -> dict[str, float]:
+        """Metrics of a step from its statistics, summed over all ranks, and its count."""
+
+    @abstractmethod
+    def held_out_metrics(self, rows: np.ndarray) -> dict[str, float]:
+        """Metrics on held-out rows; collective, equal on every rank."""
+
+    def save_weights(self) -> Path:
+        """Writes the weights as rank directories, and merged when ``--save_full_ckpt`` asks; collective."""
+        with self.run.timer.phase("save"):
+            final = save_ranks(self.model, self.run.directory / FINAL, self.exchange)
+        full = self.options.save_full_ckpt
+        if full is not None and self.exchange.runtime.is_main:
+            merge_shards(final, self.model.layouts, full)
+            logger.info("weights in one file, for any layout: %s", full)
+        self.exchange.barrier()
+        return final
+
+
+def stage_groups(run: Run, plan: StagePlan) -> Groups:
+    """This rank's groups in the mesh of a stage's YAML."""
+    return create_groups(mesh_of(plan.config), run.runtime.rank)
+
+
+def over_rows(
+    forward: Forward,
+    arrays: tuple[np.ndarray, ...],
+    mesh: Mesh,
+    exchange: HostExchange,
+    *,
+    rows_per_pass: int,
+) -> np.ndarray:
+    """One number per row, for any number of rows; each replica works on its part, every rank gets all.
+
+    Passes are all of one size, so that one graph serves them: the last ones are filled with rows anew.
+
+    Args:
+        forward: ``rows_per_pass`` rows of every array -> (rows_per_pass,) numbers.
+        arrays: (n, ...) each, n at least 1.
+        mesh: of the model behind ``forward``.
+        exchange: gathers the replicas' numbers.
+        rows_per_pass: rows of one call on a rank.
+
+    Returns:
+        (n,) float32.
+    """
+    count = len(arrays[0])
+    unit = mesh.dp * rows_per_pass
+    order = np.arange(-(-count // unit) * unit) % count
+    mine = order[local_rows(len(order), mesh, exchange.runtime.rank)]
+    parts = []
+    for first in range(0, len(mine), rows_per_pass):
+        rows = mine[first : first + rows_per_pass]
+        parts.append(forward(*(array[rows] for array in arrays)))
+    return exchange.gather_rows({"x": np.concatenate(parts).astype(np.float32)}, mesh)["x"][:count]
+
+
+def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) -> Path:
+    """``directory/rank_i/`` of every rank, which appears when all ranks have written; collective.
+
+    PPO reads it as it is where its YAML splits the model alike; scripts/transform_checkpoint.py changes that.
+    """
+    temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
+    if exchange.runtime.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    exchange.barrier()
+    save_shard(temporary, exchange.runtime.rank, dict(model.shards()))
+    exchange.barrier()
+    if exchange.runtime.is_main:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if directory.exists():
+            directory.rename(replaced)
+        temporary.rename(directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+    exchange.barrier()
+    return directory
+
+
+def _check_paths(options: StageOptions) -> None:
+    """Refuses weights that do not exist, and outputs that an earlier run has used.
+
+    Raises:
+        MindRLHFError: names the flag and the path.
+    """
+    if not options.load_sft_checkpoint.exists():
+        raise MindRLHFError(
+            f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name existing weights"
+        )
+    save, resumes = options.save_ckpt_dir, options.resume_training or options.resume_from is not None
+    if not resumes:
+        check_fresh(save, "step", FINAL)
+    if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
+        raise MindRLHFError(
+            f"--save_ckpt_dir {save} holds the weights of a run that has finished ({FINAL}) and no "
+            "checkpoint to resume from: there is nothing left to do; to train anew, give another directory"
+        )
+    full = options.save_full_ckpt
+    if full is not None:
+        if full.suffix not in (".ckpt", ".safetensors"):
+            raise MindRLHFError(f"--save_full_ckpt {full}: name a .ckpt or .safetensors file")
+        if full.exists() and not resumes:
+            raise MindRLHFError(f"--save_full_ckpt {full} exists: give another name")
+        check_output_file(full, overwrite=resumes)

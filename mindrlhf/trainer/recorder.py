@@ -1,0 +1,313 @@
+"""The recorder owns every file that a run leaves for people, and tells the trackers the same.
+
+======================================  ==========================================================
+``config.json``                         resolved configuration, versions, machine
+``metrics.jsonl``                       one line per step
+``samples.jsonl``                       prompts and responses of each step
+``evaluations.jsonl``                   one line per evaluation on held-out data
+``eval_samples.jsonl``                  responses to held-out prompts
+``skipped_updates.jsonl``               one line per optimizer step that was skipped
+``curves.png``                          drawn from the metrics so far
+``evaluation_summary.json``,            the first evaluation against the last
+``before_after.md``
+``--save_data_file``                    experience of each step as MindRecord
+======================================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.schema import Column as RecordColumn
+from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
+from mindrlhf.trainer.curves import draw_curves
+from mindrlhf.trainer.recipe import Display, EvaluationResult, Schedule, StepResult
+from mindrlhf.trainer.skipped_updates import shown_ids
+from mindrlhf.trainer.trackers.base import RunStart
+from mindrlhf.trainer.trackers.group import Trackers
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.provenance import provenance, write_provenance
+
+logger = get_logger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+EVAL_SAMPLES_FILE = "eval_samples.jsonl"
+SKIPPED_FILE = "skipped_updates.jsonl"
+CURVES_FILE = "curves.png"
+
+
+class Recorder:
+    """Appends to the files of one directory; only the main rank makes one.
+
+    Args:
+        directory: made when missing.
+        unit: what a step is called; the key of its number in every line.
+        trackers: told of all that is added.
+        experience_file: where the experience of each step goes; the step's number is added to its name.
+
+    Attributes:
+        metrics, evaluations, eval_samples: the lines of ``metrics.jsonl``, ``evaluations.jsonl`` and
+            ``eval_samples.jsonl``; those of the other files are not kept in memory.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        unit: str,
+        trackers: Trackers | None = None,
+        experience_file: Path | None = None,
+    ) -> None:
+        self.directory, self.unit = directory, unit
+        self.trackers = Trackers() if trackers is None else trackers
+        self._experience_file = experience_file
+        self._display = Display()
+        self._redraw_timer = RedrawTimer()
+        self.metrics: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.eval_samples: list[dict[str, Any]] = []
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Keeps the lines up to a step, and drops later ones of a run that was cut short."""
+        done = partial(operator.ge, step)
+        self._rewind(SAMPLES_FILE, done)
+        self._rewind(SKIPPED_FILE, done)
+        self.metrics = self._rewind(METRICS_FILE, done)
+        self.evaluations = self._rewind(EVALUATIONS_FILE, done)
+        # Samples without their evaluation's line belong to one that was cut short, and will be repeated.
+        evaluated = {line[self.unit] for line in self.evaluations}
+        self.eval_samples = self._rewind(EVAL_SAMPLES_FILE, evaluated.__contains__)
+
+    def begin(self, configuration: Any, step: int, display: Display) -> None:
+        """Writes ``config.json`` and opens the trackers of a run that starts or is resumed.
+
+        Args:
+            configuration: resolved.
+            step: steps that are done.
+            display: what people see.
+        """
+        self._display = display
+        record = provenance(configuration)
+        write_provenance(self.directory, record)
+        is_resumed = bool(self.metrics or self.evaluations)
+        self.trackers.start(RunStart(self.directory, record, step + 1 if is_resumed else 0, is_resumed))
+
+    def add_step(self, step: int, result: StepResult, times: Mapping[str, float], schedule: Schedule) -> None:
+        """Records all that a step gave, and logs one line unless a console shows it.
+
+        Args:
+            step: its number, counted from 1.
+            result: of the step.
+            times: seconds and speeds.
+            schedule: of the run.
+        """
+        self.add_metrics({self.unit: step, **result.metrics, **times})
+        self.add_samples([{self.unit: step, **sample} for sample in result.samples])
+        for skipped in result.skipped:
+            self._append(SKIPPED_FILE, {self.unit: step, **skipped})
+            where = f"minibatch {skipped['minibatch']}" if skipped["minibatch"] else "the whole rollout"
+            logger.warning(
+                "update skipped: %s %d, %s, %s: %s; samples %s",
+                *(self.unit, step, where, skipped["model"], skipped["cause"]),
+                shown_ids(skipped["sample_ids"]),
+            )
+        if result.histograms:
+            self.trackers.histograms(step, result.histograms)
+        if self._experience_file is not None and result.experience is not None:
+            write_experience(self._experience_file, self.unit, step, result.experience)
+        if not self.trackers.show_metrics and (step % schedule.log_interval == 0 or step == schedule.total):
+            summary = summary_line(self.metrics[-1], self._display.summary)
+            logger.info("%s %d/%d  %s", self.unit, step, schedule.total, summary)
+        self._redraw()
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """One line of ``metrics.jsonl``."""
+        line = self._append(METRICS_FILE, metrics)
+        self.metrics.append(line)
+        self.trackers.scalars(line[self.unit], self._scalars(line))
+
+    def add_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of ``samples.jsonl``, all of one step."""
+        lines = [self._append(SAMPLES_FILE, sample) for sample in samples]
+        if lines:
+            self.trackers.samples(lines[0][self.unit], "samples", lines)
+
+    def add_evaluation(self, step: int, result: EvaluationResult, digest: str, seconds: float) -> None:
+        """The samples' lines of ``eval_samples.jsonl``, then the line of ``evaluations.jsonl``.
+
+        Args:
+            step: steps that were done.
+            result: of the evaluation.
+            digest: identifies the held-out data.
+            seconds: that it took.
+        """
+        lines = [self._append(EVAL_SAMPLES_FILE, {self.unit: step, **sample}) for sample in result.samples]
+        self.eval_samples += lines
+        line = self._append(
+            EVALUATIONS_FILE,
+            {
+                self.unit: step,
+                **result.metrics,
+                **result.details,
+                "held_out_digest": digest,
+                "seconds": seconds,
+            },
+        )
+        self.evaluations.append(line)
+        self.trackers.scalars(step, self._scalars(line))
+        self.trackers.samples(step, "held-out samples", lines)
+        summary = summary_line(line, self._display.evaluation)
+        logger.info("held-out after %s %d: %s  %.1f s", self.unit, step, summary, seconds)
+
+    def has_other_evaluations(self, digest: str) -> bool:
+        """Whether an evaluation of other held-out data is recorded."""
+        return any(line.get("held_out_digest") != digest for line in self.evaluations)
+
+    def lacks_evaluation(self, step: int, *, is_time: bool) -> bool:
+        """Whether the evaluation after ``step`` is due: when it is time, or as the first of all."""
+        is_new = all(line[self.unit] != step for line in self.evaluations)
+        return is_new and (is_time or not self.evaluations)
+
+    def finish(self) -> None:
+        """Draws the curves for the last time; writes and logs the first evaluation against the last."""
+        if self._display.before_after and self.evaluations:
+            table = write_before_after(self.directory, self.evaluations, self.eval_samples)
+            if table:
+                logger.info("held-out samples, scores in brackets:\n%s", table)
+            logger.info("%s", summary_sentence(summarize(self.evaluations)))
+        if picture := self.plot():
+            logger.info("curves: %s", picture)
+
+    def plot(self) -> Path | None:
+        """Draws ``curves.png`` from all metrics so far; ``None`` when there are none."""
+        if not self.metrics:
+            return None
+        path = self.directory / CURVES_FILE
+        draw_curves(path, self.unit, self._display.curves, self.metrics, self.evaluations)
+        return path
+
+    def _redraw(self) -> None:
+        """Draws ``curves.png`` when that costs next to nothing of the time since the last drawing.
+
+        A picture that cannot be drawn is worth a warning, not the training.
+        """
+        if not self._redraw_timer.is_due():
+            return
+        try:
+            with self._redraw_timer:
+                self.plot()
+        except Exception as error:  # matplotlib's, or of a full disk
+            logger.warning("%s could not be drawn: %s: %s", CURVES_FILE, type(error).__name__, error)
+
+    def _scalars(self, line: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of a line other than its step."""
+        return {
+            name: float(value)
+            for name, value in line.items()
+            if name != self.unit and isinstance(value, (int, float))
+        }
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> dict[str, Any]:
+        plain = {key: _plain(value) for key, value in line.items()}
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        return plain
+
+    def _rewind(self, name: str, stays: Callable[[float], bool]) -> list[dict[str, Any]]:
+        """Takes the lines of other steps out of one file and returns those that stay."""
+        path = self.directory / name
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a sample may hold U+2028
+        kept = [line for line in lines if stays(self._step_of(line))]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return [json.loads(line) for line in kept]
+
+    def _step_of(self, line: str) -> float:
+        """Step of a JSON line; infinite for one that a killed run left half-written."""
+        try:
+            return float(json.loads(line)[self.unit])
+        except (ValueError, KeyError, TypeError):
+            return float("inf")
+
+
+def summary_line(metrics: Mapping[str, float], shown: Sequence[tuple[str, str]]) -> str:
+    """The few numbers a person watches, in one line; see :class:`Display`."""
+    return "  ".join(template.format(metrics[name]) for name, template in shown if name in metrics)
+
+
+def write_experience(path: Path, unit: str, step: int, columns: Mapping[str, np.ndarray]) -> Path:
+    """Writes the experience of a step as MindRecord, one file per step; returns the file.
+
+    Args:
+        path: as given; unit and step go into the name before the suffix.
+        unit: what a step is called.
+        step: counted from 1.
+        columns: name -> (B, n) of the global batch.
+    """
+    schema = {name: RecordColumn(str(array.dtype), array.shape[1]) for name, array in columns.items()}
+    file = path.with_name(f"{path.stem}_{unit}_{step:06d}{path.suffix or '.mindrecord'}")
+    write_mindrecord(file, schema, [dict(columns)], overwrite=True)
+    return file
+
+
+def check_fresh(directory: Path, unit: str, *also: str) -> None:
+    """Refuses a results directory that an earlier run has used, so that two runs cannot mix.
+
+    Args:
+        directory: ``--save_ckpt_dir``.
+        unit: what a step is called.
+        also: further names that an earlier run leaves.
+
+    Raises:
+        MindRLHFError: it holds results.
+    """
+    for name in (METRICS_FILE, EVALUATIONS_FILE, EVAL_SAMPLES_FILE, *also):
+        if (directory / name).exists():
+            raise MindRLHFError(
+                f"--save_ckpt_dir {directory} holds the results of an earlier run ({name}); give another "
+                "directory, or continue with --resume_training True or --resume_from one of its "
+                f"{unit}_NNNNNN"
+            )
+
+
+class RedrawTimer:
+    """When it is time to draw again: at most about 2 % of a run goes into pictures of its curves."""
+
+    least_seconds = 30.0
+    share = 0.02
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._cost = 0.0
+        self._entered = 0.0
+
+    def is_due(self) -> bool:
+        """Whether the time since the last drawing is long against what it took."""
+        return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._last = time.monotonic()
+        self._cost = self._last - self._entered
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars as Python's, so that JSON takes them."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,272 @@
+"""All that surrounds the steps of a training job: resuming, evaluating, recording, saving, stopping."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindrlhf.configs.schema import RunConfig
+from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runtime
+from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.runtime.host_memory import release_freed_memory
+from mindrlhf.runtime.signals import StopRequest, stop_on_signals
+from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
+from mindrlhf.trainer.checkpoints import TrainingCheckpoints
+from mindrlhf.trainer.console.open import open_console
+from mindrlhf.trainer.console.state import RunState
+from mindrlhf.trainer.recipe import EvaluationResult, Recipe, StepResult
+from mindrlhf.trainer.recorder import Recorder
+from mindrlhf.trainer.trackers.choice import make_trackers
+from mindrlhf.trainer.trackers.group import Trackers
+from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.ranks import env_world_size
+from mindrlhf.utils.timers import PhaseListener, PhaseTimer
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Observers:
+    """Who may stop a job, and who is shown what it does."""
+
+    stop: StopRequest
+    console: RunState
+    trackers: Trackers
+
+
+@contextmanager
+def observed(
+    title: str, unit: str, watchdog_timeout: float, trackers: Collection[str]
+) -> Iterator[Observers]:
+    """Supervises the block, turns SIGTERM and SIGINT into requests to stop, opens console and trackers.
+
+    Args:
+        title: what runs.
+        unit: what a step is called, ``iteration`` or ``step``.
+        watchdog_timeout: seconds without progress after which the job is ended; 0: never.
+        trackers: names.
+    """
+    with supervised(watchdog_timeout), stop_on_signals() as stop, open_console(title, unit) as console:
+        group = Trackers([console, *make_trackers(trackers)])
+        try:
+            yield Observers(stop, console, group)
+        finally:
+            group.close()
+
+
+def start_worker(config: RunConfig, scratch: str) -> HostExchange:
+    """Takes the device of a YAML and joins the other workers.
+
+    Args:
+        config: says which device, and what its products need.
+        scratch: directory for the files that MindSpore writes unasked.
+
+    Raises:
+        MindRLHFError: this machine does not have the device, or cannot do what ``--cpu_matmul_dtype`` asks.
+    """
+    check_device(config.context)
+    check_matmul_dtype(config.model)
+    use_parallel = env_world_size() > 1
+    return HostExchange(start_runtime(config.context, use_parallel=use_parallel, scratch_dir=scratch))
+
+
+class Run:
+    """One training job on this rank: where it is, and all that surrounds the steps of its recipe.
+
+    Args:
+        checkpoints: of the whole training state.
+        resume: the checkpoint to resume from; ``None`` for a fresh start.
+        rewinds: whether results of an earlier part of this run that wrote no checkpoint are dropped.
+        observers: who is told; nobody by default.
+        listeners: told of the phases, after the console.
+        experience_file: ``--save_data_file``.
+
+    Attributes:
+        step: steps that are done.
+        unit: what a step is called.
+        timer: of the phases.
+        recorder: writes the files of the run; ``None`` on all ranks but the main one.
+    """
+
+    def __init__(
+        self,
+        checkpoints: TrainingCheckpoints,
+        *,
+        resume: Path | None = None,
+        rewinds: bool = False,
+        observers: Observers | None = None,
+        listeners: Iterable[PhaseListener] = (),
+        experience_file: Path | None = None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.exchange: HostExchange = checkpoints.exchange
+        self.runtime = self.exchange.runtime
+        self.unit = checkpoints.unit
+        self.directory = checkpoints.directory
+        self.stop = observers.stop if observers else StopRequest()
+        self._console = observers.console if observers else None
+        trackers = observers.trackers if observers else Trackers()
+        listeners = list(listeners)
+        self.timer = PhaseTimer([*([self._console] if self._console else []), *listeners])
+        for listener in listeners:
+            if isinstance(listener, Watchdog):
+                listener.follow(lambda: self._running_step)
+        self.recorder = (
+            Recorder(self.directory, self.unit, trackers, experience_file) if self.runtime.is_main else None
+        )
+        self.step = self._running_step = 0
+        self._resume, self._rewinds = resume, rewinds
+        self._first_step = 0
+        self._step_started = 0.0
+
+    @property
+    def configuration(self) -> Any:
+        """The resolved configuration of the job."""
+        return self.checkpoints.configuration
+
+    def begin(self, recipe: Recipe) -> None:
+        """Restores the training state when there is one, and opens the records; collective.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the recipe's models.
+        """
+        if self._resume is not None:
+            self.resume(self._resume, recipe)
+        elif self._rewinds and self.recorder is not None:
+            self.recorder.rewind(-1)  # lines of a run that ended before its first checkpoint
+        recipe.begin()
+        self._first_step = self.step
+        if self._console is not None:
+            self._console.total = recipe.schedule.total
+            self._console.columns, self._console.status = recipe.display.columns, recipe.display.status
+        if self.recorder is not None:
+            self.recorder.begin(self.configuration, self.step, recipe.display)
+        # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
+        gc.collect()
+        gc.freeze()
+
+    def resume(self, checkpoint: Path, recipe: Recipe) -> None:
+        """Continues from a checkpoint of this or another layout; collective.
+
+        Raises:
+            CheckpointError: it does not fit the recipe's models.
+        """
+        self.step = self.checkpoints.load(checkpoint, recipe.trained, recipe.stateful)
+        if self.recorder is not None:
+            self.recorder.rewind(self.step)
+        self.checkpoints.set_newer_aside(self.step)
+        logger.info("resumed from %s after %s %d", checkpoint, self.unit, self.step)
+
+    def stop_agreed(self) -> bool:
+        """Whether a signal has asked any rank to stop; collective, the same answer on every rank."""
+        return self.stop.is_agreed(self.exchange)
+
+    def evaluation_due(self, recipe: Recipe) -> bool:
+        """Whether to evaluate now: before the first step, after the last, and every ``eval_interval`` steps.
+
+        What is recorded already is not repeated, so a resumed run continues where it was. Collective.
+
+        Raises:
+            MindRLHFError: the recorded evaluations are of other held-out data.
+        """
+        schedule = recipe.schedule
+        interval = schedule.eval_interval
+        is_time = self.step == schedule.total or bool(interval and self.step % interval == 0)
+        if recipe.held_out_digest is None or not (is_time or self.step == self._first_step):
+            return False
+        # Only the main rank has the records, and all ranks must do the same.
+        flags = np.zeros(2, np.int32)
+        if self.recorder is not None:
+            flags[0] = self.recorder.has_other_evaluations(recipe.held_out_digest)
+            flags[1] = self.recorder.lacks_evaluation(self.step, is_time=is_time)
+        has_other, is_due = self.exchange.every_rank(flags)[0]
+        if has_other:
+            raise MindRLHFError(
+                f"the evaluations in {self.directory} are of other held-out data; resume with the same "
+                "held-out data and the same number of prompts, or without evaluation"
+            )
+        return bool(is_due)
+
+    def record_evaluation(self, recipe: Recipe) -> None:
+        """Evaluates the recipe and records the result; collective."""
+        started = time.perf_counter()
+        with self.timer.phase("evaluate"):
+            result: EvaluationResult = recipe.evaluate()
+        if self.recorder is not None and recipe.held_out_digest is not None:
+            self.recorder.add_evaluation(
+                self.step, result, recipe.held_out_digest, time.perf_counter() - started
+            )
+
+    @contextmanager
+    def timed_step(self) -> Iterator[None]:
+        """Around a step, whose phases and whole duration :meth:`record` reports."""
+        self.timer.reset()
+        self._running_step = self.step + 1
+        self._step_started = time.perf_counter()
+        yield
+
+    def record(self, recipe: Recipe, result: StepResult) -> None:
+        """Counts a step and records what it gave; collective.
+
+        Raises:
+            MindRLHFError: the step says that training cannot go on; the state is saved first.
+        """
+        seconds = time.perf_counter() - self._step_started
+        self.step += 1
+        if self.step == self._first_step + 1:
+            release_freed_memory()  # every graph has been compiled
+        if self.recorder is not None:
+            times = {f"time/{phase}": spent for phase, spent in self.timer.seconds.items()}
+            times |= {f"time/{self.unit}": seconds, "tokens_per_second": result.tokens / seconds}
+            self.recorder.add_step(self.step, result, times, recipe.schedule)
+        if result.failure:
+            raise MindRLHFError(
+                f"training fails in {self.unit} {self.step}: {result.failure}. The state is saved in "
+                f"{self.save(recipe)}"
+            )
+
+    def save_due(self, recipe: Recipe) -> bool:
+        """Whether a checkpoint is due after this step."""
+        schedule = recipe.schedule
+        at_end = schedule.save_at_end and self.step == schedule.total
+        return at_end or bool(schedule.save_interval and self.step % schedule.save_interval == 0)
+
+    def save(self, recipe: Recipe) -> Path:
+        """Saves the whole training state; collective. Returns its directory."""
+        with self.timer.phase("save"):
+            directory = self.checkpoints.save(self.step, recipe.trained, recipe.stateful)
+        logger.info("checkpoint: %s", directory)
+        return directory
+
+    def finish(self, recipe: Recipe) -> bool:
+        """Saves what is not saved yet, and says how the run ended; collective.
+
+        Returns:
+            whether all steps are done.
+
+        Raises:
+            KeyboardInterrupt: SIGINT stopped the run.
+        """
+        if (self.stop.agreed or recipe.schedule.save_at_end) and self.last_checkpoint is None:
+            self.save(recipe)
+        suspend_watchdog("finish")
+        if self.stop.agreed:
+            assert self.last_checkpoint is not None
+            self.stop.leave(self.last_checkpoint)
+            return False
+        if self.recorder is not None:
+            self.recorder.finish()
+        return True
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """This run's checkpoint of the present step; ``None`` when it has not been saved."""
+        return self.checkpoints.find(self.step)
