@@ -28,19 +28,17 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn import Optimizer
 
-from mindrlhf.checkpoint.load import load_resharded
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
-from mindrlhf.checkpoint.save import save_shard
-from mindrlhf.checkpoint.shards import rank_file_name
+from mindrlhf.checkpoint.shards import load_resharded, rank_file_name, save_shard
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_file, probe_directory, sync_to_disk
-from mindrlhf.utils.generators import generator_states, restore_generators
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, plain, provenance, write_provenance
+from mindrlhf.utils.seeds import generator_states, restore_generators
 
 STATE_FILE = "state.json"
 FORMAT = 2

@@ -17,9 +17,8 @@ import numpy as np
 
 from mindrlhf.algorithms.kl import token_kl
 from mindrlhf.configs.schema import JobConfig, PPOConfig
-from mindrlhf.data.held_out import overlapping_rows, read_held_out
-from mindrlhf.data.prompts import PromptBatch
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.prompts import PromptBatch, overlapping_rows, read_held_out
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels, valid_vocab_size
 from mindrlhf.trainer.experience import Rollout

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from mindrlhf.data.columns import Column as RecordColumn
 from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.data.schema import Column as RecordColumn
 from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.recipe import Display, EvaluationResult, Schedule, StepResult

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.data.tokenizers import Tokenizer
+from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.trainer.experience import Rollout
 
 

@@ -9,8 +9,6 @@ import numpy as np
 from mindrlhf.models.qwen2.generator import PPOModelInfer
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
-from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.layout import Layout
 from mindrlhf.parallel.reshard import Resharder
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import MindRLHFError
@@ -26,23 +24,12 @@ class WeightSync:
     Args:
         train: the policy that is trained.
         infer: the policy that generates.
-        infer_layouts: canonical name -> layout of ``infer``.
-        infer_groups: this rank's groups in the mesh of ``infer``.
     """
 
-    def __init__(
-        self,
-        train: PPOModelTrain,
-        infer: PPOModelInfer,
-        infer_layouts: dict[str, Layout],
-        infer_groups: Groups,
-    ) -> None:
-        self.train = train
-        self.infer = infer
-        self.infer_layouts = infer_layouts
-        self.infer_groups = infer_groups
+    def __init__(self, train: PPOModelTrain, infer: PPOModelInfer) -> None:
+        self.train, self.infer = train, infer
         _, stored = next(infer.shards())  # all are stored in one type
-        self._resharder = Resharder(train.layouts, infer_layouts, infer_groups.rank, dtype=stored.dtype)
+        self._resharder = Resharder(train.layouts, infer.layouts, infer.groups.rank, dtype=stored.dtype)
 
     def sync(self, on_parameter: Callable[[], None] = lambda: None) -> None:
         """Overwrites the generating model; collective over all ranks.
@@ -75,25 +62,23 @@ class WeightSync:
 
     def differences(self) -> list[str]:
         """Names whose full tensors differ between the two models in this rank's groups; collective."""
+        names = list(self.infer.layouts)
         stored = {name: array.dtype for name, array in self.infer.shards()}
-        train_shards = (
-            (name, array.astype(stored[name])) for name, array in self.train.shards(self.infer_layouts)
-        )
-        train_layouts = {name: self.train.layouts[name] for name in self.infer_layouts}
+        trained_shards = ((name, array.astype(stored[name])) for name, array in self.train.shards(names))
         unequal: set[str] = set()
 
         def totals(
-            shards: Iterable[tuple[str, np.ndarray]], layouts: dict[str, Layout], groups: Groups
+            shards: Iterable[tuple[str, np.ndarray]], model: PPOModelTrain | PPOModelInfer
         ) -> dict[str, int]:
             # A group that finds unequal copies must go on to the exchange that the other groups wait in.
             try:
-                return checksums(shards, layouts, groups)
+                return checksums(shards, model.layouts, model.groups)
             except ReplicaMismatchError as error:
                 unequal.update(error.names)
                 return {}
 
-        trained = totals(train_shards, train_layouts, self.train.groups)
-        generating = totals(self.infer.shards(), self.infer_layouts, self.infer_groups)
+        trained = totals(trained_shards, self.train)
+        generating = totals(self.infer.shards(), self.infer)
         if unequal:
-            return [name for name in self.infer_layouts if name in unequal]
-        return [name for name in self.infer_layouts if trained[name] != generating[name]]
+            return [name for name in names if name in unequal]
+        return [name for name in names if trained[name] != generating[name]]

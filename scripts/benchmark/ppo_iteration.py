@@ -142,8 +142,8 @@ def write_inputs(job: JobConfig, directory: Path) -> tuple[Path, Path]:
 def build_trainer(job: JobConfig, directory: Path, inputs: tuple[Path, Path]) -> PPOTrainer:
     """The trainer, its models loaded; ``inputs`` are the paths of weights and prompts."""
     from mindrlhf.runtime.device import start_runtime
-    from mindrlhf.runtime.launching import scratch_directory
     from mindrlhf.runtime.host_exchange import HostExchange
+    from mindrlhf.runtime.launching import scratch_directory
     from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
     from mindrlhf.trainer.run import Run

@@ -13,8 +13,10 @@ from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.generator_layers import local_sizes
 from mindrlhf.models.qwen2.generator_network import FusedDecoder
 from mindrlhf.models.qwen2.generator_weights import FusedWeights, Shards
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.sampling import VocabParallelSampler
 from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layout import Layout
 from mindrlhf.utils.sizes import exact_div
 from mindrlhf.utils.timers import PhaseTimer
 
@@ -80,6 +82,7 @@ class PPOModelInfer:
             overhead a token, a longer compilation, and up to that many steps after the last row ended.
 
     Attributes:
+        layouts: canonical name -> layout of every parameter.
         timer: seconds spent in the phases ``"prefill"`` and ``"decode"``, until reset.
 
     Raises:
@@ -96,7 +99,8 @@ class PPOModelInfer:
         decode_steps_per_call: int = 8,
     ) -> None:
         _check(config, generation, batch_size, decode_steps_per_call)
-        self.generation = generation
+        self.config, self.groups, self.generation = config, groups, generation
+        self.layouts: dict[str, Layout] = parameter_layouts(config, groups.mesh)
         self.batch_size = batch_size
         self.timer = PhaseTimer()
         # The first token comes from the prefill; the decode graph makes the others, a few at a time.
@@ -116,7 +120,7 @@ class PPOModelInfer:
             top_p=generation.top_p,
         )
         picker = _TokenPicker(sampler, generation, batch_size)
-        self._weights = FusedWeights(decoder, config, groups.mesh)
+        self._weights = FusedWeights(decoder, config, self.layouts)
         self._prefill = _Prefill(decoder, picker, batch_size)
         self._decode = _Decode(decoder, picker, self._steps)
         self._prefill.set_train(False)

@@ -15,8 +15,8 @@ from mindspore import Parameter, Tensor, get_context
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.generator_layers import LocalSizes
 from mindrlhf.models.qwen2.generator_network import FusedDecoder, FusedLayer
-from mindrlhf.models.qwen2.layouts import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix, parameter_layouts
-from mindrlhf.parallel.layout import Mesh
+from mindrlhf.models.qwen2.layouts import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
+from mindrlhf.parallel.layout import Layout
 from mindrlhf.utils.errors import CheckpointError
 
 Shards = Mapping[str, np.ndarray | Tensor] | Iterable[tuple[str, np.ndarray | Tensor]]
@@ -38,11 +38,11 @@ class FusedWeights:
     Args:
         decoder: the network that owns the parameters.
         config: model sizes.
-        mesh: how the model is split.
+        layouts: canonical name -> layout of every parameter.
     """
 
-    def __init__(self, decoder: FusedDecoder, config: ModelConfig, mesh: Mesh) -> None:
-        self._shapes = {name: layout.local_shape for name, layout in parameter_layouts(config, mesh).items()}
+    def __init__(self, decoder: FusedDecoder, config: ModelConfig, layouts: Mapping[str, Layout]) -> None:
+        self._shapes = {name: layout.local_shape for name, layout in layouts.items()}
         self._holder = {name: fused for fused in _fused_parameters(decoder, config) for name in fused.names}
 
     def load(self, shards: Shards) -> None:
