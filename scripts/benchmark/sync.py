@@ -168,7 +168,7 @@ def build_sync(name: str) -> tuple[Any, dict[str, np.ndarray]]:
     infer = PPOModelInfer(config, groups, generation, batch_size=1)
     weights = random_shards(train.layouts)
     train.load(weights)
-    return WeightSync(train, infer, parameter_layouts(config, Mesh()), groups), weights
+    return WeightSync(train, infer), weights
 
 
 def print_one_process(name: str, repeats: int) -> None:

@@ -139,7 +139,7 @@ def test_without_a_fault_training_would_begin(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from mindrlhf.trainer.ppo_trainer import PPOTrainer
+    from mindrlhf.trainer.recipes.rl import PPOTrainer
     from mindrlhf.trainer.stages.runner import StageTrainer
 
     begun = []

@@ -238,7 +238,7 @@ def scored(batch: Texts) -> Scored:
     count = len(batch.lengths)
     logprobs = -np.abs(batch.numbers(1, scale=3.0))
     ref_logprobs, values = (logprobs + batch.numbers(2)).astype(np.float32), batch.numbers(3)
-    rollout = Rollout(
+    rollout = Rollout.of(
         tokens=rng.integers(0, 9, (count, 2 + batch.columns)).astype(np.int32),
         prompt_lengths=rng.integers(1, 3, count).astype(np.int32),
         response_lengths=np.array(batch.lengths, np.int32),

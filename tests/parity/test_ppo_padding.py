@@ -132,7 +132,7 @@ def text_rollout(columns: Columns) -> Rollout:
     for row, (prompt, response) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS, strict=True)):
         text = real[row, TIGHT.prompt - prompt : TIGHT.prompt + response]
         tokens[row, columns.prompt - prompt : columns.prompt + response] = text
-    return Rollout(
+    return Rollout.of(
         tokens=tokens.astype(np.int32),
         prompt_lengths=PROMPT_LENGTHS,
         response_lengths=RESPONSE_LENGTHS,

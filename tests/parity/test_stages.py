@@ -16,8 +16,8 @@ from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.gradients import GradientBuffers
-from mindrlhf.trainer.stages.reward import PairLoss
-from mindrlhf.trainer.stages.sft import SFTLoss
+from mindrlhf.trainer.recipes.reward import PairLoss
+from mindrlhf.trainer.recipes.sft import SFTLoss
 from mindrlhf.trainer.stages.stage import network_inputs
 from mindrlhf.trainer.train_step import Backward
 

@@ -26,7 +26,7 @@ from mindrlhf.configs.load import load_job
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.trainer.evaluation import Evaluation
 from mindrlhf.trainer.experience import Experience, Rollout
-from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
 from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.update import UpdateResult
 from mindrlhf.utils.errors import MindRLHFError

@@ -31,9 +31,9 @@ def wait_for(checkpoint: Path | None) -> None:
 def main(file: str) -> None:
     """One job after the other, ``{name: {"stage": "sft" or "reward", options}}``."""
     from mindrlhf.runtime.device import start_runtime
+    from mindrlhf.trainer.recipes.reward import run_reward
+    from mindrlhf.trainer.recipes.sft import run_sft
     from mindrlhf.trainer.stages import runner
-    from mindrlhf.trainer.stages.reward import run_reward
-    from mindrlhf.trainer.stages.sft import run_sft
 
     started: list[Any] = []
 

@@ -25,7 +25,7 @@ from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer.builder import WeightPaths
-from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
 
 ITERATIONS, PROMPT, RESPONSE, DECODE_STEPS = 3, 4, 7, 2
 

@@ -27,7 +27,7 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.evaluation import Evaluation, evaluate, held_out_prompts
-from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
 from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
 from mindrlhf.utils.errors import MindRLHFError
 

@@ -15,7 +15,7 @@ NAN = np.float32("nan")
 
 # Two prompt columns, three response columns. Row 0: one prompt token, two response tokens, the second of
 # which is the stop token (= pad). Row 1: two prompt tokens, the last of them the pad token itself.
-ROLLOUT = Rollout(
+ROLLOUT = Rollout.of(
     tokens=np.array([[PAD, 4, 5, PAD, PAD], [3, PAD, 6, 7, 8]], np.int32),
     prompt_lengths=np.array([1, 2], np.int32),
     response_lengths=np.array([2, 3], np.int32),

@@ -19,8 +19,8 @@ from mindrlhf.trainer.curves import CURVES
 from mindrlhf.trainer.experience import Rollout, Scores, make_experience
 from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES
 from mindrlhf.trainer.metrics import ratio_histogram
+from mindrlhf.trainer.recorder import RedrawTimer, RunRecords
 from mindrlhf.trainer.recording import IterationResults, histograms, record_iteration, start_records
-from mindrlhf.trainer.records import RedrawTimer, RunRecords
 from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
 from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.update import UpdateResult
@@ -33,7 +33,7 @@ CONFIG = PPOConfig(total_iterations=5, log_samples=1)
 
 
 def results() -> IterationResults:
-    rollout = Rollout(
+    rollout = Rollout.of(
         tokens=np.arange(10, dtype=np.int32).reshape(2, 5),
         prompt_lengths=np.array([2, 1], np.int32),
         response_lengths=np.array([1, 3], np.int32),

@@ -26,7 +26,7 @@ class LetterTokenizer:
 
 def rollout() -> Rollout:
     """Two samples, P = 3, R = 4: prompt "b" -> "cd<s>"; prompt "<s>ab" -> "zzzz"."""
-    return Rollout(
+    return Rollout.of(
         tokens=np.array([[9, 9, 2, 3, 4, 0, 9], [0, 1, 2, 26, 26, 26, 26]], np.int32),
         prompt_lengths=np.array([1, 3], np.int32),
         response_lengths=np.array([3, 4], np.int32),

@@ -23,11 +23,11 @@ from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.stages.calibration import calibrate, fold, gain_and_bias
+from mindrlhf.trainer.recipes.calibration import calibrate, fold, gain_and_bias
+from mindrlhf.trainer.recipes.reward import PairLoss, RewardStage
+from mindrlhf.trainer.recipes.sft import SFTLoss, SFTStage
 from mindrlhf.trainer.stages.options import check_paths
 from mindrlhf.trainer.stages.records import StageRecords
-from mindrlhf.trainer.stages.reward import PairLoss, RewardStage
-from mindrlhf.trainer.stages.sft import SFTLoss, SFTStage
 from mindrlhf.trainer.stages.stage import network_inputs, over_rows
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 

@@ -18,7 +18,7 @@ from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.trainer.skipping import SKIPPED_FILE
+from mindrlhf.trainer.skipped_updates import SKIPPED_FILE
 from mindrlhf.trainer.stages.batches import RowStream
 from mindrlhf.trainer.stages.runner import StageTrainer
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.options import tracker_names
-from mindrlhf.trainer.records import RunRecords
+from mindrlhf.trainer.recorder import RunRecords
 from mindrlhf.trainer.trackers import choice
 from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
 from mindrlhf.trainer.trackers.choice import check_trackers, make_trackers

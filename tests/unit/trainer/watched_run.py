@@ -19,7 +19,7 @@ from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.experience import Experience, Rollout
-from mindrlhf.trainer.ppo_trainer import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
 from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker

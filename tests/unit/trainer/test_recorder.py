@@ -12,7 +12,7 @@ from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.trainer.curves import CURVES, EVALUATION_CURVES
 from mindrlhf.trainer.experience import Rollout, Scores, make_experience
-from mindrlhf.trainer.records import RunRecords, check_fresh, choose_rows, save_experience
+from mindrlhf.trainer.recorder import RunRecords, check_fresh, choose_rows, save_experience
 from mindrlhf.utils.errors import MindRLHFError
 
 
@@ -133,7 +133,7 @@ def test_sample_rows_are_spread_evenly(count: int, wanted: int, rows: list[int])
 
 def test_experience_comes_back_from_its_mindrecord(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    rollout = Rollout(
+    rollout = Rollout.of(
         tokens=rng.integers(0, 50, (3, 6)).astype(np.int32),
         prompt_lengths=np.array([4, 1, 2], np.int32),
         response_lengths=np.array([2, 1, 2], np.int32),

@@ -13,7 +13,7 @@ import pytest
 from mindrlhf.configs.load import load_ppo_job
 from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.trainer.job import (
+from mindrlhf.trainer.programs import (
     graph_configuration,
     run_ppo,
     save_strategies,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.trainer.experience import Rollout, Scores
-from mindrlhf.trainer.skipping import SKIPPED_FILE, SkippedUpdate, SkippedUpdates, usable
+from mindrlhf.trainer.skipped_updates import SKIPPED_FILE, SkippedUpdate, SkippedUpdates, usable
 from mindrlhf.utils.errors import MindRLHFError
 
 LENGTHS = np.array([3, 1, 2, 3], np.int32)
@@ -21,7 +21,7 @@ def scored() -> tuple[Rollout, Scores]:
     def numbers(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    rollout = Rollout(
+    rollout = Rollout.of(
         tokens=np.zeros((4, 5), np.int32),
         prompt_lengths=np.full(4, 2, np.int32),
         response_lengths=LENGTHS,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.trainer.reward_scale import RewardShaping
+from mindrlhf.trainer.rewards import ScoreShaping
 
 STOPPED = np.array([1, 1, 0])
 SCORES = np.array([1.0, 3.0, 7.0], np.float32)
@@ -17,12 +17,12 @@ SCORES = np.array([1.0, 3.0, 7.0], np.float32)
 
 def paid(*batches: Any, **settings: Any) -> np.ndarray:
     """What the last of some batches is paid."""
-    shaping = RewardShaping(PPOConfig(**settings))
+    shaping = ScoreShaping(PPOConfig(**settings))
     return [shaping(np.asarray(batch, np.float32), STOPPED[: len(batch)]) for batch in batches][-1]
 
 
 def test_scores_pass_unchanged_by_default() -> None:
-    shaping = RewardShaping(PPOConfig())
+    shaping = ScoreShaping(PPOConfig())
     np.testing.assert_array_equal(shaping(SCORES, STOPPED), SCORES)
     assert shaping.moments.count == 0
 
@@ -62,19 +62,19 @@ def test_equal_scores_are_not_blown_up() -> None:
 
 def test_the_state_goes_on_after_a_restart() -> None:
     config = PPOConfig(scale_rewards=True, center_rewards=True)
-    first, second = RewardShaping(config), RewardShaping(config)
+    first, second = ScoreShaping(config), ScoreShaping(config)
     first(SCORES, STOPPED)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     batch = np.array([5.0, -1.0, 2.0], np.float32)
     wanted = first(batch, STOPPED)
     np.testing.assert_array_equal(second(batch, STOPPED), wanted)
-    assert (RewardShaping(config)(batch, STOPPED) != wanted).any()
+    assert (ScoreShaping(config)(batch, STOPPED) != wanted).any()
 
 
 def test_experience_pays_the_shaped_score_at_the_last_token() -> None:
     from mindrlhf.trainer.experience import Rollout, Scores, make_experience
 
-    rollout = Rollout(
+    rollout = Rollout.of(
         tokens=np.zeros((2, 4), np.int32),
         prompt_lengths=np.array([1, 1], np.int32),
         response_lengths=np.array([1, 2], np.int32),
@@ -84,7 +84,7 @@ def test_experience_pays_the_shaped_score_at_the_last_token() -> None:
     )
     scores = Scores(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32), np.float32([6, 10]))
     config = PPOConfig(scale_rewards=True)
-    shaping = RewardShaping(config)
+    shaping = ScoreShaping(config)
     shaping(np.array([-2.0, 2.0]), np.array([1, 1]))
     made = make_experience(rollout, scores, 0.1, config, shaping)
     scale = (80 / 3) ** 0.5

@@ -16,7 +16,7 @@ from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.models.qwen2.layouts import EMBEDDING, SCORE_HEAD_WEIGHT
 from mindrlhf.runtime.signals import StopRequest
 from mindrlhf.trainer.experience import Rollout, Scores
-from mindrlhf.trainer.ppo_trainer import PPOTrainer
+from mindrlhf.trainer.recipes.rl import PPOTrainer
 from mindrlhf.utils.errors import MindRLHFError
 from tests.unit.trainer.watched_run import BATCH, PROMPT, RESPONSE, VALID, Run, json_lines, run_two_iterations
 

@@ -19,7 +19,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.compatibility import check_compatible, stored_meshes
-from mindrlhf.trainer.resuming import choose_checkpoint, find_faults, newest_whole, tidy
+from mindrlhf.trainer.resume import choose_checkpoint, find_faults, newest_whole, tidy
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.provenance import plain
 

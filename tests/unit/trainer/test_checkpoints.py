@@ -23,9 +23,9 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.checkpointing import Trained, TrainingCheckpoints, load_states
+from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints, load_states
 from mindrlhf.trainer.parts import trained_models
-from mindrlhf.trainer.resuming import find_faults, newest_whole
+from mindrlhf.trainer.resume import find_faults, newest_whole
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
 
@@ -130,10 +130,10 @@ def test_keep_0_keeps_all(training: Training, tmp_path: Path) -> None:
 
 # Each step of a save, and whether the new checkpoint is there when the process ends in it.
 STEPS = {
-    "random": ("mindrlhf.trainer.checkpointing.generator_states", False),
-    "write_manifest": ("mindrlhf.trainer.checkpointing.write_manifest", False),
-    "sync": ("mindrlhf.trainer.checkpointing.sync_to_disk", False),
-    "remove_old": ("mindrlhf.trainer.checkpointing.checkpoint_numbers", True),
+    "random": ("mindrlhf.trainer.checkpoints.generator_states", False),
+    "write_manifest": ("mindrlhf.trainer.checkpoints.write_manifest", False),
+    "sync": ("mindrlhf.trainer.checkpoints.sync_to_disk", False),
+    "remove_old": ("mindrlhf.trainer.checkpoints.checkpoint_numbers", True),
 }
 
 
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
 
     for name in (
         "mindrlhf.checkpoint.weight_files.encode_ckpt",
-        "mindrlhf.trainer.checkpointing.write_manifest",
+        "mindrlhf.trainer.checkpoints.write_manifest",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)

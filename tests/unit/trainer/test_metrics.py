@@ -10,7 +10,7 @@ import pytest
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
 from mindrlhf.trainer.metrics import rollout_metrics, time_metrics, update_metrics
-from mindrlhf.trainer.records import summary_line
+from mindrlhf.trainer.recorder import summary_line
 from mindrlhf.trainer.update import UpdateResult
 
 # correctness.md, item 20
@@ -26,7 +26,7 @@ NAMES = {
     *("response/length", "response/eos_rate", "lr", "grad_norm", "tokens_per_second"),
 }
 
-ROLLOUT = Rollout(
+ROLLOUT = Rollout.of(
     tokens=np.zeros((2, 5), np.int32),
     prompt_lengths=np.array([2, 1], np.int32),
     response_lengths=np.array([1, 3], np.int32),
