@@ -1,1 +1,1 @@
-"""What every part shares: errors, command lines, ranks, logs, files, seeds, timers."""
+"""What all packages share: errors, command lines, ranks, logs, files, random numbers, timers."""

@@ -37,8 +37,8 @@ def str_to_bool(text: str) -> bool:
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description and ends each option's help with its default.
 
-    Nothing is added where there is no default, where the option is a bare switch, and where the help
-    speaks of the default itself.
+    Nothing is added when there is no default, the option is a bare switch, or the help names a default
+    itself.
     """
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -55,11 +55,11 @@ def shows_default(action: argparse.Action) -> bool:
 
 
 def new_parser(description: str | None, *, prog: str | None = None) -> argparse.ArgumentParser:
-    """A parser without flags as every script has it.
+    """The parser of a script, without flags yet and without abbreviations.
 
     Args:
         description: the module's docstring.
-        prog: the command; by default the name the script was started with.
+        prog: the command; by default the name that the script was started with.
     """
     return argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False

@@ -1,4 +1,4 @@
-"""Faults that the user can mend; a script prints them as one message and exits with code 2."""
+"""Errors that the user can fix; a script writes each as one message and exits with code 2."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class MindRLHFError(Exception):
-    """Any fault the user can mend; the message names where, what value, and the remedy."""
+    """Any error the user can fix; the message names the place, the value and the remedy."""
 
 
 class ConfigError(MindRLHFError):
-    """Everything that is wrong in the configuration, in one error.
+    """All faults of a configuration in one error.
 
     Args:
         faults: one sentence per fault, each naming file and key path.
@@ -24,13 +24,13 @@ class ConfigError(MindRLHFError):
         )
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
-        """Rebuilds from the faults; the default would feed the message back as faults."""
+        """Pickles the faults; the default would pass the message as the faults."""
         return type(self), (self.faults,)
 
 
 class DataError(MindRLHFError):
-    """A data file cannot be read, or a row of it is not what it should be."""
+    """A data file cannot be read, or one of its rows is not as it should be."""
 
 
 class CheckpointError(MindRLHFError):
-    """Weights are missing, left over, misshapen, or cannot be read or written."""
+    """Weights are missing, left over, of the wrong shape, or cannot be read or written."""

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _temporary(path: Path, label: str = "tmp") -> Path:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Returns when a file's content, or a directory's names, are on the disk."""
+    """Returns when the content of a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,10 +33,10 @@ def _remove(path: Path) -> None:
 
 
 def probe_directory(directory: Path) -> None:
-    """Finds out whether files can be made in ``directory``, which need not be there; leaves nothing behind.
+    """Finds out whether files can be made in ``directory``, which need not exist; leaves nothing behind.
 
     Raises:
-        OSError: why not; a file in the way is one reason.
+        OSError: they cannot, for example because a file is in the way.
     """
     place = next(path for path in [directory, *directory.absolute().parents] if path.exists())
     probe = place / f".write_test-{os.getpid()}"
@@ -48,10 +48,10 @@ def probe_directory(directory: Path) -> None:
 
 
 def check_experience_place(path: Path | None) -> None:
-    """Refuses a ``--save_data_file`` whose directory cannot be written; leaves nothing behind.
+    """Refuses a ``--save_data_file`` whose directory cannot be made or written; leaves nothing behind.
 
     Raises:
-        CheckpointError: it cannot be made or written.
+        CheckpointError: names the path.
     """
     try:
         if path is not None:
@@ -63,10 +63,10 @@ def check_experience_place(path: Path | None) -> None:
 
 
 def check_writable(directory: Path, rank: int) -> None:
-    """Refuses a directory of ``--save_ckpt_dir`` that ``rank`` cannot write in; leaves nothing behind.
+    """Refuses a ``--save_ckpt_dir`` that ``rank`` cannot make or write; leaves nothing behind.
 
     Raises:
-        CheckpointError: it cannot be made or written.
+        CheckpointError: names the directory and the rank.
     """
     try:
         probe_directory(directory)
@@ -79,7 +79,7 @@ def check_writable(directory: Path, rank: int) -> None:
 
 @contextmanager
 def parents_of(path: Path) -> Iterator[None]:
-    """Makes the directories above ``path``; when the block fails, those it made are removed if empty."""
+    """Makes the directories above ``path``; when the block fails, those that it made are removed if empty."""
     missing = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def parents_of(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """One process of a machine at a time is in the block; the others wait. Leaves nothing behind."""
+    """Lets one process of a machine at a time into the block; leaves nothing behind."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -106,8 +106,8 @@ def locked(directory: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that becomes ``path`` when the block succeeds.
 
-    The parent directory is made when missing; on an exception nothing is left behind and an older
-    ``path`` stays as it was.
+    A missing parent directory is made. After an exception nothing is left behind, and an older ``path`` is
+    as it was.
 
     Raises:
         FileNotFoundError: the block ended without writing the temporary file.
@@ -130,8 +130,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory that becomes ``path`` when the block succeeds.
 
-    An existing ``path`` is replaced, and only when the new one is whole; on an exception nothing is
-    left behind and the older directory stays as it was.
+    An existing ``path`` is replaced once the new one is complete. After an exception nothing is left behind,
+    and the older directory is as it was.
     """
     path = Path(path)
     temporary, old = _temporary(path), _temporary(path, "old")
@@ -152,7 +152,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _swap_in(new: Path, path: Path, old: Path) -> None:
-    """Moves ``new`` to ``path``; a directory cannot be renamed over a non-empty one, so via ``old``."""
+    """Moves ``new`` to ``path``, via ``old`` because a directory cannot be renamed over a non-empty one."""
     if not path.exists():
         new.replace(path)
         return

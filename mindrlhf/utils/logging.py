@@ -1,4 +1,4 @@
-"""Loggers that speak on rank 0 only, unless something is wrong."""
+"""Loggers that write on rank 0 only, unless something is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to whatever ``sys.stderr`` is at the moment, so that redirection and capture work."""
+    """Writes to the present ``sys.stderr``, so that redirection and capture work."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -35,11 +35,10 @@ def _set_up(root: logging.Logger) -> None:
         rank = env_rank()
         prefix = f"[rank {rank}] " if env_world_size() > 1 else ""
     except MindRLHFError:
-        # Loggers are made while modules are imported, where no script catches it; the job asks again.
+        # Loggers are made while modules are imported, where no script catches this; the job asks again.
         rank, prefix = 0, ""
     wanted = _wanted_level()
     level = (logging.INFO if rank == 0 else logging.WARNING) if wanted is None else wanted
-    # Who searches a fault wants to know when and where.
     line = "%(levelname)s %(message)s"
     if level <= logging.DEBUG:
         line = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
@@ -52,15 +51,15 @@ def _set_up(root: logging.Logger) -> None:
     given = os.environ.get(_VARIABLE, "").strip()
     if given and wanted is None and rank == 0:
         known = ", ".join(name.lower() for name in LEVELS)
-        root.warning("%s=%s is no level, so it is ignored; use one of %s", _VARIABLE, given, known)
+        root.warning("%s=%s is not a level, so it is ignored; use one of %s", _VARIABLE, given, known)
 
 
 def get_logger(name: str) -> logging.Logger:
     """A logger under ``mindrlhf``: INFO on rank 0, WARNING on other ranks, to stderr.
 
     The environment variable ``MINDRLHF_LOG`` (debug, info, warning, error or critical, in any case)
-    overrides the level on every rank; with debug, lines tell time and logger too. Lines start with
-    ``[rank r]`` when there is more than one worker.
+    overrides the level on every rank; with debug, lines also name the time and the logger. Lines start
+    with ``[rank r]`` when there is more than one worker.
     """
     root = logging.getLogger(_ROOT)
     if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):

@@ -1,4 +1,4 @@
-"""Progress on rank 0: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress on rank 0: a bar on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Context manager that shows how far a loop has come; silent on ranks other than 0.
+    """A context manager that shows the progress of a loop; silent on ranks other than 0.
 
     Args:
-        description: what is being done, a few words.
+        description: of the work, in a few words.
         total: number of steps, ``None`` when unknown.
     """
 
@@ -31,15 +31,15 @@ class ProgressBar:
         self.description = description
         self.total = total
         self.done = 0
-        self._speaks = env_rank() == 0
+        self._shown = env_rank() == 0
         self._progress: Progress | None = None
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> ProgressBar:
         """Shows the bar."""
         self._started = self._last_line = time.monotonic()
-        # A display that is drawn already, the live console, has the terminal: lines go above it.
-        if self._speaks and sys.stderr.isatty() and not isinstance(sys.stderr, FileProxy):
+        # Where the live console has the terminal, lines go above it.
+        if self._shown and sys.stderr.isatty() and not isinstance(sys.stderr, FileProxy):
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -52,7 +52,7 @@ class ProgressBar:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Takes the bar down; a plain-line display that has spoken says how it ended."""
+        """Removes the bar; after plain lines there is a last one."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -64,7 +64,7 @@ class ProgressBar:
         self.done += n
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=self.done)
-        elif self._speaks and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif self._shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._write_line()
 
     def _write_line(self) -> None:
@@ -78,9 +78,9 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None) 
     """Yields from ``iterable`` and shows progress as :class:`ProgressBar` does.
 
     Args:
-        iterable: what to go through.
-        description: what is being done, a few words.
-        total: number of items; taken from ``len(iterable)`` when it has one.
+        iterable: any.
+        description: of the work, in a few words.
+        total: number of items; ``len(iterable)`` by default, where it has one.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)

@@ -1,6 +1,6 @@
-"""What a run was made with: resolved configuration, versions, git revision, machine. Never the environment.
+"""What a run was made with: resolved configuration, versions, git revision and machine.
 
-No environment variable, host or user name, command line or git remote goes in: those hold secrets.
+It holds no environment variable, host or user name, command line or git remote, because those hold secrets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIG_FILE = "config.json"
 PACKAGES = ("mindrlhf", "mindspore", "mindformers", "numpy")
 HIDDEN = "(hidden)"
 
-# Not plain "token": pad_token_id and stop_token_ids are no secrets.
+# Not "token" as a part of a name: pad_token_id and stop_token_ids are not secrets.
 _SECRET_KEY = re.compile(
     r"passw(or)?d|secret|credential|api_?key|private_?key|(access|auth|bearer|hf|hub)_?token|^token$",
     re.IGNORECASE,
@@ -58,7 +58,7 @@ def provenance(
 
 
 def write_provenance(directory: Path, record: Mapping[str, Any]) -> Path:
-    """Writes ``config.json`` of a run whole or not at all; returns the file.
+    """Writes the ``config.json`` of a run atomically; returns the file.
 
     Args:
         directory: results of the run; made when missing.
@@ -72,7 +72,7 @@ def write_provenance(directory: Path, record: Mapping[str, Any]) -> Path:
 
 
 def versions() -> dict[str, str | None]:
-    """Version of Python, of this library and of what it stands on; ``None`` for what is not installed.
+    """Versions of Python, of this library and of what it is built on; ``None`` for what is not installed.
 
     Read from the packages' metadata: importing them takes seconds.
     """
@@ -88,8 +88,8 @@ def versions() -> dict[str, str | None]:
 def git_revision(directory: Path) -> dict[str, Any] | None:
     """Commit of the git tree that tracks the package in ``directory``, and whether files differ from it.
 
-    A package installed into a virtual environment inside somebody's git tree is not tracked there, so that
-    tree's commit is not taken for ours.
+    A package in a virtual environment inside another git tree is not tracked there, and that tree's commit is
+    not taken for the package's.
 
     Returns:
         ``{"revision": 40 hex digits, "modified": bool}``, or ``None`` when there is no git or no such tree.
@@ -104,7 +104,7 @@ def git_revision(directory: Path) -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    """Kind of machine: system, processor, CPUs (those this process may use, too) and bytes of memory."""
+    """The machine: system, processor, CPUs (also those that this process may use) and bytes of memory."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -116,10 +116,10 @@ def machine() -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON takes it: dataclasses and mappings as dicts, paths and the unknown as strings.
+    """``value`` as JSON holds it: dataclasses and mappings as dicts, paths and other types as strings.
 
-    Values of keys that name a secret are replaced by ``(hidden)``, as is who logs in in a URL; a float
-    that is not finite becomes its name, because JSON has none.
+    The values of keys that name a secret are replaced by ``(hidden)``, and so are credentials in a URL. A
+    float that is not finite becomes its name, because JSON has none.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})

@@ -1,4 +1,4 @@
-"""Which worker this process is, read from the environment ``msrun`` gives it."""
+"""Which worker this process is, read from the environment that msrun gives it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def under_msrun() -> bool:
 
 
 def is_scheduler() -> bool:
-    """Whether this is msrun's scheduler: it runs the same script, but only brings the workers together."""
+    """Whether this is msrun's scheduler, which runs the same script but only connects the workers."""
     return os.environ.get("MS_ROLE") == "MS_SCHED"
 
 
 def env_int(name: str) -> int | None:
-    """A number of the environment, ``None`` without one.
+    """An integer of the environment, ``None`` when it is not set.
 
     Raises:
         MindRLHFError: it is not a number.
@@ -50,7 +50,7 @@ def env_rank() -> int:
 
 
 def env_world_size() -> int:
-    """Number of workers, 1 when not under msrun; the scheduler sees their number too.
+    """Number of workers, 1 when not under msrun; the scheduler knows it, too.
 
     Raises:
         MindRLHFError: the environment holds something that is not a number.

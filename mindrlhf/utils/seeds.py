@@ -15,7 +15,7 @@ import numpy as np
 
 
 def random_stream(*keys: int | str) -> np.random.Generator:
-    """A generator that is the same for the same ``keys``, on every rank and layout.
+    """A generator that depends on ``keys`` alone and is the same on every rank and layout.
 
     Philox (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by the first
     128 bits of SHA-256 over the keys; streams of different keys are independent.

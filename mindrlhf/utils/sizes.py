@@ -1,4 +1,4 @@
-"""Sizes that must divide."""
+"""Division of sizes without remainder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of text for a log and for Markdown."""
+"""Tables of text for logs and Markdown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# What Markdown or HTML would take as theirs.
+# Characters that are markup in Markdown or HTML.
 _MARKUP = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", **{c: "\\" + c for c in "\\*_`[]~$"}}
 )
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 110) -> str:
-    """A table with columns of equal width and wrapped cells for a log, without colours.
+    """A table for a log with columns of equal width and wrapped cells, without colours.
 
     Args:
         columns: titles.
@@ -35,7 +35,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, width: 
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table; what would be markup in a cell is shown as it is written."""
+    """A Markdown table; what would be markup in a cell is shown literally."""
     lines = [list(columns), ["---"] * len(columns), *([_literal(cell) for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

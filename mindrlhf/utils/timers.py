@@ -1,4 +1,4 @@
-"""Wall-clock time of a block, and of the phases of a loop."""
+"""Wall-clock time of a block and of the phases of a loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = get_logger(__name__)
 
 
 class Timer:
-    """Context manager that measures its block; ``.seconds`` may also be read inside it."""
+    """A context manager that measures its block; ``.seconds`` may also be read inside it."""
 
     def __init__(self) -> None:
         self._started: float | None = None
@@ -37,7 +37,7 @@ class Timer:
 
 
 class PhaseListener(Protocol):
-    """Hears of the phases of a loop as they happen: a console, a watchdog."""
+    """Is called at the phases of a loop as they happen: a console or a watchdog."""
 
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
         """A phase begins; ``total`` units of work when that is known."""
@@ -53,10 +53,10 @@ class PhaseListener(Protocol):
 
 
 class PhaseTimer:
-    """Adds up the seconds spent in each named phase of a loop, and tells listeners of them.
+    """Adds up the seconds spent in each named phase of a loop, and calls listeners.
 
     Args:
-        listeners: told in this order.
+        listeners: called in this order.
     """
 
     def __init__(self, listeners: Iterable[PhaseListener] = ()) -> None:

@@ -116,14 +116,14 @@ def test_every_level_can_be_asked_for(
     assert "".join(line.split()[-1] for line in lines) == heard
 
 
-def test_word_that_is_no_level_is_told_of_once_and_ignored(
+def test_a_word_that_is_not_a_level_is_named_once_and_ignored(
     worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MINDRLHF_LOG", "loud")
     get_logger("mindrlhf.a").info("hello")
     get_logger("mindrlhf.b").debug("hidden")
     assert capsys.readouterr().err == (
-        "WARNING MINDRLHF_LOG=loud is no level, so it is ignored; "
+        "WARNING MINDRLHF_LOG=loud is not a level, so it is ignored; "
         "use one of debug, info, warning, error, critical\nINFO hello\n"
     )
 
