@@ -76,6 +76,20 @@ def test_prompt_only(tmp_path: Path) -> None:
     assert list(CValuesReader(path, prompt_only=True)) == [Sample("p", None, 1), Sample("q", None, 2)]
 
 
+def test_reader_gives_and_checks_the_rejected_response(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"prompt": "p", "pos_resp": "yes", "neg_resp": "no"},
+        {"prompt": "p", "pos_resp": "yes", "neg_resp": " "},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [sample.rejected for sample in CValuesReader(path)] == [None, None]
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: 'neg_resp' is empty"):
+        list(CValuesReader(path, pairs=True))
+    (sample,) = CValuesReader(path, pairs=True, skip_bad_lines=True)
+    assert (sample.prompt, sample.response, sample.rejected, sample.line) == ("p", "yes", "no", 1)
+
+
 def test_real_files(shared_data: Path) -> None:
     folder = shared_data / "cvalues"
     assert len(list(CValuesReader(folder / "cvalues_comparison_excerpt.jsonl"))) == 3

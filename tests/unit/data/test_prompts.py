@@ -1,4 +1,4 @@
-"""The prompt stream: every row once an epoch, exact resumption, and data that does not fit the job."""
+"""Prompts: every row once an epoch, exact resumption, held-out ones, and data that does not fit the job."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mindrlhf.data.prompts as prompts_module
+from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import Column, write_mindrecord
-from mindrlhf.data.prompts import PromptStream
+from mindrlhf.data.prompts import PromptBatch, PromptStream, overlapping_rows, prompts_digest, read_held_out
 from mindrlhf.utils.errors import DataError
 
 PAD = 99
@@ -150,3 +152,47 @@ def test_rows_without_a_response(tmp_path: Path, write_prompts: Callable[..., Pa
 
     path = write_prompts(tmp_path / "data.mindrecord", 4, loss_mask=none)
     assert stream(path, shuffle=False).next_batch().prompt_lengths.tolist() == [1, 2, 3, 4]
+
+
+# --- held-out prompts ---
+
+
+def write(path: Path, prompts: list[list[int]]) -> Path:
+    left, right = (np.full((len(prompts), size), 0, np.int32) for size in (4, 6))
+    for row, prompt in enumerate(prompts):
+        left[row, 4 - len(prompt) :] = prompt
+        right[row, : len(prompt)] = prompt
+    batch = {"prompt_ids": left, "pretrain_ids": right, "loss_mask": np.zeros_like(right)}
+    write_mindrecord(path, prompt_schema(4, 6), [batch])
+    return path
+
+
+def read(path: Path, count: int = 0) -> PromptBatch:
+    return read_held_out(path, count=count, max_prompt_length=4, pad_token_id=0, vocab_size=20)
+
+
+def test_all_rows_are_read_in_order_or_the_first_few(tmp_path: Path) -> None:
+    path = write(tmp_path / "eval", [[5], [6, 7], [8, 9, 10]])
+    prompts = read(path)
+    np.testing.assert_array_equal(prompts.sample_ids, [0, 1, 2])
+    np.testing.assert_array_equal(prompts.prompt_lengths, [1, 2, 3])
+    np.testing.assert_array_equal(prompts.prompt_ids[1], [0, 0, 6, 7])
+    np.testing.assert_array_equal(read(path, 2).prompt_ids, prompts.prompt_ids[:2])
+    np.testing.assert_array_equal(read(path, 9).prompt_ids, prompts.prompt_ids)
+    assert prompts_digest(read(path)) == prompts_digest(prompts)
+    assert prompts_digest(read(path, 2)) != prompts_digest(prompts)
+
+
+def test_prompts_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="another tokenizer"):
+        read(write(tmp_path / "eval", [[5], [21]]))
+
+
+def test_prompts_that_training_has_too_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts_module, "_ROWS_AT_ONCE", 2)
+    train = write(tmp_path / "train", [[1], [6, 7], [3], [2, 2], [9]])
+    # Twice the same, a part of another, the same tokens in another order.
+    evaluation = read(write(tmp_path / "eval", [[9], [7], [6, 7], [7, 6], [9]]))
+    np.testing.assert_array_equal(overlapping_rows(evaluation, train), [0, 2, 4])
+    nothing = read(write(tmp_path / "other", [[11], [12]]))
+    assert overlapping_rows(nothing, train).shape == (0,)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,16 +14,18 @@ from mindrlhf.checkpoint.fit import expected_layouts
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
 from mindrlhf.checkpoint.shards import (
     find_rank_file,
+    load_resharded,
     load_shard,
     merge_shards,
     open_full,
     save_shard,
     split_to_ranks,
 )
+from mindrlhf.checkpoint.sources import FileSource
 from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
-from mindrlhf.parallel.layout import Mesh
+from mindrlhf.parallel.layout import AxisName, Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError
 
 # Sizes that four ranks can split.
@@ -100,8 +105,6 @@ def test_a_saved_shard_is_where_it_should_be(tmp_path):
 
 
 def test_an_optimizers_tensors_load_too(tmp_path):
-    from mindrlhf.parallel.layout import Layout
-
     mesh = Mesh(1, 2)
     states = {"step": np.array(7, np.int32), "adam_m.model.norm_out.weight": np.ones(4, np.float32)}
     layouts = {"step": Layout(mesh, (), ()), "adam_m.model.norm_out.weight": Layout(mesh, (8,), ("mp",))}
@@ -267,3 +270,79 @@ def test_splitting_over_foreign_files_is_refused(tmp_path, full, model):
 def test_a_layout_that_does_not_divide(model):
     with pytest.raises(CheckpointError, match=r"cannot be split over dp1 mp3"):
         expected_layouts(model, Mesh(1, 3), [])
+
+
+# --- rank directories of one layout, read by the ranks of another ---
+
+MESHES = [Mesh(1, 1), Mesh(4, 1), Mesh(2, 2), Mesh(1, 4), Mesh(1, 2), Mesh(1, 8)]
+TENSORS = {
+    "adam_m.rows": np.arange(16 * 6, dtype=np.float32).reshape(16, 6),
+    "adam_v.columns": -np.arange(5 * 24, dtype=np.float32).reshape(5, 24),
+    "norm": np.linspace(0, 1, 7, dtype=np.float32),
+    "global_step": np.array([12], np.int32),
+}
+
+
+def tensor_layouts(mesh: Mesh) -> dict[str, Layout]:
+    axes: dict[str, tuple[AxisName | None, ...]] = {
+        "adam_m.rows": ("mp", None),
+        "adam_v.columns": (None, "mp"),
+    }
+    return {
+        name: Layout(mesh, array.shape, axes.get(name, (None,) * array.ndim))
+        for name, array in TENSORS.items()
+    }
+
+
+def save_tensors(directory: Path, mesh: Mesh) -> None:
+    for rank in range(mesh.size):
+        local = {name: layout.take(TENSORS[name], rank) for name, layout in tensor_layouts(mesh).items()}
+        save_shard(directory, rank, {name: np.ascontiguousarray(array) for name, array in local.items()})
+
+
+# Each mesh is stored and read; test_reader_properties.py draws any pair.
+@pytest.mark.parametrize(
+    ("stored", "target"),
+    [(stored, MESHES[(i + shift) % len(MESHES)]) for i, stored in enumerate(MESHES) for shift in (0, 1, 4)],
+    ids=str,
+)
+def test_every_rank_gets_its_slices_bit_for_bit(tmp_path: Path, stored: Mesh, target: Mesh) -> None:
+    save_tensors(tmp_path, stored)
+    for rank in range(target.size):
+        found = load_resharded(tmp_path, tensor_layouts(target), rank, stored)
+        assert list(found) == list(TENSORS)
+        for name, layout in tensor_layouts(target).items():
+            expected = layout.take(TENSORS[name], rank)
+            assert found[name].dtype == expected.dtype
+            np.testing.assert_array_equal(found[name], expected, err_msg=name)
+
+
+def test_only_the_slices_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of what is split, and what is not split once."""
+    save_tensors(tmp_path, Mesh(1, 2))
+    count = 0
+    read = FileSource._read_file
+
+    def counted(self: FileSource, name: str, position: int, buffer: memoryview) -> None:
+        nonlocal count
+        count += len(buffer)
+        read(self, name, position, buffer)
+
+    monkeypatch.setattr(FileSource, "_read_file", counted)
+    load_resharded(tmp_path, tensor_layouts(Mesh(1, 4)), 3, Mesh(1, 2))
+    split = TENSORS["adam_m.rows"].nbytes + TENSORS["adam_v.columns"].nbytes
+    assert count == split // 4 + TENSORS["norm"].nbytes + TENSORS["global_step"].nbytes
+
+
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
+    save_tensors(tmp_path, Mesh(1, 4))
+    shutil.rmtree(tmp_path / "rank_2")
+    with pytest.raises(CheckpointError, match=r"needs 4 directories .* found 3: rank_0, rank_1, rank_3"):
+        load_resharded(tmp_path, tensor_layouts(Mesh(1, 2)), 0, Mesh(1, 4))
+
+
+def test_shards_of_another_model_are_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path, Mesh(1, 4))
+    wanted = tensor_layouts(Mesh(1, 2)) | {"norm": Layout(Mesh(1, 2), (9,), (None,))}
+    with pytest.raises(CheckpointError, match=r"norm is \(7,\), the model has \(9,\)"):
+        load_resharded(tmp_path, wanted, 0, Mesh(1, 4))
