@@ -179,7 +179,7 @@ def _hf_name(name: str) -> str:
 def rotary_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's order of q and k rows.
 
-    There, the two rows that one rotary angle turns stand side by side (0, 1, 2, 3 ...); Qwen2 and Llama in
+    There, the two rows that one rotary angle turns are neighbours (0, 1, 2, 3 ...); Qwen2 and Llama in
     ``transformers`` keep first halves, then second halves.
 
     Args:

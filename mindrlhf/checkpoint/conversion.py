@@ -206,7 +206,7 @@ def export_hf(
 
 
 def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path | None) -> Mapping[str, Any]:
-    """The base of ``config.json``: the one given, one of this model beside the tokenizer, or a made one."""
+    """The base of ``config.json``: the one given, one of this model beside the tokenizer, or a new one."""
     if hf_config is not None:
         return read_hf_config(hf_config)
     if tokenizer_dir is not None and (tokenizer_dir / CONFIG_NAME).is_file():
@@ -214,7 +214,9 @@ def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path
         if _describes(beside, model):
             return beside
         # A tokenizer is often taken from a larger model of the family, whose config must not be written.
-        get_logger(__name__).info("%s is of another model and is not used", tokenizer_dir / CONFIG_NAME)
+        get_logger(__name__).info(
+            "%s does not describe this model and is not used", tokenizer_dir / CONFIG_NAME
+        )
     return hf_config_from_model(model)
 
 
@@ -236,13 +238,13 @@ def _config_beside(tokenizer_dir: Path | None, input_path: Path) -> Path:
         raise CheckpointError(f"{input_path} holds rank directories: give --config with their YAML")
     with open_weights(input_path) as source:
         raise CheckpointError(
-            f"{input_path} does not tell the number of attention heads ({_inferred(source)}): "
+            f"{input_path} does not state the number of attention heads ({_inferred(source)}): "
             "give --config with the original config.json (or its directory) or a model YAML"
         )
 
 
 def _inferred(source: WeightSource) -> str:
-    """What the shapes do tell, for the message."""
+    """What the shapes show, for the message."""
     known = [f"layers {count_layers(source.tensors)}"]
     if EMBEDDING in source.tensors:
         vocab, hidden = source.tensors[EMBEDDING].shape

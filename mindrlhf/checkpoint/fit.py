@@ -56,7 +56,7 @@ def find_faults(
         source: what is stored.
         shapes: what should be: canonical name -> shape.
         new: names that may be missing.
-        ignore: names that may be there without being asked for.
+        ignore: names that may be stored without being in the model.
     """
     if LM_HEAD not in ignore and redundant_lm_head(source, shapes):
         ignore = {*ignore, LM_HEAD}

@@ -177,7 +177,7 @@ def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
 
 
 def finish_hf_config(config: Mapping[str, Any], names: Collection[str], dtype: DType) -> dict[str, Any]:
-    """``config`` with the architecture and dtype of the weights that stand beside it.
+    """``config`` with the architecture and dtype of the weights beside it.
 
     Args:
         config: a Hugging Face config.

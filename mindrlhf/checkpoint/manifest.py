@@ -56,7 +56,7 @@ def digest_file(path: Path) -> FileRecord:
 
 
 def write_manifest(directory: Path, files: Mapping[str, FileRecord]) -> Path:
-    """Writes the manifest of ``directory``; ``files`` has one record a path below it."""
+    """Writes the manifest of ``directory``; ``files`` has one record per path below it."""
     path = directory / MANIFEST_FILE
     content = {
         "version": VERSION,
@@ -84,8 +84,8 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
         }
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory}: no {MANIFEST_FILE}, so this is no whole checkpoint; name an iteration_NNNNNN "
-            "directory (step_NNNNNN of sft.py and reward_model.py) that has one"
+            f"{directory}: no {MANIFEST_FILE}, so this is not a complete checkpoint; name an "
+            "iteration_NNNNNN directory (step_NNNNNN of sft.py and reward_model.py) that has one"
         ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, *_DEEP_OR_HUGE) as error:
         raise CheckpointError(f"{path}: damaged ({error}); resume from another checkpoint") from error
@@ -95,7 +95,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 
 
 def find_size_faults(directory: Path, files: Mapping[str, FileRecord]) -> list[str]:
-    """One line per file that is missing or of another size; reads no content."""
+    """One line per file that is missing or has another size; reads no content."""
     faults = []
     for name, record in files.items():
         path = directory / name

@@ -71,7 +71,7 @@ def transform_checkpoint(
 def _common_model(source: RunConfig | None, target: RunConfig | None) -> ModelConfig:
     runs = [run for run in (source, target) if run is not None]
     if not runs:
-        raise CheckpointError("full to full is no change: give --input_config, --output_config or both")
+        raise CheckpointError("full to full changes nothing: give --input_config, --output_config or both")
     first, last = runs[0].model, runs[-1].model
     sizes = (*SIZE_KEYS.values(), "qkv_has_bias", "tie_word_embeddings")
     faults = [

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, RowCounts, preprocess
+from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
 
@@ -82,13 +82,17 @@ def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
     counts = summary.counts
     system_prompt = summary.prompt_format.system_prompt
     chat = f"ChatML, system prompt {system_prompt!r}" if options.chat_template else "none (raw prompts)"
+    pairs = (
+        f"{counts.dropped_pairs:,} (a response does not fit), "
+        f"{counts.equal_pairs:,} (both responses are the same)"
+    )
     lines = {
         "rows written": f"{counts.rows:,}",
         **({} if summary.eval_counts is None else {"rows held out": f"{summary.eval_counts.rows:,}"}),
         "prompts dropped": f"{counts.dropped_prompts:,} (longer than {options.max_prompt_length} tokens)",
         "prompts truncated": f"{counts.truncated_prompts:,}",
         "responses truncated": f"{counts.truncated_responses:,} (at {options.seq_length} tokens in all)",
-        **({} if not options.pairs else pair_lines(counts)),
+        **({} if not options.pairs else {"pairs dropped": pairs}),
         "bad lines skipped": f"{summary.bad_lines:,}",
         "tokens": f"{counts.prompt_tokens:,} in prompts, {counts.response_tokens:,} in responses"
         + (f", {counts.rejected_tokens:,} in rejected responses" if options.pairs else ""),
@@ -99,14 +103,6 @@ def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
     }
     for name, value in lines.items():
         sys.stdout.write(f"{name:<20} {value}\n")
-
-
-def pair_lines(counts: RowCounts) -> dict[str, str]:
-    """What became of the pairs."""
-    return {
-        "pairs dropped": f"{counts.dropped_pairs:,} (a response does not fit), "
-        f"{counts.equal_pairs:,} (both responses are the same)"
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

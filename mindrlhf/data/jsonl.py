@@ -113,7 +113,7 @@ class CValuesReader:
 
 def _string(row: dict[str, object], key: str, is_used: bool) -> str:
     if key not in row:
-        raise ValueError(f"key {key!r} is missing (there are {', '.join(map(repr, row)) or 'none'})"[:300])
+        raise ValueError(f"key {key!r} is missing (the line has {', '.join(map(repr, row)) or 'none'})"[:300])
     value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is {type(value).__name__}, expected a string")

@@ -1,4 +1,4 @@
-"""Writes MindRecord files that appear whole or not at all, and opens them with errors one can act on."""
+"""Writes MindRecord files that appear whole or not at all, and reads them with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -146,13 +146,13 @@ def _check_batch(batch: Batch, schema: Mapping[str, Column]) -> int:
         array = batch[name]
         if array.dtype != np.dtype(column.dtype) or array.shape != (size, column.length):
             raise ValueError(
-                f"column {name}: {array.dtype} {array.shape}, wanted {column.dtype} {(size, column.length)}"
+                f"column {name}: {array.dtype} {array.shape}, expected {column.dtype} {(size, column.length)}"
             )
     return size
 
 
 def _move_pair(source: Path, path: Path) -> None:
-    """Moves file and index; at no moment does an index stand beside a file that is not its own."""
+    """Moves file and index; an index is never next to a file that is not its own."""
     umask = os.umask(0)
     os.umask(umask)
     for file in (source, index_path(source)):
@@ -205,7 +205,7 @@ def read_schema(path: str | Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]
 
 
 def read_rows(path: str | Path, rows: np.ndarray, columns: Sequence[str]) -> list[dict[str, np.ndarray]]:
-    """Rows by number, in the order asked for, without reading the others.
+    """Rows by number, in the given order, without reading the others.
 
     Args:
         path: a MindRecord file that :func:`read_schema` accepts.
@@ -233,7 +233,7 @@ def read_rows(path: str | Path, rows: np.ndarray, columns: Sequence[str]) -> lis
     except RuntimeError as error:
         raise DataError(f"{path}: a row cannot be read ({_first_line(error)[:200]})") from error
     if len(found) != len(rows):
-        raise DataError(f"{path}: {len(rows)} rows asked for, {len(found)} read; the file is damaged")
+        raise DataError(f"{path}: asked for {len(rows)} rows, read {len(found)}; the file is damaged")
     return found
 
 
@@ -249,6 +249,6 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, np.ndarr
     found, rows = read_schema(path)
     missing = [name for name in columns if name not in found]
     if missing:
-        raise DataError(f"{path}: no column {', '.join(missing)} (there are {', '.join(sorted(found))})")
+        raise DataError(f"{path}: no column {', '.join(missing)} (the file has {', '.join(sorted(found))})")
     content = read_rows(path, np.arange(rows), columns)
     return {name: np.stack([row[name] for row in content]) for name in columns}

@@ -70,7 +70,7 @@ class RowBuilder:
     dropped or cut as an over-long prompt is, since a reward model reads its score at the end.
 
     Args:
-        prompt_format: what stands around a prompt.
+        prompt_format: the tokens around the text of a prompt.
         pad_id: fills rows; never the first token of a prompt.
         max_prompt_length: P, columns of ``prompt_ids``.
         seq_length: columns of ``pretrain_ids`` and ``loss_mask``.
@@ -241,7 +241,7 @@ class PreprocessSummary:
         counts: rows, drops, cuts and tokens.
         bad_lines: lines passed over.
         seconds: time for reading, encoding and writing.
-        prompt_format: what stands around each prompt.
+        prompt_format: the tokens around the text of each prompt.
         eval_counts: the same as ``counts`` of the held-out file, ``None`` without one.
     """
 

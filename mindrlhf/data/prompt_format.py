@@ -27,7 +27,7 @@ _SYSTEM_TURN = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What stands around the text of a prompt, as ids.
+    """The tokens around the text of a prompt.
 
     The prompt of a text is ``prefix + encode(lead + text) + suffix``; the response of a text is
     ``encode(text) + [stop]``.
@@ -71,7 +71,7 @@ class EncodedSample:
 
 
 def default_system_prompt(chat_template: str | None) -> str:
-    """The system prompt a model's own template falls back to; Qwen2's when there is no template.
+    """The default system prompt of a model's own template; Qwen2's when there is no template.
 
     Raises:
         DataError: the template is not ChatML.

@@ -52,7 +52,7 @@ class PromptData:
         vocab_size: when given, every token must be below it.
 
     Raises:
-        DataError: the file is missing, damaged, or of another schema or length.
+        DataError: the file is missing or damaged, or has other columns or another length.
     """
 
     def __init__(
@@ -191,7 +191,8 @@ def read_held_out(
         max_prompt_length, pad_token_id, vocab_size: see :class:`PromptData`.
 
     Raises:
-        DataError: the file is missing, damaged, or of another schema, length or tokenizer.
+        DataError: the file is missing or damaged, or has other columns, another length or another
+            tokenizer's tokens.
     """
     data = PromptData(
         path, max_prompt_length=max_prompt_length, pad_token_id=pad_token_id, vocab_size=vocab_size

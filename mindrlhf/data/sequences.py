@@ -58,15 +58,15 @@ class SequenceData:
         vocab_size: every token must be below it.
         max_length: most tokens of prompt and response, the model's ``seq_length``. A row may have one more,
             as a file made for next-token labels has; it is cut.
-        pairs: whether rejected responses are wanted.
+        pairs: whether to read rejected responses.
 
     Attributes:
         prompt_lengths, response_lengths, rejected_lengths: (rows,) int32; the last is ``None`` without pairs.
-        prompt_columns, response_columns: P and R, the longest prompt and the longest response there are.
+        prompt_columns, response_columns: P and R, the lengths of the longest prompt and the longest response.
 
     Raises:
         DataError: the file is missing, damaged or without the columns; or rows that have no response, are
-            too long, padded with another token or of another tokenizer, all of them in one error.
+            too long, padded with another token or made with another tokenizer, all of them in one error.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SequenceData:
     def split(self, fraction: float, max_held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers for training and held-out ones, the same on every rank and in every run.
 
-        The split is by prompt: rows of one prompt stand on one side. Prompts are ordered by a hash of their
+        The split is by prompt: all rows of a prompt are on one side. Prompts are ordered by a hash of their
         tokens and the seed, so the order of the file does not matter, nor do other columns.
 
         Args:

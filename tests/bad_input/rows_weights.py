@@ -168,7 +168,7 @@ ROWS = [
     Bad("back: full disk", CONVERT, lambda c: back(c, output_path="full/back"),
         "full/", NO_SPACE, "free space, or write elsewhere", FULL),
     Bad("no YAML at all", TRANSFORM, lambda c: c.give(output_config=None),
-        "full to full", "no change", "give --input_config, --output_config or both", REAL),
+        "full to full", "changes nothing", "give --input_config, --output_config or both", REAL),
     Bad("no such YAML", TRANSFORM, lambda c: c.give(output_config="no.yaml"),
         r"no\.yaml", "there is no such file", "give the path of a YAML file"),
     Bad("no rank directories", TRANSFORM, lambda c: ranks_to_file(c, input="hf"),

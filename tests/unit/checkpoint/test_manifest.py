@@ -70,7 +70,7 @@ def test_one_flipped_bit_of_content(checkpoint: Path, place: int, bit: int) -> N
 
 
 def test_no_manifest_is_no_whole_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no manifest\.json, so this is no whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, so this is not a complete checkpoint"):
         read_manifest(tmp_path)
 
 

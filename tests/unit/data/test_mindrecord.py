@@ -124,7 +124,7 @@ def test_unwritable_place(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"tokens": np.zeros((2, 5), np.int64)}, "column tokens: int64"),
-        ({"tokens": np.zeros((2, 4), np.int32)}, r"\(2, 4\), wanted int32 \(2, 5\)"),
+        ({"tokens": np.zeros((2, 4), np.int32)}, r"\(2, 4\), expected int32 \(2, 5\)"),
         ({"scores": np.zeros((3, 3), np.float32)}, r"\(3, 3\)"),
         ({"scores": np.zeros(2, np.float32)}, r"\(2,\)"),
         ({"other": np.zeros((2, 1), np.float32)}, "other"),
@@ -171,6 +171,6 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
 def test_missing_column(tmp_path: Path) -> None:
     path = tmp_path / "a.mindrecord"
     write_mindrecord(path, SCHEMA, batches(2))
-    with pytest.raises(DataError, match=r"no column values \(there are last, scores, tokens\)"):
+    with pytest.raises(DataError, match=r"no column values \(the file has last, scores, tokens\)"):
         read_columns(path, ["tokens", "values"])
     assert read_rows(path, np.array([], int), ["tokens"]) == []
