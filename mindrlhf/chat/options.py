@@ -1,57 +1,100 @@
-"""What ``chat.py`` is told on its command line."""
+"""The command-line options of ``chat.py``, each declared once."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
-from mindrlhf.utils.errors import ConfigError
+from annotated_types import Le
+
+from mindrlhf.configs.faults import collected, shown
+from mindrlhf.configs.fields import Count, DeviceTarget, Natural, Positive, Words, key, keys_of
+
+GROUPS = ("model", "conversation", "file of prompts", "sampling")
+"""Headings of the flags in ``--help``, in order."""
+
+_model, _conversation, _prompts, _sampling = (partial(key, group=group) for group in GROUPS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
     """The flags of ``chat.py``; see its ``--help``."""
 
-    checkpoint: Path
-    compare: Path | None = None
-    config: Path | None = None
-    tokenizer_path: Path | None = None
-    prompt_file: Path | None = None
-    output_file: Path | None = None
-    skip_bad_lines: bool = False
-    batch_size: int = 8
-    system_prompt: str | None = None
-    no_chat_template: bool = False
-    max_tokens: int = 256
-    max_context: int = 0
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 0
-    greedy: bool = False
-    seed: int = 1
-    device_target: str | None = None
+    checkpoint: Path = _model(
+        ...,
+        "Hugging Face directory; full .ckpt/.safetensors file; directory with rank_0/ rank_1/ ...; "
+        "iteration_NNNNNN of a PPO run (its policy is meant), or the run itself (its last weights are meant)",
+    )
+    compare: Path | None = _model(None, "a second one: the same messages to both, shown side by side")
+    config: Path | None = _model(
+        None,
+        "generate_X.yaml or finetune_X.yaml (for rank directories: the one that split them), or a "
+        "config.json, for weights that bring no sizes of their own",
+    )
+    tokenizer_path: Path | None = _model(None, "tokenizer for weights that bring none: directory or file")
+    device_target: DeviceTarget | None = _model(
+        None, "overrides the YAML's device_target (default: the YAML's, else CPU)"
+    )
+    system_prompt: str | None = _conversation(
+        None, "text of the system turn (default: the model's own; '' leaves the turn out)"
+    )
+    no_chat_template: bool = _conversation(
+        False, "take each message as it is, without ChatML around it and without history"
+    )
+    max_context: Natural = _conversation(
+        0, "maximum tokens of prompt and reply together; older turns are forgotten; 0: what the model has"
+    )
+    prompt_file: Path | None = _prompts(
+        None, "answer these: jsonl with the string prompt, or one text per line"
+    )
+    output_file: Path | None = _prompts(
+        None, "jsonl with prompt, response, tokens, stopped (default: the screen)"
+    )
+    batch_size: Count = _prompts(8, "prompts answered at a time")
+    skip_bad_lines: bool = _prompts(False, "skip bad lines of the file instead of stopping")
+    max_tokens: Count = _sampling(256, "maximum tokens of a reply")
+    temperature: Annotated[Positive, Words("a number > 0; --greedy takes the likeliest token")] = _sampling(
+        0.7, "divides the logits: below 1 likelier tokens, above 1 more surprising ones"
+    )
+    top_p: Annotated[Positive, Le(1)] = _sampling(
+        0.9, "draw from the likeliest tokens that have this probability together; 1: from all"
+    )
+    top_k: Natural = _sampling(0, "draw from this number of likeliest tokens; 0: from all")
+    greedy: bool = _sampling(False, "take the likeliest token, do not draw")
+    seed: int = _sampling(1, "of the draws: same seed, same replies")
 
     def checked(self) -> ChatOptions:
-        """Itself.
+        """These options.
 
         Raises:
             ConfigError: every flag that is out of its range, or needs another.
         """
-        rules = {
-            f"--max_tokens {self.max_tokens}: must be positive": self.max_tokens >= 1,
-            f"--max_context {self.max_context}: must not be negative": self.max_context >= 0,
-            f"--batch_size {self.batch_size}: must be positive": self.batch_size >= 1,
-            f"--temperature {self.temperature:g}: must be positive; --greedy takes the likeliest token": (
-                self.temperature > 0
-            ),
-            f"--top_p {self.top_p:g}: must lie in (0, 1]; 1 is off": 0 < self.top_p <= 1,
-            f"--top_k {self.top_k}: must not be negative; 0 is off": self.top_k >= 0,
-            "--output_file goes with --prompt_file": self.output_file is None or self.prompt_file is not None,
-            "--system_prompt has no place without the chat template: leave --no_chat_template out": (
-                not (self.no_chat_template and self.system_prompt)
-            ),
-        }
-        faults = [fault for fault, holds in rules.items() if not holds]
-        if faults:
-            raise ConfigError(faults)
+        with collected() as faults:
+            for name, one in keys_of(ChatOptions).items():
+                value = getattr(self, name)
+                try:
+                    one.convert(value)
+                except ValueError as error:
+                    faults.add(f"--{name}", f"{error} ({shown(value)})", f"must be {one.allowed}")
+            if self.output_file is not None and self.prompt_file is None:
+                faults.add("--output_file", "there is no --prompt_file", "give both, or neither")
+            if self.no_chat_template and self.system_prompt:
+                faults.add("--system_prompt", "needs the chat template", "leave --no_chat_template out")
         return self
+
+
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of each option, under the heading of its group; a bool is a bare switch."""
+    for title in GROUPS:
+        group = parser.add_argument_group(title)
+        for name, one in keys_of(ChatOptions).items():
+            if one.group == title:
+                kind: dict[str, Any] = {"action": "store_true"} if one.base is bool else {"type": one.base}
+                if one.choices:
+                    kind["choices"] = one.choices
+                if not one.required:
+                    kind["default"] = one.default
+                group.add_argument(f"--{name}", required=one.required, help=one.help, **kind)

@@ -218,7 +218,8 @@ def test_every_flag_that_is_wrong_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         wrong.checked()
     assert len(error.value.faults) == 8
-    assert "--temperature 0: must be positive; --greedy" in str(error.value)
+    assert "--temperature: out of range (0.0) - must be a number > 0; --greedy takes" in str(error.value)
+    assert "--top_p: out of range (1.5) - must be a number > 0 and <= 1" in str(error.value)
     good = ChatOptions(checkpoint=Path("x"))
     assert good.checked() is good
 
