@@ -16,7 +16,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mindrlhf.configs.fields import Key, keys_of
-from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, PPOConfig, RunnerConfig
+from mindrlhf.configs.schema import (
+    PPO_GROUPS,
+    ContextConfig,
+    ModelConfig,
+    ParallelConfig,
+    PPOConfig,
+    RunnerConfig,
+)
 from mindrlhf.utils.command_line import run_main, shows_default
 from mindrlhf.utils.files import atomic_file
 
@@ -73,10 +80,8 @@ def _flag_row(action: argparse.Action) -> str:
 
 def _ppo_groups() -> dict[str, dict[str, Key]]:
     """Heading -> its keys."""
-    groups: dict[str, dict[str, Key]] = {}
-    for name, key in keys_of(PPOConfig).items():
-        groups.setdefault(key.group, {})[name] = key
-    return groups
+    keys = keys_of(PPOConfig).items()
+    return {group: {name: key for name, key in keys if key.group == group} for group in PPO_GROUPS}
 
 
 def _ppo_keys() -> Iterator[str]:

@@ -84,13 +84,7 @@ TokenIds = Annotated[
 DType = Literal["float32", "float16", "bfloat16"]
 DeviceTarget = Annotated[Text, OneOf(lambda: ("CPU", "Ascend", "GPU"))]
 
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "text",
-    Path: "a path",
-}
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
 _BOUNDS = ((Ge, ">=", "ge"), (Gt, ">", "gt"), (Le, "<=", "le"), (Lt, "<", "lt"))
 
 
@@ -160,13 +154,12 @@ class Key:
                 return entry.text
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
-        bounds = [
-            f"{sign} {getattr(entry, attribute):g}"
-            for kind, sign, attribute in _BOUNDS
-            for entry in metadata
-            if isinstance(entry, kind) and getattr(entry, attribute) != MAX_INT
-        ]
-        return f"{_KINDS.get(base, 'a list of texts')} {' and '.join(bounds)}".strip()
+        bounds = {}  # the innermost annotation stands first, the narrowest bound last
+        for kind, sign, attribute in _BOUNDS:
+            for entry in metadata:
+                if isinstance(entry, kind) and getattr(entry, attribute) != MAX_INT:
+                    bounds[sign] = f"{sign} {getattr(entry, attribute):g}"
+        return f"{_KINDS.get(base, 'a list of texts')} {' and '.join(bounds.values())}".strip()
 
     def convert(self, value: object) -> Any:
         """``value`` in its Python type.

@@ -79,8 +79,7 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
         ppo_faults = Faults()
         ppo_path = options.ppo_config or _beside(options.sft_path_train, ppo_faults)
         ppo = read_ppo(ppo_path, options.overrides, ppo_faults)
-        without_critic = ppo.get("critic") == ("none",)
-        if without_critic:
+        if ppo.without_critic:
             del paths["critic"]
         drafts = {
             path: _read_run(
@@ -91,7 +90,7 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
         faults.include(ppo_faults)
         check_ppo(ppo, faults)
         check_job({role: drafts[path] for role, path in paths.items()}, ppo, world_size, faults)
-        if without_critic and options.load_critic_checkpoint is not None:
+        if ppo.without_critic and options.load_critic_checkpoint is not None:
             faults.add(
                 "--load_critic_checkpoint",
                 f"not used ({options.load_critic_checkpoint})",

@@ -59,7 +59,7 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
         "weight_decay": _RATE,
         "use_fused": _FLAG,
         "swap": _FLAG,
-    },
+    }
 }
 
 _WARM_UP = {
@@ -102,11 +102,7 @@ LR_SCHEDULES: dict[str, dict[str, Key]] = {
         "decay_start_steps": _STEPS,
         "decay_start_ratio": _RATIO,
     },
-    "CosineAnnealingLR": {
-        "base_lr": _REQUIRED_RATE,
-        "t_max": Key(Count, required=True),
-        "eta_min": _RATE,
-    },
+    "CosineAnnealingLR": {"base_lr": _REQUIRED_RATE, "t_max": Key(Count, required=True), "eta_min": _RATE},
     "CosineAnnealingWarmRestarts": {
         "base_lr": _REQUIRED_RATE,
         "t_0": Key(Count, required=True),

@@ -31,6 +31,11 @@ class PPODraft:
             return None
         return tuple(self.values[name] for name in names)
 
+    @property
+    def without_critic(self) -> bool:
+        """Whether it says ``critic: none``."""
+        return self.values.get("critic") == "none"
+
     def build(self) -> PPOConfig:
         """The configuration; only for a draft without faults."""
         return PPOConfig(**self.values)

@@ -37,6 +37,10 @@ class RunDraft:
     sections: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
+    def where(self, key_path: str) -> str:
+        """The place a fault of a key is reported at."""
+        return join(str(self.path), key_path)
+
     @property
     def world_size(self) -> int | None:
         """Ranks of the split, ``None`` when a size has a fault."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,6 +135,14 @@ class RunConfig:
     ignored: tuple[str, ...] = ()
 
 
+PPO_GROUPS = ("run", "batches", "sequences", "sampling", "reward", "advantages", "loss")
+"""Headings in ``ppo_X.yaml``, in order."""
+
+_run, _batches, _sequences, _sampling, _reward, _advantages, _loss = (
+    partial(key, group=group) for group in PPO_GROUPS
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Keys of ``ppo_X.yaml`` that are also flags of ``sft.py`` and ``reward_model.py``.
@@ -141,40 +150,29 @@ class TrainingSettings:
     A step is an iteration in PPO and an optimizer step in the others.
     """
 
-    seed: Natural = key(1, "seed of everything random: data order, rollouts, new heads", group="run")
-    save_interval: Natural = key(
+    seed: Natural = _run(1, "seed of everything random: data order, rollouts, new heads")
+    save_interval: Natural = _run(
         0,
         "steps between checkpoints of the training state; 0: PPO at the end only, the others when a signal "
         "stops them",
-        group="run",
     )
-    keep_checkpoints: Natural = key(
-        2, "number of checkpoints that stay, the newest ones; 0: all", group="run"
+    keep_checkpoints: Natural = _run(2, "number of checkpoints that stay, the newest ones; 0: all")
+    eval_interval: Natural = _run(
+        0, "steps between evaluations on held-out prompts; 0: before the first and after the last"
     )
-    eval_interval: Natural = key(
-        0,
-        "steps between evaluations on held-out prompts; 0: before the first and after the last",
-        group="run",
+    micro_batch_size: Natural = _batches(
+        0, "rows of one rank per forward/backward; changes memory, not the result; 0: all of a step"
     )
-    micro_batch_size: Natural = key(
-        0,
-        "rows of one rank per forward/backward; changes memory, not the result; 0: all of a step",
-        group="batches",
+    valid_vocab_size: Natural = _sequences(
+        0, "length of the tokenizer: token ids from here on have probability 0; 0: the model's vocab_size"
     )
-    valid_vocab_size: Natural = key(
-        0,
-        "length of the tokenizer: token ids from here on have probability 0; 0: the model's vocab_size",
-        group="sequences",
-    )
-    max_grad_norm: NotNegative = key(1.0, "bound of the global gradient norm; 0: off", group="loss")
-    max_skipped_updates: Count = key(
-        3,
-        "number of updates in a row with a NaN or infinite loss, gradient or reward that stops the job",
-        group="loss",
+    max_grad_norm: NotNegative = _loss(1.0, "bound of the global gradient norm; 0: off")
+    max_skipped_updates: Count = _loss(
+        3, "number of updates in a row with a NaN or infinite loss, gradient or reward that stops the job"
     )
 
 
-def _advantages() -> Iterable[str]:
+def _estimators() -> Iterable[str]:
     from mindrlhf.algorithms.advantages import ADVANTAGES  # numpy: only once a configuration is checked
 
     return ADVANTAGES
@@ -188,104 +186,86 @@ class PPOConfig(TrainingSettings):
     what depends on the tokenizer, and the size of the job.
     """
 
-    total_iterations: Count = key(100, "rollouts of the whole job", group="run", required=True)
-    log_samples: Natural = key(2, "sample texts per iteration", group="run")
-    eval_prompts: Natural = key(0, "held-out prompts that are used; 0: all", group="run")
-    eval_samples: Natural = key(
-        4, "held-out prompts whose responses are kept as texts and shown before and after", group="run"
+    total_iterations: Count = _run(100, "rollouts of the whole job", required=True)
+    log_samples: Natural = _run(2, "sample texts per iteration")
+    eval_prompts: Natural = _run(0, "held-out prompts that are used; 0: all")
+    eval_samples: Natural = _run(
+        4, "held-out prompts whose responses are kept as texts and shown before and after"
     )
 
-    rollout_batch_size: Count = key(
-        64, "prompts per iteration, over all ranks", group="batches", required=True
+    rollout_batch_size: Count = _batches(64, "prompts per iteration, over all ranks", required=True)
+    generation_batch_size: Natural = _batches(0, "rows per generate call; 0: all at once")
+    score_batch_size: Natural = _batches(
+        0, "rows per forward of reward, reference and critic; 0: all at once"
     )
-    generation_batch_size: Natural = key(0, "rows per generate call; 0: all at once", group="batches")
-    score_batch_size: Natural = key(
-        0, "rows per forward of reward, reference and critic; 0: all at once", group="batches"
-    )
-    ppo_epochs: Count = key(4, "passes over each rollout", group="batches")
-    num_minibatches: Count = key(4, "optimizer steps per pass", group="batches")
-    shuffle: Flag = key(True, "whether the prompts are shuffled, each epoch of the data set", group="batches")
+    ppo_epochs: Count = _batches(4, "passes over each rollout")
+    num_minibatches: Count = _batches(4, "optimizer steps per pass")
+    shuffle: Flag = _batches(True, "whether the prompts are shuffled, each epoch of the data set")
 
-    max_prompt_length: Count = key(
-        512, "columns of a left-padded prompt; longer prompts are refused", group="sequences", required=True
+    max_prompt_length: Count = _sequences(
+        512, "columns of a left-padded prompt; longer prompts are refused", required=True
     )
-    max_response_length: Count = key(512, "most tokens of a response", group="sequences", required=True)
-    stop_token_ids: TokenIds = key(
-        (0,), "a response ends behind the first of them", group="sequences", required=True
-    )
-    pad_token_id: Natural = key(0, "fills empty columns", group="sequences", required=True)
+    max_response_length: Count = _sequences(512, "most tokens of a response", required=True)
+    stop_token_ids: TokenIds = _sequences((0,), "a response ends behind the first of them", required=True)
+    pad_token_id: Natural = _sequences(0, "fills empty columns", required=True)
 
-    do_sample: Flag = key(True, "whether tokens are drawn; False: the most likely one", group="sampling")
-    temperature: Positive = key(1.0, "divides the logits, in sampling and in all log-probs", group="sampling")
-    top_k: Natural = key(
-        0, "draw from so many most likely tokens, which biases ratio and KL; 0: off", group="sampling"
+    do_sample: Flag = _sampling(True, "whether tokens are drawn; False: the most likely one")
+    temperature: Positive = _sampling(1.0, "divides the logits, in sampling and in all log-probs")
+    top_k: Natural = _sampling(0, "draw from so many most likely tokens, which biases ratio and KL; 0: off")
+    top_p: Annotated[Positive, Le(1)] = _sampling(
+        1.0, "draw from the most likely tokens of this probability, which biases ratio and KL; 1: off"
     )
-    top_p: Annotated[Positive, Le(1)] = key(
-        1.0,
-        "draw from the most likely tokens of this probability, which biases ratio and KL; 1: off",
-        group="sampling",
-    )
-    decode_steps_per_call: Count = key(8, "tokens per call of a compiled graph", group="sampling")
+    decode_steps_per_call: Count = _sampling(8, "tokens per call of a compiled graph")
 
-    kl_controller: Literal["fixed", "adaptive"] = key("fixed", "whether kl_coef moves", group="reward")
-    kl_coef: NotNegative = key(
-        0.02, "factor of the KL to the reference, per token; adaptive: where it starts", group="reward"
+    kl_controller: Literal["fixed", "adaptive"] = _reward("fixed", "whether kl_coef moves")
+    kl_coef: NotNegative = _reward(
+        0.02, "factor of the KL to the reference, per token; adaptive: where it starts"
     )
-    kl_target: Positive = key(6.0, "KL that the adaptive controller aims at", group="reward")
-    kl_horizon: Count = key(10_000, "responses over which the adaptive controller corrects", group="reward")
-    kl_estimator: Literal["k1", "k2", "k3"] = key("k1", "estimator of the KL per token", group="reward")
-    missing_eos_penalty: NotNegative = key(
-        0.0, "subtracted from the score of a response without a stop token; 0: off", group="reward"
+    kl_target: Positive = _reward(6.0, "KL that the adaptive controller aims at")
+    kl_horizon: Count = _reward(10_000, "responses over which the adaptive controller corrects")
+    kl_estimator: Literal["k1", "k2", "k3"] = _reward("k1", "estimator of the KL per token")
+    missing_eos_penalty: NotNegative = _reward(
+        0.0, "subtracted from the score of a response without a stop token; 0: off"
     )
-    scale_rewards: Flag = key(
-        False, "whether scores are then divided by their running standard deviation", group="reward"
+    scale_rewards: Flag = _reward(
+        False, "whether scores are then divided by their running standard deviation"
     )
-    center_rewards: Flag = key(False, "whether their running mean is then subtracted", group="reward")
-    score_clip: NotNegative = key(
-        0.0, "at last scores are clipped to -score_clip..score_clip; 0: off", group="reward"
-    )
+    center_rewards: Flag = _reward(False, "whether their running mean is then subtracted")
+    score_clip: NotNegative = _reward(0.0, "at last scores are clipped to -score_clip..score_clip; 0: off")
 
-    advantage: Annotated[Text, OneOf(_advantages)] = key(
-        "gae",
-        "estimator; gae needs a critic, reinforce (returns less the batch mean) has critic: none",
-        group="advantages",
+    advantage: Annotated[Text, OneOf(_estimators)] = _advantages(
+        "gae", "estimator; gae needs a critic, reinforce (returns less the batch mean) has critic: none"
     )
-    critic: Literal["separate", "shared", "none"] = key(
-        "separate", "model of the values: its own, a head on the policy, or none", group="advantages"
+    critic: Literal["separate", "shared", "none"] = _advantages(
+        "separate", "model of the values: its own, a head on the policy, or none"
     )
-    gamma: Fraction = key(1.0, "discount", group="advantages")
-    lam: Fraction = key(0.95, "lambda of GAE (arXiv 1506.02438)", group="advantages")
-    whiten_advantages: Flag = key(
-        True, "whether advantages get mean 0 and variance 1 over the tokens of a rollout", group="advantages"
+    gamma: Fraction = _advantages(1.0, "discount")
+    lam: Fraction = _advantages(0.95, "lambda of GAE (arXiv 1506.02438)")
+    whiten_advantages: Flag = _advantages(
+        True, "whether advantages get mean 0 and variance 1 over the tokens of a rollout"
     )
-    whiten_rewards: Flag = key(
-        False, "whether rewards are scaled to variance 1; their mean stays", group="advantages"
-    )
+    whiten_rewards: Flag = _advantages(False, "whether rewards are scaled to variance 1; their mean stays")
 
-    cliprange: Annotated[Positive, Lt(1)] = key(
-        0.2, "bound of the ratio, epsilon of PPO (arXiv 1707.06347)", group="loss"
+    cliprange: Annotated[Positive, Lt(1)] = _loss(
+        0.2, "bound of the ratio, epsilon of PPO (arXiv 1707.06347)"
     )
-    cliprange_value: Positive = key(0.2, "bound of the values around the old ones", group="loss")
-    vf_coef: NotNegative = key(0.1, "factor of the value loss", group="loss")
-    value_head_init_scale: NotNegative = key(
-        1.0, "scale of a fresh value head, N(0, 1/sqrt(H+1)); 0: values start at 0", group="loss"
+    cliprange_value: Positive = _loss(0.2, "bound of the values around the old ones")
+    vf_coef: NotNegative = _loss(0.1, "factor of the value loss")
+    value_head_init_scale: NotNegative = _loss(
+        1.0, "scale of a fresh value head, N(0, 1/sqrt(H+1)); 0: values start at 0"
     )
-    entropy_coef: NotNegative = key(
-        0.0, "factor of the entropy bonus in the policy loss; 0: off", group="loss"
+    entropy_coef: NotNegative = _loss(0.0, "factor of the entropy bonus in the policy loss; 0: off")
+    ptx_coef: NotNegative = _loss(
+        0.0, "factor of the pre-training loss that is mixed in (InstructGPT's PPO-ptx); 0: off"
     )
-    ptx_coef: NotNegative = key(
-        0.0, "factor of the pre-training loss that is mixed in (InstructGPT's PPO-ptx); 0: off", group="loss"
+    target_kl: NotNegative = _loss(
+        0.0, "ends an iteration's optimizer steps once policy/approxkl is above 1.5 times it; 0: off"
     )
-    target_kl: NotNegative = key(
-        0.0,
-        "ends an iteration's optimizer steps once policy/approxkl is above 1.5 times it; 0: off",
-        group="loss",
+    critic_warmup_iterations: Natural = _loss(
+        0, "first iterations that train the critic alone; critic: separate only"
     )
-    critic_warmup_iterations: Natural = key(
-        0, "first iterations that train the critic alone; critic: separate only", group="loss"
-    )
-    log_ratio_clamp: Annotated[Positive, Le(80)] = key(  # exp(88.7) overflows float32
-        20.0, "bound of the absolute log-ratio before it is exponentiated", group="loss"
+    log_ratio_clamp: Annotated[Positive, Le(80)] = _loss(  # exp(88.7) overflows float32
+        20.0, "bound of the absolute log-ratio before it is exponentiated"
     )
 
     @property

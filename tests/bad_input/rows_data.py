@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.bad_input.harness import (
-    DATA,
-    Bad,
-    Case,
-)
+from tests.bad_input.harness import DATA, Bad, Case
 from tests.bad_input.spoiling import REAL
 
 FULL = frozenset({"full_disk"})

@@ -7,13 +7,7 @@ import socket
 
 import numpy as np
 
-from tests.bad_input.harness import (
-    LAUNCHER,
-    PPO,
-    VOCAB,
-    Bad,
-    Case,
-)
+from tests.bad_input.harness import LAUNCHER, PPO, VOCAB, Bad, Case
 from tests.bad_input.spoiling import MODEL, REAL, checkpoint, records
 
 ALONE = frozenset({"alone"})
@@ -108,8 +102,8 @@ PPO_ROWS = [
         r"ppo_x\.yaml: line 2", "while scanning a quoted scalar|found unexpected end", "fix the YAML there"),
     Bad("a tab in a YAML", PPO, lambda c: c.write("ppo_x.yaml", "seed: 1\n\tgamma: 1"),
         r"ppo_x\.yaml: line 2", r"'\\t'|found character", "fix the YAML there"),
-    Bad("a key given twice", PPO, lambda c: c.text("ppo_x.yaml", "seed: 1", "seed: 1\nseed: 2"),
-        r"ppo_x\.yaml: line 2", "the key seed is given twice", "fix the YAML there"),
+    Bad("a key given twice", PPO, lambda c: c.text("ppo_x.yaml", "log_", "total_iterations: 2\nlog_"),
+        r"ppo_x\.yaml: line 2", "the key total_iterations is given twice", "fix the YAML there"),
     Bad("an unknown key", PPO, lambda c: c.text("ppo_x.yaml", "gamma:", "gama:"),
         r"ppo_x\.yaml: gama", "unknown key", r"did you mean gamma\?", REAL),
     Bad("text where a number belongs", PPO, lambda c: c.yaml("finetune_x.yaml", f"{MODEL}.num_layers", "two"),

@@ -8,12 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bad_input.harness import (
-    PAD,
-    Case,
-    prompt_columns,
-    write_records,
-)
+from tests.bad_input.harness import PAD, Case, prompt_columns, write_records
 
 REAL = frozenset({"subprocess"})
 MODEL = "model.model_config"

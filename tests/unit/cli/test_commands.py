@@ -64,7 +64,7 @@ MISTAKES = {
 # A number's help says what it counts or measures.
 UNITS = re.compile(
     r"token|row|line|prompt|step|second|byte|worker|rank|sample|passes|epoch|iteration|response|column|"
-    r"fraction|probability|number|coefficient|divides|peak|norm|draws|data|draw from|split|\bport\b",
+    r"fraction|probability|number|coefficient|divides|peak|norm|draws|data|draw from|split|\bport\b"
 )
 
 

@@ -79,12 +79,7 @@ ONE_KEY_CASES = [
     ("reward", "context.ascend_config", {"precision_mode": "force_fp16"}, "ascend_config: not supported"),
     ("reward", "context.enable_compile_cache", True, "remove it; --enable_compile_cache True keeps graphs"),
     ("reward", "micro_batch_interleave_num", 2, "micro_batch_interleave_num: not supported (2)"),
-    (
-        "reward",
-        M + "num_attention_heads",
-        8,
-        "heads: unknown key - here it is called num_heads",
-    ),
+    ("reward", M + "num_attention_heads", 8, "heads: unknown key - here it is called num_heads"),
     ("reward", "lr_scale", True, "lr_scale: not supported (True)"),
     (
         "reward",
@@ -161,12 +156,7 @@ ONE_KEY_CASES = [
         "parallel_config: data_parallel 2 x model_parallel 4 = 8 ranks, but there are 4",
     ),
     # hyper-parameters
-    (
-        "ppo",
-        "stop_token_ids",
-        [1024],
-        "(1024) - ids must be below",
-    ),
+    ("ppo", "stop_token_ids", [1024], "(1024) - ids must be below"),
     ("ppo", "pad_token_id", 5000, "pad_token_id: outside the vocabulary (5000)"),
     ("ppo", "valid_vocab_size", 1025, "valid_vocab_size: above the vocabulary (1025) - must be at most 1024"),
     ("ppo", "valid_vocab_size", 1022, "stop_token_ids: never sampled (1023) - ids must be below"),

@@ -106,8 +106,7 @@ def test_ppo_settings_of_the_issue(model_configs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "published"),
-    [("7b", "qwen2-7b-instruct"), ("0_5b", "qwen2-0.5b-instruct")],
+    ("size", "published"), [("7b", "qwen2-7b-instruct"), ("0_5b", "qwen2-0.5b-instruct")]
 )
 @pytest.mark.parametrize("kind", ["generate", "finetune"])
 def test_sizes_equal_the_published_ones(
