@@ -23,9 +23,9 @@ MAX_POINTS = 3000
 MARKED_POINTS = 40
 """Up to so many, every point is marked."""
 
-_PHASE_NAMES = {"rollout": "generate", "train": "train", "sync": "sync weights", "other": "rest"}
 _TOTAL_TIME = "time/iteration"
 _REST = "time/other"
+_PHASE_NAMES = {"time/rollout": "generate", "time/sync": "sync weights", _REST: "rest"}
 
 
 class Chart(NamedTuple):
@@ -158,21 +158,15 @@ def charts_of(metrics: Iterable[str], evaluated: Iterable[str] = ()) -> dict[str
         evaluated: names of the metrics of evaluations.
     """
     metrics = dict.fromkeys(metrics)
-    known = {chart.metric for charts in GROUPS.values() for chart in charts} | {
-        "iteration",
-        "episode",
-        "epoch",
-    }
-    groups = {
-        title: [chart for chart in charts if chart.metric in metrics] for title, charts in GROUPS.items()
-    }
-    groups["Other"] = [Chart(name, name) for name in metrics if name not in known and not _is_phase(name)]
-    shown = {chart.held_out for charts in groups.values() for chart in charts}
-    alone = dict.fromkeys(name for name in evaluated if name not in shown)
-    for title, charts in GROUPS.items():
-        groups[title] += [chart for chart in charts if chart.metric in alone]
-    groups["Other"] += [Chart(name, name) for name in alone if name not in known]
-    return {title: charts for title, charts in groups.items() if charts}
+    placed = [chart for charts in GROUPS.values() for chart in charts]
+    known = {chart.metric for chart in placed} | {"iteration", "episode", "epoch"}
+    other = [Chart(name, name) for name in metrics if name not in known and not _is_phase(name)]
+    shown = {chart.held_out for chart in [*placed, *other] if chart.metric in metrics}
+    alone = [name for name in evaluated if name not in shown]
+    other += [Chart(name, name) for name in alone if name not in known]
+    there = {*metrics, *alone}
+    groups = {title: [chart for chart in charts if chart.metric in there] for title, charts in GROUPS.items()}
+    return {title: charts for title, charts in (groups | {"Other": other}).items() if charts}
 
 
 def drawn_metrics(run: Run) -> list[str]:
@@ -238,11 +232,16 @@ def _figure(chart: Chart, runs: Sequence[Run], findings: Sequence[Sequence[Findi
         ]
     layout = _layout(runs[0].unit)
     always = [value for value in (chart.low, chart.high) if value is not None]
+    values = {value for trace in data for value in trace["y"]} - {None}
+    if len(values) == 1:  # plotly would show a learning rate of 1e-6 on an axis from -1 to 1
+        always += [0.0, 2 * values.pop()]
     layout["yaxis"]["autorangeoptions"] = {"include": always} if always else {}
     if tops and all(tops):
         layout["yaxis"]["autorangeoptions"]["clipmax"] = max(top for top in tops if top)
     notes = ["◇ held-out."] if any(trace["meta"].get("held_out") for trace in data) else []
-    last = [_last(run.series(chart.metric)) for run in runs]
+    held_out = chart.metric.startswith("eval/")
+    shown = [run.evaluation_series(chart.metric) if held_out else run.series(chart.metric) for run in runs]
+    last = [float(series.values[-1]) if len(series.values) else None for series in shown]
     return Figure(chart, {"data": data, "layout": layout | {"shapes": shapes}}, last, notes)
 
 
@@ -257,10 +256,8 @@ def _curve(series: Series, name: str, meta: dict[str, Any]) -> list[dict[str, An
     broken = series.iterations[~np.isfinite(series.values)][:200]
     if not len(broken):
         return [line]
-    marks = _trace(
-        Series(broken, np.full(len(broken), 0.03)), name, {"run": meta["run"]}, LEVEL_COLORS["error"]
-    )
-    return [line, marks | {
+    bottom = Series(broken, np.full(len(broken), 0.03))
+    return [line, _trace(bottom, name, {"run": meta["run"]}, LEVEL_COLORS["error"]) | {
         "mode": "markers", "yaxis": "y2", "hovertemplate": "NaN or infinite",
         "marker": {"symbol": "triangle-up", "size": 9, "color": LEVEL_COLORS["error"]},
     }]  # fmt: skip
@@ -314,25 +311,18 @@ def _marks(finding: Finding, end: int, place: int | None) -> list[dict[str, Any]
         end: the last iteration of its run.
         place: of the run among several: areas would lie on each other, so a line in its colour is drawn.
     """
-    color = LEVEL_COLORS[finding.level]
+    level = LEVEL_COLORS[finding.level]
     since = {"x0": finding.since, "y0": 0, "y1": 1, "yref": "paper", "layer": "below"}
     if place is None:
         shapes = [
-            since
-            | {
-                "type": "rect",
-                "x1": max(end, finding.since),
-                "fillcolor": color,
-                "opacity": 0.09,
-                "line": {"width": 0},
-            }
+            since | {"type": "rect", "x1": end, "fillcolor": level, "opacity": 0.09, "line": {"width": 0}}
         ]
     else:
         line = {"color": COLORS[place % len(COLORS)], "dash": "dot", "width": 1.5}
         shapes = [since | {"type": "line", "x1": finding.since, "line": line}]
     if finding.threshold is not None:
         limit = {"x0": 0, "x1": 1, "xref": "paper", "y0": finding.threshold, "y1": finding.threshold}
-        shapes.append(limit | {"type": "line", "line": {"color": color, "dash": "dash", "width": 1}})
+        shapes.append(limit | {"type": "line", "line": {"color": level, "dash": "dash", "width": 1}})
     return shapes
 
 
@@ -343,8 +333,7 @@ def _phase_figure(place: int, run: Run, several: bool) -> Figure:
     whole: dict[int, float] = {}
     for level, (metric, series) in enumerate(phases.items()):
         color = COLORS[level % len(COLORS)]
-        name = metric.removeprefix("time/")
-        name = _PHASE_NAMES.get(name, name)
+        name = _PHASE_NAMES.get(metric, metric.removeprefix("time/"))
         for iteration, value in zip(series.iterations.tolist(), series.values.tolist(), strict=True):
             whole[iteration] = whole.get(iteration, 0.0) + value
         # The same places in every phase, or the stack would not add up.
@@ -388,7 +377,3 @@ def _starts_slow(metric: str, series: Series) -> bool:
 def _top(series: Series) -> float | None:
     """Top of the axis without the first value."""
     return rounded(1.06 * float(series.values[1:].max()))
-
-
-def _last(series: Series) -> float | None:
-    return float(series.values[-1]) if len(series.values) else None

@@ -7,7 +7,6 @@ evaluations in ``metrics.jsonl``; both are brought into the form of a PPO run he
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +31,8 @@ TITLES = {PPO: "PPO", SFT: "SFT", REWARD: "Reward model"}
 """Kinds of runs, for people."""
 
 Line = dict[str, Any]
+
+_SAMPLE_METRICS = ("score", "kl")
 
 logger = get_logger(__name__)
 
@@ -66,9 +67,9 @@ class Run:
         name: short name, different from those of the other runs on the page.
         directory: as given.
         metrics: one mapping per iteration, iterations rising.
-        samples: sampled replies of the training prompts.
+        samples: sampled responses to the training prompts.
         evaluations: like ``metrics``, of the iterations that were evaluated.
-        eval_samples: replies to the evaluation prompts.
+        eval_samples: responses to the evaluation prompts.
         config: content of ``config.json``; empty when there is none.
         state: content of the newest checkpoint's ``state.json``; empty when there is none.
         checkpoint: name of that checkpoint.
@@ -160,9 +161,9 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         raise ReportError(
             f"{directory}: no {METRICS_FILE}, so no results of a run.{_did_you_mean(directory)}"
         )
-    metrics = read_lines(metrics_file, _check_metrics)
+    metrics = read_lines(metrics_file, lambda name: True)
     _check_rising(metrics_file, metrics)
-    evaluations = read_lines(directory / EVALUATIONS_FILE, _check_evaluation)
+    evaluations = read_lines(directory / EVALUATIONS_FILE, lambda name: "/" in name)
     config = _read_object(directory / CONFIG_FILE)
     kind = kind_of(metrics, config)
     if kind != PPO:
@@ -176,9 +177,9 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         name=name or directory.resolve().name,
         directory=directory,
         metrics=metrics,
-        samples=read_lines(directory / SAMPLES_FILE, _check_sample),
+        samples=read_lines(directory / SAMPLES_FILE, _SAMPLE_METRICS.__contains__),
         evaluations=sorted(evaluations, key=lambda line: line["iteration"]),
-        eval_samples=read_lines(directory / EVAL_SAMPLES_FILE, _check_sample),
+        eval_samples=read_lines(directory / EVAL_SAMPLES_FILE, _SAMPLE_METRICS.__contains__),
         config=config,
         state=_read_object(checkpoints[-1]) if checkpoints else {},
         checkpoint=checkpoints[-1].parent.name if checkpoints else None,
@@ -186,7 +187,7 @@ def read_run(directory: Path, name: str | None = None) -> Run:
     )
 
 
-def read_lines(path: Path, check: Callable[[Line], str | None]) -> list[Line]:
+def read_lines(path: Path, is_metric: Callable[[str], bool]) -> list[Line]:
     """The JSON objects of a JSON-lines file; none when there is no such file.
 
     A last line that has no line end and is not JSON is being written just now, or its run was killed: it is
@@ -194,7 +195,7 @@ def read_lines(path: Path, check: Callable[[Line], str | None]) -> list[Line]:
 
     Args:
         path: the file.
-        check: what is wrong with an object, or ``None``.
+        is_metric: whether the value of a name must be a number or null.
 
     Raises:
         ReportError: names the file and the number of the first broken line.
@@ -214,7 +215,7 @@ def read_lines(path: Path, check: Callable[[Line], str | None]) -> list[Line]:
             raise ReportError(
                 f"{path}:{number}: not JSON ({error}); remove the line, or give another run"
             ) from None
-        fault = check(value) if isinstance(value, dict) else f"expected a JSON object, found {_short(value)}"
+        fault = _fault(value, is_metric)
         if fault is not None:
             raise ReportError(f"{path}:{number}: {fault}")
         found.append(value)
@@ -230,8 +231,7 @@ def kind_of(lines: Sequence[Line], config: Mapping[str, Any]) -> str:
     """The kind of a run, from ``config.json`` where that says it, else from its metrics."""
     if not any(_unit(line) == "step" for line in lines):
         return PPO
-    configuration = config.get("configuration")
-    stage = configuration.get("stage") if isinstance(configuration, Mapping) else None
+    stage = _child(config, "configuration").get("stage")
     if stage in (SFT, REWARD):
         return str(stage)
     return REWARD if any("train/accuracy" in line or "eval/accuracy" in line for line in lines) else SFT
@@ -276,38 +276,18 @@ def _child(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _check_metrics(line: Line) -> str | None:
-    fault = _check_iteration(line)
-    if fault is not None:
-        return fault
-    for name, value in line.items():
-        if value is not None and not _is_number(value):
-            return f"{name} is {_short(value)}, not a number"
-    return None
-
-
-def _check_evaluation(line: Line) -> str | None:
-    """The metrics must be numbers; what else the line says about the evaluation need not be."""
-    return _check_metrics({name: line[name] for name in line if name == "iteration" or "/" in name})
-
-
-def _check_sample(line: Line) -> str | None:
-    fault = _check_iteration(line)
-    if fault is not None:
-        return fault
-    for name in ("score", "kl"):
-        if line.get(name) is not None and not _is_number(line[name]):
-            return f"{name} is {_short(line[name])}, not a number"
-    return None
-
-
-def _check_iteration(line: Line) -> str | None:
+def _fault(line: Any, is_metric: Callable[[str], bool]) -> str | None:
+    """What is wrong with a line."""
+    if not isinstance(line, dict):
+        return f"expected a JSON object, found {_short(line)}"
     unit = _unit(line)
     if unit not in line:
         return "no iteration"
-    value = line[unit]
-    whole = _is_number(value) and math.isfinite(value) and int(value) == value and 0 <= value < 2**53
-    return None if whole else f"{unit} is {_short(value)}, not a whole number"
+    count = line[unit]
+    if not _is_number(count) or not (0 <= count < 2**53) or int(count) != count:
+        return f"{unit} is {_short(count)}, not a whole number"
+    wrong = (n for n in line if is_metric(n) and line[n] is not None and not _is_number(line[n]))
+    return next((f"{name} is {_short(line[name])}, not a number" for name in wrong), None)
 
 
 def _unit(line: Mapping[str, Any]) -> str:

@@ -66,6 +66,11 @@ def test_a_slow_first_iteration_does_not_flatten_the_axis(make_run: MakeRun) -> 
     assert found["time/*"].notes == ["The first iteration took 50 s, beyond the top: it compiles."]
 
 
+def test_the_axis_of_a_constant_starts_at_zero(make_run: MakeRun) -> None:
+    found = figures_of(make_run(metrics=[plain_line(n, lr=1e-6) for n in (1, 2)]))
+    assert found["lr"].plot["layout"]["yaxis"]["autorangeoptions"]["include"] == [0.0, 0.0, 2e-6]
+
+
 def test_warnings_are_marked(make_run: MakeRun) -> None:
     runs = [
         make_run(
