@@ -233,8 +233,11 @@ def _figure(chart: Chart, runs: Sequence[Run], findings: Sequence[Sequence[Findi
     layout = _layout(runs[0].unit)
     always = [value for value in (chart.low, chart.high) if value is not None]
     values = {value for trace in data for value in trace["y"]} - {None}
-    if len(values) == 1:  # plotly would show a learning rate of 1e-6 on an axis from -1 to 1
-        always += [0.0, 2 * values.pop()]
+    if len(values) == 1 and values != {
+        0.0
+    }:  # plotly would show a learning rate of 1e-6 on an axis from -1 to 1
+        ends = [0.0, 2 * values.pop(), *always]
+        layout["yaxis"]["range"] = [min(ends), max(ends)]
     layout["yaxis"]["autorangeoptions"] = {"include": always} if always else {}
     if tops and all(tops):
         layout["yaxis"]["autorangeoptions"]["clipmax"] = max(top for top in tops if top)

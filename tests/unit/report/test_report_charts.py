@@ -67,8 +67,9 @@ def test_a_slow_first_iteration_does_not_flatten_the_axis(make_run: MakeRun) -> 
 
 
 def test_the_axis_of_a_constant_starts_at_zero(make_run: MakeRun) -> None:
-    found = figures_of(make_run(metrics=[plain_line(n, lr=1e-6) for n in (1, 2)]))
-    assert found["lr"].plot["layout"]["yaxis"]["autorangeoptions"]["include"] == [0.0, 0.0, 2e-6]
+    found = figures_of(make_run(metrics=[plain_line(n, lr=1e-6, below=-2.0) for n in (1, 2)]))
+    assert found["lr"].plot["layout"]["yaxis"]["range"] == [0.0, 2e-6]
+    assert found["below"].plot["layout"]["yaxis"]["range"] == [-4.0, 0.0]
 
 
 def test_warnings_are_marked(make_run: MakeRun) -> None:
