@@ -195,10 +195,10 @@ def greedy(trainer: PPOTrainer) -> dict[str, np.ndarray]:
     from mindrlhf.trainer.rollout import generate_rollout
 
     job = replace(trainer.job, ppo=replace(trainer.job.ppo, do_sample=False, generation_batch_size=0))
-    model = build_infer(job, trainer.weight_sync.infer_groups)
+    model = build_infer(job, trainer.ppo_model_infer.groups)
     model.load(dict(trainer.ppo_model_infer.shards()))
     batch = trainer.prompts.next_batch()
-    rollout = generate_rollout(model, batch, trainer.infer_mesh, trainer.exchange, seed=0, iteration=0)
+    rollout = generate_rollout(model, batch, trainer.exchange, seed=0, iteration=0)
     return {f"greedy/{name}": array for name, array in rollout._asdict().items()}
 
 

@@ -224,7 +224,7 @@ def test_neither_batch_size_nor_seed_of_the_job_matters(runs: Runs, batch: int, 
     """Common random numbers; whatever fills the last batch (1, 1 or 1 row) changes nothing."""
     trainer = runs.trainer
     config = replace(trainer.config, rollout_batch_size=batch, seed=seed)
-    again = evaluate(trainer.models, held_out(runs), trainer.infer_mesh, trainer.exchange, config)
+    again = evaluate(trainer.models, held_out(runs), trainer.exchange, config)
     lengths = [len(response) for response in runs.reward.calls[-1][1]]
     np.testing.assert_array_equal(again.rollout.tokens, runs.last.rollout.tokens)
     np.testing.assert_allclose(again.scores + lengths, runs.last.scores, rtol=1e-5, atol=1e-5)
@@ -235,7 +235,7 @@ def test_each_prompt_has_random_numbers_of_its_own(runs: Runs) -> None:
     """A part of the prompts gets the answers that it gets among all."""
     trainer = runs.trainer
     some = type(held_out(runs))(*(array[2:5] for array in held_out(runs)))
-    part = evaluate(trainer.models, some, trainer.infer_mesh, trainer.exchange, trainer.config)
+    part = evaluate(trainer.models, some, trainer.exchange, trainer.config)
     np.testing.assert_array_equal(part.rollout.tokens, runs.last.rollout.tokens[2:5])
 
 

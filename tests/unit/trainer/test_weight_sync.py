@@ -7,7 +7,6 @@ import pytest
 from mindspore import Tensor
 
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError
 from mindrlhf.parallel.groups import Groups
@@ -35,12 +34,12 @@ def weight_sync(request: pytest.FixtureRequest, tiny_job: JobConfig) -> WeightSy
     )
     rng = np.random.default_rng(0)
     train.load({n: rng.standard_normal(a.shape).astype(np.float32) for n, a in train.shards()})
-    return WeightSync(train, build_infer(tiny_job, GROUPS), job_layouts(tiny_job)["infer_policy"], GROUPS)
+    return WeightSync(train, build_infer(tiny_job, GROUPS))
 
 
 def test_sync_brings_every_weight(weight_sync: WeightSync) -> None:
     weight_sync.infer.load({name: np.zeros_like(array) for name, array in weight_sync.infer.shards()})
-    assert set(weight_sync.differences()) == set(weight_sync.infer_layouts)
+    assert set(weight_sync.differences()) == set(weight_sync.infer.layouts)
     weight_sync.sync()
     weight_sync.verify(EXCHANGE)
     trained = dict(weight_sync.train.shards())
