@@ -177,6 +177,8 @@ def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, An
     if section.get("type") not in _MODEL_TYPES:
         where = reader.place("model.model_config.type")
         reader.faults.add(where, f"not supported ({shown(section.get('type'))})", "must be LlamaConfig")
+    else:
+        values["type"] = section["type"]
     if section.get("n_kv_heads") is None and "num_heads" in values:
         values["n_kv_heads"] = values["num_heads"]
     return values

@@ -38,7 +38,8 @@ class ModelConfig:
     """Sizes and numerics of a Qwen2 model: section ``model.model_config`` (MindFormers' ``LlamaConfig``).
 
     A YAML must give every key whose MindFormers default is not Qwen2's value. ``matmul_dtype`` is
-    ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU.
+    ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU. ``type`` is MindFormers'
+    configuration class, which names the family of models.
     """
 
     vocab_size: Count = key(..., "rows of the embedding, padding rows included")
@@ -64,6 +65,7 @@ class ModelConfig:
     softmax_compute_type: DType = key("float32", "type inside the attention's softmax")
     rotary_dtype: DType = key("float32", "type of the rotation")
     matmul_dtype: str = "float32"
+    type: str = "LlamaConfig"
     pad_token_id: Natural = key(0, "fills empty columns", required=True)
     bos_token_id: Natural = key(0, "for exported configurations; null: none", nullable=True)
     eos_token_id: TokenIds = key(

@@ -16,7 +16,7 @@ from mindrlhf.kernels.decoding import KernelMasses, kernel_masses
 from mindrlhf.models.inverse_cdf import IntervalLookup, PlainMasses, row_element, row_numbers
 from mindrlhf.parallel.gather import GroupStack
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.tensor_parallel import PADDED_LOGIT
+from mindrlhf.parallel.tensor_parallel import SamplingLogits
 from mindrlhf.utils.sizes import exact_div
 
 # Ranks with less of the mass are passed over. The floor is above that of blocks by more than the number of
@@ -75,12 +75,11 @@ class VocabParallelSampler(nn.Cell):
         self.mp = groups.mesh.mp
         self.rank = groups.mp_index
         self.do_sample = do_sample
-        self.inverse_temperature = 1.0 / temperature
         self.top_k = top_k if do_sample and 0 < top_k < valid_vocab_size else 0
         self.top_p = top_p if do_sample and top_p < 1.0 else 1.0
-        ids = np.arange(self.first, self.first + self.rows)
-        self.has_padding = self.first + self.rows > valid_vocab_size
-        self.padding_bias = Tensor(np.where(ids < valid_vocab_size, 0.0, PADDED_LOGIT).astype(np.float32))
+        self.sampling_logits = SamplingLogits(
+            vocab_size, groups, valid_vocab_size=valid_vocab_size, temperature=temperature
+        )
         self.row_numbers = row_numbers(batch_size)
         self.in_ranks = IntervalLookup(batch_size, self.mp, _RANK_FLOOR)
         self.stack_ranks = GroupStack(groups)
@@ -98,11 +97,7 @@ class VocabParallelSampler(nn.Cell):
 
     def construct(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """``logits`` (B, V / mp), ``uniforms`` (B,) -> tokens (B,) int32, log-probs (B,) float32."""
-        scaled = ops.cast(logits, ms.float32)
-        if self.inverse_temperature != 1.0:
-            scaled = scaled * self.inverse_temperature
-        if self.has_padding:
-            scaled = scaled + self.padding_bias
+        scaled = self.sampling_logits(logits)
         masses, best, largest, log_sum = self.masses(scaled)
         largest, log_total, shares, best_ids = self._normalise(best, largest, log_sum)
         if not self.do_sample:

@@ -8,11 +8,12 @@ Parameters start at zero and are meant to be loaded; nothing allocates a full te
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from mindrlhf.kernels.bf16_products import bfloat16_rows_product
-from mindrlhf.parallel.collectives import CopyToGroup, GroupMax, ReduceFromGroup
+from mindrlhf.parallel.collectives import GroupMax, ReduceFromGroup
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div
 
@@ -161,41 +162,72 @@ class VocabParallelEmbedding(nn.Cell):
         return self.reduce(rows * ops.expand_dims(ops.cast(held, rows.dtype), -1))
 
 
-class VocabParallelLogProbs(nn.Cell):
-    """Log-probability of given tokens, and entropy, from logits whose vocabulary is split over the group.
-
-    No rank sees another's logits: the maximum, the sum of exponentials and the chosen logit are the
-    only things exchanged. Computed in float32 whatever the type of the logits (checklist 1).
+class SamplingLogits(nn.Cell):
+    """Logits of the distribution that tokens are drawn from; the one place where temperature is applied.
 
     Args:
         vocab_size: full number of logits, padded rows included.
         groups: the rank's groups.
-        valid_vocab_size: ids from here on are padding of the vocabulary: they have probability 0
-            (checklist 5).
+        valid_vocab_size: ids from here on are padding of the vocabulary: they have probability 0.
+        temperature: divides the logits.
+    """
+
+    def __init__(
+        self, vocab_size: int, groups: Groups, *, valid_vocab_size: int, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
+        ids = np.arange(groups.mp_index * rows, (groups.mp_index + 1) * rows)
+        self.inverse_temperature = 1.0 / temperature
+        self.has_padding = bool(ids[-1] >= valid_vocab_size)
+        self.padding_bias = Tensor(np.where(ids < valid_vocab_size, 0.0, PADDED_LOGIT).astype(np.float32))
+
+    def construct(self, logits: Tensor) -> Tensor:
+        """This rank's raw ``logits`` (n, V / mp) of any type -> (n, V / mp) float32."""
+        logits = ops.cast(logits, ms.float32)
+        if self.inverse_temperature != 1.0:
+            logits = logits * self.inverse_temperature
+        if self.has_padding:
+            logits = logits + self.padding_bias
+        return logits
+
+
+class VocabParallelLogProbs(nn.Cell):
+    """Log-probability of given tokens, and entropy, from logits whose vocabulary is split over the group.
+
+    No rank sees another's logits: the maximum, the sum of exponentials and the chosen logit are the
+    only things exchanged. Computed in float32 whatever the type of the logits.
+
+    Args:
+        vocab_size, groups, valid_vocab_size, temperature: see :class:`SamplingLogits`.
         with_entropy: whether to compute the entropy; zeros otherwise.
     """
 
     def __init__(
-        self, vocab_size: int, groups: Groups, *, valid_vocab_size: int, with_entropy: bool = True
+        self,
+        vocab_size: int,
+        groups: Groups,
+        *,
+        valid_vocab_size: int,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
     ) -> None:
         super().__init__()
         self.rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
         self.first = groups.mp_index * self.rows
         self.with_entropy = with_entropy
-        self.has_padding = self.first + self.rows > valid_vocab_size
-        ids = ms.numpy.arange(self.first, self.first + self.rows)
-        self.padding_bias = ops.cast(ids >= valid_vocab_size, ms.float32) * PADDED_LOGIT
+        self.sampling_logits = SamplingLogits(
+            vocab_size, groups, valid_vocab_size=valid_vocab_size, temperature=temperature
+        )
         self.group_max = GroupMax(groups)
         self.reduce = ReduceFromGroup(groups.mp_group)
 
     def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Local ``logits`` (B, R, V / mp), ``tokens`` (B, R) -> log-probs (B, R), entropy (B, R), float32."""
+        """Local raw ``logits`` (B, R, V / mp), ``tokens`` (B, R) -> log-probs, entropy, (B, R) float32 each."""
         # Rows of one matrix, and the maximum spelled out: on CPU, reductions over more dimensions and
         # broadcasting in an operation are many times slower.
         shape = tokens.shape
-        logits = ops.cast(logits, ms.float32).reshape((-1, self.rows))
-        if self.has_padding:
-            logits = logits + self.padding_bias
+        logits = self.sampling_logits(logits.reshape((-1, self.rows)))
         largest = self.group_max(logits.max(axis=-1)).reshape((-1, 1))
         shifted = logits - ops.tile(largest, (1, self.rows))
         exp = ops.exp(shifted)
@@ -221,16 +253,3 @@ def local_ids(ids: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
     local = ids - first
     held = ops.logical_and(local >= 0, local < rows)
     return ops.clip_by_value(local, 0, rows - 1), held
-
-
-__all__ = [
-    "PADDED_LOGIT",
-    "ColumnParallelLinear",
-    "CopyToGroup",
-    "RowParallelLinear",
-    "RowsProduct",
-    "VocabParallelEmbedding",
-    "VocabParallelLogProbs",
-    "empty_parameter",
-    "local_ids",
-]

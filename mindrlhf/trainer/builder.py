@@ -6,26 +6,27 @@ import logging
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mindrlhf.checkpoint.shards import load_shard
-from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
-from mindrlhf.models.job_layouts import job_layouts
-from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
-from mindrlhf.models.qwen2.heads import new_score_head
-from mindrlhf.models.qwen2.layouts import LM_HEAD, SCORE_HEAD
-from mindrlhf.models.qwen2.networks import (
-    CriticModel,
-    PolicyValues,
-    PPOModelTrain,
-    RewardModel,
-    SequenceModel,
-)
+from mindrlhf.configs.schema import JobConfig, RunConfig
+from mindrlhf.models.families import family_of
 from mindrlhf.parallel.groups import Groups, create_groups
-from mindrlhf.parallel.layout import Layout, mesh_of
+from mindrlhf.parallel.layout import mesh_of
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
+
+if TYPE_CHECKING:  # which family's classes they are is decided by the configuration
+    from mindrlhf.models.qwen2.generator import PPOModelInfer
+    from mindrlhf.models.qwen2.networks import (
+        CriticModel,
+        PolicyValues,
+        PPOModelTrain,
+        RewardModel,
+        SequenceModel,
+    )
 
 logger = get_logger(__name__)
 
@@ -48,8 +49,8 @@ class WeightPaths:
         """The paths with what is not given filled in; refuses paths that are not there.
 
         The policy's two models stand in for each other, and the policy for the reference. A critic
-        starts from the reward model (checklist 15). Reward model and critic stay ``None`` when neither
-        is given: they then start from the policy with a fresh head.
+        starts from the reward model (InstructGPT, arXiv 2203.02155). Reward model and critic stay ``None``
+        when neither is given: they then start from the policy with a fresh head.
 
         Raises:
             MindRLHFError: no policy weights at all, or a path does not exist.
@@ -74,18 +75,32 @@ class WeightPaths:
 
 @dataclass(frozen=True)
 class PPOModels:
-    """All models of a job on this rank."""
+    """All models of a job on this rank.
+
+    Attributes:
+        infer: the generating policy.
+        train: the trained policy, with a value head when the critic shares its backbone.
+        ref: the reference policy.
+        reward: ``None`` when rewards come from a function alone.
+        critic: a separate critic; ``None`` when the policy's backbone is shared, or without a critic.
+    """
 
     infer: PPOModelInfer
     train: PPOModelTrain
     ref: PPOModelTrain
-    reward: RewardModel | None  # None: rewards come from a function alone
-    critic: CriticModel | None  # None: the train policy's backbone is shared
+    reward: RewardModel | None
+    critic: CriticModel | None
 
     @cached_property
-    def values(self) -> CriticModel | PolicyValues:
-        """The network that gives the values before an update; one object, so that it compiles once."""
-        return PolicyValues(self.train) if self.critic is None else self.critic
+    def values(self) -> CriticModel | PolicyValues | None:
+        """The network that gives the values before an update, ``None`` without a critic.
+
+        It is one object, so that it compiles once.
+        """
+        if not self.train.value_head:
+            return self.critic
+        values: PolicyValues = family_of(self.train.config).networks.PolicyValues(self.train)
+        return values
 
 
 def build_models(
@@ -102,45 +117,33 @@ def build_models(
     Raises:
         CheckpointError: a checkpoint's names or shapes do not fit its model.
     """
-    weights = weights.checked()
-    ppo = job.ppo
-    shared = ppo.critic == "shared"
-    groups = {name: create_groups(mesh_of(config), rank) for name, config in job_runs(job).items()}
-    infer = build_infer(job, groups["infer"])
-    train = _policy(job.train, groups["train"], ppo, value_head=shared)
-    ref = _policy(job.infer, groups["infer"], ppo, with_entropy=False)
+    weights, ppo = weights.checked(), job.ppo
+    infer = build_infer(job, create_groups(mesh_of(job.infer), rank))
+    train = _policy(job, job.train, rank, value_head=ppo.critic == "shared")
+    ref = _policy(job, job.infer, rank, with_entropy=False)
     reward = critic = None
     if with_reward_model:
-        reward = RewardModel(job.reward.model, groups["reward"], prompt_length=ppo.max_prompt_length)
-    if not shared:
+        reward = family_of(job.reward.model).networks.RewardModel(
+            job.reward.model, create_groups(mesh_of(job.reward), rank), prompt_length=ppo.max_prompt_length
+        )
+    if ppo.critic == "separate":
         # Its YAML may be one for inference, with bfloat16 weights; steps of a small learning rate would be
         # lost in their rounding, so what is trained is kept in float32.
         trained = replace(job.critic.model, param_init_type="float32")
-        critic = CriticModel(trained, groups["critic"], prompt_length=ppo.max_prompt_length)
+        critic = family_of(trained).networks.CriticModel(
+            trained, create_groups(mesh_of(job.critic), rank), prompt_length=ppo.max_prompt_length
+        )
 
-    infer.load(load_shards(weights.infer, job_layouts(job)["infer_policy"], rank, "infer policy"))
+    infer.load(load_shards(weights.infer, infer, "infer policy"))
     scale = ppo.value_head_init_scale
-    fill_model(train, weights.train, ppo.seed, rank, "train policy", "critic", scale)
-    fill_model(ref, weights.ref, ppo.seed, rank, "reference")
+    fill_model(train, weights.train, ppo.seed, "train policy", "critic", scale)
+    fill_model(ref, weights.ref, ppo.seed, "reference")
     if reward is not None:
-        fill_model(
-            reward,
-            weights.reward or policy_weights_for(job.reward, job, weights),
-            ppo.seed,
-            rank,
-            "reward model",
-            "reward",
-        )
+        path = weights.reward or policy_weights_for(job.reward, job, weights)
+        fill_model(reward, path, ppo.seed, "reward model", "reward")
     if critic is not None:
-        fill_model(
-            critic,
-            weights.critic or policy_weights_for(job.critic, job, weights),
-            ppo.seed,
-            rank,
-            "critic",
-            "critic",
-            scale,
-        )
+        path = weights.critic or policy_weights_for(job.critic, job, weights)
+        fill_model(critic, path, ppo.seed, "critic", "critic", scale)
     return PPOModels(infer, train, ref, reward, critic)
 
 
@@ -153,15 +156,10 @@ def policy_weights_for(config: RunConfig, job: JobConfig, weights: WeightPaths) 
     return weights.train if mesh_of(config) == mesh_of(job.train) else weights.infer
 
 
-def job_runs(job: JobConfig) -> dict[str, RunConfig]:
-    """The YAMLs of a job by role."""
-    return {"infer": job.infer, "train": job.train, "reward": job.reward, "critic": job.critic}
-
-
 def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:
     """The generating policy, without weights."""
-    ppo = job.ppo
-    generation = GenerationConfig(
+    ppo, generator = job.ppo, family_of(job.infer.model).generator
+    generation = generator.GenerationConfig(
         max_prompt_length=ppo.max_prompt_length,
         max_response_length=ppo.max_response_length,
         temperature=ppo.temperature,
@@ -172,14 +170,14 @@ def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:
         pad_token_id=ppo.pad_token_id,
         valid_vocab_size=valid_vocab_size(job),
     )
-    rows = ppo.rollout_batch_size // groups.mesh.dp
-    return PPOModelInfer(
+    model: PPOModelInfer = generator.PPOModelInfer(
         job.infer.model,
         groups,
         generation,
-        batch_size=ppo.generation_batch_size or rows,
+        batch_size=ppo.generation_batch_size or ppo.rollout_batch_size // groups.mesh.dp,
         decode_steps_per_call=ppo.decode_steps_per_call,
     )
+    return model
 
 
 def valid_vocab_size(job: JobConfig) -> int:
@@ -188,60 +186,53 @@ def valid_vocab_size(job: JobConfig) -> int:
 
 
 def _policy(
-    config: RunConfig,
-    groups: Groups,
-    ppo: PPOConfig,
-    *,
-    value_head: bool = False,
-    with_entropy: bool = True,
+    job: JobConfig, config: RunConfig, rank: int, *, value_head: bool = False, with_entropy: bool = True
 ) -> PPOModelTrain:
-    return PPOModelTrain(
+    model: PPOModelTrain = family_of(config.model).networks.PPOModelTrain(
         config.model,
-        groups,
-        prompt_length=ppo.max_prompt_length,
-        temperature=ppo.temperature,
-        valid_vocab_size=ppo.valid_vocab_size or config.model.vocab_size,
+        create_groups(mesh_of(config), rank),
+        prompt_length=job.ppo.max_prompt_length,
+        temperature=job.ppo.temperature,
+        valid_vocab_size=job.ppo.valid_vocab_size or config.model.vocab_size,
         value_head=value_head,
         with_entropy=with_entropy,
     )
+    return model
 
 
 def fill_model(
-    model: SequenceModel,
-    path: Path | None,
-    seed: int,
-    rank: int,
-    what: str,
-    head: str = "",
-    head_scale: float = 1.0,
+    model: SequenceModel, path: Path | None, seed: int, what: str, head: str = "", head_scale: float = 1.0
 ) -> None:
-    """Loads a model; a scalar head that the checkpoint lacks starts fresh, and that is said.
+    """Loads a model; a scalar head that the checkpoint lacks starts fresh, and that is logged.
 
     Args:
         model: to fill.
         path: its checkpoint.
-        seed, rank: of the job.
+        seed: of the job.
         what: the model's name in messages.
         head: purpose of a fresh head, so that those of two models differ.
         head_scale: factor of its weights.
     """
-    assert path is not None
-    shards = load_shards(path, model.layouts, rank, what)
-    if SCORE_HEAD[0] in model.layouts and not set(SCORE_HEAD) <= shards.keys():
+    shards = load_shards(path, model, what)
+    if model.layouts.keys() - shards.keys():  # nothing but the scalar head may be missing
         logger.log(
-            logging.WARNING if rank == 0 else logging.DEBUG,  # every rank does the same; once is enough
+            logging.WARNING if model.groups.rank == 0 else logging.DEBUG,  # every rank does the same
             "%s: %s has no scalar head; a new one is initialised with N(0, 1/sqrt(H+1)) (head %r, seed %d%s)",
             what, path, head, seed, "" if head_scale == 1 else f", scale {head_scale:g}",
         )  # fmt: skip
+        new_score_head = family_of(model.config).heads.new_score_head
         shards |= new_score_head(model.config.hidden_size, seed, head, scale=head_scale)
     model.load(shards)
 
 
-def load_shards(path: Path | None, layouts: dict[str, Layout], rank: int, what: str) -> dict[str, np.ndarray]:
-    """This rank's shards of ``layouts``, logged as ``what``; heads that only one side has are left out."""
+def load_shards(path: Path | None, model: SequenceModel | PPOModelInfer, what: str) -> dict[str, np.ndarray]:
+    """This rank's shards of ``model``, logged as ``what``; heads that only one side has are left out."""
     assert path is not None
-    ignore = {LM_HEAD} if LM_HEAD not in layouts and SCORE_HEAD[0] in layouts else set()
-    ignore |= set() if SCORE_HEAD[0] in layouts else set(SCORE_HEAD)
-    shards = load_shard(path, layouts, rank, new=SCORE_HEAD, ignore=ignore)
+    names, layouts = family_of(model.config).layouts, model.layouts
+    has_score_head = names.SCORE_HEAD[0] in layouts
+    ignore = () if has_score_head else names.SCORE_HEAD
+    if has_score_head and names.LM_HEAD not in layouts:
+        ignore = (names.LM_HEAD,)
+    shards = load_shard(path, layouts, model.groups.rank, new=names.SCORE_HEAD, ignore=ignore)
     logger.info("%s: %d of %d tensors loaded from %s", what, len(shards), len(layouts), path)
     return shards

@@ -16,6 +16,7 @@ from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS
 from mindrlhf.data.mindrecord import read_rows, read_schema
 from mindrlhf.data.stream import RowStream
 from mindrlhf.models.qwen2.networks import PPOModelTrain
+from mindrlhf.parallel.tensor_parallel import VocabParallelLogProbs
 from mindrlhf.trainer.builder import valid_vocab_size
 from mindrlhf.trainer.experience import SequenceInputs
 from mindrlhf.utils.errors import DataError
@@ -152,7 +153,13 @@ class PretrainLoss(nn.Cell):
         self.policy = policy
         self.statistics = ("cross_entropy",)
         self.ptx_coef = ptx_coef
-        self.temperature = 1.0 / policy.inverse_temperature
+        # The rollout's temperature belongs to sampling; the text is no sample.
+        self.log_probs = VocabParallelLogProbs(
+            policy.config.vocab_size,
+            policy.groups,
+            valid_vocab_size=policy.valid_vocab_size,
+            with_entropy=False,
+        )
 
     def construct(
         self,
@@ -169,9 +176,7 @@ class PretrainLoss(nn.Cell):
             the loss, and (1,) the sum of the cross-entropy.
         """
         hidden = self.policy.model(tokens, valid, position_ids)
-        # The rollout's temperature belongs to sampling; the text is no sample.
-        logits = self.policy.logits(hidden) * self.temperature
-        logprobs, _ = self.policy.log_probs(logits, targets)
+        logprobs, _ = self.log_probs(self.policy.logits(hidden), targets)
         total = cross_entropy_sum(logprobs, mask)
         return (self.ptx_coef * total * inverse_count).sum(), ops.stop_gradient(total.reshape((1,)))
 

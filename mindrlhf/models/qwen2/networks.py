@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
@@ -95,14 +94,18 @@ class PPOModelTrain(SequenceModel):
     ) -> None:
         super().__init__(config, groups, lm_head=True, score_head=value_head)
         self.prompt_length = prompt_length
-        self.inverse_temperature = 1.0 / temperature
+        self.valid_vocab_size = valid_vocab_size
         self.tied = config.tie_word_embeddings
         self.value_head = value_head
         if self.tied:
             self.product = RowsProduct(self.model.compute_dtype, config.matmul_dtype)
         self.copy_to_group = CopyToGroup(groups.mp_group)
         self.log_probs = VocabParallelLogProbs(
-            config.vocab_size, groups, valid_vocab_size=valid_vocab_size, with_entropy=with_entropy
+            config.vocab_size,
+            groups,
+            valid_vocab_size=valid_vocab_size,
+            temperature=temperature,
+            with_entropy=with_entropy,
         )
 
     def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,14 +129,11 @@ class PPOModelTrain(SequenceModel):
         return logprobs, entropy, values
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's logits over the temperature: (B, R, H) -> (B, R, V / mp)."""
+        """This rank's logits, before any temperature: (B, R, H) -> (B, R, V / mp)."""
         hidden = self.copy_to_group(hidden)
         if self.tied:
-            logits = self.product(hidden, self.model.tok_embeddings.embedding_weight)
-        else:
-            logits = self.lm_head(hidden)
-        logits = logits.astype(ms.float32)
-        return logits if self.inverse_temperature == 1.0 else logits * self.inverse_temperature
+            return self.product(hidden, self.model.tok_embeddings.embedding_weight)
+        return self.lm_head(hidden)
 
 
 class PolicyValues(nn.Cell):

@@ -1,0 +1,113 @@
+"""The table of model families: where trainer, checkpoints and planner find all that is a family's own.
+
+A family is one folder of :mod:`mindrlhf.models` and one entry here. Its folder has the modules of
+:data:`MODULES`, with the names listed there. Importing this table imports none of them: a module is imported
+when it is first asked for, and ``layouts``, ``weight_names`` and ``hf_config`` do not need MindSpore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.utils.errors import CheckpointError, ConfigError
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "layouts": ("EMBEDDING", "LM_HEAD", "SCORE_HEAD", "layer_prefix", "parameter_layouts"),
+    "weight_names": ("canonical_to_hf", "count_layers", "is_derived", "is_hf"),
+    "hf_config": ("SIZE_KEYS", "finish_hf_config", "hf_config_from_model", "model_config_from_hf"),
+    "heads": ("new_score_head",),
+    "networks": ("CriticModel", "PPOModelTrain", "PolicyValues", "RewardModel"),
+    "generator": ("GenerationConfig", "PPOModelInfer"),
+}
+"""Module of a family's folder -> names that the rest of the library uses, with the meanings they have in
+:mod:`mindrlhf.models.qwen2`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of models is found.
+
+    Attributes:
+        config_type: ``model.model_config.type`` of its YAMLs, a class of MindFormers.
+        hf_model_type: ``model_type`` of its ``config.json``.
+        package: its folder.
+        layouts: how each parameter is split; canonical names.
+        weight_names: canonical names <-> Hugging Face's.
+        hf_config: ``config.json`` <-> :class:`ModelConfig`.
+        heads: what stands on top of a decoder.
+        networks: the networks over whole sequences.
+        generator: the policy as a generator of responses.
+    """
+
+    config_type: str
+    hf_model_type: str
+    package: str
+
+    @property
+    def layouts(self) -> ModuleType:
+        return self._module("layouts")
+
+    @property
+    def weight_names(self) -> ModuleType:
+        return self._module("weight_names")
+
+    @property
+    def hf_config(self) -> ModuleType:
+        return self._module("hf_config")
+
+    @property
+    def heads(self) -> ModuleType:
+        return self._module("heads")
+
+    @property
+    def networks(self) -> ModuleType:
+        return self._module("networks")
+
+    @property
+    def generator(self) -> ModuleType:
+        return self._module("generator")
+
+    def _module(self, name: str) -> ModuleType:
+        return import_module(f"{self.package}.{name}")
+
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen2": Family(config_type="LlamaConfig", hf_model_type="qwen2", package="mindrlhf.models.qwen2"),
+}
+"""Name, as ``convert_weight.py --model`` takes it -> family."""
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family that a model belongs to.
+
+    Raises:
+        ConfigError: there is none of this type.
+    """
+    for family in FAMILIES.values():
+        if family.config_type == model.type:
+            return family
+    known = " or ".join(sorted({family.config_type for family in FAMILIES.values()}))
+    raise ConfigError([f"model.model_config.type: not supported ({model.type!r}) - must be {known}"])
+
+
+def family_of_hf(model_type: object, where: str) -> Family:
+    """The family of a Hugging Face ``config.json``.
+
+    Args:
+        model_type: its ``model_type``.
+        where: the file, for the message.
+
+    Raises:
+        CheckpointError: there is none of this type.
+    """
+    for family in FAMILIES.values():
+        if family.hf_model_type == model_type:
+            return family
+    known = " or ".join(repr(family.hf_model_type) for family in FAMILIES.values())
+    raise CheckpointError(
+        f"{where}: model_type is {model_type!r:.80}, only {known} is supported: give such a model"
+    )
