@@ -13,13 +13,12 @@ from typing import Any
 from mindrlhf.checkpoint.element_types import DType, parse_dtype
 from mindrlhf.checkpoint.hf_config import (
     CONFIG_NAME,
-    MODEL_TYPE,
-    SIZE_KEYS,
     finish_hf_config,
     hf_config_from_model,
     model_config_from_hf,
     read_hf_config,
     read_json,
+    size_fields,
 )
 from mindrlhf.checkpoint.shards import (
     open_full,
@@ -36,8 +35,7 @@ from mindrlhf.checkpoint.weight_files import (
 )
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.layouts import EMBEDDING
-from mindrlhf.models.qwen2.weight_names import canonical_to_hf, count_layers
+from mindrlhf.models.families import family_of, family_of_names
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
@@ -195,10 +193,12 @@ def export_hf(
     base = _base_config(model, hf_config, tokenizer_dir)
     stored, _ = open_full(weights_path, model, mesh)
     with stored:
-        hf_names = canonical_to_hf(model.num_layers)
+        family = family_of(model)
+        hf_names = family.weight_names.canonical_to_hf(model.num_layers)
         names = [name for name in stored.tensors if name not in leave_out]
         source = CastSource(RenamedSource(stored, {hf_names[name]: name for name in names}), wanted)
-        config = finish_hf_config(base, names, stored.tensors[EMBEDDING].dtype if wanted is None else wanted)
+        stored_type = stored.tensors[family.layouts.EMBEDDING].dtype
+        config = finish_hf_config(base, names, stored_type if wanted is None else wanted)
         files = write_hf_directory(
             output_dir, source, config, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir
         )
@@ -221,13 +221,13 @@ def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path
 
 
 def _describes(config: Mapping[str, Any], model: ModelConfig) -> bool:
-    if config.get("model_type") != MODEL_TYPE:
+    if config.get("model_type") != family_of(model).hf_model_type:
         return False
     try:
         stated = model_config_from_hf(config, CONFIG_NAME)
     except CheckpointError:
         return False
-    fields = (*SIZE_KEYS.values(), "tie_word_embeddings", "rms_norm_eps", "theta")
+    fields = (*size_fields(model), "tie_word_embeddings", "rms_norm_eps", "theta")
     return all(getattr(stated, field) == getattr(model, field) for field in fields)
 
 
@@ -245,9 +245,11 @@ def _config_beside(tokenizer_dir: Path | None, input_path: Path) -> Path:
 
 def _inferred(source: WeightSource) -> str:
     """What the shapes show, for the message."""
-    known = [f"layers {count_layers(source.tensors)}"]
-    if EMBEDDING in source.tensors:
-        vocab, hidden = source.tensors[EMBEDDING].shape
+    family = family_of_names(source.tensors)
+    known = [f"layers {family.weight_names.count_layers(source.tensors)}"]
+    embedding = source.tensors.get(family.layouts.EMBEDDING)
+    if embedding is not None:
+        vocab, hidden = embedding.shape
         known += [f"vocabulary {vocab}", f"hidden size {hidden}"]
     return ", ".join(known)
 

@@ -10,8 +10,7 @@ import numpy as np
 from mindrlhf.checkpoint.element_types import FLOAT32, WEIGHT_TYPES
 from mindrlhf.checkpoint.sources import CastSource, WeightSource, bullet_list
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.layouts import EMBEDDING, LM_HEAD, SCORE_HEAD, parameter_layouts
-from mindrlhf.models.qwen2.weight_names import canonical_to_hf, count_layers
+from mindrlhf.models.families import family_of, family_of_names
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError
 
@@ -26,11 +25,13 @@ def expected_layouts(model: ModelConfig, mesh: Mesh, present: Collection[str]) -
     Raises:
         CheckpointError: the sizes cannot be split over ``mesh``.
     """
-    score_head = any(name in present for name in SCORE_HEAD)
+    names = family_of(model).layouts
+    score_head = any(name in present for name in names.SCORE_HEAD)
     try:
-        return parameter_layouts(
-            model, mesh, lm_head=LM_HEAD in present or not score_head, score_head=score_head
+        layouts: dict[str, Layout] = names.parameter_layouts(
+            model, mesh, lm_head=names.LM_HEAD in present or not score_head, score_head=score_head
         )
+        return layouts
     except ValueError as error:
         raise CheckpointError(f"the model cannot be split over {mesh}: {error}") from error
 
@@ -58,8 +59,10 @@ def find_faults(
         new: names that may be missing.
         ignore: names that may be stored without being in the model.
     """
-    if LM_HEAD not in ignore and redundant_lm_head(source, shapes):
-        ignore = {*ignore, LM_HEAD}
+    family = family_of_names(shapes)
+    lm_head = family.layouts.LM_HEAD
+    if lm_head not in ignore and redundant_lm_head(source, shapes):
+        ignore = {*ignore, lm_head}
     faults = [
         f"missing: {source.display(name)} {shapes[name]}"
         for name in shapes
@@ -67,11 +70,12 @@ def find_faults(
     ]
     faults += [
         f"not in the model: {source.display(name)} {info.shape}"
-        + (", which is not a copy of the embedding either" if name == LM_HEAD else "")
+        + (", which is not a copy of the embedding either" if name == lm_head else "")
         for name, info in source.tensors.items()
         if name not in shapes and name not in ignore
     ]
-    weights = canonical_to_hf(count_layers(shapes))  # other tensors (an optimizer's) may be integers
+    layers = family.weight_names.count_layers(shapes)
+    weights = family.weight_names.canonical_to_hf(layers)  # other tensors (an optimizer's) may be integers
     for name, shape in shapes.items():
         info = source.tensors.get(name)
         if info is not None and info.shape != shape:
@@ -95,11 +99,12 @@ def redundant_lm_head(source: WeightSource, shapes: Shapes) -> bool:
 
     Both are read block by block; a head that differs is a fault of the file.
     """
-    if LM_HEAD in shapes or LM_HEAD not in source.tensors or EMBEDDING not in source.tensors:
+    names = family_of_names(shapes).layouts
+    if names.LM_HEAD in shapes or not {names.LM_HEAD, names.EMBEDDING} <= source.tensors.keys():
         return False
-    head, embedding = source.tensors[LM_HEAD], source.tensors[EMBEDDING]
+    head, embedding = source.tensors[names.LM_HEAD], source.tensors[names.EMBEDDING]
     if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= {*WEIGHT_TYPES}:
         return False
     same_type = CastSource(source, None if head.dtype == embedding.dtype else FLOAT32)
-    pairs = zip_longest(same_type.blocks(LM_HEAD), same_type.blocks(EMBEDDING))
+    pairs = zip_longest(same_type.blocks(names.LM_HEAD), same_type.blocks(names.EMBEDDING))
     return all(np.array_equal(*pair) for pair in pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mindrlhf.checkpoint.hf_config import SIZE_KEYS
+from mindrlhf.checkpoint.hf_config import size_fields
 from mindrlhf.checkpoint.shards import open_full, rank_directories, split_to_ranks
 from mindrlhf.checkpoint.sources import bullet_list
 from mindrlhf.checkpoint.weight_files import CKPT, check_output_file, write_weights
@@ -73,7 +73,7 @@ def _common_model(source: RunConfig | None, target: RunConfig | None) -> ModelCo
     if not runs:
         raise CheckpointError("full to full changes nothing: give --input_config, --output_config or both")
     first, last = runs[0].model, runs[-1].model
-    sizes = (*SIZE_KEYS.values(), "qkv_has_bias", "tie_word_embeddings")
+    sizes = (*size_fields(first), "qkv_has_bias", "tie_word_embeddings")
     faults = [
         f"{size}: {getattr(first, size)} and {getattr(last, size)}"
         for size in sizes

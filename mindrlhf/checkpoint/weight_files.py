@@ -26,8 +26,7 @@ from mindrlhf.checkpoint.sources import (
 )
 from mindrlhf.checkpoint.torch_file import TorchSource
 from mindrlhf.configs.faults import shown
-from mindrlhf.models.qwen2 import weight_names
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
+from mindrlhf.models.families import Family, family_of_names
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_file, probe_directory
 from mindrlhf.utils.progress import ProgressBar
@@ -68,7 +67,8 @@ def open_weights(path: Path) -> WeightSource:
         source = open_hf_directory(path) if has_hf_weights(path) else _open_file(only_weights_file(path))
     else:
         source = _open_file(path)
-    return _canonical(source) if weight_names.is_hf(source.tensors) else source
+    family = family_of_names(source.tensors)
+    return _canonical(source, family) if family.weight_names.is_hf(source.tensors) else source
 
 
 def _open_file(path: Path) -> WeightSource:
@@ -94,17 +94,19 @@ def only_weights_file(directory: Path) -> Path:
     return files[0]
 
 
-def _canonical(source: WeightSource) -> WeightSource:
+def _canonical(source: WeightSource, family: Family) -> WeightSource:
     """A Hugging Face source under canonical names; tensors that no model has keep theirs and come last."""
+    weight_names = family.weight_names
     names = weight_names.canonical_to_hf(weight_names.count_layers(source.tensors))
     known = set(names.values())
     others = [name for name in source.tensors if name not in known and not weight_names.is_derived(name)]
     renamed = RenamedSource(source, names | {name: name for name in others})
-    if SCORE_HEAD_WEIGHT not in renamed.tensors or SCORE_HEAD_BIAS in renamed.tensors:
+    weight, bias = family.layouts.SCORE_HEAD
+    if weight not in renamed.tensors or bias in renamed.tensors:
         return renamed
     # Hugging Face's score head has no bias, which is a bias of zero.
-    bias = ArraySource({SCORE_HEAD_BIAS: np.zeros(1, renamed.tensors[SCORE_HEAD_WEIGHT].dtype)}, source.where)
-    return UnitedSource([renamed, bias], source.where)
+    zero = ArraySource({bias: np.zeros(1, renamed.tensors[weight].dtype)}, source.where)
+    return UnitedSource([renamed, zero], source.where)
 
 
 def has_hf_weights(directory: Path) -> bool:

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from mindrlhf.checkpoint.conversion import ConversionReport, hf_to_mindspore, mindspore_to_hf, parse_size
 from mindrlhf.checkpoint.element_types import OUTPUT_DTYPES, parse_dtype
+from mindrlhf.models.families import FAMILIES
 from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
 from mindrlhf.utils.errors import MindRLHFError
 
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     paths.add_argument("--input_path", type=Path, help="what is read, in either direction")
     paths.add_argument("--output_path", type=Path, help="what is written, in either direction")
     how = parser.add_argument_group("conversion")
-    how.add_argument("--model", choices=["qwen2"], default="qwen2", help="model family")
+    how.add_argument("--model", choices=list(FAMILIES), default="qwen2", help="model family")
     how.add_argument("--dtype", choices=OUTPUT_DTYPES, help="type of the weights; default: as they are")
     how.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     back = parser.add_argument_group("MindSpore to Hugging Face")

@@ -2,23 +2,24 @@
 
 A family is one folder of :mod:`mindrlhf.models` and one entry here. Its folder has the modules of
 :data:`MODULES`, with the names listed there. Importing this table imports none of them: a module is imported
-when it is first asked for, and ``layouts``, ``weight_names`` and ``hf_config`` do not need MindSpore.
+when it is first asked for, and ``layouts``, ``weight_names`` and ``hf_keys`` do not need MindSpore.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
+from mindrlhf.configs.faults import shown
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.utils.errors import CheckpointError, ConfigError
 
 MODULES: dict[str, tuple[str, ...]] = {
     "layouts": ("EMBEDDING", "LM_HEAD", "SCORE_HEAD", "layer_prefix", "parameter_layouts"),
     "weight_names": ("canonical_to_hf", "count_layers", "is_derived", "is_hf"),
-    "hf_config": ("SIZE_KEYS", "finish_hf_config", "hf_config_from_model", "model_config_from_hf"),
+    "hf_keys": ("SIZE_KEYS", "finish_hf_config", "hf_config_from_model", "model_config_from_hf"),
     "heads": ("new_score_head",),
     "networks": ("CriticModel", "PPOModelTrain", "PolicyValues", "RewardModel"),
     "generator": ("GenerationConfig", "PPOModelInfer"),
@@ -37,7 +38,7 @@ class Family:
         package: its folder.
         layouts: how each parameter is split; canonical names.
         weight_names: canonical names <-> Hugging Face's.
-        hf_config: ``config.json`` <-> :class:`ModelConfig`.
+        hf_keys: keys of ``config.json`` <-> :class:`ModelConfig`.
         heads: what stands on top of a decoder.
         networks: the networks over whole sequences.
         generator: the policy as a generator of responses.
@@ -56,8 +57,8 @@ class Family:
         return self._module("weight_names")
 
     @property
-    def hf_config(self) -> ModuleType:
-        return self._module("hf_config")
+    def hf_keys(self) -> ModuleType:
+        return self._module("hf_keys")
 
     @property
     def heads(self) -> ModuleType:
@@ -91,7 +92,18 @@ def family_of(model: ModelConfig) -> Family:
         if family.config_type == model.type:
             return family
     known = " or ".join(sorted({family.config_type for family in FAMILIES.values()}))
-    raise ConfigError([f"model.model_config.type: not supported ({model.type!r}) - must be {known}"])
+    raise ConfigError([f"model.model_config.type: not supported ({shown(model.type)}) - must be {known}"])
+
+
+def family_of_names(names: Collection[str]) -> Family:
+    """The family whose weights have these names, canonical or Hugging Face's.
+
+    Where none is recognised, the first: no name then belongs to a weight of any family.
+    """
+    for family in FAMILIES.values():
+        if family.layouts.EMBEDDING in names or family.weight_names.is_hf(names):
+            return family
+    return next(iter(FAMILIES.values()))
 
 
 def family_of_hf(model_type: object, where: str) -> Family:
@@ -109,5 +121,5 @@ def family_of_hf(model_type: object, where: str) -> Family:
             return family
     known = " or ".join(repr(family.hf_model_type) for family in FAMILIES.values())
     raise CheckpointError(
-        f"{where}: model_type is {model_type!r:.80}, only {known} is supported: give such a model"
+        f"{where}: model_type is {shown(model_type)}, only {known} is supported: give such a model"
     )

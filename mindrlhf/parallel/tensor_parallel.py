@@ -223,7 +223,7 @@ class VocabParallelLogProbs(nn.Cell):
         self.reduce = ReduceFromGroup(groups.mp_group)
 
     def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Local raw ``logits`` (B, R, V / mp), ``tokens`` (B, R) -> log-probs, entropy, (B, R) float32 each."""
+        """Raw local ``logits`` (B, R, V / mp), ``tokens`` (B, R) -> log-probs, entropy, (B, R) float32."""
         # Rows of one matrix, and the maximum spelled out: on CPU, reductions over more dimensions and
         # broadcasting in an operation are many times slower.
         shape = tokens.shape

@@ -92,7 +92,7 @@ ROWS = [
     Bad("config.json cut short", CONVERT, lambda c: c.cut("hf/config.json"),
         r"hf/config\.json", r"not valid JSON \(.*line \d+", "fix it or copy it again"),
     Bad("config.json of another architecture", CONVERT, lambda c: config(c, model_type="llama"),
-        r"hf/config\.json: model_type", "'llama'", "give a Qwen2 model"),
+        r"hf/config\.json: model_type", "'llama'", "give such a model"),
     Bad("text where a size belongs", CONVERT, lambda c: config(c, hidden_size="sixteen"),
         r"hf/config\.json.*hidden_size", "'sixteen'", "expected a positive integer"),
     Bad("text where a number belongs", CONVERT, lambda c: config(c, rope_theta="1e6", rms_norm_eps=[1]),

@@ -164,7 +164,7 @@ def _sft_responses(
         ),
         batch_size=at_once,
     )
-    model.load(load_shards(options.load_sft_checkpoint, model.layouts, run.runtime.rank, "sampling policy"))
+    model.load(load_shards(options.load_sft_checkpoint, model, "sampling policy"))
     prompts = data.read(filled)
     batch = PromptBatch(prompts.tokens[:, : data.prompt_columns], prompts.prompt_lengths, filled)
     with Timer() as timer:

@@ -109,7 +109,6 @@ class RewardTrainer(SupervisedTrainer):
             self.reward,
             options.load_sft_checkpoint,
             options.seed,
-            run.runtime.rank,
             "reward model",
             "reward",
         )

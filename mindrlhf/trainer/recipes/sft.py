@@ -90,7 +90,7 @@ class SFTTrainer(SupervisedTrainer):
             valid_vocab_size=options.valid_vocab_size or config.vocab_size,
             with_entropy=False,
         )
-        fill_model(self.policy, options.load_sft_checkpoint, options.seed, run.runtime.rank, "policy")
+        fill_model(self.policy, options.load_sft_checkpoint, options.seed, "policy")
         super().__init__(options, plan, rows, run, self.policy, SFTLoss(self.policy))
 
     def count(self, rows: np.ndarray) -> int:

@@ -55,7 +55,7 @@ def test_other_models_are_refused(tmp_path):
     ],
 )
 def test_the_architecture_follows_from_the_heads(tied, architectures, names, expected):
-    base = {"tie_word_embeddings": tied, "dtype": "float32"}
+    base = {"model_type": "qwen2", "tie_word_embeddings": tied, "dtype": "float32"}
     if architectures:
         base["architectures"] = architectures
     written = finish_hf_config(base, names, BFLOAT16)

@@ -94,3 +94,18 @@ def test_a_critic_starts_from_the_reward_model_head_and_all(tiny_job: JobConfig,
     models = build_models(tiny_job, replace(weights, critic=own), rank=0)
     assert models.critic is not None
     assert all((array != reward[name]).any() for name, array in models.critic.shards())
+
+
+@pytest.mark.parametrize(
+    ("critic", "separate", "value_head"),
+    [("separate", True, False), ("shared", False, True), ("none", False, False)],
+)
+def test_no_critic_is_built_that_the_job_does_not_have(
+    tiny_job: JobConfig, tmp_path: Path, critic: str, separate: bool, value_head: bool
+) -> None:
+    job = replace(tiny_job, ppo=replace(tiny_job.ppo, critic=critic))
+    models = build_models(job, WeightPaths(infer=random_checkpoint(tmp_path, job, 1)), 0)
+    assert (models.critic is not None) == separate
+    assert models.train.value_head == value_head == (SCORE_HEAD[0] in models.train.layouts)
+    assert (models.values is not None) == (critic != "none")
+    assert models.values is models.values, "one object, so that it compiles once"

@@ -1,0 +1,147 @@
+"""Keys of a Hugging Face Qwen2 ``config.json`` <-> :class:`ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mindrlhf.configs.faults import shown
+from mindrlhf.configs.fields import MAX_INT
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.qwen2.layouts import LM_HEAD, SCORE_HEAD_WEIGHT
+from mindrlhf.utils.errors import CheckpointError
+
+# Hugging Face key -> field of ModelConfig.
+SIZE_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "intermediate_size",
+}
+
+# Field of ModelConfig -> Hugging Face key and its default for Qwen2.
+_VALUES: dict[str, tuple[str, Any]] = {
+    "seq_length": ("max_position_embeddings", 32768),
+    "rms_norm_eps": ("rms_norm_eps", 1e-6),
+    "theta": ("rope_theta", 10_000.0),
+    "initializer_range": ("initializer_range", 0.02),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+}
+
+CAUSAL_LM = "Qwen2ForCausalLM"
+SEQUENCE_CLASSIFICATION = "Qwen2ForSequenceClassification"
+
+
+def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """The sizes that a Hugging Face config states, with its own defaults for what it may leave out.
+
+    Raises:
+        CheckpointError: sizes are missing or do not fit; all of them at once.
+    """
+    sizes: dict[str, Any] = {field: config.get(key) for key, field in SIZE_KEYS.items()}
+    faults = [
+        f"{key}: expected a positive integer, got {shown(sizes[field])}"
+        for key, field in SIZE_KEYS.items()
+        if type(sizes[field]) is not int or not 0 < sizes[field] <= MAX_INT
+    ]
+    if not faults:
+        faults = _misfits(config, sizes)
+    values = {field: _value(config, field, faults) for field in _VALUES}
+    ids = _token_ids(config, faults)
+    if faults:
+        raise CheckpointError(
+            f"{where}: fix it, or take the model's own:" + "".join(f"\n  - {fault}" for fault in faults)
+        )
+    return ModelConfig(**sizes, **values, **ids, qkv_has_bias=True)
+
+
+def _value(config: Mapping[str, Any], field: str, faults: list[str]) -> Any:
+    """A value that may be left out, in the type of its default; adds a fault when it has another."""
+    key, default = _VALUES[field]
+    rope = config.get("rope_parameters")
+    places = [config, rope] if field == "theta" and isinstance(rope, Mapping) else [config]
+    value = next((place[key] for place in places if place.get(key) is not None), default)
+    if isinstance(default, bool):
+        wanted, good = "true or false", isinstance(value, bool)
+    elif isinstance(default, int):
+        wanted, good = "a positive integer", type(value) is int and 0 < value <= MAX_INT
+    else:
+        wanted, good = "a positive number", type(value) in (int, float) and 0 < value < 1e30
+    if not good:
+        faults.append(f"{key}: expected {wanted}, got {shown(value)}")
+        return default
+    return type(default)(value)
+
+
+def _misfits(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    hidden, heads, kv_heads = sizes["hidden_size"], sizes["num_heads"], sizes["n_kv_heads"]
+    faults = []
+    if hidden % heads:
+        faults.append(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}")
+    if heads % kv_heads:
+        faults.append(f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
+    head_dim = config.get("head_dim")
+    if head_dim is not None and (type(head_dim) is not int or head_dim * heads != hidden):
+        wanted = f"hidden_size / num_attention_heads = {hidden}/{heads}"
+        faults.append(f"head_dim {shown(head_dim)} is not {wanted}")
+    return faults
+
+
+def _token_ids(config: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Ids of the end (0 when none is stated), padding and begin (the end's) tokens."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = config.get(key)
+        listed = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        ids = tuple(entry for entry in listed if type(entry) is int and 0 <= entry <= MAX_INT)
+        if value is not None and (len(ids) < len(listed) or not ids):
+            faults.append(f"{key}: expected a token id, got {shown(value)}")
+        found[key] = ids
+    eos = found["eos_token_id"] or (0,)
+    pad, bos = found["pad_token_id"] or eos, found["bos_token_id"] or eos
+    return {"eos_token_id": eos, "pad_token_id": pad[0], "bos_token_id": bos[0]}
+
+
+def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
+    """A ``config.json`` for ``model``, with what only Hugging Face asks for at Qwen2's values."""
+    eos = model.eos_token_id
+    return {
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": model.pad_token_id,
+        "hidden_act": "silu",
+        **{key: getattr(model, field) for key, field in SIZE_KEYS.items()},
+        "initializer_range": model.initializer_range,
+        "max_position_embeddings": model.seq_length,
+        "rms_norm_eps": model.rms_norm_eps,
+        "rope_theta": model.theta,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
+
+
+def finish_hf_config(config: Mapping[str, Any], names: Collection[str], dtype: str) -> dict[str, Any]:
+    """``config`` with the architecture and dtype of the weights that stand beside it.
+
+    Args:
+        config: a Hugging Face config.
+        names: canonical names of the weights; a scalar head without language-model head makes a reward
+            model, unless the config itself already says which of the two it is and both are possible.
+        dtype: element type of the weights, by name.
+    """
+    finished = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    finished["torch_dtype"] = dtype
+    has_score = SCORE_HEAD_WEIGHT in names
+    tied_lm = bool(config.get("tie_word_embeddings")) and config.get("architectures") == [CAUSAL_LM]
+    if has_score and LM_HEAD not in names and not tied_lm:
+        finished["architectures"] = [SEQUENCE_CLASSIFICATION]
+        finished["id2label"] = {"0": "LABEL_0"}  # one label: a scalar score
+        finished["label2id"] = {"LABEL_0": 0}
+    else:
+        finished["architectures"] = [CAUSAL_LM]
+    return dict(sorted(finished.items()))
