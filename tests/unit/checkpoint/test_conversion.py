@@ -185,11 +185,6 @@ def test_config_beside_the_tokenizer_is_used(tmp_path, converted, hf):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_attention_heads"] == 4
 
 
-def test_without_config_the_error_says_what_is_known(tmp_path, converted):
-    with pytest.raises(CheckpointError, match=r"layers 2, vocabulary 24, hidden size 16\): give --config"):
-        mindspore_to_hf(converted, tmp_path / "back")
-
-
 def test_the_config_beside_the_tokenizer_is_used_only_if_it_is_the_models(tmp_path, converted, hf):
     """A tokenizer is often taken from the directory of a larger model."""
     same, other = (
@@ -215,13 +210,10 @@ def test_export_makes_a_config_from_the_sizes(tmp_path, converted, hf):
     assert {dtype for dtype, _, _ in hf.read(tmp_path / "back").values()} == {"BF16"}
 
 
-def test_bad_tokenizer_directories(tmp_path, converted):
+def test_a_tokenizer_directory_without_tokenizer(tmp_path, converted):
     (tmp_path / "none").mkdir()
-    for name, message in (("absent", "not a directory"), ("none", "none of the tokenizer files")):
-        with pytest.raises(CheckpointError, match=message):
-            mindspore_to_hf(
-                converted, tmp_path / "back", config=tmp_path / "hf", tokenizer_dir=tmp_path / name
-            )
+    with pytest.raises(CheckpointError, match="none of the tokenizer files"):
+        mindspore_to_hf(converted, tmp_path / "back", config=tmp_path / "hf", tokenizer_dir=tmp_path / "none")
 
 
 # --- what is there already ---
@@ -245,14 +237,6 @@ def test_outputs_are_replaced_only_when_told(tmp_path, converted, hf):
     assert hf.read(tmp_path / "back")["model.norm.weight"][2] == first
 
 
-def test_foreign_files_are_never_deleted(tmp_path, converted):
-    (tmp_path / "back").mkdir()
-    (tmp_path / "back" / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match=r"also holds thesis\.tex"):
-        mindspore_to_hf(converted, tmp_path / "back", config=tmp_path / "hf", overwrite=True)
-    assert (tmp_path / "back" / "thesis.tex").exists()
-
-
 def test_the_input_is_never_replaced(tmp_path, converted, hf):
     inside = tmp_path / "hf" / "model.safetensors"
     with pytest.raises(CheckpointError, match="take the place of the input"):
@@ -264,8 +248,6 @@ def test_the_input_is_never_replaced(tmp_path, converted, hf):
 
 
 def test_inputs_and_outputs_of_the_wrong_kind(tmp_path, converted, hf):
-    with pytest.raises(CheckpointError, match="not a directory"):
-        hf_to_mindspore(converted, tmp_path / "x.ckpt")
     (tmp_path / "d.ckpt").mkdir()
     with pytest.raises(CheckpointError, match="is a directory, the output must be a file"):
         hf_to_mindspore(tmp_path / "hf", tmp_path / "d.ckpt")

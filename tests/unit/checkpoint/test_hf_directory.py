@@ -34,17 +34,6 @@ def test_names_are_mapped_when_opened_as_weights(tmp_path, hf):
         assert not any("inv_freq" in name for name in source.tensors)
 
 
-@pytest.mark.parametrize(
-    "file", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "c:\\x.safetensors", 7]
-)
-def test_an_index_cannot_point_outside(tmp_path, hf, file):
-    hf.make(tmp_path / "m", shards=2)
-    hf.write_safetensors(tmp_path / "outside.safetensors", hf.weights(hf.config, "F32", 0), "F32")
-    rewrite_index(tmp_path / "m", lambda weight_map: weight_map.update({"lm_head.weight": file}))
-    with pytest.raises(CheckpointError, match="plain file name"):
-        open_hf_directory(tmp_path / "m")
-
-
 def test_missing_shards_are_all_named(tmp_path, hf):
     hf.make(tmp_path / "m", shards=3)
     for number in (1, 3):
@@ -76,7 +65,7 @@ def test_a_tensor_in_two_shards(tmp_path, hf):
         open_hf_directory(tmp_path / "m")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 7}}'])
 def test_broken_indices(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"index\.json"):

@@ -114,12 +114,6 @@ def test_names_mindrecord_does_not_take(tmp_path: Path, name: str) -> None:
         check_output(tmp_path / "folder", overwrite=True)
 
 
-def test_unwritable_place(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
-        write_mindrecord(tmp_path / "file" / "a.mindrecord", SCHEMA, batches(1))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

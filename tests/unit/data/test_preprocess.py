@@ -179,7 +179,7 @@ def test_equal_responses_say_nothing() -> None:
     assert build.counts == RowCounts(equal_pairs=1)
 
 
-# --- whole files ---
+# --- whole files (bad input: tests/bad_input/rows_data.py) ---
 
 
 def write_pairs(path: Path, rows: list[tuple[str, ...]], *extra: str) -> Path:
@@ -269,18 +269,7 @@ def test_prompt_only_rows_reach_the_stream(demo_tokenizer: Tokenizer, tmp_path: 
     ("make", "options", "message"),
     [
         (lambda path: write_pairs(path, [("a", "b")] * 600, "{"), {}, r"data\.jsonl:601: not JSON"),
-        (lambda path: path.write_text(""), {}, "is empty"),
-        (lambda path: path.write_text("\n\n"), {}, "no row is left"),
-        (
-            lambda path: write_pairs(path, [("word " * 90, "b")] * 3),
-            {},
-            "no row is left to write .3 prompts longer",
-        ),
         (lambda path: path.write_text("{\n"), {"skip_bad_lines": True}, "no row is left .*1 bad lines"),
-        (lambda path: write_pairs(path, [("a", "b")]), {"max_prompt_length": 19}, "takes 19 tokens"),
-        (lambda path: write_pairs(path, [("a", "b")]), {"seq_length": 40}, "seq_length is 40"),
-        (lambda path: write_pairs(path, [("a", "b")]), {"batch": 0}, "batch is 0"),
-        (lambda path: None, {}, "cannot be read"),
     ],
 )
 def test_failure_leaves_no_output(
@@ -335,11 +324,6 @@ def test_file_of_pairs_is_a_file_of_prompts_too(demo_tokenizer: Tokenizer, tmp_p
         np.testing.assert_array_equal(ids[:n], both[0][PRETRAIN_IDS][row, :n])
     stream = PromptStream(outputs[True], batch_size=2, max_prompt_length=40, pad_token_id=1021, seed=0)
     assert len(stream.next_batch().prompt_lengths) == 2
-
-
-def test_pairs_and_prompts_alone_exclude_each_other(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--pairs asks for two responses and --prompt_only for none"):
-        preprocess(demo_tokenizer, PreprocessOptions(tmp_path, tmp_path / "o", pairs=True, prompt_only=True))
 
 
 def test_dropped_pairs_are_named_when_nothing_is_left(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -407,22 +391,11 @@ def test_a_file_is_split_without_overlap(demo_tokenizer: Tokenizer, tmp_path: Pa
     assert 4 <= len(set(held_out)) <= 20
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eval_fraction": 1e-9}, "no prompt is held out at --eval_fraction 1e-09"),
-        ({"eval_fraction": 1 - 1e-9}, "all prompts are held out"),
-        ({"eval_fraction": 1.0}, "below 1"),
-        ({"eval_output_path": "train.mindrecord"}, "give two names"),
-    ],
-)
-def test_a_split_that_cannot_be_leaves_nothing(
-    demo_tokenizer: Tokenizer, tmp_path: Path, options: dict[str, Any], message: str
+def test_a_split_that_leaves_no_training_data_leaves_nothing(
+    demo_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    if "eval_output_path" in options:
-        options = {"eval_output_path": tmp_path / options["eval_output_path"]}
-    with pytest.raises(DataError, match=message):
-        split(demo_tokenizer, tmp_path, ["a", "b", "c"], **options)
+    with pytest.raises(DataError, match="all prompts are held out"):
+        split(demo_tokenizer, tmp_path, ["a", "b", "c"], eval_fraction=1 - 1e-9)
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
