@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from mindrlhf.checkpoint.hf_config import hf_config_from_model
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import open_weights, write_weights
+from mindrlhf.cli.convert import main
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf
@@ -30,16 +29,6 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="module")
 def script_path(repo_root) -> Path:
     return repo_root / "examples" / "qwen_ppo_tutorial" / "convert_weight.py"
-
-
-@pytest.fixture(scope="module")
-def script(script_path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_weight", script_path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -71,23 +60,23 @@ BACK = [
 
 
 @pytest.mark.parametrize(("forward", "back"), list(zip(FORWARD, [*BACK, BACK[0]], strict=True)))
-def test_both_spellings_both_ways(script, hf_dir, tmp_path, capsys, forward, back):
+def test_both_spellings_both_ways(hf_dir, tmp_path, capsys, forward, back):
     file = tmp_path / "out" / "m.ckpt"
 
     def words(line: str) -> list[str]:
         line = line.replace("BACK", str(tmp_path / "back")).replace("FILE", str(file))
         return line.replace("HF", str(hf_dir)).split()
 
-    script.main(words(forward))
+    main(words(forward))
     assert capsys.readouterr().out.startswith("15 tensors, 776 parameters")
     with open_weights(file) as source:
         assert {info.dtype.name for info in source.tensors.values()} == {"bfloat16"}
-    script.main([*words(back), "--dtype", "fp32", "--max_shard_size", "1KB"])
+    main([*words(back), "--dtype", "fp32", "--max_shard_size", "1KB"])
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "back" / "merges.txt").exists()
     with pytest.raises(CheckpointError, match="--overwrite"):
-        script.main(words(forward))
-    script.main([*words(forward), "--overwrite"])
+        main(words(forward))
+    main([*words(forward), "--overwrite"])
 
 
 @pytest.mark.parametrize(
@@ -98,17 +87,17 @@ def test_both_spellings_both_ways(script, hf_dir, tmp_path, capsys, forward, bac
         ("--input a --output_path b", "unrecognized arguments: --input"),
     ],
 )
-def test_bad_flags_exit_with_2(script, capsys, line, message):
+def test_bad_flags_exit_with_2(capsys, line, message):
     with pytest.raises(SystemExit) as exit_info:
-        script.main(line.split())
+        main(line.split())
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_config_is_only_for_the_way_back(script, hf_dir, tmp_path):
+def test_config_is_only_for_the_way_back(hf_dir, tmp_path):
     line = f"--input_path {hf_dir} --output_path {tmp_path}/m.ckpt --config {hf_dir}"
     with pytest.raises(MindRLHFError, match="go with --reversed"):
-        script.main(line.split())
+        main(line.split())
 
 
 def test_as_a_program_it_needs_neither_mindspore_nor_mindformers(script_path, repo_root, hf_dir, tmp_path):

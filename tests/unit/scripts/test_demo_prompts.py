@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,14 +12,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def demo(repo_root: Path) -> ModuleType:
-    scripts = str(repo_root / "scripts")
-    sys.path.insert(0, scripts)
-    try:
-        import demo_prompts
-    finally:
-        sys.path.remove(scripts)
-    return demo_prompts
+def demo(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("demo_prompts")
 
 
 def test_files(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

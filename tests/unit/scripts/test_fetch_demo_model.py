@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,14 +29,8 @@ PAIRS = {
 
 
 @pytest.fixture(scope="module")
-def fetch(repo_root: Path) -> ModuleType:
-    scripts = str(repo_root / "scripts")
-    sys.path.insert(0, scripts)
-    try:
-        import fetch_demo_model
-    finally:
-        sys.path.remove(scripts)
-    return fetch_demo_model
+def fetch(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("fetch_demo_model")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +19,8 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "demo_sha256.json"
 
 
 @pytest.fixture(scope="module")
-def generator(repo_root: Path) -> ModuleType:
-    scripts = str(repo_root / "scripts")
-    sys.path.insert(0, scripts)
-    try:
-        import make_demo_inputs
-    finally:
-        sys.path.remove(scripts)
-    return make_demo_inputs
+def generator(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("make_demo_inputs")
 
 
 def make(generator: ModuleType, monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,14 +19,8 @@ from mindrlhf.utils.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
-def script(repo_root) -> ModuleType:
-    path = repo_root / "scripts" / "transform_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("transform_checkpoint", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(import_script: Callable[[str], ModuleType]) -> ModuleType:
+    return import_script("transform_checkpoint")
 
 
 @pytest.fixture(scope="module")
