@@ -2,12 +2,12 @@
 
     python scripts/msrun_launcher.py --workers 4 --log_dir logs script.py --flag value ...
 
-What it adds to ``msrun``: a free port, this interpreter and this repository for the workers, the output
-of one worker on the terminal, one message when the job fails, and no process left behind when it fails, runs
+It adds to ``msrun``: a free port, this interpreter and this repository for the workers, the output of one
+worker on the terminal, one message when the job fails, and no process left behind when the job fails, runs
 out of time or is stopped. SIGTERM and Ctrl-C go to the workers, which may save; a second Ctrl-C kills them.
 
-Exit code: 0; 2 for what you can mend; 124 out of time; 130 after Ctrl-C; 143 when SIGTERM ended the job
-unsaved; else that of the worker that failed first, 128 + N when signal N killed it.
+Exit code: 0; 2 for errors that you can fix; 124 out of time; 130 after Ctrl-C; 143 when SIGTERM ended the job
+before it saved; else that of the worker that failed first, 128 + N when signal N killed it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMED_OUT = 124
-"""Exit code of a job that ran out of time; the ``timeout`` command's."""
+"""Exit code of a job that ran out of time, as of the ``timeout`` command."""
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 STOP_GRACE = 120.0
 
 _POLL_SECONDS = 0.2
-# After a worker is killed, the scheduler waits for its heartbeat (measured: 47 s), and msrun for it.
+# After a worker was killed, the scheduler waits for its heartbeat (47 s, measured), and msrun for the
+# scheduler.
 _SCHEDULER_GRACE_SECONDS = 2.0
 _WORKER_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
 _STARTED = re.compile(r"Start worker process with rank id:(\d+)")
@@ -60,33 +61,33 @@ def launch(
     """Runs ``script`` on ``workers`` workers and waits for all of them.
 
     Args:
-        script, arguments: what every worker and msrun's scheduler run.
+        script, arguments: the program of every worker and of msrun's scheduler.
         workers: number of workers.
-        log_dir: where ``worker_{rank}.log``, ``scheduler.log`` and ``msrun.log`` go; made when missing.
+        log_dir: directory for ``worker_{rank}.log``, ``scheduler.log`` and ``msrun.log``; made when missing.
         timeout: seconds after which the job is killed.
         show_rank: worker whose output is copied to ``output``, by default standard output, while it runs.
         env, cwd: environment variables to add, working directory of the workers.
-        stop_grace: seconds that workers have to end after a signal, before they are killed.
-        master_port: of msrun's scheduler; 0 for any that is free.
+        stop_grace: seconds that workers have to end after a signal before they are killed.
+        master_port: of msrun's scheduler; 0 for any free port.
 
     Returns:
         the exit code, see the module.
     """
-    stream, script, log_dir = output or sys.stdout, script.resolve(), log_dir.resolve()
+    stream, log_dir = output or sys.stdout, log_dir.resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
     for old in (*log_dir.glob("worker_*.log"), *log_dir.glob("worker_*.stacks"), log_dir / "scheduler.log"):
         old.unlink(missing_ok=True)
     with (log_dir / "msrun.log").open("w") as msrun_log, _signals() as signals:
         process = subprocess.Popen(
-            _command(script, arguments, workers, log_dir, master_port or free_port()),
+            [*_msrun(workers, log_dir, master_port or free_port()), str(script.resolve()), *arguments],
             env=_environment(env or {}),
             cwd=cwd,
             stdout=msrun_log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        draws = os.environ.get("MINDRLHF_CONSOLE", "").startswith("/dev/")  # rank 0 shows itself there
-        shown = log_dir / f"worker_{show_rank}.log" if show_rank is not None and not draws else None
+        draws_itself = os.environ.get("MINDRLHF_CONSOLE", "").startswith("/dev/")  # rank 0, on a terminal
+        shown = log_dir / f"worker_{show_rank}.log" if show_rank is not None and not draws_itself else None
         job = _Job(process, log_dir, signals, shown, stream)
         try:
             code = job.wait(timeout, stop_grace)
@@ -102,7 +103,7 @@ def launch(
 
 
 class _Job:
-    """A running msrun: its workers, what it has said, and which signals have come."""
+    """A running msrun with its workers, its output, and the signals received."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], log_dir: Path, signals: list[int], shown: Path | None,
@@ -114,7 +115,7 @@ class _Job:
         self._sent = self._copied = 0
 
     def wait(self, timeout: float | None, stop_grace: float) -> int:
-        """Waits for msrun; sends signals on, and ends a scheduler that a failure has left alone."""
+        """Waits for msrun, forwards signals, and ends a scheduler that a failure has left alone."""
         start = time.monotonic()
         alone_since: float | None = None
         kill_at = float("inf") if timeout is None else start + timeout
@@ -125,7 +126,7 @@ class _Job:
                 return self._exit_code(code)
             now = time.monotonic()
             if len(self.signals) > self._sent:
-                if not self._send_on() or self.signals.count(signal.SIGINT) > 1:
+                if not self._forward_signals() or self.signals.count(signal.SIGINT) > 1:
                     return 128 + self.signals[-1]
                 kill_at = min(kill_at, now + stop_grace)
             if now > kill_at:
@@ -139,7 +140,7 @@ class _Job:
             time.sleep(_POLL_SECONDS)
 
     def copy(self) -> None:
-        """Copies what the shown worker's log has that is new."""
+        """Copies new output of the shown worker."""
         if self.shown is None or not self.shown.exists():
             return
         with self.shown.open("rb") as file:
@@ -151,15 +152,15 @@ class _Job:
             self._copied += len(content)
 
     def failure(self) -> str:
-        """The one message: the supervisor's, or what can be told from outside."""
+        """The one message: that of the supervisor, or what can be seen from outside."""
         for line in reversed(_lines(self.log_dir / "scheduler.log")):
             if line.startswith(_SUPERVISOR_SAYS):
                 return line
-        said = _lines(self.log_dir / "msrun.log")
+        printed = _lines(self.log_dir / "msrun.log")
         pid, code = self._first_failure() or (0, 0)
-        started = set(map(int, _STARTED.findall("\n".join(said)))) - set(self.ranks.values())
+        started = set(map(int, _STARTED.findall("\n".join(printed)))) - set(self.ranks.values())
         if pid not in self.ranks and len(started) != 1:
-            return f"{_SUPERVISOR_SAYS}{_last(said)}"
+            return f"{_SUPERVISOR_SAYS}{_last(printed)}"
         rank = self.ranks[pid] if pid in self.ranks else started.pop()  # ended before it was looked at
         log = self.log_dir / f"worker_{rank}.log"
         cause = (
@@ -169,8 +170,8 @@ class _Job:
         )
         return f"{_SUPERVISOR_SAYS}rank {rank}: {cause}; its log: {log}"
 
-    def _send_on(self) -> bool:
-        """Sends new signals to the workers, not to msrun, which would kill them; whether there are any."""
+    def _forward_signals(self) -> bool:
+        """Sends new signals to the workers, not to msrun, which would kill them; False without workers."""
         workers = [child for child in self._children() if child.pid in self.ranks]
         for number in self.signals[self._sent :]:
             for worker in workers:
@@ -195,7 +196,7 @@ class _Job:
         return (int(found[1]), int(found[2])) if found else None
 
     def _children(self) -> list[psutil.Process]:
-        """Live processes that msrun has started; notes the ranks of the workers among them."""
+        """Live processes that msrun has started; records the ranks of the workers among them."""
         try:
             children = [c for c in psutil.Process(self.process.pid).children() if _is_alive(c)]
         except psutil.NoSuchProcess:
@@ -211,7 +212,7 @@ class _Job:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT while the block runs; nothing outside the main thread."""
+    """Collects SIGTERM and SIGINT while the block runs; does nothing outside the main thread."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -226,7 +227,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A port of this machine on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -242,7 +243,8 @@ def is_free(port: int) -> bool:
     return False
 
 
-def _command(script: Path, arguments: Sequence[str], workers: int, log_dir: Path, port: int) -> list[str]:
+def _msrun(workers: int, log_dir: Path, port: int) -> list[str]:
+    """The command msrun with its flags; the script and its flags follow."""
     count = str(workers)
     return [
         sys.executable,
@@ -250,23 +252,21 @@ def _command(script: Path, arguments: Sequence[str], workers: int, log_dir: Path
         *("--worker_num", count, "--local_worker_num", count),
         *("--master_addr", "127.0.0.1", "--master_port", str(port)),
         *("--join", "True", "--log_dir", str(log_dir)),
-        # A rank that does not exist: msrun's own tail loses the last lines, so the log is copied here.
+        # No such rank: msrun's own tail loses the last lines, so this launcher copies the log.
         *("--tail_worker_log", count),
-        str(script),
-        *arguments,
     ]
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     env = {"GLOG_v": "3", **os.environ, **extra}
-    # msrun starts "python": it must be this one.
+    # msrun starts "python", which must be this interpreter.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH", "")]))
     return env
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """A process may end between any two looks at it; psutil then says so by an exception."""
+    """psutil raises when a process ends between two questions."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -279,7 +279,7 @@ def _kill(process: psutil.Process) -> None:
 
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kills msrun and all it started; its workers lead sessions of their own, so a group is not enough."""
+    """Kills msrun and all its descendants; workers lead sessions of their own, so a group is not enough."""
     try:
         started = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -288,7 +288,7 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
         process.kill()
     for child in started:
         with contextlib.suppress(psutil.Error):
-            if _SUPERVISOR not in child.cmdline():  # it cleans up after the others, and ends
+            if _SUPERVISOR not in child.cmdline():  # it cleans up after the others and ends by itself
                 child.kill()
     psutil.wait_procs(started, timeout=10)
     process.wait()
@@ -299,14 +299,14 @@ def _lines(log: Path) -> list[str]:
 
 
 def _last(lines: Sequence[str]) -> str:
-    """The last line that names an exception, or else that says anything."""
+    """The last line that names an exception, else the last that is not empty."""
     texts = [line for line in lines if line.strip()]
     raised = [text for text in texts if re.match(r"[\w.]*(Error|Exception)\b", text)]
-    return ([*texts[-1:], *raised[-1:]] or ["it said nothing"])[-1]
+    return ([*texts[-1:], *raised[-1:]] or ["it printed nothing"])[-1]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line of the launcher; everything after the script belongs to the script."""
+    """The command line; everything after the script belongs to the script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

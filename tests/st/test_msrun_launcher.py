@@ -1,8 +1,7 @@
-"""The launcher with scripts that never touch MindSpore, so that a job takes seconds."""
+"""The launcher with scripts that never touch MindSpore; where msrun itself does not matter, without it."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import signal
@@ -17,26 +16,52 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.st.conftest import load_launcher
+
 HEAD = (
-    "import os, pathlib, sys, time\n"
+    "import os, pathlib, signal, sys, time\n"
     "worker = os.environ['MS_ROLE'] == 'MS_WORKER'\n"
     "rank = os.environ['RANK_ID']\n"
 )
+# What msrun does and says, without the seconds that its imports take.
+FAKE_MSRUN = """
+import os, subprocess, sys, time
+log_dir, workers, *command = sys.argv[1:]
+started = []
+for name, role, rank in [("scheduler", "MS_SCHED", "0"), *(
+    (f"worker_{rank}", "MS_WORKER", str(rank)) for rank in range(int(workers))
+)]:
+    log = open(f"{log_dir}/{name}.log", "w")
+    started.append(subprocess.Popen(
+        [sys.executable, *command], env=os.environ | {"MS_ROLE": role, "RANK_ID": rank},
+        stdout=log, stderr=log, start_new_session=True,
+    ))
+while not (failed := [worker for worker in started[1:] if worker.poll()]):
+    if all(worker.poll() == 0 for worker in started[1:]):
+        sys.exit(started[0].wait())
+    time.sleep(0.1)
+print(f"Worker process {failed[0].pid} exit with exception. Error code: {failed[0].returncode}", flush=True)
+for worker in started[1:]:
+    worker.kill()
+sys.exit(started[0].wait())
+"""
 
 
 @pytest.fixture(scope="module")
 def launcher() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "msrun_launcher.py"
-    spec = importlib.util.spec_from_file_location("msrun_launcher", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_launcher()
+
+
+@pytest.fixture
+def without_msrun(launcher: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(workers: int, log_dir: Path, port: int) -> list[str]:
+        return [sys.executable, "-c", FAKE_MSRUN, str(log_dir), str(workers)]
+
+    monkeypatch.setattr(launcher, "_msrun", command)
 
 
 def run(launcher: ModuleType, tmp_path: Path, body: str, **options: Any) -> tuple[int, str]:
-    """Launches a script of two workers; returns exit code and what was reported."""
+    """Launches a script of two workers; returns exit code and output."""
     script = tmp_path / "script with space.py"
     script.write_text(HEAD + body)
     output = io.StringIO()
@@ -63,18 +88,7 @@ def test_success(launcher: ModuleType, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("done*")) == ["done0", "done1"]
 
 
-@pytest.mark.msrun
-@pytest.mark.parametrize(
-    ("fault", "code", "says"),
-    [
-        ("raise ValueError('worker one is broken')", 1, "exit code 1: ValueError: worker one is broken"),
-        ("os.kill(os.getpid(), 9)", 128 + 9, "ended by SIGKILL"),
-    ],
-    ids=["raises", "is killed"],
-)
-def test_failure_is_one_message_about_the_worker_that_failed(
-    launcher: ModuleType, tmp_path: Path, fault: str, code: int, says: str
-) -> None:
+def assert_one_message(launcher: ModuleType, tmp_path: Path, fault: str, code: int, says: str) -> None:
     """The other worker and the scheduler, both asleep, are ended and not waited for."""
     body = f"if worker and rank == '1':\n    {fault}\ntime.sleep(600)\n"
     begin = time.monotonic()
@@ -89,8 +103,18 @@ def test_failure_is_one_message_about_the_worker_that_failed(
 
 
 @pytest.mark.msrun
+def test_a_worker_that_is_killed_is_one_message(launcher: ModuleType, tmp_path: Path) -> None:
+    assert_one_message(launcher, tmp_path, "os.kill(os.getpid(), 9)", 128 + 9, "ended by SIGKILL")
+
+
+def test_an_exception_is_one_message(launcher: ModuleType, tmp_path: Path, without_msrun: None) -> None:
+    fault = "time.sleep(1)\n    raise ValueError('worker one is broken')"
+    assert_one_message(launcher, tmp_path, fault, 1, "exit code 1: ValueError: worker one is broken")
+
+
+@pytest.mark.msrun
 def test_an_error_of_the_user_keeps_its_exit_code(launcher: ModuleType, tmp_path: Path) -> None:
-    """Of a script as ours are: the message is the supervisor's, which msrun itself shows, too."""
+    """In a script of the library, the message is the supervisor's, which msrun itself shows, too."""
     body = (
         "from mindrlhf.runtime.supervision import run_worker\n"
         "from mindrlhf.utils.errors import DataError\n"
@@ -107,7 +131,6 @@ def test_an_error_of_the_user_keeps_its_exit_code(launcher: ModuleType, tmp_path
 
 
 SAVES = (
-    "import signal\n"
     "def save(number, frame):\n"
     "    pathlib.Path(f'saved{rank}_{number}').touch()\n"
     "    sys.exit(130 if number == signal.SIGINT else 0)\n"
@@ -121,54 +144,61 @@ SAVES = (
 )
 
 
-@pytest.mark.msrun
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signals_go_to_the_workers_which_save(
-    launcher: ModuleType, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def run_and_signal(
+    launcher: ModuleType, tmp_path: Path, body: str, number: signal.Signals, **options: Any
+) -> tuple[int, str]:
+    """Sends this process a signal as soon as both workers are ready."""
+
     def send() -> None:
         while len(list(tmp_path.glob("ready*"))) < 2:
             time.sleep(0.1)
+        time.sleep(0.5)  # until the launcher has seen them
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=send)
     thread.start()
-    found, output = run(launcher, tmp_path, SAVES)
+    found = run(launcher, tmp_path, body, **options)
     thread.join()
-    assert found == code
-    assert sorted(path.name for path in tmp_path.glob("saved*")) == [
-        f"saved{r}_{int(number)}" for r in (0, 1)
-    ]
-    assert output == "", "a job that was stopped has not failed"
     assert signal.getsignal(signal.SIGINT) is before
+    return found
+
+
+def saved(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in tmp_path.glob("saved*"))
 
 
 @pytest.mark.msrun
-def test_a_job_that_does_not_stop_is_killed_after_the_grace(launcher: ModuleType, tmp_path: Path) -> None:
+def test_sigterm_goes_to_the_workers_which_save(launcher: ModuleType, tmp_path: Path) -> None:
+    """A job that was stopped has not failed: nothing is said."""
+    assert run_and_signal(launcher, tmp_path, SAVES, signal.SIGTERM) == (0, "")
+    assert saved(tmp_path) == ["saved0_15", "saved1_15"]
+
+
+def test_sigint_does_so_too_with_its_exit_code(
+    launcher: ModuleType, tmp_path: Path, without_msrun: None
+) -> None:
+    # One exits a little later, so that the other is not killed before it has saved.
+    body = SAVES.replace("    sys.exit", "    time.sleep(0.5)\n    sys.exit")
+    assert run_and_signal(launcher, tmp_path, body, signal.SIGINT) == (130, "")
+    assert saved(tmp_path) == ["saved0_2", "saved1_2"]
+
+
+def test_a_job_that_does_not_stop_is_killed_after_the_grace(
+    launcher: ModuleType, tmp_path: Path, without_msrun: None
+) -> None:
     body = (
-        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "pathlib.Path(f'ready{rank}').touch() if worker else None\ntime.sleep(600)\n"
     )
-
-    def send() -> None:
-        while len(list(tmp_path.glob("ready*"))) < 2:
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    code, output = run(launcher, tmp_path, body, stop_grace=1)
-    thread.join()
-    assert (code, output) == (143, "")
+    assert run_and_signal(launcher, tmp_path, body, signal.SIGTERM, stop_grace=1) == (143, "")
 
 
-@pytest.mark.msrun
-def test_timeout(launcher: ModuleType, tmp_path: Path) -> None:
+def test_timeout(launcher: ModuleType, tmp_path: Path, without_msrun: None) -> None:
     body = "print('slow', flush=True)\ntime.sleep(600)\n"
-    code, output = run(launcher, tmp_path, body, timeout=8)
+    code, output = run(launcher, tmp_path, body, timeout=3)
     assert code == launcher.TIMED_OUT
-    assert "ran out of time (8 s)" in output
+    assert "ran out of time (3 s)" in output
     assert "slow" in output
 
 
