@@ -12,7 +12,7 @@ from mindrlhf.configs.faults import Faults
 from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.ppo_file import PPODraft
 from mindrlhf.configs.run_file import RunDraft
-from mindrlhf.configs.schema import CRITIC_KEYS, PPOConfig, RunnerConfig, unfinished_warm_up
+from mindrlhf.configs.schema import CRITIC_KEYS, ContextConfig, PPOConfig, RunnerConfig, unfinished_warm_up
 
 MODEL = "model.model_config"
 
@@ -180,22 +180,29 @@ def _check_world_size(roles: Mapping[str, RunDraft], world_size: int | None, fau
 
 
 def _check_models_agree(roles: Mapping[str, RunDraft], faults: Faults) -> None:
-    infer = roles["infer"]
+    infer, train = roles["infer"], roles["train"]
 
-    def compare(draft: RunDraft, section: str, key: str, ours: Any, theirs: Any, remedy: str) -> None:
-        if ours is not None and theirs is not None and ours != theirs:
-            fault = f"differs from {infer.path} ({ours} against {theirs})"
-            faults.add(draft.where(f"{section}.{key}"), fault, remedy)
+    def differs(draft: RunDraft, place: str, other: RunDraft, values: tuple[Any, Any], remedy: str) -> None:
+        fault = f"differs from {other.path} ({values[0]} against {values[1]})"
+        faults.add(draft.where(place), fault, remedy)
 
     for role, draft in roles.items():
         remedy = "all models of a job share one tokenizer"
         if role == "train":
             remedy = "the policies share their weights"
         for key in _SAME_WEIGHTS if role == "train" else ("vocab_size",):
-            compare(draft, MODEL, key, draft.model.get(key), infer.model.get(key), remedy)
-        ours, theirs = draft.context.get("device_target"), infer.context.get("device_target")
-        remedy = "all models of a job run on one kind of device; --device_target sets it for all"
-        compare(draft, "context", "device_target", ours, theirs, remedy)
+            values = draft.model.get(key), infer.model.get(key)
+            if None not in values and values[0] != values[1]:
+                differs(draft, f"{MODEL}.{key}", infer, values, remedy)
+        values = draft.context.get("device_target"), infer.context.get("device_target")
+        if None not in values and values[0] != values[1]:
+            remedy = "all models of a job run on one kind of device; --device_target sets it for all"
+            differs(draft, "context.device_target", infer, values, remedy)
+        # All models of a rank live in one process, which has the settings of the policy that is trained.
+        for key in ("max_device_memory", "max_call_depth") if values[0] != "CPU" and train.context else ():
+            values = draft.context.get(key), train.context.get(key, getattr(ContextConfig, key))
+            if values[0] not in (None, values[1]):
+                differs(draft, f"context.{key}", train, values, "one process has all models: make them equal")
 
 
 def _check_lengths_and_ids(roles: Mapping[str, RunDraft], ppo: PPODraft, faults: Faults) -> None:

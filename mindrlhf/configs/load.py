@@ -15,7 +15,7 @@ from mindrlhf.configs.flags import check_options
 from mindrlhf.configs.options import PPOOptions, StageOptions
 from mindrlhf.configs.ppo_file import read_ppo
 from mindrlhf.configs.run_file import RunDraft, read_run
-from mindrlhf.configs.schema import ContextConfig, JobConfig, PPOConfig, RunConfig, StagePlan
+from mindrlhf.configs.schema import ContextConfig, JobConfig, PPOConfig, RunConfig, RunnerConfig, StagePlan
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -104,6 +104,11 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
         lr_schedule=critic.lr_schedule or train.lr_schedule,
     )
     settings = ppo.build()
+    if train.runner.epochs != RunnerConfig.epochs:
+        what = (
+            "%s: without effect in PPO: runner_config.epochs (%d); total_iterations says how long it trains"
+        )
+        logger.warning(what, train.path, train.runner.epochs)
     _warn_truncated_sampling(settings)
     return JobConfig(**runs | {"critic": critic}, ppo=settings)
 

@@ -336,6 +336,23 @@ def test_batch_sizes_that_divide_are_taken(job: Any) -> None:
     )
 
 
+def test_one_process_has_one_context(job: Any) -> None:
+    for role in ("infer", "train", "reward", "critic"):
+        job.edit(role, "context.device_target", "Ascend")
+        job.edit(role, "context.max_device_memory", "58GB")
+    job.load()
+    job.edit("reward", "context.max_device_memory", "30GB")
+    job.edit("infer", "context.max_call_depth", 99)
+    assert [fault.partition(" - ")[0] for fault in job.faults()] == [
+        "infer.yaml: context.max_call_depth: differs from train.yaml (99 against 10000)",
+        "reward.yaml: context.max_device_memory: differs from train.yaml (30GB against 58GB)",
+    ]
+    job.edit("infer", "context.max_call_depth", 10_000)
+    job.edit("train", "context.max_device_memory", None)
+    assert len(job.faults()) == 3  # 58GB, 30GB and 58GB against none
+    assert job.load(device_target="CPU").reward.context.max_device_memory == "30GB"
+
+
 def test_estimator_and_critic_go_together(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.load(overrides=["critic=none", "advantage=reinforce"]).ppo.critic == "none"
     (fault,) = job.faults(overrides=["critic=none"])
