@@ -234,9 +234,7 @@ REQUIRED = (
 
 
 @pytest.mark.parametrize(("role", "key", "value", "fault"), ONE_KEY_CASES)
-def test_one_fault(role: str, key: str, value: Any, fault: str, job: Any, delete: object) -> None:
-    if key.startswith("lr_schedule"):
-        job.edit(role, "optimizer.learning_rate", delete)
+def test_one_fault(role: str, key: str, value: Any, fault: str, job: Any) -> None:
     job.edit(role, key, value)
     faults = job.faults()
     assert all(line.startswith(f"{role}.yaml: ") and fault in line for line in faults), faults

@@ -101,7 +101,7 @@ def test_mindformers_loads_every_yaml(mindformers: Any, model_configs: Path) -> 
         assert theirs.model.model_config.hidden_size == ours.model.hidden_size
         assert theirs.parallel_config.model_parallel == ours.parallel.model_parallel
         if ours.optimizer:
-            assert theirs.optimizer.learning_rate == ours.optimizer["learning_rate"]
+            assert theirs.lr_schedule.learning_rate == ours.lr_schedule["learning_rate"]
 
 
 def test_what_is_read_builds_an_optimizer(mindformers: Any, model_configs: Path) -> None:
