@@ -105,10 +105,8 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
     )
     settings = ppo.build()
     if train.runner.epochs != RunnerConfig.epochs:
-        what = (
-            "%s: without effect in PPO: runner_config.epochs (%d); total_iterations says how long it trains"
-        )
-        logger.warning(what, train.path, train.runner.epochs)
+        fault = "%s: without effect in PPO, which has total_iterations: runner_config.epochs (%d)"
+        logger.warning(fault, train.path, train.runner.epochs)
     _warn_truncated_sampling(settings)
     return JobConfig(**runs | {"critic": critic}, ppo=settings)
 
