@@ -37,6 +37,8 @@ class Chart(NamedTuple):
         unit: what the axis counts.
         help: what to look for.
         low, high: values that the axis always shows.
+        better: for the overview: 1 when high values are good, -1 when low ones are (held-out ones appear
+            there, too), 0 when neither; ``None`` where it does not appear there.
         columns: of the page's three that it takes.
     """
 
@@ -46,7 +48,13 @@ class Chart(NamedTuple):
     help: str = ""
     low: float | None = None
     high: float | None = None
+    better: int | None = None
     columns: int = 1
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a part of 1, read as per cent."""
+        return self.unit.startswith("of the ")
 
     @property
     def held_out(self) -> str:
@@ -56,31 +64,32 @@ class Chart(NamedTuple):
 
 GROUPS: dict[str, tuple[Chart, ...]] = {
     "Goal": (
-        Chart("objective/scores", "Score", help="Mean score of the responses; should rise.", columns=2),
+        Chart("objective/scores", "Score", help="Mean score of the responses; should rise.",
+              better=1, columns=2),
         Chart("objective/kl", "KL to the reference", "nats per response",
-              "How far the policy has moved; should grow slowly and stay near the target.", 0.0),
+              "How far the policy has moved; should grow slowly and stay near the target.", 0.0, better=0),
         Chart("objective/rlhf_reward", "Reward", help="What is maximised: the score less the KL penalty."),
         Chart("objective/kl_coef", "KL coefficient", help="Weight of the KL penalty."),
         Chart("objective/scores_std", "Spread of the scores", "standard deviation",
               "Within one batch; 0 leaves nothing to learn from.", 0.0),
-        Chart("loss/train", "Loss", help="Should fall, on held-out rows too.", columns=2),
+        Chart("loss/train", "Loss", help="Should fall, on held-out rows too.", better=-1, columns=2),
         Chart("eval/perplexity", "Held-out perplexity",
-              help="Exponential of the held-out loss: tokens it hesitates between."),
+              help="Exponential of the held-out loss: tokens it hesitates between.", better=-1),
         Chart("train/accuracy", "Accuracy", "of the pairs",
-              "The preferred response scores higher; 0.5 is chance (a loss of 0.69).", 0.0, 1.0),
-        Chart("train/margin", "Margin", help="Score of the preferred response less that of the rejected."),
+              "The preferred response scores higher; 0.5 is chance (a loss of 0.69).", 0.0, 1.0, better=1),
+        Chart("train/margin", "Margin", help="Score of the preferred response less that of the other."),
         Chart("eval/scores", "Held-out score", "mean", "Before calibration."),
         Chart("eval/scores_std", "Spread of held-out scores", "standard deviation", "Before calibration."),
     ),
     "Responses": (
-        Chart("response/length", "Response length", "tokens", "Stop token included."),
-        Chart("response/eos_rate", "Stop rate", "of the responses", "They end by themselves.", 0.0, 1.0),
+        Chart("response/length", "Response length", "tokens", "Stop token included.", better=0),
+        Chart("response/eos_rate", "Stop rate", "of the responses", "They end by themselves.", 0, 1, 0),
         Chart("objective/entropy", "Surprise", "nats per response", "Minus log-probability of the samples."),
     ),
     "Policy": (
         Chart("loss/policy", "Policy loss", help="Near 0; it does not measure progress."),
-        Chart("policy/entropy", "Entropy", "nats per token", "Falls slowly; near 0 it has collapsed."),
-        Chart("policy/clipfrac", "Clip fraction", "of the tokens", "0.05 to 0.3 is usual.", 0.0),
+        Chart("policy/entropy", "Entropy", "nats per token", "Falls slowly; near 0: collapsed.", better=0),
+        Chart("policy/clipfrac", "Clip fraction", "of the tokens", "0.05 to 0.3 is usual.", 0.0, better=0),
         Chart("policy/approxkl", "KL of the update", "nats per token", "New policy to old.", 0.0),
         Chart("policy/ratio", "Ratio", "new / old", "Hovers around 1."),
         Chart("policy/ratio_var", "Variance of the ratio", low=0.0),
@@ -88,7 +97,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
     "Critic": (
         Chart("loss/value", "Value loss", low=0.0, columns=2),
         Chart("value/explained_var", "Explained variance",
-              help="1 is perfect, 0 a constant, below 0 worse than that."),
+              help="1 is perfect, 0 a constant, below 0 worse than that.", better=1),
         Chart("value/clipfrac", "Value clip fraction", "of the tokens", low=0.0),
         Chart("value/error", "Value error", "squared", low=0.0),
         Chart("value/mean", "Mean value"),
@@ -105,7 +114,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
               help="A loss, gradient or reward was not finite; see skipped_updates.jsonl.", low=0.0),
     ),
     "Speed": (
-        Chart("tokens_per_second", "Throughput", "tokens per second", low=0.0),
+        Chart("tokens_per_second", "Throughput", "tokens per second", low=0.0, better=1),
         Chart("tokens_per_second/rollout", "Throughput of generation", "response tokens per second", low=0.0),
         Chart(_TOTAL_TIME, "Time", "seconds", low=0.0),
     ),
@@ -230,7 +239,7 @@ def _figure(chart: Chart, runs: Sequence[Run], findings: Sequence[Sequence[Findi
             if finding.metric == chart.metric
             for shape in _marks(finding, int(run.iterations[-1]), place if several else None)
         ]
-    layout = _layout(runs[0].unit)
+    layout = _layout(runs)
     always = [value for value in (chart.low, chart.high) if value is not None]
     values = {value for trace in data for value in trace["y"]} - {None}
     if len(values) == 1 and values != {
@@ -350,7 +359,7 @@ def _phase_figure(place: int, run: Run, several: bool) -> Figure:
         data.append(trace)
         median = float(np.median(series.finite.values)) if len(series.finite.values) else 0.0
         legend.append(f"{name}, median {median:.3g} s")
-    layout = _layout(run.unit) | {"barmode": "stack"}
+    layout = _layout([run]) | {"barmode": "stack"}
     total = Series(np.array(list(whole)), np.array(list(whole.values())))
     if _starts_slow(_TOTAL_TIME, total):
         layout["yaxis"]["autorangeoptions"] = {"clipmax": _top(total)}
@@ -360,13 +369,19 @@ def _phase_figure(place: int, run: Run, several: bool) -> Figure:
     return Figure(chart, {"data": data, "layout": layout}, [], notes, legend)
 
 
-def _layout(unit: str) -> dict[str, Any]:
+def _layout(runs: Sequence[Run]) -> dict[str, Any]:
+    every = {"dtick": 1} if all(len(run.metrics) < 9 for run in runs) else {}  # no half iterations
     return {
         "height": 190,
         "margin": {"l": 50, "r": 10, "t": 8, "b": 24},
         "hovermode": "x unified",
-        "xaxis": {"unifiedhovertitle": {"text": f"{unit} %{{x}}"}, "hoverformat": "d", "zeroline": False},
-        "yaxis": {"zeroline": False},
+        "xaxis": {
+            "unifiedhovertitle": {"text": f"{runs[0].unit} %{{x}}"},
+            "hoverformat": "d",
+            "zeroline": False,
+            **every,
+        },
+        "yaxis": {"zeroline": False, "exponentformat": "e", "minexponent": 5},
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
     }
 

@@ -7,15 +7,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindrlhf.report.charts import COLORS, LEVEL_COLORS, make_figures, rounded
+from mindrlhf.report.charts import COLORS, LEVEL_COLORS, Chart, make_figures, rounded
 from mindrlhf.report.diagnostics import diagnose
-from mindrlhf.report.run_data import PPO, REWARD, SFT, TITLES, Line, Run, Series
+from mindrlhf.report.run_data import PPO, TITLES, Line, Run, Series
 
 ASSETS = Path(__file__).parent / "assets"
 SAMPLE_BYTES = 8_000_000
@@ -28,22 +28,6 @@ EXTREME_SAMPLES = 50
 _MAX_SETTING = 300
 # HTML forbids them, and nobody can read them: control characters but for tab and line end.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-
-
-class Row(NamedTuple):
-    """A metric of the overview.
-
-    Attributes:
-        metric: its name; ``eval/...`` is read from the evaluations.
-        title: for people.
-        better: 1 when high values are good, -1 when low ones are, 0 when neither.
-        share: whether it is a part of 1, read as per cent.
-    """
-
-    metric: str
-    title: str
-    better: int = 0
-    share: bool = False
 
 
 class Summary(NamedTuple):
@@ -64,35 +48,22 @@ class Summary(NamedTuple):
     high: float
 
 
-ROWS: dict[str, tuple[Row, ...]] = {
-    PPO: (
-        Row("eval/scores", "Held-out score", 1),
-        Row("objective/scores", "Score", 1),
-        Row("objective/kl", "KL (nats per response)"),
-        Row("policy/entropy", "Entropy (nats per token)"),
-        Row("response/length", "Response length (tokens)"),
-        Row("response/eos_rate", "Stop rate", share=True),
-        Row("policy/clipfrac", "Clip fraction", share=True),
-        Row("value/explained_var", "Explained variance", 1),
-        Row("tokens_per_second", "Response tokens per second", 1),
-    ),
-    SFT: (
-        Row("eval/loss", "Held-out loss (nats per token)", -1),
-        Row("eval/perplexity", "Held-out perplexity", -1),
-        Row("loss/train", "Loss (nats per token)", -1),
-        Row("grad_norm", "Gradient norm"),
-        Row("tokens_per_second", "Tokens per second", 1),
-    ),
-    REWARD: (
-        Row("eval/accuracy", "Held-out accuracy", 1, share=True),
-        Row("eval/loss", "Held-out loss", -1),
-        Row("eval/margin", "Held-out margin"),
-        Row("train/accuracy", "Accuracy", 1, share=True),
-        Row("loss/train", "Loss", -1),
-        Row("grad_norm", "Gradient norm"),
-        Row("tokens_per_second", "Tokens per second", 1),
-    ),
-}
+class OverviewRow(NamedTuple):
+    """A metric of the overview.
+
+    Attributes:
+        title: for people.
+        better: as in :class:`Chart`.
+        share: whether it is read as per cent.
+        cells: of each run.
+        best: which runs have the best last value.
+    """
+
+    title: str
+    better: int
+    share: bool
+    cells: list[Summary | None]
+    best: list[bool]
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -123,7 +94,7 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         kind=TITLES[runs[0].kind],
         unit=runs[0].unit,
-        overview=overview(runs),
+        overview=overview(runs, [figure.chart for figures in groups.values() for figure in figures]),
         seconds=[float(run.series("time/iteration").finite.values.sum()) for run in runs],
         findings=[(place, finding) for place, found in enumerate(findings) for finding in found],
         groups=groups,
@@ -144,19 +115,25 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def overview(runs: Sequence[Run]) -> list[tuple[Row, list[Summary | None], list[int]]]:
-    """The rows that runs have something for: each with its summary per run, and the places of the best."""
+def overview(runs: Sequence[Run], charts: Iterable[Chart]) -> list[OverviewRow]:
+    """First, last and best of the charts that have a place there, held-out results first."""
     found = []
-    for row in ROWS[runs[0].kind]:
-        held_out = row.metric.startswith("eval/")
-        series = [run.evaluation_series(row.metric) if held_out else run.series(row.metric) for run in runs]
-        cells = [summarize(values, row.better) for values in series]
-        lasts = [cell.last * row.better for cell in cells if cell]
-        # max > min: where all are equal, none has won.
-        wins = bool(row.better and lasts and max(lasts) > min(lasts))
-        best = [n for n, cell in enumerate(cells) if wins and cell and cell.last * row.better == max(lasts)]
-        if lasts:
-            found.append((row, cells, best))
+    for held_out in (True, False):
+        for chart in charts:
+            is_alone = chart.metric.startswith("eval/")
+            if chart.better is None or (held_out and not chart.better) or (is_alone and not held_out):
+                continue
+            name = chart.held_out if held_out else chart.metric
+            every = [run.evaluation_series(name) if held_out else run.series(name) for run in runs]
+            cells = [summarize(series, chart.better) for series in every]
+            lasts = [cell.last * chart.better for cell in cells if cell]
+            # max > min: where all are equal, none has won.
+            wins = bool(chart.better and lasts and max(lasts) > min(lasts))
+            best = [wins and cell is not None and cell.last * chart.better == max(lasts) for cell in cells]
+            title = f"{chart.title}, held-out" if held_out and name != chart.metric else chart.title
+            unit = f" ({chart.unit})" if chart.unit and not chart.is_share else ""
+            if lasts:
+                found.append(OverviewRow(title + unit, chart.better, chart.is_share, cells, best))
     return found
 
 

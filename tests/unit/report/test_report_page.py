@@ -248,8 +248,8 @@ def test_where_the_page_goes(make_run: MakeRun, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("kind", "title", "first"), [
-    ("sft", "MindRLHF · SFT", "Held-out loss (nats per token)"),
-    ("reward", "MindRLHF · Reward model", "Held-out accuracy"),
+    ("sft", "MindRLHF · SFT", "Loss, held-out"),
+    ("reward", "MindRLHF · Reward model", "Loss, held-out"),
 ])  # fmt: skip
 def test_the_page_of_a_stage(make_run: MakeRun, kind: str, title: str, first: str) -> None:
     lines = reward_lines(0.8) if kind == "reward" else stage_lines([3.0, 2.0, 1.0])
