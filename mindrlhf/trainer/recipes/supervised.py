@@ -69,7 +69,7 @@ def prepare(
         MindRLHFError: paths, data or the number of rows do not fit; or the checkpoint to resume from.
     """
     scratch = scratch_directory()
-    _check_paths(options)
+    check_paths(options)
     config = plan.config
     data = SequenceData(
         options.mind_dataset_dir,
@@ -311,7 +311,7 @@ def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) ->
     return directory
 
 
-def _check_paths(options: StageOptions) -> None:
+def check_paths(options: StageOptions) -> None:
     """Refuses weights that do not exist, and outputs that an earlier run has used.
 
     Raises:

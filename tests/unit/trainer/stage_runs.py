@@ -23,8 +23,10 @@ from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
+from mindrlhf.trainer import run as run_module
 from mindrlhf.trainer.optimizer import build_optimizer
-from mindrlhf.trainer.stages import reward, runner, sft
+from mindrlhf.trainer.programs import run_reward, run_sft
+from mindrlhf.trainer.recipes import reward, sft, supervised
 from mindrlhf.trainer.train_step import TrainStep
 
 VOCAB, PAD, ROWS = 32, 2, 20
@@ -34,7 +36,6 @@ MODEL = {
 }  # fmt: skip
 STEPS = 12
 """3 epochs of 16 rows, 4 a step."""
-CLOCK = ("time/step", "tokens_per_second")
 Run = Callable[..., Path]
 
 
@@ -67,49 +68,37 @@ def write_files(directory: Path, repo_root: Path) -> Path:
 
 
 class Compiled:
-    """Model and optimizer step of each stage, made once: compiling is most of what a tiny run takes.
+    """Model, loss and optimizer step of each recipe, made once: compiling is most of what a tiny run takes.
 
     A run finds them as in a new process: weights from the file, moments 0. Only the length of the schedule is
     always that of the first run.
     """
 
     def __init__(self) -> None:
-        self.stages: dict[type, Any] = {}
-        self.optimizers: dict[int, Any] = {}
-        self.steps: dict[int, Any] = {}
+        self.made: dict[Any, Any] = {}
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module, make, fill in (
-            (sft, sft.SFTStage, sft.fill_model),
-            (reward, reward.RewardStage, reward.fill_model),
+        for module, name in (
+            *((sft, "PPOModelTrain"), (sft, "SFTLoss"), (reward, "RewardModel"), (reward, "PairLoss")),
         ):
-            monkeypatch.setattr(module, make.__name__, partial(self.stage, make, fill))
-        monkeypatch.setattr(runner, "build_optimizer", self.optimizer)
-        monkeypatch.setattr(runner, "TrainStep", self.step)
+            monkeypatch.setattr(module, name, partial(self.once, name, getattr(module, name)))
+        monkeypatch.setattr(supervised, "build_optimizer", self.optimizer)
+        monkeypatch.setattr(supervised, "TrainStep", self.step)
 
-    def stage(self, make: Any, fill: Any, job: Any, *arguments: float) -> Any:
-        stage = self.stages.get(make)
-        if stage is None:
-            stage = self.stages[make] = make(job, *arguments)
-        stage.job, stage.data = job, job.data
-        roles = ("reward model", "reward") if make is reward.RewardStage else ("policy",)
-        fill(stage.model, job.options.load_sft_checkpoint, job.options.seed, 0, *roles)
-        return stage
+    def once(self, key: Any, make: Any, *arguments: Any, **options: Any) -> Any:
+        if key not in self.made:
+            self.made[key] = make(*arguments, **options)
+        return self.made[key]
 
     def optimizer(self, config: Any, parameters: Any, total_steps: int) -> Any:
-        key = id(parameters[0])
-        if key not in self.optimizers:
-            self.optimizers[key] = build_optimizer(config, parameters, total_steps)
-        optimizer = self.optimizers[key]
+        key = ("optimizer", id(parameters[0]))
+        optimizer = self.once(key, build_optimizer, config, parameters, total_steps)
         for state in (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.global_step):
             state.set_data(Tensor(np.zeros(state.shape, np.float32)).astype(state.dtype))
         return optimizer
 
     def step(self, loss: Any, optimizer: Any, *arguments: Any) -> Any:
-        key = id(optimizer)
-        if key not in self.steps:
-            self.steps[key] = (TrainStep(loss, optimizer, *arguments), loss)
-        step, _ = self.steps[key]
+        step = self.once(("step", id(optimizer)), TrainStep, loss, optimizer, *arguments)
         step.discard()
         return step
 
@@ -117,7 +106,7 @@ class Compiled:
 def make_run(files: Path, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a stage in this process, whose device was chosen by another test perhaps."""
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
-    monkeypatch.setattr(runner, "start_runtime", lambda *arguments, **options: Runtime(0, 1))
+    monkeypatch.setattr(run_module, "start_runtime", lambda *arguments, **options: Runtime(0, 1))
     compiled.patch(monkeypatch)
 
     def start(stage: str, save: Path, **changes: Any) -> Path:
@@ -128,15 +117,21 @@ def make_run(files: Path, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -
             "learning_rate": 1e-2, "watchdog_timeout": 0, "trackers": (),
         }  # fmt: skip
         if stage == "reward":
-            return reward.run_reward(
+            return run_reward(
                 RewardOptions(**given | {"calibrate": "data", "calibration_samples": 8} | changes)
             )
-        return sft.run_sft(SFTOptions(**given | changes))
+        return run_sft(SFTOptions(**given | changes))
 
     return start
 
 
-def lines(save: Path) -> list[dict[str, Any]]:
-    text = (save / "metrics.jsonl").read_text(encoding="utf-8")
+def lines(save: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    """The JSON lines of a run, without what depends on the clock."""
+    text = (save / f"{name}.jsonl").read_text(encoding="utf-8")
     read = [json.loads(line) for line in text.splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read]
+    clock = ("time/", "tokens_per_second", "seconds")
+    return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in read]
+
+
+def evaluations(save: Path) -> list[dict[str, Any]]:
+    return lines(save, "evaluations")

@@ -1,8 +1,7 @@
-"""Stages before PPO: what flags they refuse, their arithmetic by hand, and the loop's order."""
+"""SFT and reward modelling: what their flags refuse, and their arithmetic by hand."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +22,11 @@ from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.trainer.experience import sequence_inputs
 from mindrlhf.trainer.recipes.calibration import calibrate, fold, gain_and_bias
-from mindrlhf.trainer.recipes.reward import PairLoss, RewardStage
-from mindrlhf.trainer.recipes.sft import SFTLoss, SFTStage
-from mindrlhf.trainer.stages.options import check_paths
-from mindrlhf.trainer.stages.records import StageRecords
-from mindrlhf.trainer.stages.stage import network_inputs, over_rows
+from mindrlhf.trainer.recipes.reward import PairLoss
+from mindrlhf.trainer.recipes.sft import SFTLoss
+from mindrlhf.trainer.recipes.supervised import check_paths, over_rows
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 
 
@@ -240,7 +238,7 @@ def some_sequences(count: int) -> Sequences:
 
 
 def scores_of(model: RewardModel, part: Sequences) -> np.ndarray:
-    inputs = (*network_inputs(part, 4), part.response_lengths)
+    inputs = (*sequence_inputs(*part, 4), part.response_lengths)
     exchange = HostExchange(Runtime(0, 1))
     forward = lambda *arrays: model(*map(Tensor, arrays)).asnumpy()  # noqa: E731
     return over_rows(forward, inputs, Mesh(), exchange, rows_per_pass=4)
@@ -281,20 +279,6 @@ def test_rows_that_do_not_fill_a_pass_are_neither_lost_nor_counted_twice() -> No
 def test_positions_stay_inside_the_model(tiny_job: JobConfig) -> None:
     """A text of seq_length tokens has pads behind it, in rows as wide as the longest prompt and response."""
     part = Sequences(np.zeros((2, 7), np.int32), np.array([4, 1], np.int32), np.array([1, 3], np.int32))
-    inputs = network_inputs(part, 4)
+    inputs = sequence_inputs(*part, 4)
     assert inputs.valid.tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0], [0, 0, 0, 0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("stage", [SFTStage, RewardStage])
-def test_picture_and_summary_take_lines_without_an_evaluation(stage: Any, tmp_path: Path) -> None:
-    records = StageRecords(tmp_path, stage.curves)
-    assert records.plot() is None
-    lines = [{"step": 0, "eval/loss": 2.0}, {"step": 1, "loss/train": np.float32(1.5)}]
-    for line in lines:
-        records.add_metrics(line)
-    picture = records.plot()
-    assert picture is not None
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines
-    assert stage.summary(stage, lines[0]) == "held-out loss 2.0000"

@@ -1,4 +1,4 @@
-"""Stages before PPO that are cut short, stopped and resumed, against ones that were let be; skipped steps."""
+"""SFT and reward modelling cut short, stopped and resumed, against runs that were let be; skipped steps."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.trainer.skipped_updates import SKIPPED_FILE
-from mindrlhf.trainer.stages.batches import RowStream
-from mindrlhf.trainer.stages.runner import StageTrainer
+from mindrlhf.trainer.recipes.supervised import SupervisedTrainer
+from mindrlhf.trainer.recorder import SKIPPED_FILE
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 from mindrlhf.utils.seeds import random_stream
 from tests.unit.trainer.stage_runs import (
@@ -29,6 +28,7 @@ from tests.unit.trainer.stage_runs import (
     VOCAB,
     Compiled,
     Run,
+    evaluations,
     lines,
     make_run,
     write_files,
@@ -62,14 +62,14 @@ def final_weights(save: Path, files: Path, stage: str) -> dict[str, np.ndarray]:
 
 def in_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], Any]) -> None:
     """Does something at the beginning of an optimizer step, counted from 1."""
-    step = StageTrainer.step
+    step = SupervisedTrainer.step
 
-    def acting(self: StageTrainer, rows: np.ndarray) -> dict[str, float]:
-        if self.steps + 1 == number:
+    def acting(self: SupervisedTrainer, done: int) -> Any:
+        if done + 1 == number:
             act()
-        return step(self, rows)
+        return step(self, done)
 
-    monkeypatch.setattr(StageTrainer, "step", acting)
+    monkeypatch.setattr(SupervisedTrainer, "step", acting)
 
 
 def kill() -> None:
@@ -87,13 +87,14 @@ def test_killed_and_resumed_equals_straight_to_the_last_digit(
         in_step(patch, 8, kill)
         with pytest.raises(Killed):
             run(stage, broken, save_interval=3, resume_training=True)
-    assert [line["step"] for line in lines(broken)] == list(range(8))
+    assert [line["step"] for line in lines(broken)] == list(range(1, 8))
     (broken / ".step_000009.tmp").mkdir()  # the kill may have come while it saved
     run(stage, broken, save_interval=3, resume_training=True)
     expected = lines(straight)
-    assert [line["step"] for line in expected] == list(range(STEPS + 1))
-    assert [line["step"] for line in expected if "eval/loss" in line] == [0, 5, 10, 12]
+    assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
     assert lines(broken) == expected
+    assert [line["step"] for line in evaluations(straight)] == [0, 5, 10, 12]
+    assert evaluations(broken) == evaluations(straight)
     weights = final_weights(straight, files, stage)
     for name, array in final_weights(broken, files, stage).items():
         np.testing.assert_array_equal(array, weights[name], err_msg=name)
@@ -103,6 +104,7 @@ def test_killed_and_resumed_equals_straight_to_the_last_digit(
         assert reports[0]["before"]["step"] == 0
     assert {path.name for path in broken.iterdir()} == {
         *("step_000009", "step_000012", "final", "config.json", "metrics.jsonl", "curves.png"),
+        "evaluations.jsonl",
         *(["reward_model.json"] if stage == "reward" else []),
     }
 
@@ -149,14 +151,16 @@ def test_from_a_named_checkpoint_into_another_directory(
         "options.save_interval: 6 in the checkpoint, 0 now"
     )
     assert [line["step"] for line in lines(second)] == list(range(7, 13))
-    assert lines(second) == lines(first)[7:]
+    assert lines(second) == lines(first)[6:]
+    assert [line["step"] for line in evaluations(second)] == [6, 10, 12], "its first evaluation is its start"
     assert {path.name for path in (first / "step_000006").iterdir()} == {
         *("policy", "policy_optimizer", "random", "state.json", "config.json", "manifest.json")
     }
     state = json.loads((first / "step_000006" / "state.json").read_text())
-    assert (state["step"], state["rows"]) == (6, {"epoch": 1, "cursor": 8})
+    rows = {"epoch": 1, "cursor": 8, "rows": 16, "seed": 1, "shuffle": True}
+    assert (state["step"], state["parts"]) == (6, {"rows": rows})
     run("sft", first, epochs=4, resume_training=True, save_interval=6, keep_checkpoints=0)
-    assert [line["step"] for line in lines(first)] == list(range(17))
+    assert [line["step"] for line in lines(first)] == list(range(1, 17))
     assert not list(first.glob("left_*"))
     # From an older one: the newer ones are set aside, their lines go.
     run("sft", first, resume_from=first / "step_000006", save_interval=0)
@@ -182,8 +186,8 @@ def checkpoint(files: Path, compiled: Compiled, tmp_path_factory: pytest.TempPat
 
 
 REFUSED = [
-    ({"seed": 7}, "options.seed: 1 in the checkpoint, 7 now"),
-    ({"batch_size": 8}, "plan.batch_size: 4 in the checkpoint, 8 now"),
+    ({"seed": 7}, "seed: 1 in the checkpoint, 7 now"),
+    ({"batch_size": 8}, "batch_size: 4 in the checkpoint, 8 now"),
     ({"eval_fraction": 0.5}, "rows.train: 16 in the checkpoint, 10 now"),
 ]
 
@@ -205,48 +209,31 @@ def test_another_model_or_stage_is_refused(run: Run, files: Path, checkpoint: Pa
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(CheckpointError, match="2 difference") as caught:
         run("sft", tmp_path / "save", resume_from=checkpoint, config_path=tmp_path / "other.yaml")
-    assert "plan.config.model.theta: 1000000.0 in the checkpoint, 500000.0 now" in str(caught.value)
-    assert "plan.config.model.rms_norm_eps: 1e-06 in the checkpoint, 0.0001 now" in str(caught.value)
-    with pytest.raises(CheckpointError, match="stage: sft in the checkpoint, reward now"):
+    assert "model.theta: 1000000.0 in the checkpoint, 500000.0 now" in str(caught.value)
+    assert "model.rms_norm_eps: 1e-06 in the checkpoint, 0.0001 now" in str(caught.value)
+    with pytest.raises(CheckpointError, match="recipe: sft in the checkpoint, reward now"):
         run("reward", tmp_path / "save", resume_from=checkpoint)
-
-
-def test_batches_go_on_where_they_were() -> None:
-    rows = np.arange(100, 111)
-    stream = RowStream(rows, 4, seed=5)
-    drawn = [stream.next_batch() for _ in range(5)]
-    for epoch in range(2):
-        order = random_stream("stage", 5, epoch).permutation(rows)
-        np.testing.assert_array_equal(drawn[2 * epoch], order[:4])
-        np.testing.assert_array_equal(drawn[2 * epoch + 1], order[4:8])  # 3 rows wait for the next epoch
-    for number in range(5):
-        again = RowStream(rows, 4, seed=5)
-        for _ in range(number):
-            again.next_batch()
-        other = RowStream(rows, 4, seed=5)
-        other.load_state_dict(json.loads(json.dumps(again.state_dict())))
-        np.testing.assert_array_equal(other.next_batch(), drawn[number])
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Makes the loss of the second micro-batch infinite in some steps."""
-    step = StageTrainer.step
+    step = SupervisedTrainer.step
 
-    def spoilt(self: StageTrainer, rows: np.ndarray) -> dict[str, float]:
-        inputs, calls = self.stage.inputs, []
+    def spoilt(self: SupervisedTrainer, done: int) -> Any:
+        inputs, calls = self.inputs, []
 
         def scaled(part: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
             calls.append(part)
             return inputs(part, inverse_count * np.float32(np.inf if len(calls) == 2 else 1))
 
-        if self.steps + 1 in steps:
-            self.stage.inputs = scaled  # type: ignore[method-assign]
+        if done + 1 in steps:
+            self.inputs = scaled  # type: ignore[method-assign]
         try:
-            return step(self, rows)
+            return step(self, done)
         finally:
-            self.stage.inputs = inputs  # type: ignore[method-assign]
+            self.inputs = inputs  # type: ignore[method-assign]
 
-    monkeypatch.setattr(StageTrainer, "step", spoilt)
+    monkeypatch.setattr(SupervisedTrainer, "step", spoilt)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_named(
@@ -257,14 +244,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_named(
     spoil(monkeypatch, {3})
     run("sft", save, epochs=1)
     metrics = lines(save)
-    assert [line.get("update/skipped") for line in metrics] == [None, 0, 0, 1, 0]
-    assert metrics[:3] == lines(straight)[:3]
-    assert metrics[3]["lr"] == 0
-    assert "grad_norm" not in metrics[3]
+    assert [line["update/skipped"] for line in metrics] == [0, 0, 1, 0]
+    assert metrics[:2] == lines(straight)[:2]
+    assert metrics[2]["lr"] == 0
+    assert "grad_norm" not in metrics[2]
     (skipped,) = [json.loads(line) for line in (save / SKIPPED_FILE).read_text().splitlines()]
     train_rows = np.unique([row for batch in batches_of(save) for row in batch])
-    third = RowStream(train_rows, 4, seed=1)
-    batch = [third.next_batch() for _ in range(3)][-1]
+    batch = random_stream("stage", 1, 0).permutation(train_rows)[8:12]
     assert skipped == {
         "step": 3, "minibatch": 1, "model": "policy", "cause": "loss not finite (gradient norm nan)",
         "grad_norm": "nan", "sample_ids": batch[2:].tolist(), "whole_minibatch": False,
@@ -287,7 +273,7 @@ def test_too_many_in_a_row_stop_with_the_state_of_before(
 ) -> None:
     """Steps 2, 4 and 5: two in a row are too many; a fresh job of 3 steps has had the same two updates."""
     spoil(monkeypatch, {2, 4, 5})
-    with pytest.raises(MindRLHFError, match=r"2 updates in a row were skipped .* last in step 5") as caught:
+    with pytest.raises(MindRLHFError, match=r"in step 5: 2 updates in a row were skipped") as caught:
         run("sft", tmp_path, max_skipped_updates=2)
     assert f"saved in {tmp_path / 'step_000005'}" in str(caught.value)
     assert not (tmp_path / "final").exists()
@@ -295,4 +281,6 @@ def test_too_many_in_a_row_stop_with_the_state_of_before(
     saved = load_shard(tmp_path / "step_000005" / "policy", layouts, 0)
     assert all(np.isfinite(array).all() for array in saved.values())
     assert run("sft", tmp_path, max_skipped_updates=2, resume_training=True) == tmp_path / "final"
-    assert [line["step"] for line in lines(tmp_path)] == list(range(STEPS + 1))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, STEPS + 1))
+    skipped = [json.loads(line)["step"] for line in (tmp_path / SKIPPED_FILE).read_text().splitlines()]
+    assert skipped == [2, 4, 5], "and those of a run that was resumed stay, once"
