@@ -1,12 +1,12 @@
 """A training state saved and loaded, bit for bit.
 
-That the next iteration is then the uninterrupted one is shown in test_ppo_trainer.py.
+That the next iteration is then the uninterrupted one is shown in test_rl.py.
 """
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints, load_states
-from mindrlhf.trainer.parts import trained_models
+from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints, read_state, stored_meshes
+from mindrlhf.trainer.recipes.rl import fixed_settings, trained_models
 from mindrlhf.trainer.resume import find_faults, newest_whole
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
@@ -41,7 +41,10 @@ class Training:
     job: JobConfig
 
     def checkpoints(self, directory: Path, keep: int = 1) -> TrainingCheckpoints:
-        return TrainingCheckpoints(directory, 0, keep, self.job)
+        fixed = fixed_settings(self.job)
+        return TrainingCheckpoints(
+            directory, "iteration", EXCHANGE, keep=keep, configuration=self.job, fixed=fixed
+        )
 
     def trained(self) -> list[Trained]:
         return trained_models(self.models, self.update)
@@ -87,14 +90,27 @@ def training(tiny_job: JobConfig) -> Training:
     return training
 
 
-def save(training: Training, checkpoints: TrainingCheckpoints, iteration: int, **state: Any) -> Path:
-    return checkpoints.save(iteration, training.trained(), {"iteration": iteration, **state}, EXCHANGE)
+class Note:
+    """A part of the state."""
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.text = state["text"]
+
+
+def save(training: Training, checkpoints: TrainingCheckpoints, iteration: int, **parts: Note) -> Path:
+    return checkpoints.save(iteration, training.trained(), parts)
 
 
 def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_path: Path) -> None:
     training.fill(3)
     saved = training.state()
-    directory = save(training, training.checkpoints(tmp_path, 2), 1, note="as given")
+    directory = save(training, training.checkpoints(tmp_path, 2), 1, note=Note("as given"))
     assert sorted(path.name for path in directory.iterdir()) == [
         *("config.json", "critic", "critic_optimizer", "manifest.json", "policy", "policy_optimizer"),
         *("random", "state.json"),
@@ -105,9 +121,9 @@ def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_p
     spoilt = training.state()
     assert all((spoilt[name] != array).any() for name, array in saved.items())
 
-    state = training.checkpoints(tmp_path, 2).load(directory, training.trained())
-
-    assert state == {"iteration": 1, "note": "as given"}
+    note = Note()
+    assert training.checkpoints(tmp_path, 2).load(directory, training.trained(), {"note": note}) == 1
+    assert note.text == "as given"
     loaded = training.state()
     assert loaded.keys() == saved.keys()
     for name, array in saved.items():
@@ -153,7 +169,7 @@ def test_a_half_written_checkpoint_is_never_taken(
         with pytest.raises(KeyboardInterrupt):
             save(training, checkpoints, 2)
     assert (tmp_path / "iteration_000001").exists(), "the older one must stay"
-    newest = newest_whole(tmp_path, EXCHANGE)
+    newest = newest_whole(tmp_path, EXCHANGE, "iteration")
     assert newest == tmp_path / f"iteration_{2 if is_there else 1:06d}"
     if not is_there:
         (left,) = tmp_path.glob(".iteration_*")
@@ -194,8 +210,10 @@ def test_when_another_rank_cannot_write_this_one_stops_too(training: Training, t
         def every_rank(self, array: np.ndarray) -> np.ndarray:
             return np.stack([array, np.ones_like(array)])
 
+    checkpoints = training.checkpoints(tmp_path)
+    checkpoints.exchange = Exchange(Runtime(0, 1))
     with pytest.raises(CheckpointError, match="rank 1 could not write its part"):
-        training.checkpoints(tmp_path).save(1, training.trained(), {"iteration": 1}, Exchange(Runtime(0, 1)))
+        save(training, checkpoints, 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,7 +225,7 @@ def test_random_generators_go_on_where_they_were(training: Training, tmp_path: P
     np.random.standard_normal(3)  # leaves half a pair in each generator
     directory = save(training, training.checkpoints(tmp_path), 1)
     drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(3), np.random.randint(1 << 30)]
-    training.checkpoints(tmp_path).load(directory, training.trained())
+    training.checkpoints(tmp_path).load(directory, training.trained(), {})
     again = [random.gauss(0, 1), random.random(), *np.random.standard_normal(3), np.random.randint(1 << 30)]
     assert again == drawn
 
@@ -220,7 +238,7 @@ def test_newer_checkpoints_are_set_aside_not_lost(training: Training, tmp_path: 
     names = ["iteration_000001", "left_iteration_000002", "left_iteration_000003"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert find_faults(tmp_path / "left_iteration_000003", EXCHANGE) == []
-    assert newest_whole(tmp_path, EXCHANGE) == tmp_path / "iteration_000001"
+    assert newest_whole(tmp_path, EXCHANGE, "iteration") == tmp_path / "iteration_000001"
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_says_so(training: Training, tmp_path: Path) -> None:
@@ -228,12 +246,12 @@ def test_a_checkpoint_of_another_model_is_refused_and_says_so(training: Training
     (file,) = (directory / "critic" / "rank_0").iterdir()
     file.write_bytes((directory / "policy" / "rank_0" / file.name).read_bytes())
     with pytest.raises(CheckpointError, match=r"score_head\.weight"):
-        training.checkpoints(tmp_path, 1).load(directory, training.trained())
+        training.checkpoints(tmp_path, 1).load(directory, training.trained(), {})
 
 
 def test_a_directory_that_is_none_is_refused(training: Training, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state\.json"):
-        training.checkpoints(tmp_path, 1).load(tmp_path, training.trained())
+        training.checkpoints(tmp_path, 1).load(tmp_path, training.trained(), {})
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(CheckpointError, match="--save_ckpt_dir"):
@@ -251,16 +269,34 @@ def test_moments_lie_beside_the_weights_they_belong_to(training: Training, tmp_p
     assert names >= {f"adam_m.{name}" for name in weights} | {f"adam_v.{name}" for name in weights}
     assert "global_step" in names
     assert not names & weights
-    assert json.loads((directory / "state.json").read_text()) == {"iteration": 1}
+    state = read_state(directory)
+    assert (state["step"], state["parts"]) == (1, {})
+    assert stored_meshes(directory) == {"policy": Mesh(), "critic": Mesh()}
 
 
 def test_parts_that_a_checkpoint_does_not_know_start_anew_and_that_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mindrlhf.algorithms.moments import RunningMoments
-
-    parts = {"old": RunningMoments(), "new": RunningMoments()}
-    load_states(parts, {"iteration": 3, "old": {"count": 2, "mean": 1.5, "m2": 0.5}}, tmp_path)
-    assert parts["old"].state_dict() == {"count": 2, "mean": 1.5, "m2": 0.5}
-    assert parts["new"].count == 0
+    directory = save(training, training.checkpoints(tmp_path, 1), 3, old=Note("kept"))
+    parts = {"old": Note(), "new": Note("fresh")}
+    training.checkpoints(tmp_path, 1).load(directory, training.trained(), parts)
+    assert (parts["old"].text, parts["new"].text) == ("kept", "fresh")
     assert "no state of new" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"iteration": 3}', "format None, but this version of MindRLHF resumes format 2 only"),
+        ('{"format": 2, "step": 1}', "damaged"),
+        ('{"format": 2, "step": "x", "layouts": {}, "fixed": {}, "parts": {}}', "damaged"),
+        ('{"format": 2, "step": 1, "layouts": {"policy": {}}, "fixed": {}, "parts": {}}', "damaged"),
+        ("[]", "damaged"),
+        ("{", "damaged"),
+    ],
+)
+def test_a_state_of_another_version_or_a_damaged_one_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    for read in (read_state, stored_meshes):
+        with pytest.raises(CheckpointError, match=rf"state\.json: {says}"):
+            read(tmp_path)

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.console import open as console_open
 from mindrlhf.trainer.console.live import LiveConsole
-from mindrlhf.trainer.console.open import PPO_COLUMNS, PPO_STATUS, open_console
+from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.plain import PlainConsole
 from mindrlhf.trainer.console.state import RunState, clock_text
+from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.trainer.trackers.base import RunStart
 from mindrlhf.utils.timers import PhaseTimer
 
@@ -51,8 +53,10 @@ def clock() -> Clock:
 def live(clock: Callable[[], float], total: int = 3, width: int = 100, **options: Any) -> LiveConsole:
     """A console that draws into memory."""
     terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    options = {"columns": PPO_COLUMNS, "status": PPO_STATUS} | options
-    return LiveConsole("PPO", total, "iteration", console=terminal, clock=clock, **options)
+    console = LiveConsole("PPO", "iteration", console=terminal, clock=clock)
+    shown = display(PPOConfig(**options))
+    console.total, console.columns, console.status = total, shown.columns, shown.status
+    return console
 
 
 def drawing(console: LiveConsole) -> list[str]:
@@ -110,7 +114,8 @@ def test_finished_iterations_scroll_above_the_drawing_and_evaluations_do_not(clo
 
 
 def test_time_left_leaves_the_first_iteration_out(clock: Clock) -> None:
-    state = RunState("PPO", 10, "iteration", clock=clock)
+    state = RunState("PPO", "iteration", clock=clock)
+    state.total = 10
     clock.now += 60  # compiles
     state.scalars(1, METRICS)
     assert state.seconds_left() is None
@@ -131,19 +136,20 @@ def test_clock_text(seconds: float | None, text: str) -> None:
     assert clock_text(seconds) == text
 
 
-def test_a_stage_counts_its_steps_in_a_phase(clock: Clock) -> None:
-    console = live(clock, total=0, columns=(), status=())
+def test_a_phase_inside_another_and_no_critic_no_column(clock: Clock) -> None:
+    console = live(clock, critic="none")
     timer = PhaseTimer([console])
-    with timer.phase("train", 200, "steps"):
-        timer.advance(50)
-        clock.now += 10
-        with timer.phase("evaluate", 8, "batches"):
-            _, train, evaluate, _ = drawing(console)
-            assert "50/200 steps" in train
-            assert "0:10, 0:30 left" in train
-            assert "0/8 batches" in evaluate
-        timer.advance()
-        assert "51/200 steps" in drawing(console)[1], "what is inside a phase does not count as its steps"
+    with timer.phase("evaluate", 8, "prompts"):
+        timer.advance(4)
+        with timer.phase("decode", 3, "tokens"):
+            _, outer, inner, _ = drawing(console)
+            assert "4/8 prompts" in outer
+            assert "0/3 tokens" in inner
+    console.scalars(1, {name: value for name, value in METRICS.items() if name != "loss/value"})
+    assert isinstance(console.console.file, io.StringIO)
+    title, row = console.console.file.getvalue().splitlines()
+    assert " ".join(title.split()) == "iteration score KL length stop pi loss tok/s seconds"
+    assert "-" not in row.split(), "every column has its metric"
 
 
 def test_a_closed_terminal_ends_the_drawing_only(clock: Clock) -> None:
@@ -160,7 +166,8 @@ def test_a_closed_terminal_ends_the_drawing_only(clock: Clock) -> None:
 
 
 def test_plain_lines_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    console = PlainConsole("PPO", 20, "iteration", clock=clock)
+    console = PlainConsole("PPO", "iteration", clock=clock)
+    console.total = 20
     timer = PhaseTimer([console])
 
     def wait(seconds: int) -> None:
@@ -183,9 +190,9 @@ def test_plain_lines_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixtu
         wait(20)
     assert capsys.readouterr().err.splitlines() == [
         "INFO load 10 s",
-        "INFO iteration 1/20: rollout 64/512 tokens 10 s",
-        "INFO iteration 2/20: train 1/4 minibatches 10 s",
-        "INFO iteration 2/20: train 1/4 minibatches 20 s",
+        "INFO iteration 1/20: rollout 0/512 tokens 8 s",
+        "INFO iteration 2/20: train 1/4 minibatches 1 s",
+        "INFO iteration 2/20: train 1/4 minibatches 11 s",
     ]
 
 
@@ -193,7 +200,7 @@ def test_a_phase_without_progress_is_named_by_the_clock_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mindrlhf.trainer.console.plain.SECONDS_BETWEEN_LINES", 0.5)
-    with open_console("PPO", 2, "iteration") as console:
+    with open_console("PPO", "iteration") as console:
         assert isinstance(console, PlainConsole), "pytest's stderr is no terminal"
         said, end = "", time.monotonic() + 20
         with PhaseTimer([console]).phase("save"):
@@ -208,7 +215,7 @@ def test_other_ranks_show_nothing(
 ) -> None:
     for name, value in {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "RANK_ID": "1"}.items():
         monkeypatch.setenv(name, value)
-    with open_console("PPO", 2, "iteration") as console:
+    with open_console("PPO", "iteration") as console:
         assert type(console) is RunState
         assert not console.shows_metrics
     assert capsys.readouterr().err == ""
@@ -219,6 +226,6 @@ def test_a_device_that_is_no_terminal_is_refused(
 ) -> None:
     for device, fault in (("/dev/null", "is no terminal"), ("/dev/none/1", "cannot be opened")):
         monkeypatch.setenv(console_open.CONSOLE_VARIABLE, device)
-        with open_console("PPO", 2, "iteration") as console:
+        with open_console("PPO", "iteration") as console:
             assert isinstance(console, PlainConsole)
         assert fault in capsys.readouterr().err

@@ -19,13 +19,17 @@ from mindrlhf.utils.progress import ProgressBar
 
 RUN = """
 import logging, sys, time
-from mindrlhf.trainer.console.open import open_console, PPO_COLUMNS, PPO_STATUS
+from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.trainer.console.open import open_console
+from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.progress import track
 from mindrlhf.utils.timers import PhaseTimer
 
-metrics = {column.metric: 1.0 for column in PPO_COLUMNS}
-with open_console("PPO", 3, "iteration", columns=PPO_COLUMNS, status=PPO_STATUS) as console:
+shown = display(PPOConfig())
+metrics = {column.metric: 1.0 for column in shown.columns}
+with open_console("PPO", "iteration") as console:
+    console.total, console.columns, console.status = 3, shown.columns, shown.status
     timer = PhaseTimer([console])
     for iteration in range(1, 4):
         with timer.phase("rollout", 40, "tokens"):

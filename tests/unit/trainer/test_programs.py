@@ -13,11 +13,8 @@ import pytest
 from mindrlhf.configs.load import load_ppo_job
 from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.trainer.programs import (
-    graph_configuration,
-    run_ppo,
-    save_strategies,
-)
+from mindrlhf.trainer.programs import run_ppo, save_strategies
+from mindrlhf.trainer.recipes.rl import graph_configuration
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 
 

@@ -1,35 +1,52 @@
-"""What a run leaves for people."""
+"""The recorder: every file that a run leaves for people, rewound as one, and what trackers hear."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
-from mindrlhf.trainer.curves import CURVES, EVALUATION_CURVES
-from mindrlhf.trainer.experience import Rollout, Scores, make_experience
-from mindrlhf.trainer.recorder import RunRecords, check_fresh, choose_rows, save_experience
+from mindrlhf.trainer import recorder as recorder_module
+from mindrlhf.trainer.recipe import EvaluationResult, Schedule, StepResult
+from mindrlhf.trainer.recipes.rl import display
+from mindrlhf.trainer.recorder import Recorder, RedrawTimer, check_fresh, write_experience
+from mindrlhf.trainer.samples import choose_rows
+from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
+from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.utils.errors import MindRLHFError
+
+SHOWN = display(PPOConfig())
+EVALUATED = {f"eval/{name}": 0.5 for name in ("scores", "scores_std", "kl", "length", "eos_rate")}
+SCHEDULE = Schedule(total=5)
+TIMES = {"time/iteration": 2.0, "tokens_per_second": 9.0}
+
+
+def recorder(directory: Path, *trackers: Tracker, experience: Path | None = None) -> Recorder:
+    made = Recorder(directory, "iteration", Trackers(trackers), experience)
+    made._display = SHOWN
+    return made
 
 
 def metrics(iteration: int) -> dict[str, float]:
-    return {"iteration": iteration, **{name: np.float32(iteration / 4) for name, _ in CURVES}}
+    names = [curve.metric for curve in SHOWN.curves if not curve.metric.startswith("eval/")]
+    return {"iteration": iteration, **{name: np.float32(iteration / 4) for name in names}}
 
 
-def evaluation(iteration: int) -> dict[str, float]:
-    return {
-        "iteration": iteration,
-        "eval/scores_std": 0.5,
-        **{name: iteration / 4 for name, _ in EVALUATION_CURVES},
-    }
+def evaluation(iteration: int) -> dict[str, Any]:
+    return {"iteration": iteration, **EVALUATED, "prompts": 8, "held_out_digest": "x", "seconds": 1.5}
+
+
+def evaluate(records: Recorder, iteration: int, *samples: dict[str, Any]) -> None:
+    records.add_evaluation(iteration, EvaluationResult(EVALUATED, {"prompts": 8}, samples), "x", 1.5)
 
 
 def test_metrics_and_samples_are_json_lines(tmp_path: Path) -> None:
-    records = RunRecords(tmp_path / "run")
+    records = recorder(tmp_path / "run")
     for iteration in (1, 2):
         records.add_metrics(metrics(iteration))
     records.add_samples(
@@ -44,7 +61,7 @@ def test_metrics_and_samples_are_json_lines(tmp_path: Path) -> None:
 
 
 def test_curves_are_a_png(tmp_path: Path) -> None:
-    records = RunRecords(tmp_path)
+    records = recorder(tmp_path)
     assert records.plot() is None
     records.add_metrics(metrics(1))
     picture = records.plot()
@@ -54,27 +71,24 @@ def test_curves_are_a_png(tmp_path: Path) -> None:
 
 
 def test_evaluations_get_curves_of_their_own(tmp_path: Path) -> None:
-    records = RunRecords(tmp_path)
+    records = recorder(tmp_path)
     records.add_metrics(metrics(1))
-    records.add_evaluation(evaluation(0), [])
-    records.add_evaluation(evaluation(1), [])
+    evaluate(records, 0)
+    evaluate(records, 1)
     picture = records.plot()
     assert picture is not None
-    assert int.from_bytes(picture.read_bytes()[20:24], "big") == 9 * 110, "three rows high, not two"
+    assert int.from_bytes(picture.read_bytes()[20:24], "big") == 12 * 110, "four rows high, not two"
 
 
 def test_evaluations_are_kept_with_their_samples_and_rewound(tmp_path: Path) -> None:
-    records = RunRecords(tmp_path)
+    records = recorder(tmp_path)
     for iteration in (0, 2, 4):
-        samples = [
-            {"iteration": iteration, "sample_id": np.int64(row), "response": "\u2028"} for row in (1, 5)
-        ]
-        records.add_evaluation(evaluation(iteration), samples)
+        evaluate(records, iteration, *({"sample_id": np.int64(row), "response": "\u2028"} for row in (1, 5)))
     # Killed after the first sample of the evaluation after iteration 3.
     with (tmp_path / "eval_samples.jsonl").open("a") as file:
         file.write('{"iteration": 3, "sample_id": 1}\n')
 
-    resumed = RunRecords(tmp_path)
+    resumed = recorder(tmp_path)
     resumed.rewind(3)
 
     assert resumed.evaluations == [evaluation(0), evaluation(2)]
@@ -91,13 +105,13 @@ def test_evaluations_are_kept_with_their_samples_and_rewound(tmp_path: Path) -> 
 
 
 def test_a_directory_with_an_evaluation_is_used(tmp_path: Path) -> None:
-    RunRecords(tmp_path).add_evaluation(evaluation(0), [])
+    evaluate(recorder(tmp_path), 0)
     with pytest.raises(MindRLHFError, match=r"earlier run \(evaluations.jsonl\)"):
-        check_fresh(tmp_path)
+        check_fresh(tmp_path, "iteration")
 
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
-    first = RunRecords(tmp_path)
+    first = recorder(tmp_path)
     for iteration in (1, 2, 3):
         first.add_metrics(metrics(iteration))
         # U+2028 and U+0085 are line ends to str.splitlines, but not to JSON lines.
@@ -105,7 +119,7 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> N
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 4, "objec')  # killed while writing
 
-    resumed = RunRecords(tmp_path)
+    resumed = recorder(tmp_path)
     resumed.rewind(2)
     resumed.add_metrics(metrics(3))
 
@@ -117,11 +131,157 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> N
 
 
 def test_a_used_directory_is_refused(tmp_path: Path) -> None:
-    check_fresh(tmp_path)
-    check_fresh(tmp_path / "not there yet")
-    RunRecords(tmp_path).add_metrics(metrics(1))
+    check_fresh(tmp_path, "iteration")
+    check_fresh(tmp_path / "not there yet", "iteration")
+    recorder(tmp_path).add_metrics(metrics(1))
     with pytest.raises(MindRLHFError, match="--resume_from"):
-        check_fresh(tmp_path)
+        check_fresh(tmp_path, "iteration")
+
+
+def step_result(**changes: Any) -> StepResult:
+    given: dict[str, Any] = {
+        "metrics": {"objective/scores": 0.5, "policy/ratio": 1.0},
+        "tokens": 18,
+        "samples": [{"sample_id": np.int64(7), "response": [2], "score": 1.0}],
+        "histograms": {"distribution/scores": Histogram.of(np.array([1.0, 2.0]))},
+    }
+    return StepResult(**given | changes)
+
+
+class Noting(Tracker):
+    """Notes what it is told."""
+
+    def __init__(self, shows_metrics: bool = False) -> None:
+        self.shows_metrics = shows_metrics
+        self.heard: list[tuple[Any, ...]] = []
+
+    def start(self, run: RunStart) -> None:
+        self.heard.append(("start", run.first_step, run.is_resumed))
+
+    def scalars(self, step: int, values: Any) -> None:
+        self.heard.append(("scalars", step, dict(values)))
+
+    def histograms(self, step: int, values: Any) -> None:
+        self.heard.append(("histograms", step, sorted(values)))
+
+    def samples(self, step: int, name: str, samples: Any) -> None:
+        self.heard.append(("samples", step, name, list(samples)))
+
+
+def test_a_step_goes_to_files_and_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noting = Noting()
+    records = recorder(tmp_path, noting)
+    records.begin({"ppo": {"seed": 1}}, 0, SHOWN)
+    records.add_step(1, step_result(), TIMES, SCHEDULE)
+    sample = {"iteration": 1, "sample_id": 7, "response": [2], "score": 1.0}
+    assert noting.heard == [
+        ("start", 0, False),
+        ("scalars", 1, {"objective/scores": 0.5, "policy/ratio": 1.0, **TIMES}),
+        ("samples", 1, "samples", [sample]),
+        ("histograms", 1, ["distribution/scores"]),
+    ]
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == sample
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["configuration"] == {"ppo": {"seed": 1}}
+    assert set(config) == {"created", "versions", "git", "machine", "configuration"}
+    said = capsys.readouterr().err
+    assert said == "INFO iteration 1/5  score +0.5000  ratio 1.0000  9 tok/s  2.0 s\n"
+
+
+def test_not_every_step_of_many_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in range(1, 8):
+        recorder(tmp_path).add_step(step, step_result(), TIMES, Schedule(total=7, log_interval=3))
+    logged = [line.split("/")[0] for line in capsys.readouterr().err.splitlines()]
+    assert logged == ["INFO iteration 3", "INFO iteration 6", "INFO iteration 7"]
+
+
+def test_no_log_line_where_the_console_shows_the_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder(tmp_path, Noting(shows_metrics=True)).add_step(1, step_result(), TIMES, SCHEDULE)
+    assert capsys.readouterr().err == ""
+
+
+def test_trackers_of_a_resumed_run_begin_behind_what_stays(tmp_path: Path) -> None:
+    recorder(tmp_path).add_metrics(metrics(1))
+    noting = Noting()
+    resumed = recorder(tmp_path, noting)
+    resumed.rewind(1)
+    resumed.begin({}, 1, SHOWN)
+    # A run that was killed before its first checkpoint begins anew; old events of trackers are void.
+    resumed.rewind(-1)
+    resumed.begin({}, 0, SHOWN)
+    assert noting.heard == [("start", 2, True), ("start", 0, False)]
+
+
+def test_skipped_updates_are_rewound_with_everything_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skipped = {"minibatch": 2, "model": "policy", "cause": "loss not finite", "sample_ids": [40, 41]}
+    first = recorder(tmp_path)
+    for step in (1, 2, 3):
+        first.add_step(step, step_result(skipped=[skipped]), TIMES, SCHEDULE)
+    said = "WARNING update skipped: iteration 3, minibatch 2, policy: loss not finite; samples 40, 41"
+    assert said in capsys.readouterr().err
+    resumed = recorder(tmp_path)
+    resumed.rewind(1)
+    resumed.add_step(2, step_result(skipped=[skipped]), TIMES, SCHEDULE)
+    for name in ("skipped_updates", "metrics", "samples"):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["iteration"] for line in lines] == [1, 2], name
+
+
+def test_when_an_evaluation_is_due(tmp_path: Path) -> None:
+    records = recorder(tmp_path)
+    assert records.lacks_evaluation(3, is_time=False), "the first of all"
+    evaluate(records, 3)
+    assert not records.lacks_evaluation(3, is_time=True), "it is recorded already"
+    assert not records.lacks_evaluation(4, is_time=False)
+    assert records.lacks_evaluation(4, is_time=True)
+    assert records.has_other_evaluations("y")
+    assert not records.has_other_evaluations("x")
+
+
+def test_curves_without_values_are_left_out(tmp_path: Path) -> None:
+    records = recorder(tmp_path)
+    records.add_metrics({"iteration": 1, "objective/scores": 1.0, "loss/policy": 2.0})
+    picture = records.plot()
+    assert picture is not None
+    assert int.from_bytes(picture.read_bytes()[20:24], "big") == 3 * 110, "one row of curves"
+
+
+def test_curves_are_drawn_while_it_runs_for_a_small_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(recorder_module.time, "monotonic", lambda: now[0])
+    drawn: list[float] = []
+
+    def plot(self: Recorder) -> None:
+        drawn.append(now[0])
+        now[0] += 2.0
+
+    monkeypatch.setattr(Recorder, "plot", plot)
+    records = recorder(tmp_path)
+    while now[0] < 400:
+        now[0] += 10
+        records._redraw()
+    # After 30 s; then, since a picture takes 2 s, every 100 s.
+    assert drawn == [30, 132, 234, 336]
+    assert RedrawTimer.share == 0.02
+
+
+def test_curves_that_cannot_be_drawn_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(RedrawTimer, "least_seconds", 0.0)
+
+    def plot(self: Recorder) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Recorder, "plot", plot)
+    recorder(tmp_path)._redraw()
+    assert "WARNING curves.png could not be drawn: OSError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,39 +293,16 @@ def test_sample_rows_are_spread_evenly(count: int, wanted: int, rows: list[int])
 
 def test_experience_comes_back_from_its_mindrecord(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    rollout = Rollout.of(
-        tokens=rng.integers(0, 50, (3, 6)).astype(np.int32),
-        prompt_lengths=np.array([4, 1, 2], np.int32),
-        response_lengths=np.array([2, 1, 2], np.int32),
-        logprobs=rng.standard_normal((3, 2)).astype(np.float32),
-        stopped=np.array([1, 1, 0], np.int32),
-        sample_ids=np.array([11, 5, 2**40]),
-    )
-    scores = Scores(*(rng.standard_normal(shape).astype(np.float32) for shape in ((3, 2), (3, 2), (3,))))
-    experience = make_experience(rollout, scores, 0.1, PPOConfig())
-
-    file = save_experience(tmp_path / "data.mindrecord", 3, rollout, scores, experience)
-
-    assert file == tmp_path / "data_iteration_000003.mindrecord"
-    expected = {
-        "tokens": rollout.tokens,
-        "valid": experience.inputs.valid,
-        "prompt_length": rollout.prompt_lengths[:, None],
-        "response_length": rollout.response_lengths[:, None],
-        "sample_id": rollout.sample_ids[:, None],
-        "score": scores.scores[:, None],
-        "mask": experience.mask,
-        "logprobs": rollout.logprobs,
-        "ref_logprobs": scores.ref_logprobs,
-        "values": experience.old_values,
-        "rewards": experience.rewards,
-        "advantages": experience.advantages,
-        "returns": experience.returns,
+    columns = {
+        "tokens": rng.integers(0, 50, (3, 6)).astype(np.int32),
+        "sample_id": np.array([[11], [5], [2**40]]),
+        "advantages": rng.standard_normal((3, 2)).astype(np.float32),
     }
-    found = read_columns(file, list(expected))
-    for name, array in expected.items():
+    records = recorder(tmp_path, experience=tmp_path / "data.mindrecord")
+    for _ in range(2):  # a run that is repeated replaces its own file
+        records.add_step(3, step_result(experience=columns), TIMES, SCHEDULE)
+    found = read_columns(tmp_path / "data_iteration_000003.mindrecord", list(columns))
+    for name, array in columns.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
         assert found[name].dtype == array.dtype
-    # A run that is repeated replaces its own file.
-    save_experience(tmp_path / "data.mindrecord", 3, rollout, scores, experience)
-    assert save_experience(tmp_path / "bare", 1, rollout, scores, experience).suffix == ".mindrecord"
+    assert write_experience(tmp_path / "bare", "step", 1, columns).name == "bare_step_000001.mindrecord"

@@ -15,16 +15,22 @@ import pytest
 
 from mindrlhf.checkpoint.manifest import digest_file, write_manifest
 from mindrlhf.configs.schema import JobConfig, ParallelConfig
-from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.compatibility import check_compatible, stored_meshes
-from mindrlhf.trainer.resume import choose_checkpoint, find_faults, newest_whole, tidy
+from mindrlhf.trainer.checkpoints import TrainingCheckpoints, check_fixed, read_state
+from mindrlhf.trainer.recipes.rl import fixed_settings
+from mindrlhf.trainer.resume import (
+    choose_checkpoint,
+    find_faults,
+    newest_whole,
+    report_changes,
+    tidy,
+)
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.provenance import plain
 
 ALONE = HostExchange(Runtime(0, 1))
-FILES = ("policy/rank_0/checkpoint_0.ckpt", "policy/rank_1/checkpoint_1.ckpt", "state.json")
+FILES = ("policy/rank_0/checkpoint_0.ckpt", "policy/rank_1/checkpoint_1.ckpt")
 
 
 class ThreadExchange:
@@ -60,9 +66,20 @@ def make(save: Path, iteration: int, job: JobConfig) -> Path:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(f"{name} after {iteration}".encode() * 100)
     (directory / "config.json").write_text(json.dumps({"configuration": plain(job)}))
-    names = (*FILES, "config.json")
+    layouts = {"policy": {"data_parallel": 1, "model_parallel": 1}}
+    state = {"format": 2, "step": iteration, "layouts": layouts, "fixed": fixed_settings(job), "parts": {}}
+    (directory / "state.json").write_text(json.dumps(state))
+    names = (*FILES, "state.json", "config.json")
     write_manifest(directory, {name: digest_file(directory / name) for name in names})
     return directory
+
+
+def choose(save: Path, job: JobConfig, resume_from: Path | None = None) -> Path | None:
+    """The checkpoint that a job resumes from: that of ``resume_from``, or the newest of ``save``."""
+    checkpoints = TrainingCheckpoints(
+        save, "iteration", ALONE, keep=0, configuration=job, fixed=fixed_settings(job)
+    )
+    return choose_checkpoint(checkpoints, resume_from, resume_training=resume_from is None)
 
 
 def flip(path: Path) -> None:
@@ -89,9 +106,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     make(tmp_path, 2, tiny_job)
     whole = make(tmp_path, 9, tiny_job)
     spoil(make(tmp_path, 10, tiny_job))
-    assert newest_whole(tmp_path, ALONE) == whole
+    assert newest_whole(tmp_path, ALONE, "iteration") == whole
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "iteration_000010 is damaged and passed over" in warning
+    assert "iteration_000010 is damaged and skipped" in warning
     assert says in warning
 
 
@@ -101,7 +118,7 @@ def test_resume_from_a_damaged_checkpoint_is_refused(tmp_path: Path, tiny_job: J
     directory = make(tmp_path, 1, tiny_job)
     spoil(directory)
     with pytest.raises(CheckpointError) as caught:
-        choose_checkpoint(tmp_path, directory, resume_training=False, job=tiny_job, exchange=ALONE)
+        choose(tmp_path, tiny_job, directory)
     assert says in str(caught.value)
     assert "iteration_000001" in str(caught.value)
 
@@ -114,7 +131,7 @@ def test_resume_from_a_folder_of_checkpoints_takes_the_newest_whole_one(
     flip(make(elsewhere, 4, tiny_job) / FILES[0])
     make(tmp_path, 9, tiny_job)
     for given in (elsewhere, whole):
-        chosen = choose_checkpoint(tmp_path, given, resume_training=False, job=tiny_job, exchange=ALONE)
+        chosen = choose(tmp_path, tiny_job, given)
         assert chosen == whole
 
 
@@ -140,7 +157,9 @@ def test_ranks_follow_the_main_rank_and_one_that_sees_damage(tmp_path: Path, tin
     (bad / "iteration_000006" / FILES[0]).unlink()
     make(bad, 8, tiny_job)  # the main rank has no such one
 
-    found = on_ranks(3, lambda exchange: newest_whole((good, good, bad)[exchange.runtime.rank], exchange))
+    found = on_ranks(
+        3, lambda exchange: newest_whole((good, good, bad)[exchange.runtime.rank], exchange, "iteration")
+    )
     assert [path.name for path in found] == ["iteration_000004"] * 3
     faults = on_ranks(
         2, lambda exchange: find_faults((good, bad)[exchange.runtime.rank] / "iteration_000006", exchange)
@@ -155,10 +174,14 @@ def test_nothing_there_is_a_fresh_start(
     (tmp_path / "iteration_final").mkdir()
     caplog.set_level("INFO")
     for save in (tmp_path, tmp_path / "not_made"):
-        assert choose_checkpoint(save, None, resume_training=True, job=tiny_job, exchange=ALONE) is None
+        assert choose(save, tiny_job) is None
         assert f"no checkpoint in {save} yet, a fresh start" in caplog.text
     assert not (tmp_path / "not_made").exists()
-    assert choose_checkpoint(tmp_path, None, resume_training=False, job=tiny_job, exchange=ALONE) is None
+    never = TrainingCheckpoints(
+        tmp_path, "iteration", ALONE, keep=0, configuration=tiny_job, fixed=fixed_settings(tiny_job)
+    )
+    make(tmp_path, 1, tiny_job)
+    assert choose_checkpoint(never, None, resume_training=False) is None
 
 
 def test_nothing_but_damaged_ones_is_an_error(tmp_path: Path, tiny_job: JobConfig) -> None:
@@ -168,7 +191,7 @@ def test_nothing_but_damaged_ones_is_an_error(tmp_path: Path, tiny_job: JobConfi
     with pytest.raises(
         CheckpointError, match=r"(?s)all 2 checkpoint.*iteration_000002: .*iteration_000001: "
     ):
-        choose_checkpoint(tmp_path, None, resume_training=True, job=tiny_job, exchange=ALONE)
+        choose(tmp_path, tiny_job)
 
 
 def test_what_a_killed_run_leaves_is_tidied(tmp_path: Path, tiny_job: JobConfig) -> None:
@@ -207,7 +230,7 @@ def test_another_model_or_optimizer_is_refused(
     directory = make(tmp_path, 1, tiny_job)
     job = changed(tiny_job, role, part, **values)
     with pytest.raises(CheckpointError) as caught:
-        choose_checkpoint(tmp_path, None, resume_training=True, job=job, exchange=ALONE)
+        choose(tmp_path, job)
     assert str(caught.value).count("\n  - ") == 1
     assert f"{directory} cannot be resumed by this job, 1 difference(s)" in str(caught.value)
     assert f"- {says}" in str(caught.value)
@@ -218,9 +241,10 @@ def test_all_differences_come_in_one_error(tmp_path: Path, tiny_job: JobConfig) 
     job = replace(tiny_job, ppo=replace(tiny_job.ppo, critic="shared", seed=4, total_iterations=9))
     job = changed(job, "train", "model", vocab_size=32)
     with pytest.raises(CheckpointError) as caught:
-        check_compatible(directory, job)
+        check_fixed(directory, read_state(directory)["fixed"], fixed_settings(job))
     lines = str(caught.value).splitlines()[1:]
     assert lines == [
+        *(line for line in lines if line.startswith("  - critic.")),  # a shared critic has no YAML
         "  - ppo.critic: separate in the checkpoint, shared now",
         "  - ppo.seed: 3 in the checkpoint, 4 now",
         "  - train.model.vocab_size: 24 in the checkpoint, 32 now",
@@ -237,7 +261,7 @@ def test_harmless_changes_pass_and_are_said(
         job, train=replace(job.train, path=Path("moved.yaml"), parallel=ParallelConfig(data_parallel=2))
     )
     caplog.set_level("INFO")
-    check_compatible(directory, job)
+    report_changes(directory, job)
     layout, others = [record.getMessage() for record in caplog.records]
     assert layout.endswith(
         "the checkpoint is resharded: train.parallel.data_parallel: 1 in the checkpoint, 2 now"
@@ -252,27 +276,18 @@ def test_nothing_is_said_of_nothing(
     tmp_path: Path, tiny_job: JobConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    check_compatible(make(tmp_path, 1, tiny_job), tiny_job)
+    report_changes(make(tmp_path, 1, tiny_job), tiny_job)
     assert caplog.records == []
 
 
 def test_the_critic_of_a_shared_backbone_does_not_matter(tmp_path: Path, tiny_job: JobConfig) -> None:
     shared = replace(tiny_job, ppo=replace(tiny_job.ppo, critic="shared"))
     directory = make(tmp_path, 1, shared)
-    check_compatible(directory, changed(shared, "critic", "model", hidden_size=32))
+    assert choose(tmp_path, changed(shared, "critic", "model", hidden_size=32)) == directory
 
 
-def test_the_checkpoint_says_how_it_is_split(tmp_path: Path, tiny_job: JobConfig) -> None:
-    job = replace(
-        tiny_job,
-        train=replace(tiny_job.train, parallel=ParallelConfig(data_parallel=2, model_parallel=4)),
-        critic=replace(tiny_job.critic, parallel=ParallelConfig(data_parallel=8)),
-    )
-    assert stored_meshes(make(tmp_path, 1, job)) == {"policy": Mesh(2, 4), "critic": Mesh(8, 1)}
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"configuration": 3}', '{"configuration": {"train": {}}}'])
-def test_a_configuration_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"configuration": 3}'])
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, tiny_job: JobConfig, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        stored_meshes(tmp_path)
+        report_changes(tmp_path, tiny_job)

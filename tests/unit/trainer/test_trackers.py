@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.options import tracker_names
-from mindrlhf.trainer.recorder import RunRecords
+from mindrlhf.trainer.recipe import EvaluationResult
+from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers import choice
 from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
 from mindrlhf.trainer.trackers.choice import check_trackers, make_trackers
@@ -114,17 +115,17 @@ def test_event_file_holds_scalars_histograms_and_texts(tmp_path: Path) -> None:
 def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     """Killed after iteration 5, resumed after iteration 3: TensorBoard must see 0 .. 6 once each."""
     trackers = Trackers([TensorBoardTracker()])
-    records = RunRecords(tmp_path, trackers)
+    records = Recorder(tmp_path, "iteration", trackers)
     trackers.start(start(tmp_path))
-    records.add_evaluation({"iteration": 0, "eval/scores": 0.0, "prompts_digest": "x"}, [])
+    records.add_evaluation(0, EvaluationResult({"eval/scores": 0.0}), "x", 1.0)
     for iteration in range(1, 6):
         records.add_metrics({"iteration": iteration, "lr": iteration})
         records.add_samples([{"iteration": iteration, **SAMPLES[0]}])
         trackers.histograms(iteration, {"h": Histogram.of(np.arange(3))})
-    records.add_evaluation({"iteration": 3, "eval/scores": 3.0, "prompts_digest": "x"}, [])
+    records.add_evaluation(3, EvaluationResult({"eval/scores": 3.0}), "x", 1.0)
 
     again = Trackers([TensorBoardTracker()])
-    resumed = RunRecords(tmp_path, again)
+    resumed = Recorder(tmp_path, "iteration", again)
     resumed.rewind(3)
     again.start(start(tmp_path, 4))
     for iteration in range(4, 7):
@@ -138,7 +139,9 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     assert found["eval/scores"] == [(0, 0.0), (3, 3.0)]
     for tag in ("samples/text_summary", "h"):
         assert [step for step, _ in found[tag]] == [1, 2, 3, 4, 5, 6]
-    assert set(found) == {"lr", "eval/scores", "samples/text_summary", "h"}, "the step is no scalar"
+    assert set(found) == {"lr", "eval/scores", "seconds", "samples/text_summary", "h"}, (
+        "the step is no scalar"
+    )
 
 
 class Failing(Tracker):
@@ -158,7 +161,7 @@ def test_a_failing_tracker_is_dropped_with_one_warning(
     failing = Failing()
     trackers = Trackers([failing, TensorBoardTracker()])
     trackers.start(start(tmp_path))
-    records = RunRecords(tmp_path, trackers)
+    records = Recorder(tmp_path, "iteration", trackers)
     for iteration in (1, 2, 3):
         records.add_metrics({"iteration": iteration, "lr": 1.0})
     assert failing.calls == 1
