@@ -51,9 +51,9 @@ def make_case(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path]
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """MindSpore lets a process choose its device only before it has computed, which other tests may have."""
     from mindrlhf.runtime import device
-    from mindrlhf.trainer.stages import runner
+    from mindrlhf.trainer import run
 
-    for module in (device, runner):
+    for module in (device, run):
         monkeypatch.setattr(module, "start_runtime", lambda *args, **kwargs: device.Runtime(0, 1))
 
 
@@ -139,13 +139,15 @@ def test_without_a_fault_training_would_begin(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from mindrlhf.trainer.recipes.rl import PPOTrainer
-    from mindrlhf.trainer.stages.runner import StageTrainer
+    from mindrlhf.trainer.recipes import reward, rl, sft
+    from mindrlhf.trainer.recipes.supervised import SupervisedTrainer
+    from mindrlhf.trainer.run import Run
 
     begun = []
-    for trainer in (PPOTrainer, StageTrainer):
-        monkeypatch.setattr(trainer, "train", lambda self: begun.append(type(self)) or Path("done"))
-    monkeypatch.setattr(StageTrainer, "save", lambda self: Path("done"))
+    for module in (rl, reward, sft):
+        monkeypatch.setattr(module, "train", lambda run, recipe: begun.append(type(recipe)) or True)
+    monkeypatch.setattr(SupervisedTrainer, "save_weights", lambda self: Path("done"))
+    monkeypatch.setattr(Run, "last_checkpoint", Path("done"))
     case = make_case(script)
     if script == harness.REWARD:
         case.give(calibrate="off")

@@ -226,7 +226,7 @@ def test_evaluations(jobs: dict[str, Finished]) -> None:
     assert [line["iteration"] for line in lines] == [0, 2]
     for one, other in zip(read_lines(alone / "evaluations.jsonl"), lines, strict=True):
         assert one.pop("seconds") > 0 < other.pop("seconds")
-        assert one.pop("prompts_digest") == other.pop("prompts_digest")
+        assert one.pop("held_out_digest") == other.pop("held_out_digest")
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     texts = [[line["response"] for line in read_lines(path / "eval_samples.jsonl")] for path in (alone, four)]
     assert texts[0] == texts[1]

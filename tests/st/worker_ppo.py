@@ -25,14 +25,17 @@ from worker_support import results_directory, write_results
 from mindrlhf.configs.load import load_job
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.trainer.evaluation import Evaluation
-from mindrlhf.trainer.experience import Experience, Rollout
-from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards
+from mindrlhf.trainer.recipe import StepResult
+from mindrlhf.trainer.recipes import rl
+from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
 from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.update import UpdateResult
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.ranks import env_world_size, is_scheduler
 
 RESUME_FROM = 1
+evaluate = rl.evaluate
 
 
 class WatchedTrainer(PPOTrainer):
@@ -43,35 +46,50 @@ class WatchedTrainer(PPOTrainer):
     digests_then: dict[str, str]
     last_experience: Experience
 
-    def rollout(self, batch: PromptBatch) -> Rollout:
+    def rollout(self, batch: PromptBatch, iteration: int) -> Rollout:
         """A rollout, and its log-probs as the training network sees them before the update."""
-        rollout = super().rollout(batch)
+        rollout = super().rollout(batch, iteration)
         trained = policy_logprobs(self.ppo_model_train, rollout, self.exchange, rows_per_pass=0)
         self._keep("rollout", rollout._asdict() | {"train_logprobs": trained})
         return rollout
 
-    def update(self, experience: Experience) -> UpdateResult:
-        """An update of experience that is kept first."""
-        self._keep("experience", {**experience._asdict(), **experience.inputs._asdict()})
-        self.last_experience = experience
-        return super().update(experience)
+    def watch_rewards(self) -> None:
+        """Keeps the rewards of each iteration."""
+        shape = self.reward_shaper
 
-    def run_iteration(self, batch: PromptBatch) -> dict[str, float]:
+        def shaped(scored: ScoredRollout) -> TokenRewards:
+            rewards = shape(scored)
+            self._keep("experience", rewards._asdict())
+            return rewards
+
+        self.reward_shaper = shaped  # type: ignore[assignment]
+
+    def update(self, experience: Experience, iteration: int) -> UpdateResult:
+        """An update of experience that is kept first."""
+        self._keep("experience", {**experience._asdict(), **experience.rollout._asdict()})
+        self.last_experience = experience
+        return super().update(experience, iteration)
+
+    def step(self, step: int) -> StepResult:
         """An iteration whose metrics are kept."""
-        self.history.append(super().run_iteration(batch))
-        if self.iteration == RESUME_FROM:
+        result = super().step(step)
+        self.history.append({"iteration": step + 1, **result.metrics})
+        if step + 1 == RESUME_FROM:
             self.digests_then = digests(self)
-        return self.history[-1]
+        return result
 
     def _keep(self, what: str, arrays: dict[str, Any]) -> None:
         for name, array in arrays.items():
             if isinstance(array, np.ndarray):
-                self.seen[f"{what}/{self.iteration + 1}/{name}"] = array
+                self.seen[f"{what}/{self.run.step + 1}/{name}"] = array
 
 
 def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     """Trains one layout pair, then looks at the weights, resumes, and breaks a weight on purpose."""
+    from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer.builder import WeightPaths
+    from mindrlhf.trainer.loop import train
+    from mindrlhf.trainer.run import Run
 
     begin = time.perf_counter()
     job = load_job(
@@ -85,15 +103,18 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     )
     weights = {model: Path(path) for model, path in case["weights"].items()}
     save = results_directory() / name
-    paths = TrainerPaths(Path(case["data"]), save, eval_data=Path(case["held_out"]))
-    trainer = WatchedTrainer(job, WeightPaths(**weights), paths, runtime)
+    run = Run(rl.open_checkpoints(job, save, HostExchange(runtime)))
+    data = DataPaths(Path(case["data"]), Path(case["held_out"]))
+    trainer = WatchedTrainer(job, WeightPaths(**weights), data, run)
     trainer.seen, trainer.history = {}, []
+    trainer.watch_rewards()
     evaluations = watch_evaluations(trainer)
     report: dict[str, Any] = {"different_at_start": len(trainer.weight_sync.differences())}
     # MindSpore collects garbage before each compilation: 0.3 s a time over all that imports have made.
     gc.freeze()
     report["seconds/build"] = time.perf_counter() - begin
-    report["last"] = str(trainer.train())
+    train(run, trainer)
+    report["last"] = str(run.last_checkpoint)
     report["seconds/train"] = time.perf_counter() - begin
     report["metrics"] = plain(trainer.history)
     report["evaluations"] = plain(evaluations)
@@ -119,29 +140,30 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
 
 def watch_evaluations(trainer: WatchedTrainer) -> list[dict[str, float]]:
     """Metrics of each evaluation from here on; what they are of goes to ``trainer.seen``."""
-    evaluation = trainer.evaluation
-    assert evaluation is not None
-    run, found = evaluation.run, []
+    found: list[dict[str, float]] = []
 
-    def watched(iteration: int, *on_prompts: Any) -> Evaluation:
-        result = run(iteration, *on_prompts)
+    def watched(*arguments: Any, **options: Any) -> Evaluation:
+        result, iteration = evaluate(*arguments, **options), trainer.run.step
         found.append({"iteration": iteration, **result.metrics()})
         arrays = {"scores": result.scores, "kl": result.kl, **result.rollout._asdict()}
         trainer.seen |= {f"evaluation/{iteration}/{name}": array for name, array in arrays.items()}
         return result
 
-    evaluation.run = watched  # type: ignore[method-assign]
+    rl.evaluate = watched
     return found
 
 
 def resume(trainer: WatchedTrainer, checkpoint: Path) -> dict[str, Any]:
     """Sets the trainer back and trains it again; what came back, and the metrics of the second time."""
+    from mindrlhf.trainer.loop import train
+
     before = dict(trainer.seen)
     trainer.seen.clear()
     trainer.history.clear()
-    trainer.resume(checkpoint)
+    trainer.run.resume(checkpoint, trainer)
+    trainer.sync()
     restored = digests(trainer)
-    trainer.train()
+    train(trainer.run, trainer)
     rollout = f"rollout/{RESUME_FROM + 1}/"
     return {
         "not_restored": [name for name, digest in trainer.digests_then.items() if restored[name] != digest],
@@ -208,7 +230,7 @@ def skip(trainer: WatchedTrainer) -> dict[str, Any]:
     step = trainer.ppo_update.policy_step
     accumulate, last_rank = step.accumulate, trainer.runtime.world_size - 1
 
-    def faulty(*arguments: Any, **options: Any) -> np.ndarray:
+    def faulty(*arguments: Any, **options: Any) -> Any:
         statistics = accumulate(*arguments, **options)
         if trainer.runtime.rank == last_rank:
             step._losses[-1] = float("nan")

@@ -31,9 +31,8 @@ def wait_for(checkpoint: Path | None) -> None:
 def main(file: str) -> None:
     """One job after the other, ``{name: {"stage": "sft" or "reward", options}}``."""
     from mindrlhf.runtime.device import start_runtime
-    from mindrlhf.trainer.recipes.reward import run_reward
-    from mindrlhf.trainer.recipes.sft import run_sft
-    from mindrlhf.trainer.stages import runner
+    from mindrlhf.trainer import run
+    from mindrlhf.trainer.programs import run_reward, run_sft
 
     started: list[Any] = []
 
@@ -42,7 +41,7 @@ def main(file: str) -> None:
         started[:] = started or [start_runtime(*arguments, **options)]
         return started[0]
 
-    runner.start_runtime = start_once
+    run.start_runtime = start_once
 
     results = {}
     for name, given in json.loads(Path(file).read_text()).items():
