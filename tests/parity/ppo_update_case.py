@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
+from mindrlhf.algorithms.masks import position_ids
 from mindrlhf.configs.schema import ModelConfig, PPOConfig
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
-from mindrlhf.trainer.experience import Experience, SequenceInputs
+from mindrlhf.trainer.experience import Experience, Rollout, SequenceInputs
 from mindrlhf.trainer.pretraining import PretrainBatch
 
 torch = pytest.importorskip("torch")
@@ -85,14 +85,19 @@ def canonical(hf: Any, names: Any) -> dict[str, np.ndarray]:
     return {name: arrays[name].astype(np.float32) for name in names}
 
 
-def inputs_of(prompt_columns: int) -> SequenceInputs:
+def rollout_of(prompt_columns: int, logprobs: np.ndarray) -> Rollout:
     """The same sequences, with prompts padded to ``prompt_columns``."""
     rng = np.random.default_rng(0)
     real = rng.integers(0, MODEL.vocab_size, (ROWS, PROMPT + RESPONSE))
     padding = rng.integers(0, MODEL.vocab_size, (ROWS, prompt_columns - PROMPT))
-    valid = attention_mask(PROMPT_LENGTHS, RESPONSE_LENGTHS, prompt_columns, RESPONSE)
-    tokens = np.concatenate([padding, real], axis=1)
-    return SequenceInputs(tokens.astype(np.int32), valid.astype(np.int32), position_ids(valid))
+    return Rollout.of(
+        tokens=np.concatenate([padding, real], axis=1).astype(np.int32),
+        prompt_lengths=PROMPT_LENGTHS,
+        response_lengths=RESPONSE_LENGTHS,
+        logprobs=logprobs,
+        stopped=np.ones(ROWS, np.int32),
+        sample_ids=np.arange(ROWS),
+    )
 
 
 def outputs(hf: Any, inputs: SequenceInputs) -> tuple[Any, Any, Any]:
@@ -108,27 +113,25 @@ def outputs(hf: Any, inputs: SequenceInputs) -> tuple[Any, Any, Any]:
 def experience_for(policy: Any, critic: Any) -> Experience:
     """Made up, but near what the models say, so that some tokens are clipped and some are not."""
     rng = np.random.default_rng(1)
-    inputs = inputs_of(PROMPT)
-    mask = policy_mask(RESPONSE_LENGTHS, RESPONSE)
+    rollout = rollout_of(PROMPT, np.zeros((ROWS, RESPONSE), np.float32))
+    mask = rollout.mask
     with torch.no_grad():
-        logprobs, values = outputs(policy, inputs)[0].numpy(), outputs(critic, inputs)[2].numpy()
+        logprobs, values = (
+            outputs(model, rollout.inputs)[which].numpy() for model, which in ((policy, 0), (critic, 2))
+        )
+
+    def masked(array: np.ndarray) -> np.ndarray:
+        return np.where(mask, array, 0).astype(np.float32)
 
     def noise(scale: float) -> np.ndarray:
         return rng.normal(0, scale, mask.shape)
 
     old_values = values + noise(0.3)
-    fields = {
-        "old_logprobs": logprobs + noise(0.2),
-        "old_values": old_values,
-        "advantages": noise(1.0),
-        "returns": old_values + noise(0.7),
-        "kl": noise(0.1),
-        "rewards": noise(0.1),
-    }
     return Experience(
-        inputs=inputs,
-        mask=mask.astype(np.float32),
-        **{name: np.where(mask, value, 0).astype(np.float32) for name, value in fields.items()},
+        rollout=rollout._replace(logprobs=masked(logprobs + noise(0.2))),
+        old_values=masked(old_values),
+        advantages=masked(noise(1.0)),
+        returns=masked(old_values + noise(0.7)),
     )
 
 

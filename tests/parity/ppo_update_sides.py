@@ -20,7 +20,7 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
-from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES
+from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES, VALUE_STATISTICS
 from mindrlhf.trainer.pretraining import PretrainBatch
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult, minibatches
 from tests.parity.ppo_update_case import (
@@ -154,20 +154,20 @@ def torch_update(
             {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
         ]
         optimizers.append(torch.optim.AdamW(groups, betas=tuple(OPTIMIZER["betas"]), eps=OPTIMIZER["eps"]))
-    sums: dict[str, list[float]] = {
-        name: []
-        for name in (
-            *(*POLICY_STATISTICS, "value_loss", "value_clipfrac", "value_error", "value"),
-            *("norms", "tokens"),
-        )
-    }
+    names = (*POLICY_STATISTICS, *VALUE_STATISTICS, "norms", "tokens")
+    sums: dict[str, list[float]] = {name: [] for name in names}
     row_sets = list(minibatches(ROWS, PPO, 0))
     for rows, rate in zip(row_sets, schedule_rates(len(row_sets)), strict=True):
-        inputs = experience.inputs.rows(rows)
-        mask = torch.from_numpy(experience.mask[rows]).bool()
+        inputs = experience.rollout.inputs.rows(rows)
+        mask = torch.from_numpy(experience.rollout.mask[rows])
         old_logprobs, old_values, advantages, returns = (
-            torch.from_numpy(getattr(experience, field)[rows])[mask]
-            for field in ("old_logprobs", "old_values", "advantages", "returns")
+            torch.from_numpy(array[rows])[mask]
+            for array in (
+                experience.rollout.logprobs,
+                experience.old_values,
+                experience.advantages,
+                experience.returns,
+            )
         )
         logprobs, entropy, values = outputs(policy, inputs)
         if critic is not None:

@@ -1,4 +1,4 @@
-"""GAE, whitening, KL, rewards and explained variance against their published formulas.
+"""Advantages, whitening, KL, rewards and explained variance against their published formulas.
 
 The references are written here from the formulas, token by token in Python's float64, and use nothing of
 ours. Random texts of ragged lengths; whatever stands behind the end of a text is NaN and must not matter.
@@ -24,12 +24,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindrlhf.algorithms.advantages import gae, whiten
+from mindrlhf.algorithms.advantages import gae, reinforce, whiten
 from mindrlhf.algorithms.kl import sequence_kl, token_kl
 from mindrlhf.algorithms.metrics import explained_variance
 from mindrlhf.algorithms.rewards import token_rewards
 from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
+from mindrlhf.trainer.experience import Rollout, ScoredRollout, make_experience
+from mindrlhf.trainer.rewards import RewardShaper
 
 HALF_ULP = 2.0**-24
 EPSILON = 1e-8  # of whitening, in [TRL] and [OAI]
@@ -133,6 +134,28 @@ def test_gae_equals_both_published_forms(
     assert_rounded(advantages, double_sum, batch, 1e-13)
 
 
+def reinforce_sums(rewards: Rows, gamma: float) -> tuple[Rows, Rows]:
+    """Williams, 1992: the discounted sum of what follows each token, less the mean over all tokens."""
+    returns = [
+        [math.fsum(gamma ** (s - t) * row[s] for s in range(t, len(row))) for t in range(len(row))]
+        for row in rewards
+    ]
+    entries = [x for row in returns for x in row]
+    baseline = math.fsum(entries) / len(entries)
+    return [[x - baseline for x in row] for row in returns], returns
+
+
+@pytest.mark.parametrize("gamma", FACTORS)
+@settings(deadline=None)
+@given(batch=texts(), kind=KINDS)
+def test_reinforce_equals_the_formula(gamma: float, batch: Texts, kind: str) -> None:
+    rewards = batch.numbers(1, kind, 3.0)
+    advantages, returns = reinforce(rewards, None, batch.mask, gamma, 0.5)
+    wanted, wanted_returns = reinforce_sums(batch.rows(rewards), gamma)
+    assert_rounded(advantages, wanted, batch, 1e-12)
+    assert_rounded(returns, wanted_returns, batch, 1e-13)
+
+
 def moments(entries: Sequence[float]) -> tuple[float, float]:
     """Mean and population variance."""
     mean = math.fsum(entries) / len(entries)
@@ -223,21 +246,10 @@ def test_token_rewards_equal_the_formula(batch: Texts, kl_coef: float) -> None:
     assert_rounded(found, rewards_loop(batch.rows(kl), scores.tolist(), kl_coef), batch, 1e-14)
 
 
-class Scored(NamedTuple):
-    """A scored rollout, and the float64 rows of what is in it."""
-
-    rollout: Rollout
-    scores: Scores
-    logprobs: Rows
-    ref_logprobs: Rows
-    values: Rows
-
-
-def scored(batch: Texts) -> Scored:
+def scored(batch: Texts, *, with_values: bool) -> ScoredRollout:
     rng = np.random.default_rng(batch.seed)
     count = len(batch.lengths)
     logprobs = -np.abs(batch.numbers(1, scale=3.0))
-    ref_logprobs, values = (logprobs + batch.numbers(2)).astype(np.float32), batch.numbers(3)
     rollout = Rollout.of(
         tokens=rng.integers(0, 9, (count, 2 + batch.columns)).astype(np.int32),
         prompt_lengths=rng.integers(1, 3, count).astype(np.int32),
@@ -246,10 +258,12 @@ def scored(batch: Texts) -> Scored:
         stopped=rng.integers(0, 2, count).astype(np.int32),
         sample_ids=np.arange(count),
     )
-    scores = Scores(ref_logprobs, values, rng.normal(0, 2, count).astype(np.float32))
-    return Scored(rollout, scores, batch.rows(logprobs), batch.rows(ref_logprobs), batch.rows(values))
+    ref_logprobs = (logprobs + batch.numbers(2)).astype(np.float32)
+    values = batch.numbers(3) if with_values else None
+    return ScoredRollout(rollout, ref_logprobs, values, rng.normal(0, 2, count).astype(np.float32))
 
 
+@pytest.mark.parametrize("advantage", ["gae", "reinforce"])
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 @settings(deadline=None)
 @given(
@@ -258,50 +272,71 @@ def scored(batch: Texts) -> Scored:
     gamma=st.sampled_from(FACTORS),
     lam=st.sampled_from(FACTORS),
     penalty=st.sampled_from([0.0, 1.5]),
+    whiten_advantages=st.booleans(),
 )
 def test_experience_equals_the_loops_one_after_the_other(
-    whiten_rewards: bool, batch: Texts, estimator: str, gamma: float, lam: float, penalty: float
+    whiten_rewards: bool,
+    advantage: str,
+    batch: Texts,
+    estimator: str,
+    gamma: float,
+    lam: float,
+    penalty: float,
+    whiten_advantages: bool,
 ) -> None:
     """[TRL]'s order: KL, rewards, whitened rewards (mean kept), advantages, returns, whitened advantages."""
-    given_ = scored(batch)
+    given_ = scored(batch, with_values=advantage == "gae")
+    rollout = given_.rollout
     config = PPOConfig(
+        advantage=advantage,
+        critic="separate" if advantage == "gae" else "none",
+        kl_coef=0.15,
         kl_estimator=estimator,
         gamma=gamma,
         lam=lam,
         whiten_rewards=whiten_rewards,
+        whiten_advantages=whiten_advantages,
         missing_eos_penalty=penalty,
     )
-    made: Experience = make_experience(given_.rollout, given_.scores, 0.15, config)
+    token_rewards_ = RewardShaper(config)(given_)
+    made = make_experience(given_, token_rewards_, config)
 
     kl = [
         [kl_exact(p, q, estimator) for p, q in zip(p_row, q_row, strict=True)]
-        for p_row, q_row in zip(given_.logprobs, given_.ref_logprobs, strict=True)
+        for p_row, q_row in zip(batch.rows(rollout.logprobs), batch.rows(given_.ref_logprobs), strict=True)
     ]
     paid = [
         float(score) - (0.0 if stopped else penalty)
-        for score, stopped in zip(given_.scores.scores, given_.rollout.stopped, strict=True)
+        for score, stopped in zip(given_.scores, rollout.stopped, strict=True)
     ]
     rewards = rewards_loop(kl, paid, 0.15)
     learnt_from = whiten_loop(rewards, shift_mean=False) if whiten_rewards else rewards
-    advantages, returns = gae_loop(learnt_from, given_.values, gamma, lam)
-    whitened = whiten_loop(advantages, shift_mean=True)
+    values: Rows = [[]] if given_.values is None else batch.rows(given_.values)
+    if given_.values is None:
+        advantages, returns = reinforce_sums(learnt_from, gamma)
+    else:
+        advantages, returns = gae_loop(learnt_from, values, gamma, lam)
 
     # Every intermediate array is float32: an error of a few HALF_ULP of the largest number on the way, and
     # whitening divides by the spread.
     largest = max(
-        abs(x) for rows in (kl, rewards, learnt_from, advantages, given_.values) for row in rows for x in row
+        abs(x)
+        for rows in (kl, rewards, learnt_from, advantages, returns, values)
+        for row in rows
+        for x in row
     )
     spread_of_rewards = math.sqrt(moments([x for row in rewards for x in row])[1] + EPSILON)
     spread = math.sqrt(moments([x for row in advantages for x in row])[1] + EPSILON)
     error = 4 * HALF_ULP * largest * batch.columns
     learnt_error = error * (1 + 1 / spread_of_rewards) if whiten_rewards else error
-    for name, wanted, tolerance in (
-        ("kl", kl, error),
-        ("rewards", rewards, error),
-        ("returns", returns, learnt_error),
-        ("advantages", whitened, learnt_error / spread),
-    ):
-        found = getattr(made, name)
+    last_error = learnt_error / spread if whiten_advantages else learnt_error
+    for name, found, wanted, tolerance in (
+        ("kl", token_rewards_.kl, kl, error),
+        ("rewards", token_rewards_.rewards, rewards, error),
+        ("returns", made.returns, returns, learnt_error),
+        ("advantages", made.advantages, whiten_loop(advantages, True) if whiten_advantages else advantages,
+         last_error),
+    ):  # fmt: skip
         assert (found[~batch.mask] == 0).all(), name
         for found_row, wanted_row in zip(batch.rows(found), wanted, strict=True):
             np.testing.assert_allclose(found_row, wanted_row, rtol=0, atol=tolerance, err_msg=name)

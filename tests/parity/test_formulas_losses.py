@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor, ops
 
-from mindrlhf.algorithms.losses import POLICY_STATS, VALUE_STATS, policy_loss_terms, value_loss_terms
+from mindrlhf.algorithms.losses import POLICY_TERMS, VALUE_TERMS, policy_loss_terms, value_loss_terms
 from tests.parity.formula_batches import EIGHT_UNITS, Texts, central_difference, exp_error, texts
 
 CLAMP = 20.0
@@ -208,9 +208,9 @@ def test_value_loss_and_gradient_equal_the_formula(batch: Texts, spread: float) 
     assert_equal(compiled(value_loss_terms, cliprange), inputs, batch, wanted)
 
 
-def test_statistics_are_named_in_the_order_of_the_references() -> None:
-    assert POLICY_STATS == ("approxkl", "clipfrac", "ratio", "ratio_sq")
-    assert VALUE_STATS == ("clipfrac", "error")
+def test_terms_are_named_in_the_order_of_the_references() -> None:
+    assert POLICY_TERMS == ("policy_loss", "approxkl", "clipfrac", "ratio", "ratio_squared")
+    assert VALUE_TERMS == ("value_loss", "value_clipfrac", "value_error")
 
 
 def test_values_within_the_range_are_never_counted_as_clipped() -> None:
@@ -219,7 +219,7 @@ def test_values_within_the_range_are_never_counted_as_clipped() -> None:
     new = old + rng.uniform(-0.19, 0.19, old.shape)
     arrays = [array.astype(np.float32) for array in (new, old, targets)]
     terms, _ = compiled(value_loss_terms, 0.2)(*arrays, np.ones(old.shape, bool))
-    assert terms[1 + VALUE_STATS.index("clipfrac")] == 0
+    assert terms[VALUE_TERMS.index("value_clipfrac")] == 0
 
 
 @settings(deadline=None)

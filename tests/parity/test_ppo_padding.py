@@ -30,8 +30,8 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
-from mindrlhf.trainer.losses import POLICY_STATISTICS, VALUE_STATISTICS
+from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
+from mindrlhf.trainer.rewards import RewardShaper
 from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 
@@ -68,11 +68,15 @@ WIDE = Columns(9, 7)
 class Iteration:
     """All that an iteration computes."""
 
-    logprobs: np.ndarray
-    scores: Scores
+    scored: ScoredRollout
+    rewards: TokenRewards
     experience: Experience
     result: UpdateResult
     weights: dict[str, np.ndarray]
+
+    @property
+    def rollout(self) -> Rollout:
+        return self.scored.rollout
 
 
 def seeded(model: SequenceModel, seed: int) -> SequenceModel:
@@ -101,6 +105,7 @@ def ppo_config(columns: Columns) -> PPOConfig:
         missing_eos_penalty=0.5,
         whiten_rewards=True,
         critic="separate",
+        kl_coef=KL_COEF,
         vf_coef=0.5,
         max_grad_norm=MAX_NORM,
     )
@@ -159,14 +164,15 @@ def iterate(columns: Columns) -> Iteration:
     off = np.random.default_rng(5).normal(0, 0.3, (ROWS, TIGHT.response))
     off = np.pad(off, [(0, 0), (0, columns.response - TIGHT.response)])
     rollout = rollout._replace(logprobs=np.where(logprobs == 0, 0, logprobs + off).astype(np.float32))
-    scores = score_rollout(models, rollout, EXCHANGE, rows_per_pass=0)
-    experience = make_experience(rollout, scores, KL_COEF, config)
+    scored = score_rollout(models, rollout, EXCHANGE, rows_per_pass=0)
+    rewards = RewardShaper(config)(scored)
+    experience = make_experience(scored, rewards, config)
     update = PPOUpdate(models, JobConfig(infer=run, train=run, reward=run, critic=run, ppo=config), EXCHANGE)
     result = update.run(experience, 0, lambda: None)
     weights = {f"policy/{name}": array for name, array in models.train.shards()}
     assert models.critic is not None
     weights |= {f"critic/{name}": array for name, array in models.critic.shards()}
-    return Iteration(rollout.logprobs, scores, experience, result, weights)
+    return Iteration(scored, rewards, experience, result, weights)
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +188,11 @@ def real(array: np.ndarray) -> np.ndarray:
 
 def test_the_iteration_is_not_trivial(tight: Iteration) -> None:
     result = tight.result
-    for statistics, names in ((result.policy, POLICY_STATISTICS), (result.value, VALUE_STATISTICS)):
-        clipped = statistics[:, names.index("clipfrac")].sum() / result.tokens.sum()
-        assert 0.05 < clipped < 0.95
+    for clipped in (result.policy["clipfrac"], result.value["value_clipfrac"]):
+        assert 0.05 < clipped.sum() / result.tokens.sum() < 0.95
     assert min(result.grad_norm.min(), result.critic_grad_norm.min()) > 0.05
     assert max(result.grad_norm.max(), result.critic_grad_norm.max()) > MAX_NORM, "clipping must bite"
-    assert np.std(tight.scores.scores) > 0.1
+    assert np.std(tight.scored.scores) > 0.1
     models = build(TIGHT, ppo_config(TIGHT))
     for role, model in (("policy", models.train), ("critic", models.critic)):
         assert model is not None
@@ -202,19 +207,26 @@ def test_padding_columns_do_not_change_the_iteration(tight: Iteration) -> None:
     def assert_close(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max(), err_msg=name)
 
-    assert_close("logprobs", real(found.logprobs), real(tight.logprobs))
-    assert_close("ref_logprobs", real(found.scores.ref_logprobs), real(tight.scores.ref_logprobs))
-    assert_close("values", real(found.scores.values), real(tight.scores.values))
-    assert_close("scores", found.scores.scores, tight.scores.scores)
-    for name in ("mask", "old_logprobs", "old_values", "advantages", "returns", "kl", "rewards"):
-        ours = getattr(found.experience, name)
-        assert_close(name, real(ours), real(getattr(tight.experience, name)))
-        assert np.count_nonzero(ours) == np.count_nonzero(real(ours)), f"{name} is not 0 behind the ends"
+    assert_close("ref_logprobs", real(found.scored.ref_logprobs), real(tight.scored.ref_logprobs))
+    assert_close("values", real(found.scored.values), real(tight.scored.values))
+    assert_close("scores", found.scored.scores, tight.scored.scores)
+    for part, names in (
+        ("rollout", ("mask", "logprobs")),
+        ("rewards", ("kl", "rewards")),
+        ("experience", ("old_values", "advantages", "returns")),
+    ):
+        for name in names:
+            ours, theirs = (getattr(getattr(side, part), name) for side in (found, tight))
+            assert_close(name, real(ours), real(theirs))
+            assert np.count_nonzero(ours) == np.count_nonzero(real(ours)), f"{name} is not 0 behind the ends"
     np.testing.assert_array_equal(found.result.tokens, tight.result.tokens)
-    for column, name in enumerate(POLICY_STATISTICS):
-        assert_close(f"sums of {name}", found.result.policy[:, column], tight.result.policy[:, column])
-    for column, name in enumerate(VALUE_STATISTICS):
-        assert_close(f"sums of {name}", found.result.value[:, column], tight.result.value[:, column])
+    for ours, theirs in (
+        (found.result.policy, tight.result.policy),
+        (found.result.value, tight.result.value),
+    ):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_close(f"sums of {name}", ours[name], theirs[name])
     np.testing.assert_allclose(found.result.grad_norm, tight.result.grad_norm, rtol=1e-5)
     np.testing.assert_allclose(found.result.critic_grad_norm, tight.result.critic_grad_norm, rtol=1e-5)
     for name, array in tight.weights.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mindspore as ms
@@ -11,9 +12,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mindrlhf.trainer.losses import POLICY_STATISTICS, POLICY_SUMS
+from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIOS_ABOVE, VALUE_STATISTICS
 from mindrlhf.trainer.update import UpdateResult
-from tests.parity.ppo_update_case import EXTRAS, PPO, PROMPT, hugging_face, inputs_of, random_texts
+from tests.parity.ppo_update_case import EXTRAS, PPO, PROMPT, hugging_face, random_texts, rollout_of
 from tests.parity.ppo_update_sides import Both, both_sides, our_side, schedule_rates
 
 
@@ -45,19 +46,14 @@ def both(request: pytest.FixtureRequest) -> Both:
 
 def test_losses_and_statistics_of_every_step_equal_torch(both: Both) -> None:
     result, expected = both.result, both.expected
-    names = list(expected.sums)
-    count = len(POLICY_STATISTICS)
-    policy = np.array([expected.sums[name] for name in names[:count]]).T
-    value = np.array([expected.sums[name] for name in names[count : count + 4]]).T
-    assert result.policy.shape == policy.shape == (4, count)
-    # Nor may all ratios lie in one bin.
-    assert np.unique(result.policy[:, len(POLICY_SUMS) :].sum(axis=0)).size > 4
     # The case must be one in which clipping matters, for policy and value alike.
-    assert 0 < policy[:, 2].sum() < result.tokens.sum()
-    assert 0 < value[:, 1].sum() < result.tokens.sum()
+    for name in ("clipfrac", "value_clipfrac"):
+        assert 0 < sum(expected.sums[name]) < result.tokens.sum()
+    # Nor may all ratios lie in one bin.
+    assert len({result.policy[name].sum() for name in RATIOS_ABOVE}) > 4
     np.testing.assert_array_equal(result.tokens, expected.sums["tokens"])
-    np.testing.assert_allclose(result.policy, policy, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(result.value, value, rtol=1e-5, atol=2e-5)
+    assert (tuple(result.policy), tuple(result.value)) == (POLICY_STATISTICS, VALUE_STATISTICS)
+    same_statistics({**result.policy, **result.value}, expected.sums)
 
 
 def test_gradient_norms_and_learning_rate_equal_torch(both: Both) -> None:
@@ -93,11 +89,17 @@ def test_pretraining_loss_of_every_step_equals_torch(extras: Both, shared: Both)
     assert np.abs(extras.result.grad_norm - shared.result.grad_norm).min() > 1e-2
 
 
+def same_statistics(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, sums in found.items():
+        assert len(sums) == 4
+        np.testing.assert_allclose(sums, wanted[name], rtol=1e-5, atol=2e-5, err_msg=name)
+
+
 def same_update(
     found: tuple[UpdateResult, dict[str, np.ndarray]], wanted: tuple[Any, dict[str, np.ndarray]]
 ) -> None:
-    np.testing.assert_allclose(found[0].policy, wanted[0].policy, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(found[0].value, wanted[0].value, rtol=1e-5, atol=2e-5)
+    same_statistics(found[0].policy, wanted[0].policy)
+    same_statistics(found[0].value, wanted[0].value)
     np.testing.assert_allclose(found[0].grad_norm, wanted[0].grad_norm, rtol=1e-5)
     np.testing.assert_allclose(found[0].pretrain_loss, wanted[0].pretrain_loss, rtol=1e-5)
     for name, array in wanted[1].items():
@@ -114,5 +116,7 @@ def test_micro_batches_do_not_change_the_update(case: str, size: int, request: p
 
 def test_padding_columns_do_not_change_the_update(shared: Both) -> None:
     wide = our_side(hugging_face(seed=1), None, prompt_columns=PROMPT + 3)
-    experience = shared.experience._replace(inputs=inputs_of(PROMPT + 3))
+    experience = shared.experience._replace(
+        rollout=rollout_of(PROMPT + 3, shared.experience.rollout.logprobs)
+    )
     same_update(wide.run(experience, max_prompt_length=PROMPT + 3), (shared.result, shared.weights))

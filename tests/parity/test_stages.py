@@ -15,10 +15,10 @@ from mindrlhf.models.qwen2.networks import PPOModelTrain, RewardModel
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
+from mindrlhf.trainer.experience import sequence_inputs
 from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.recipes.reward import PairLoss
 from mindrlhf.trainer.recipes.sft import SFTLoss
-from mindrlhf.trainer.stages.stage import network_inputs
 from mindrlhf.trainer.train_step import Backward
 
 torch = pytest.importorskip("torch")
@@ -134,7 +134,7 @@ def test_sft_loss_and_gradient(hf: Any) -> None:
     load(policy, hf)
     mask = (np.arange(RESPONSE) < CHOSEN_LENGTHS[:, None]).astype(np.float32)
     inverse = np.array([1 / count], np.float32)
-    arrays = (*network_inputs(part, PROMPT), mask)
+    arrays = (*sequence_inputs(*part, PROMPT), mask)
     micro = [(*(array[rows] for array in arrays), inverse) for rows in (slice(0, 2), slice(2, 4))]
     sums, gradients = gradients_of(SFTLoss(policy), micro)
     assert sums.shape == (1,)
@@ -165,7 +165,7 @@ def test_pair_loss_and_gradient(hf: Any) -> None:
     micro = []
     for rows in (slice(0, 2), slice(2, 4)):
         both = Sequences(*(np.concatenate([a[rows], b[rows]]) for a, b in zip(chosen, rejected, strict=True)))
-        micro.append((*network_inputs(both, PROMPT), both.response_lengths, inverse))
+        micro.append((*sequence_inputs(*both, PROMPT), both.response_lengths, inverse))
     (loss, correct, margin), gradients = gradients_of(PairLoss(reward, CENTER), micro)
     assert loss == pytest.approx(float(terms.sum()), rel=1e-5)
     assert margin == pytest.approx(float((good - bad).sum()), rel=1e-4)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mindrlhf.algorithms.advantages import gae, whiten
+from mindrlhf.algorithms.advantages import gae, reinforce, whiten
 from mindrlhf.algorithms.masks import value_mask
 from mindrlhf.algorithms.metrics import explained_variance, masked_var
 
@@ -25,6 +26,24 @@ def test_gae_by_hand() -> None:
     np.testing.assert_allclose(advantages, [[1.8, 0.0, 0.0], [0.02875, 0.175, 0.5]], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(returns, [[2.8, 2.0, 0.0], [0.52875, 0.675, 1.0]], rtol=1e-6)
     assert advantages.dtype == returns.dtype == np.float32
+
+
+def test_reinforce_by_hand() -> None:
+    """gamma 0.5; what stands behind the end is not used."""
+    rewards = np.array([[1.0, 2.0, np.nan], [0.0, -2.0, 4.0]], dtype=np.float32)
+    advantages, returns = reinforce(rewards, None, value_mask(np.array([2, 3]), 3), gamma=0.5, lam=0.95)
+    # Row 0 backwards: 2; 1 + 0.5 * 2 = 2. Row 1: 4; -2 + 0.5 * 4 = 0; 0 + 0.5 * 0 = 0. Mean: 8 / 5.
+    np.testing.assert_allclose(returns, [[2.0, 2.0, 0.0], [0.0, 0.0, 4.0]])
+    np.testing.assert_allclose(advantages, [[0.4, 0.4, 0.0], [-1.6, -1.6, 2.4]], rtol=1e-6)
+    assert advantages.dtype == returns.dtype == np.float32
+    example, _ = reinforce(np.array([[1.0, 0.0, 2.0]]), None, np.ones((1, 3), bool), 1.0, 1.0)
+    np.testing.assert_allclose(example, [[2 / 3, -1 / 3, -1 / 3]], rtol=1e-6)
+    assert (reinforce(rewards, None, np.zeros((2, 3), bool), 1.0, 1.0)[0] == 0).all()
+
+
+def test_gae_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="critic"):
+        gae(np.zeros((1, 2)), None, np.ones((1, 2), bool), 1.0, 0.95)
 
 
 @given(MATRIX, MATRIX, LENGTHS)

@@ -13,8 +13,8 @@ import pytest
 from mindspore import Tensor, ops
 
 from mindrlhf.algorithms.losses import (
-    POLICY_STATS,
-    VALUE_STATS,
+    POLICY_TERMS,
+    VALUE_TERMS,
     cross_entropy_sum,
     entropy_sum,
     policy_loss_terms,
@@ -65,10 +65,10 @@ def test_policy_loss_by_hand(policy) -> None:
     assert terms[0] == pytest.approx(-1.2 + 2.0 - 0.5 + 0.8 - 3.0, rel=1e-6)
     expected = [[0.0, 2.0, -0.5, 0.0], [0.0, -3.0, 0.0, 0.0]]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-7)
-    stats = dict(zip(POLICY_STATS, terms[1:], strict=True))
+    stats = dict(zip(POLICY_TERMS, terms, strict=True))
     assert stats["clipfrac"] == 2.0
     assert stats["ratio"] == pytest.approx(2 + 2 + 0.5 + 0.5 + 1, rel=1e-6)
-    assert stats["ratio_sq"] == pytest.approx(4 + 4 + 0.25 + 0.25 + 1, rel=1e-6)
+    assert stats["ratio_squared"] == pytest.approx(4 + 4 + 0.25 + 0.25 + 1, rel=1e-6)
     assert stats["approxkl"] == pytest.approx(0.5 * 4 * np.log(2.0) ** 2, rel=1e-6)
 
 
@@ -90,9 +90,9 @@ def test_value_loss_by_hand(value) -> None:
     assert terms[0] == pytest.approx(0.5 * sum(squares), rel=1e-6)
     # Clipped ones have no gradient; the others (V - R).
     np.testing.assert_allclose(gradient, [[-0.8, 0.0, 2.0, 0.0], [0.0, -0.5, 0.0, 0.0]], rtol=1e-6, atol=1e-7)
-    stats = dict(zip(VALUE_STATS, terms[1:], strict=True))
-    assert stats["clipfrac"] == 2.0
-    assert stats["error"] == pytest.approx(0.64 + 0.0 + 4.0 + 1.0 + 0.25, rel=1e-6)
+    stats = dict(zip(VALUE_TERMS, terms, strict=True))
+    assert stats["value_clipfrac"] == 2.0
+    assert stats["value_error"] == pytest.approx(0.64 + 0.0 + 4.0 + 1.0 + 0.25, rel=1e-6)
 
 
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf, 3e38, -1e4])
