@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from mindrlhf.cli.convert import command, main
-
-__all__ = ["main"]
+from mindrlhf.cli.convert import command
 
 if __name__ == "__main__":
     command()

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.data.columns import Column as RecordColumn
+from mindrlhf.data.mindrecord import Column as RecordColumn
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.curves import draw_curves
