@@ -26,12 +26,7 @@ from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.prompt_format import QWEN2_SYSTEM_PROMPT
-from mindrlhf.data.tokenizer import (
-    IM_END,
-    IM_START,
-    QWEN2_SPECIAL_TOKENS,
-    QWEN_SPLIT_PATTERN,
-)
+from mindrlhf.data.tokenizer import IM_END, IM_START, QWEN2_SPECIAL_TOKENS, QWEN_SPLIT_PATTERN
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf
 from mindrlhf.parallel.layout import Mesh

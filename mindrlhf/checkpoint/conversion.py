@@ -20,10 +20,7 @@ from mindrlhf.checkpoint.hf_config import (
     read_json,
     size_fields,
 )
-from mindrlhf.checkpoint.shards import (
-    open_full,
-    rank_directories,
-)
+from mindrlhf.checkpoint.shards import open_full, rank_directories
 from mindrlhf.checkpoint.sources import CastSource, RenamedSource, WeightSource, select
 from mindrlhf.checkpoint.weight_files import (
     HF_SAFETENSORS,

@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.checkpoint.element_types import BFLOAT16, BY_NAME
-from mindrlhf.checkpoint.sources import (
-    Slices,
-    TensorInfo,
-    WeightSource,
-    bounded,
-)
+from mindrlhf.checkpoint.sources import Slices, TensorInfo, WeightSource, bounded
 from mindrlhf.utils.errors import CheckpointError
 
 

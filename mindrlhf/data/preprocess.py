@@ -23,13 +23,7 @@ from mindrlhf.data.columns import (
 )
 from mindrlhf.data.jsonl import CValuesReader, Sample, count_lines
 from mindrlhf.data.mindrecord import Batch, check_output, index_path, write_mindrecord
-from mindrlhf.data.prompt_format import (
-    EncodedSample,
-    PromptFormat,
-    chatml_format,
-    encode_samples,
-    raw_format,
-)
+from mindrlhf.data.prompt_format import EncodedSample, PromptFormat, chatml_format, encode_samples, raw_format
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.progress import ProgressBar

@@ -15,12 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.manifest import (
-    FileRecord,
-    find_damaged,
-    find_size_faults,
-    read_manifest,
-)
+from mindrlhf.checkpoint.manifest import FileRecord, find_damaged, find_size_faults, read_manifest
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.checkpoints import (
     TrainingCheckpoints,

@@ -22,13 +22,7 @@ import numpy as np
 from mindrlhf.checkpoint.conversion import hf_to_mindspore, mindspore_to_hf, write_hf_directory
 from mindrlhf.checkpoint.element_types import BFLOAT16, parse_dtype
 from mindrlhf.checkpoint.hf_config import hf_config_from_model
-from mindrlhf.checkpoint.sources import (
-    CastSource,
-    Slices,
-    TensorInfo,
-    WeightSource,
-    bounded,
-)
+from mindrlhf.checkpoint.sources import CastSource, Slices, TensorInfo, WeightSource, bounded
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf

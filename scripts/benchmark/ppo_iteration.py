@@ -118,12 +118,7 @@ def write_inputs(job: JobConfig, directory: Path) -> tuple[Path, Path]:
     """Random weights and random prompts without padding, as files; their paths."""
     from mindrlhf.checkpoint.sources import ArraySource
     from mindrlhf.checkpoint.weight_files import write_weights
-    from mindrlhf.data.columns import (
-        LOSS_MASK,
-        PRETRAIN_IDS,
-        PROMPT_IDS,
-        prompt_schema,
-    )
+    from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
     from mindrlhf.data.mindrecord import write_mindrecord
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.parallel.layout import Mesh

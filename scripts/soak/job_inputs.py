@@ -13,12 +13,7 @@ import yaml
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.data.columns import (
-    LOSS_MASK,
-    PRETRAIN_IDS,
-    PROMPT_IDS,
-    prompt_schema,
-)
+from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh

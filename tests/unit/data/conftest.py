@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.data.columns import (
-    LOSS_MASK,
-    PRETRAIN_IDS,
-    PROMPT_IDS,
-    prompt_schema,
-)
+from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.data.tokenizer_loading import load_tokenizer

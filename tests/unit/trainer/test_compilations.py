@@ -14,12 +14,7 @@ import pytest
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.columns import (
-    LOSS_MASK,
-    PRETRAIN_IDS,
-    PROMPT_IDS,
-    prompt_schema,
-)
+from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
