@@ -18,8 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from mindrlhf.configs.load import load_job
-from mindrlhf.planning.render import print_report
-from mindrlhf.planning.report import make_report, memory_limit, parse_bytes, report_dict
+from mindrlhf.planning.plan_report import make_report, memory_limit, parse_bytes, print_report, report_dict
 from mindrlhf.planning.splits import with_world_size
 from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import ConfigError

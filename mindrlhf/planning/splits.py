@@ -17,9 +17,9 @@ ROWS = ("generation_batch_size", "score_batch_size", "micro_batch_size")
 
 
 def runs_of(job: JobConfig) -> dict[str, RunConfig]:
-    """The YAMLs of a job by role; that of a critic which shares the policy's backbone is not used."""
+    """The YAMLs of a job by role; that of a critic counts when the critic is a model of its own."""
     runs = {"infer": job.infer, "train": job.train, "reward": job.reward, "critic": job.critic}
-    if job.ppo.critic == "shared":
+    if job.ppo.critic != "separate":
         del runs["critic"]
     return runs
 
@@ -100,7 +100,8 @@ def part_rows(job: JobConfig, setting: str) -> list[int]:
     if setting == "generation_batch_size":
         return [rollout // runs["infer"].parallel.data_parallel]
     if setting == "score_batch_size":
-        scoring = ["infer", "reward", "critic" if "critic" in runs else "train"]
+        values = {"separate": ["critic"], "shared": ["train"], "none": []}[job.ppo.critic]
+        scoring = ["infer", "reward", *values]
         return [rollout // runs[role].parallel.data_parallel for role in scoring]
     return [minibatch // runs[role].parallel.data_parallel for role in ("train", "critic") if role in runs]
 

@@ -39,7 +39,7 @@ from mindrlhf.configs.schema import (
 )
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.planning.memory import plan_memory
+from mindrlhf.planning.job_memory import plan_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = ROOT / "model_configs/qwen_ppo"

@@ -210,7 +210,7 @@ def test_long_prompts_go_through_attention_in_blocks(monkeypatch: pytest.MonkeyP
     weights = random_weights(config, seed=10)
     ids, lengths = prompts(np.random.default_rng(11), rows=3, columns=13)
     whole = generate(config, weights, ids, lengths, do_sample=False)
-    monkeypatch.setattr("mindrlhf.models.qwen2.generator_network._QUERY_BLOCK", 4)
+    monkeypatch.setattr("mindrlhf.models.qwen2.generator_network.QUERY_BLOCK", 4)
     blocks = generate(config, weights, ids, lengths, do_sample=False)
     np.testing.assert_array_equal(blocks.response_ids, whole.response_ids)
     np.testing.assert_allclose(blocks.logprobs, whole.logprobs, atol=1e-5, rtol=0)

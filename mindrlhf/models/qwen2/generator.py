@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.decode_schedule import decode_schedule
 from mindrlhf.models.qwen2.generator_layers import local_sizes
 from mindrlhf.models.qwen2.generator_network import FusedDecoder
 from mindrlhf.models.qwen2.generator_weights import FusedWeights, Shards
@@ -104,9 +105,9 @@ class PPOModelInfer:
         self.batch_size = batch_size
         self.timer = PhaseTimer()
         # The first token comes from the prefill; the decode graph makes the others, a few at a time.
-        self._steps = max(1, min(decode_steps_per_call, generation.max_response_length - 1))
-        self._calls = -(-(generation.max_response_length - 1) // self._steps)
-        columns = generation.max_prompt_length + self._calls * self._steps
+        self._steps, self._calls, columns = decode_schedule(
+            generation.max_prompt_length, generation.max_response_length, decode_steps_per_call
+        )
         sizes = local_sizes(config, groups, batch_size, generation.max_prompt_length, columns)
         decoder = FusedDecoder(config, sizes, groups)
         sampler = VocabParallelSampler(

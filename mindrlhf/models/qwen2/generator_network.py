@@ -18,6 +18,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.kernels.decoding import DecodeSteps, decode_steps
+from mindrlhf.models.decode_schedule import QUERY_BLOCK
 from mindrlhf.models.qwen2.generator_layers import (
     ColumnsProduct,
     Embedding,
@@ -32,9 +33,6 @@ from mindrlhf.parallel.groups import Groups
 
 # Finite, so that a row whose keys are all masked (a pad position as query) gets a mean, not a NaN.
 _MASKED_SCORE = -1.0e30
-
-# Queries of a prefill go through attention in blocks: bounds the scores and skips keys that lie ahead.
-_QUERY_BLOCK = 512
 
 
 class FusedLayer(nn.Cell):
@@ -165,8 +163,8 @@ class PrefillAttention(nn.Cell):
         super().__init__()
         self.sizes = sizes
         self.blocks = tuple(
-            (first, min(first + _QUERY_BLOCK, sizes.prompt_columns))
-            for first in range(0, sizes.prompt_columns, _QUERY_BLOCK)
+            (first, min(first + QUERY_BLOCK, sizes.prompt_columns))
+            for first in range(0, sizes.prompt_columns, QUERY_BLOCK)
         )
         columns = np.arange(sizes.prompt_columns)
         self.causal = Tensor((columns[None, :] <= columns[:, None])[None, None])

@@ -63,7 +63,7 @@ def fake_flash(
 @pytest.mark.parametrize("kind", ["whole", "blocks", "flash"])
 def test_prefill_attention_equals_numpy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "blocks":
-        monkeypatch.setattr("mindrlhf.models.qwen2.generator_network._QUERY_BLOCK", 2)
+        monkeypatch.setattr("mindrlhf.models.qwen2.generator_network.QUERY_BLOCK", 2)
     monkeypatch.setattr(ops, "flash_attention_score", fake_flash)
     attend = PrefillAttention(sizes(flash_attention=kind == "flash"))
     rng = np.random.default_rng(1)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.models.job_layouts import job_layouts
-from mindrlhf.planning.devices import CPU
-from mindrlhf.planning.graphs import (
+from mindrlhf.models.decode_schedule import decode_schedule
+from mindrlhf.planning.graph_memory import (
+    CPU,
     Pass,
-    cached_columns,
+    count_parameters,
     generation_graphs,
     kv_cache_bytes,
+    rank_sizes,
     scoring_graph,
     training_graph,
 )
-from mindrlhf.planning.memory import plan_memory
-from mindrlhf.planning.models import ModelMemory, job_models, model_layouts
-from mindrlhf.planning.sizes import count_parameters, rank_sizes
+from mindrlhf.planning.job_memory import ModelMemory, job_models, plan_memory
+from mindrlhf.planning.plan_report import make_report, print_report, report_dict
+from mindrlhf.planning.splits import part_rows
 
 MakeJob = Callable[..., JobConfig]
 
@@ -87,7 +90,7 @@ def test_bfloat16_weights_keep_a_float32_head_and_a_float32_critic(tiny_job: Mak
 
 def test_a_cache_holds_whole_calls_of_the_decode_graph(tiny_job: MakeJob) -> None:
     # 1 token from the prefill, 5 from calls of 2: 3 calls, so 4 + 6 columns.
-    assert cached_columns(4, 6, 2) == 10
+    assert decode_schedule(4, 6, 2) == (2, 3, 10)
     sizes = rank_sizes(tiny_job().infer.model, 2)
     # keys and values, 2 layers, 8 rows, 10 columns, 1 head of size 4, float32
     assert kv_cache_bytes(sizes, 8, 10) == 2 * 2 * 8 * 10 * 4 * 4
@@ -141,7 +144,10 @@ def test_flash_attention_keeps_no_scores(tiny_job: MakeJob) -> None:
 
 def test_a_long_prompt_is_read_in_blocks(tiny_job: MakeJob) -> None:
     sizes = rank_sizes(tiny_job().train.model, 1)
-    short, long = (generation_graphs(sizes, 1, prompt, 2, 1, CPU).activations for prompt in (512, 4096))
+    short, long = (
+        generation_graphs(sizes, 1, prompt, decode_schedule(prompt, 2, 1), CPU).activations
+        for prompt in (512, 4096)
+    )
     assert long < 9 * short  # 64 times, were all scores of a prompt there at once
 
 
@@ -196,10 +202,21 @@ def test_swapped_moments_are_on_the_host(tiny_job: MakeJob) -> None:
     assert after.host > before.host - 8 * POLICY
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_layouts_are_those_of_the_trainer(tiny_job: MakeJob, critic: str) -> None:
-    job = tiny_job(critic=critic)
-    assert model_layouts(job) == job_layouts(job)
+def test_nothing_of_a_critic_is_planned_without_one(tiny_job: MakeJob) -> None:
+    """The rest is as with a separate critic: the policy has no value head."""
+    job, separate = tiny_job(critic="none"), tiny_job()
+    without, models = by_name(job), by_name(separate)
+    del models["critic"]
+    assert without == models
+    plan = plan_memory(job)
+    assert not any("critic" in file for file in plan.strategy_files)
+    assert len(plan_memory(separate).strategy_files) - len(plan.strategy_files) == 2
+    report = make_report(job, limit=1)
+    assert "critic" not in str(report_dict(report))
+    assert part_rows(job, "score_batch_size") == [8, 8]
+    console = Console(record=True, file=StringIO())
+    print_report(report, console)
+    assert "critic" not in console.export_text()
 
 
 def test_float32_training_state_of_7b_is_sixteen_bytes_a_parameter(shipped_job: MakeJob) -> None:

@@ -10,8 +10,7 @@ from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.parallel.reshard import Resharder
-from mindrlhf.planning.memory import plan_sync
-from mindrlhf.planning.sync import SyncTraffic, sync_traffic
+from mindrlhf.planning.job_memory import SyncTraffic, plan_sync, sync_traffic
 
 MakeJob = Callable[..., JobConfig]
 MESHES = [Mesh(4, 1), Mesh(2, 2), Mesh(1, 4)]

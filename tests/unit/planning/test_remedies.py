@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from mindrlhf.configs.schema import JobConfig, ParallelConfig
-from mindrlhf.planning.memory import MemoryPlan, plan_memory
-from mindrlhf.planning.report import make_report, memory_limit, parse_bytes
-from mindrlhf.planning.search import Suggestion, lowest_peak, smallest_changes, smallest_world
+from mindrlhf.planning.job_memory import MemoryPlan, plan_memory
+from mindrlhf.planning.plan_report import make_report, memory_limit, parse_bytes
+from mindrlhf.planning.remedies import Suggestion, lowest_peak, smallest_changes, smallest_world
 from mindrlhf.planning.splits import (
     allowed_splits,
     common_splits,

@@ -8,14 +8,216 @@ index tables of transposes (8 bytes an element), which only generation has, and 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
-from mindrlhf.planning.devices import DeviceTraits
-from mindrlhf.planning.sizes import ParameterCount, RankSizes
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.decode_schedule import QUERY_BLOCK, DecodeSchedule
+from mindrlhf.models.families import family_of
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.utils.sizes import exact_div
 
-FLOAT32 = 4
-QUERY_BLOCK = 512
-"""Prompt columns that go through attention at a time when generating (models/qwen2/generator_network.py)."""
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTraits:
+    """Constants of a kind of device.
+
+    Attributes:
+        measured: whether the constants were measured (on this project's machine) or assumed.
+        process: bytes of the process, or of the device's runtime, before there is a model.
+        training_imports: more of it, once MindFormers' optimizer is imported.
+        transpose_index: bytes that a ``Transpose`` kernel keeps for each element, as long as its graph lives.
+        broadcast_index: the same of an element-wise kernel that broadcasts.
+        first_graph: bytes that compiling anything at all takes: threads, generated code.
+        forward_layer, backward_layer, decode_layer: bytes of a compiled layer in a graph of each kind; the
+            graphs of an optimizer step count with the backward pass.
+        fused_optimizer: whether an AdamW step is one kernel a parameter, which needs no copies.
+        host_shared: whether the models live in the memory of the process.
+    """
+
+    measured: bool
+    process: int
+    training_imports: int
+    transpose_index: int
+    broadcast_index: int
+    first_graph: int
+    forward_layer: int
+    backward_layer: int
+    decode_layer: int
+    fused_optimizer: bool
+    host_shared: bool
+
+
+CPU = DeviceTraits(
+    measured=True,
+    process=400 * MIB,
+    training_imports=30 * MIB,
+    transpose_index=8,
+    broadcast_index=16,
+    first_graph=50 * MIB,
+    forward_layer=7 * MIB,
+    backward_layer=25 * MIB,
+    decode_layer=2 * MIB,
+    fused_optimizer=True,
+    host_shared=True,
+)
+"""Measured with MindSpore 2.9.0: what its CPU kernels keep, by chains of ten operations of one kind; compiled
+graphs, by how the heap grows from phase to phase on models of 4, 6 and 8 layers, and by the peak of the quick
+start's 30 layers; a decode layer with the operators of :mod:`mindrlhf.kernels`, and 3 MiB more without."""
+
+ASCEND = DeviceTraits(
+    measured=False,
+    process=2048 * MIB,
+    training_imports=0,
+    transpose_index=0,
+    broadcast_index=0,
+    first_graph=0,
+    forward_layer=0,
+    backward_layer=0,
+    decode_layer=0,
+    fused_optimizer=False,
+    host_shared=False,
+)
+"""Assumed: 2 GiB for runtime and communication (HCCL takes 2 x 200 MB a group), nothing in kernels."""
+
+HOST_PROCESS = CPU.process + CPU.training_imports
+"""Host memory of a worker whose models live on a device, without copies of weights."""
+
+
+def traits_of(device_target: str) -> DeviceTraits:
+    """The constants of ``context.device_target``; those of Ascend stand in for GPU."""
+    return CPU if device_target == "CPU" else ASCEND
+
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number, by its name in a YAML."""
+FLOAT32 = BYTES["float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSizes:
+    """Sizes of one rank's part of a model, and the bytes of the types it computes in.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: H.
+        queries: features of this rank's query heads.
+        keys: features of this rank's key heads; the value heads have as many.
+        heads: query heads of this rank.
+        inner: intermediate features of this rank.
+        vocab: vocabulary rows of this rank.
+        compute, softmax, rotary, norm, param: bytes of a number in each of the YAML's types.
+        flash: whether attention is one kernel, which keeps no scores.
+    """
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    heads: int
+    inner: int
+    vocab: int
+    compute: int
+    softmax: int
+    rotary: int
+    norm: int
+    param: int
+    flash: bool
+
+
+@lru_cache(maxsize=512)
+def rank_sizes(config: ModelConfig, mp: int) -> RankSizes:
+    """This rank's sizes, from the layouts that the model itself is built from.
+
+    Raises:
+        ValueError: ``mp`` does not divide heads, key/value heads, intermediate size or vocabulary.
+    """
+    names = family_of(config).layouts
+    shapes = {
+        name: layout.local_shape for name, layout in names.parameter_layouts(config, Mesh(1, mp)).items()
+    }
+    layer = names.layer_prefix(0)
+    queries = shapes[f"{layer}attention.wq.weight"][0]
+    return RankSizes(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        queries=queries,
+        keys=shapes[f"{layer}attention.wk.weight"][0],
+        heads=exact_div(queries, config.head_dim, "query features by head size"),
+        inner=shapes[f"{layer}feed_forward.w1.weight"][0],
+        vocab=shapes[names.EMBEDDING][0],
+        compute=BYTES[config.compute_dtype],
+        softmax=BYTES[config.softmax_compute_type],
+        rotary=BYTES[config.rotary_dtype],
+        norm=BYTES[config.layernorm_compute_type],
+        param=BYTES[config.param_init_type],
+        flash=config.use_flash_attention,
+    )
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of one rank's part of a model.
+
+    Attributes:
+        body: all parameters but the scalar head, stored in the YAML's ``param_init_type``.
+        head: the scalar head, always float32.
+        largest: of the largest parameter.
+        layer: of a decoder layer.
+        embedding: of the embedding table, which is looked up and not multiplied unless it is tied.
+        shapes: how often each shape comes in the body.
+        head_shapes: the same of the scalar head.
+    """
+
+    body: int
+    head: int
+    largest: int
+    layer: int
+    embedding: int
+    shapes: Counter[tuple[int, ...]]
+    head_shapes: Counter[tuple[int, ...]]
+
+    @property
+    def total(self) -> int:
+        """All numbers."""
+        return self.body + self.head
+
+    def weight_bytes(self, param: int) -> int:
+        """Bytes of the weights when the body takes ``param`` bytes a number."""
+        return self.body * param + self.head * FLOAT32
+
+    def kinds(self, param: int) -> Counter[tuple[tuple[int, ...], int]]:
+        """How often each shape comes with each number of bytes, when the body takes ``param`` a number."""
+        body = Counter({(shape, param): count for shape, count in self.shapes.items()})
+        return body + Counter({(shape, FLOAT32): n for shape, n in self.head_shapes.items()})
+
+
+def kinds_bytes(kinds: Counter[tuple[tuple[int, ...], int]]) -> int:
+    """Bytes of all tensors that are counted."""
+    return sum(prod(shape) * size * count for (shape, size), count in kinds.items())
+
+
+@lru_cache(maxsize=512)
+def count_parameters(config: ModelConfig, mp: int, *, lm_head: bool, score_head: bool) -> ParameterCount:
+    """Parameters of one rank, from the layouts that the model itself is built from."""
+    names = family_of(config).layouts
+    layouts = names.parameter_layouts(config, Mesh(1, mp), lm_head=lm_head, score_head=score_head)
+    numbers = {name: prod(layout.local_shape) for name, layout in layouts.items()}
+    head = [name for name in names.SCORE_HEAD if name in layouts]
+    return ParameterCount(
+        body=sum(numbers.values()) - sum(numbers[name] for name in head),
+        head=sum(numbers[name] for name in head),
+        largest=max(numbers.values()),
+        layer=sum(number for name, number in numbers.items() if name.startswith(names.layer_prefix(0))),
+        embedding=numbers[names.EMBEDDING],
+        shapes=Counter(layout.local_shape for name, layout in layouts.items() if name not in head),
+        head_shapes=Counter(layouts[name].local_shape for name in head),
+    )
+
 
 FLASH_STATISTICS = 64
 """Bytes a head and token that flash attention keeps for its gradient: 8 float32 of maximum and of sum."""
@@ -93,11 +295,11 @@ def training_graph(
 
 
 def generation_graphs(
-    sizes: RankSizes, rows: int, prompt: int, response: int, steps: int, device: DeviceTraits
+    sizes: RankSizes, rows: int, prompt: int, schedule: DecodeSchedule, device: DeviceTraits
 ) -> GraphMemory:
     """Prefill and decode graph together; the cache is counted by :func:`kv_cache_bytes`."""
     qkv = sizes.queries + 2 * sizes.keys
-    tokens, cache_columns = rows * prompt, cached_columns(prompt, response, steps)
+    tokens, steps, cache_columns = rows * prompt, schedule.steps, schedule.columns
     block = min(QUERY_BLOCK, prompt)
     attention = (5 * qkv + sizes.hidden) * sizes.compute
     scores = 0 if sizes.flash else 3 * sizes.heads * block * prompt * rows * sizes.softmax
@@ -112,20 +314,9 @@ def generation_graphs(
     return GraphMemory(max(prefill, decode) + tables, kernels, compiled)
 
 
-def cached_columns(prompt: int, response: int, steps: int) -> int:
-    """Columns of the key/value cache: the prompt and whole calls of the decode graph."""
-    calls = -(-(response - 1) // steps)
-    return prompt + calls * steps
-
-
 def kv_cache_bytes(sizes: RankSizes, rows: int, columns: int) -> int:
     """Keys and values of all layers: ``2 x layers x rows x columns x key features x bytes``."""
     return 2 * sizes.layers * rows * columns * sizes.keys * sizes.compute
-
-
-def decode_steps(response: int, steps_per_call: int) -> int:
-    """Steps in one decode graph (models/qwen2/generator.py)."""
-    return max(1, min(steps_per_call, response - 1))
 
 
 def _broadcast_once(sizes: RankSizes, work: Pass) -> int:

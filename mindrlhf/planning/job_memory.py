@@ -1,0 +1,451 @@
+"""Memory of one rank, by model and phase of a job, and what a weight sync moves.
+
+What a rank stores follows from the layouts of its models, what their graphs take from
+:mod:`mindrlhf.planning.graph_memory`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from mindrlhf.configs.schema import JobConfig, RunConfig
+from mindrlhf.models.decode_schedule import decode_schedule
+from mindrlhf.models.job_layouts import job_layouts
+from mindrlhf.parallel.exchange_plan import plan_exchange
+from mindrlhf.parallel.layout import Layout, Mesh, mesh_of
+from mindrlhf.parallel.reshard import BUCKET_BYTES
+from mindrlhf.planning.graph_memory import (
+    BYTES,
+    FLOAT32,
+    HOST_PROCESS,
+    DeviceTraits,
+    GraphMemory,
+    ParameterCount,
+    Pass,
+    RankSizes,
+    count_parameters,
+    generation_graphs,
+    kinds_bytes,
+    kv_cache_bytes,
+    rank_sizes,
+    scoring_graph,
+    training_graph,
+    traits_of,
+)
+
+MOMENTS = 2
+"""Float32 numbers AdamW keeps for each parameter."""
+
+ROLLOUT, SCORING, TRAINING, SYNC, SAVE = "rollout", "scoring", "training", "sync", "save"
+PHASES = (ROLLOUT, SCORING, TRAINING, SYNC, SAVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMemory:
+    """One model on one rank, in bytes.
+
+    Attributes:
+        name: "policy infer", "policy train", "reference", "reward" or "critic".
+        mesh: its split.
+        parameters: numbers a rank holds.
+        weights: their bytes.
+        moments: of the optimizer, on the device.
+        host_moments: of the optimizer, kept on the host (``optimizer.swap``).
+        gradient_kinds: how often there is a gradient of each shape and number of bytes.
+        step_sets: sets of gradients that the optimizer step makes: the clipped one, which the fused kernel
+            makes one parameter at a time.
+        kv_cache: keys and values of a generate call.
+        graphs: phase -> what its compiled graph takes.
+    """
+
+    name: str
+    mesh: Mesh
+    parameters: int
+    weights: int
+    moments: int = 0
+    host_moments: int = 0
+    gradient_kinds: Counter[tuple[tuple[int, ...], int]] = field(default_factory=Counter)
+    step_sets: int = 0
+    kv_cache: int = 0
+    graphs: dict[str, GraphMemory]
+
+    @property
+    def gradients(self) -> int:
+        """One set."""
+        return kinds_bytes(self.gradient_kinds)
+
+    @property
+    def activations(self) -> int:
+        """What its largest graph takes from the pool."""
+        return max((graph.activations for graph in self.graphs.values()), default=0)
+
+    @property
+    def kernels(self) -> int:
+        """What the kernels of its graphs keep."""
+        return sum(graph.kernels for graph in self.graphs.values())
+
+    @property
+    def resident(self) -> int:
+        """What stays on the device between phases, beside the gradients."""
+        return self.weights + self.moments + self.kv_cache
+
+
+def job_models(job: JobConfig, device: DeviceTraits, *, with_reward_model: bool) -> list[ModelMemory]:
+    """Every model that the job builds, in the order of trainer/builder.py."""
+    models = [_generator(job, device), _policy(job, device), _reference(job, device)]
+    if with_reward_model:
+        models.append(_reward(job, device))
+    if job.ppo.critic == "separate":
+        models.append(_critic(job, device))
+    return models
+
+
+def rollout_rows(job: JobConfig, config: RunConfig) -> int:
+    """Rows of the rollout that one rank of a model has."""
+    return job.ppo.rollout_batch_size // config.parallel.data_parallel
+
+
+def minibatch_rows(job: JobConfig, config: RunConfig) -> int:
+    """Rows of a minibatch that one rank of a trained model has."""
+    return job.ppo.minibatch_size // config.parallel.data_parallel
+
+
+def _sizes(config: RunConfig, *, lm_head: bool, score_head: bool) -> tuple[RankSizes, ParameterCount]:
+    mp = config.parallel.model_parallel
+    count = count_parameters(config.model, mp, lm_head=lm_head, score_head=score_head)
+    return rank_sizes(config.model, mp), count
+
+
+def _scoring_pass(job: JobConfig, config: RunConfig, **what: bool) -> Pass:
+    rows = job.ppo.score_batch_size or rollout_rows(job, config)
+    return Pass(rows=rows, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **what)
+
+
+def _padded(job: JobConfig, config: RunConfig) -> bool:
+    return 0 < job.ppo.valid_vocab_size < config.model.vocab_size
+
+
+def _generator(job: JobConfig, device: DeviceTraits) -> ModelMemory:
+    ppo = job.ppo
+    sizes, count = _sizes(job.infer, lm_head=True, score_head=False)
+    rows = ppo.generation_batch_size or rollout_rows(job, job.infer)
+    prompt = ppo.max_prompt_length
+    schedule = decode_schedule(prompt, ppo.max_response_length, ppo.decode_steps_per_call)
+    return ModelMemory(
+        name="policy infer",
+        mesh=mesh_of(job.infer),
+        parameters=count.total,
+        weights=count.weight_bytes(sizes.param),
+        kv_cache=kv_cache_bytes(sizes, rows, schedule.columns),
+        graphs={ROLLOUT: generation_graphs(sizes, rows, prompt, schedule, device)},
+    )
+
+
+def _policy(job: JobConfig, device: DeviceTraits) -> ModelMemory:
+    shared = job.ppo.critic == "shared"
+    sizes, count = _sizes(job.train, lm_head=True, score_head=shared)
+    scoring = (
+        {SCORING: scoring_graph(sizes, _scoring_pass(job, job.train, values=True), device)} if shared else {}
+    )
+    work = {
+        "logits": True,
+        "values": shared,
+        "entropy": True,
+        "entropy_gradient": job.ppo.entropy_coef > 0,
+        "padded_vocab": _padded(job, job.train),
+    }
+    return _trained("policy train", job, job.train, sizes, count, work, scoring, device)
+
+
+def _critic(job: JobConfig, device: DeviceTraits) -> ModelMemory:
+    sizes, count = _sizes(job.critic, lm_head=False, score_head=True)
+    # What is trained is kept in float32 whatever its YAML says (trainer/builder.py).
+    sizes = replace(sizes, param=FLOAT32)
+    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic, values=True), device)}
+    return _trained("critic", job, job.critic, sizes, count, {"values": True}, scoring, device)
+
+
+def _trained(
+    name: str,
+    job: JobConfig,
+    config: RunConfig,
+    sizes: RankSizes,
+    count: ParameterCount,
+    what: dict[str, bool],
+    graphs: dict[str, GraphMemory],
+    device: DeviceTraits,
+) -> ModelMemory:
+    """A model with an optimizer; ``graphs`` are those of the phases before."""
+    rows = minibatch_rows(job, config)
+    micro = job.ppo.micro_batch_size or rows
+    work = Pass(rows=micro, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **what)
+    moments = MOMENTS * FLOAT32 * count.total
+    on_host = bool(config.optimizer.get("swap")) and not device.host_shared
+    return ModelMemory(
+        name=name,
+        mesh=mesh_of(config),
+        parameters=count.total,
+        weights=count.weight_bytes(sizes.param),
+        moments=0 if on_host else moments,
+        host_moments=moments if on_host else 0,
+        gradient_kinds=count.kinds(sizes.param),
+        step_sets=int(not device.fused_optimizer),
+        graphs=graphs | {TRAINING: training_graph(sizes, work, count, device)},
+    )
+
+
+def _reference(job: JobConfig, device: DeviceTraits) -> ModelMemory:
+    sizes, count = _sizes(job.infer, lm_head=True, score_head=False)
+    work = _scoring_pass(job, job.infer, logits=True, padded_vocab=_padded(job, job.infer))
+    return ModelMemory(
+        name="reference",
+        mesh=mesh_of(job.infer),
+        parameters=count.total,
+        weights=count.weight_bytes(sizes.param),
+        graphs={SCORING: scoring_graph(sizes, work, device)},
+    )
+
+
+def _reward(job: JobConfig, device: DeviceTraits) -> ModelMemory:
+    sizes, count = _sizes(job.reward, lm_head=False, score_head=True)
+    work = _scoring_pass(job, job.reward, values=True, last_token=True)
+    return ModelMemory(
+        name="reward",
+        mesh=mesh_of(job.reward),
+        parameters=count.total,
+        weights=count.weight_bytes(sizes.param),
+        graphs={SCORING: scoring_graph(sizes, work, device)},
+    )
+
+
+PARTS = (
+    "weights",
+    "moments",
+    "gradients",
+    "activations",
+    "kv_cache",
+    "kernels",
+    "graphs",
+    "copies",
+    "process",
+)
+"""What the memory of a phase is made of, in the order of the tables."""
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """One rank's memory at the fullest moment of a phase, in bytes by part (:data:`PARTS`)."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a job takes on one rank.
+
+    Attributes:
+        job: the configuration.
+        device: constants of its device.
+        models: by model.
+        phases: by phase, in the order they run.
+        host: bytes of the worker's host memory when the models live on a device; 0 when they live there.
+    """
+
+    job: JobConfig
+    device: DeviceTraits
+    models: tuple[ModelMemory, ...]
+    phases: tuple[PhaseMemory, ...]
+    host: int
+
+    @property
+    def peak(self) -> PhaseMemory:
+        """The fullest phase."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def strategy_files(self) -> list[str]:
+        """What ``--only_save_strategy True`` writes."""
+        ranks = range(self.job.infer.parallel.world_size)
+        return [
+            f"strategy/{model}_strategy/strategy_{rank}.ckpt"
+            for model in job_layouts(self.job)
+            for rank in ranks
+        ]
+
+
+def plan_memory(job: JobConfig, *, with_reward_model: bool = True) -> MemoryPlan:
+    """Works out the memory of every model and phase; needs neither device nor MindSpore."""
+    device = traits_of(job.train.context.device_target)
+    models = tuple(job_models(job, device, with_reward_model=with_reward_model))
+    phases = _cumulative(job, models, device) if device.host_shared else _pooled(job, models, device)
+    return MemoryPlan(job, device, models, phases, 0 if device.host_shared else _host_bytes(models))
+
+
+def plan_sync(job: JobConfig) -> SyncTraffic:
+    """What one weight sync of the job moves."""
+    layouts = job_layouts(job)
+    return sync_traffic(
+        layouts["train_policy"],
+        layouts["infer_policy"],
+        number_bytes=BYTES[job.infer.model.param_init_type],
+    )
+
+
+def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTraits) -> tuple[PhaseMemory, ...]:
+    """On a device: what stays, and what the phase takes from the pool, which it gives back."""
+    phases = []
+    for name in PHASES:
+        copies = _buckets(job) if name == SYNC else 0
+        phases.append(_phase(name, models, _pool(models, name), 0, 0, copies, device.process))
+    return tuple(phases)
+
+
+def _cumulative(
+    job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTraits
+) -> tuple[PhaseMemory, ...]:
+    """On CPU: what a phase takes from the system is not given back, so later phases have it too.
+
+    Rollout and scoring are those of the first iteration, when of the moments, which are zeros, nobody has
+    touched more than what loading a model has left. From the second iteration on, all phases stand at the
+    peak.
+    """
+    phases = []
+    pool = kernels = graphs = 0
+    for name in PHASES:
+        pool = max(pool, _pool(models, name))
+        kernels += sum(model.graphs[name].kernels for model in models if name in model.graphs)
+        graphs += sum(model.graphs[name].compiled for model in models if name in model.graphs)
+        copies = _buckets(job) if name in (SYNC, SAVE) else 0
+        process = device.process + device.training_imports
+        phase = _phase(name, models, pool, kernels, graphs, copies, process)
+        if name in (ROLLOUT, SCORING):
+            phase.parts["moments"] = min(phase.parts["moments"], max(model.weights for model in models))
+        phases.append(phase)
+    return tuple(phases)
+
+
+def _phase(
+    name: str,
+    models: tuple[ModelMemory, ...],
+    activations: int,
+    kernels: int,
+    graphs: int,
+    copies: int,
+    process: int,
+) -> PhaseMemory:
+    parts = {
+        "weights": sum(model.weights for model in models),
+        "moments": sum(model.moments for model in models),
+        "gradients": _gradient_buffers(models),
+        "activations": activations,
+        "kv_cache": sum(model.kv_cache for model in models),
+        "kernels": kernels,
+        "graphs": graphs,
+        "copies": copies,
+        "process": process,
+    }
+    return PhaseMemory(name, parts)
+
+
+def _gradient_buffers(models: tuple[ModelMemory, ...]) -> int:
+    """Gradients add up in buffers that all trained models share where shapes are equal."""
+    shared: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for model in models:
+        shared |= model.gradient_kinds
+    return kinds_bytes(shared)
+
+
+def _pool(models: tuple[ModelMemory, ...], phase: str) -> int:
+    """What the pool holds at the fullest moment of a phase; models run one after another.
+
+    A backward pass adds each gradient to its buffer as soon as it is there, so no set of them is in the pool.
+    """
+    found = [model.graphs[phase].activations for model in models if phase in model.graphs]
+    if phase == TRAINING:
+        found += [model.step_sets * model.gradients for model in models]
+    return max(found, default=0)
+
+
+def _buckets(job: JobConfig) -> int:
+    """What a rank holds of the buckets of a sync."""
+    same = job.train.parallel == job.infer.parallel
+    return 0 if same or job.train.parallel.model_parallel == 1 else BUCKET_BYTES
+
+
+def _host_bytes(models: tuple[ModelMemory, ...]) -> int:
+    """The process, moments kept there, and the largest copy: a model loaded or synced, or moments saved."""
+    moments = sum(model.host_moments for model in models)
+    copies = [model.weights for model in models] + [model.moments for model in models]
+    return HOST_PROCESS + moments + max(copies)
+
+
+@dataclass(frozen=True)
+class SyncTraffic:
+    """Bytes of one sync from the trained to the generating policy, in the type in which that one stores them.
+
+    Attributes:
+        received: by rank, what comes from other ranks.
+        sent: by rank, what goes to other ranks.
+        needed: by rank, what its target slices hold that its source slices do not: the least that any way of
+            moving weights could bring.
+        pairs: of ranks that talk to each other, one way.
+        buckets: messages of all pairs.
+    """
+
+    received: tuple[int, ...]
+    sent: tuple[int, ...]
+    needed: tuple[int, ...]
+    pairs: int
+    buckets: int
+
+    @property
+    def total(self) -> int:
+        """Received by all ranks together."""
+        return sum(self.received)
+
+    @property
+    def least(self) -> int:
+        """Needed by all ranks together."""
+        return sum(self.needed)
+
+
+def sync_traffic(
+    source: Mapping[str, Layout], target: Mapping[str, Layout], *, number_bytes: int
+) -> SyncTraffic:
+    """Traffic from ``source`` to ``target`` layouts over the same ranks.
+
+    Args:
+        source, target: canonical name -> layout; ``source`` may name more.
+        number_bytes: of a number as the target stores it; it is cast before it travels.
+    """
+    ranks = range(next(iter(target.values())).mesh.size)
+    plan = plan_exchange(source, target, bucket_elements=BUCKET_BYTES // number_bytes)
+    sent = [
+        sum(transfer.elements for transfer in plan.transfers if transfer.sender == rank) for rank in ranks
+    ]
+    needed = [sum(_missing(source[name], wanted, rank) for name, wanted in target.items()) for rank in ranks]
+    return SyncTraffic(
+        received=tuple(plan.received(rank) * number_bytes for rank in ranks),
+        sent=tuple(count * number_bytes for count in sent),
+        needed=tuple(count * number_bytes for count in needed),
+        pairs=len(plan.transfers),
+        buckets=plan.collectives,
+    )
+
+
+def _missing(held: Layout, wanted: Layout, rank: int) -> int:
+    """Elements of a rank's target slice that its source slice has not."""
+    sides = (
+        max(0, min(a.stop, b.stop) - max(a.start, b.start))
+        for a, b in zip(held.slices(rank), wanted.slices(rank), strict=True)
+    )
+    return prod(wanted.local_shape) - prod(sides)
