@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.checkpoint.element_types import element_type, to_mindspore
-from mindrlhf.checkpoint.fit import expected_layouts, find_faults, full_shapes, local_shapes, raise_faults
 from mindrlhf.checkpoint.manifest import Digest
 from mindrlhf.checkpoint.sources import (
     ArraySource,
@@ -21,6 +20,13 @@ from mindrlhf.checkpoint.sources import (
     WeightSource,
     closed_on_error,
     select,
+)
+from mindrlhf.checkpoint.weight_checks import (
+    expected_layouts,
+    find_faults,
+    full_shapes,
+    local_shapes,
+    raise_faults,
 )
 from mindrlhf.checkpoint.weight_files import (
     CKPT,

@@ -20,7 +20,7 @@ import numpy as np
 from mindrlhf.checkpoint.element_types import DType, cast, from_mindspore
 from mindrlhf.configs.faults import shown
 from mindrlhf.parallel.layout import Layout
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 BLOCK_BYTES = 32 << 20
 
@@ -420,8 +420,3 @@ class MergedSource(WeightSource):
         """Closes every part."""
         for part in self._parts:
             part.close()
-
-
-def bullet_list(lines: Iterable[str]) -> str:
-    """The lines below a message that lists faults."""
-    return "".join(f"\n  - {line}" for line in lines)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from mindrlhf.checkpoint.hf_config import size_fields
 from mindrlhf.checkpoint.shards import open_full, rank_directories, split_to_ranks
-from mindrlhf.checkpoint.sources import bullet_list
 from mindrlhf.checkpoint.weight_files import CKPT, check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig, RunConfig
 from mindrlhf.parallel.layout import mesh_of
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 
 def transform_checkpoint(

@@ -21,13 +21,12 @@ from mindrlhf.checkpoint.sources import (
     RenamedSource,
     UnitedSource,
     WeightSource,
-    bullet_list,
     closed_on_error,
 )
 from mindrlhf.checkpoint.torch_file import TorchSource
 from mindrlhf.configs.faults import shown
 from mindrlhf.models.families import Family, family_of_names
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import atomic_file, probe_directory
 from mindrlhf.utils.progress import ProgressBar
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class MindRLHFError(Exception):
@@ -19,9 +19,7 @@ class ConfigError(MindRLHFError):
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults: tuple[str, ...] = tuple(faults)
         noun = "error" if len(self.faults) == 1 else "errors"
-        super().__init__(
-            f"{len(self.faults)} configuration {noun}:" + "".join(f"\n  - {fault}" for fault in self.faults)
-        )
+        super().__init__(f"{len(self.faults)} configuration {noun}:" + bullet_list(self.faults))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
         """Pickles the faults; the default would pass the message as the faults."""
@@ -34,3 +32,8 @@ class DataError(MindRLHFError):
 
 class CheckpointError(MindRLHFError):
     """Weights are missing, left over, of the wrong shape, or cannot be read or written."""
+
+
+def bullet_list(lines: Iterable[str]) -> str:
+    """The lines below a message that lists faults."""
+    return "".join(f"\n  - {line}" for line in lines)

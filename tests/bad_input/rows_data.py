@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.bad_input.harness import DATA, Bad, Case
-from tests.bad_input.spoiling import REAL
-
-FULL = frozenset({"full_disk"})
-NO_SPACE = r"No space left on device|File too large|MindRecord"
+from tests.bad_input.spoiling import FULL, NO_SPACE, REAL
 
 
 def line(case: Case, number: int, text: str | bytes) -> None:

@@ -8,10 +8,7 @@ import struct
 import numpy as np
 
 from tests.bad_input.harness import CONVERT, TRANSFORM, Bad, Case
-
-REAL = frozenset({"subprocess"})
-FULL = frozenset({"full_disk"})
-NO_SPACE = r"No space left on device|File too large"
+from tests.bad_input.spoiling import FULL, MODEL, NO_SPACE, REAL
 
 
 def back(case: Case, **flags: object) -> None:
@@ -70,7 +67,6 @@ def too_large_for_half(case: Case) -> None:
     case.give(dtype="fp16")
 
 
-MODEL = "model.model_config"
 RANK_1 = "two_ranks/rank_1/checkpoint_1.ckpt"
 EMBEDDING = "model.embed_tokens.weight"
 MISSING = r"hf/model\.safetensors"

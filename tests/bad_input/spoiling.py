@@ -11,6 +11,8 @@ import numpy as np
 from tests.bad_input.harness import PAD, Case, prompt_columns, write_records
 
 REAL = frozenset({"subprocess"})
+FULL = frozenset({"full_disk"})
+NO_SPACE = r"No space left on device|File too large|MindRecord"
 MODEL = "model.model_config"
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from mindrlhf.checkpoint import sources as sources_module
 from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf
-from mindrlhf.checkpoint.fit import expected_layouts
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
 from mindrlhf.checkpoint.shards import (
     find_rank_file,
@@ -22,6 +21,7 @@ from mindrlhf.checkpoint.shards import (
     split_to_ranks,
 )
 from mindrlhf.checkpoint.sources import FileSource
+from mindrlhf.checkpoint.weight_checks import expected_layouts
 from mindrlhf.checkpoint.weight_files import open_weights
 from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical

@@ -8,11 +8,11 @@ from itertools import zip_longest
 import numpy as np
 
 from mindrlhf.checkpoint.element_types import FLOAT32, WEIGHT_TYPES
-from mindrlhf.checkpoint.sources import CastSource, WeightSource, bullet_list
+from mindrlhf.checkpoint.sources import CastSource, WeightSource
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.families import family_of, family_of_names
 from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 Shapes = Mapping[str, tuple[int, ...]]
 
