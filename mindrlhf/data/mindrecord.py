@@ -219,12 +219,14 @@ def read_rows(path: str | Path, rows: np.ndarray, columns: Sequence[str]) -> lis
 
     if len(rows) == 0:
         return []
+    # MindSpore's sampler reads at most as many rows as the file has, so each is asked for once.
+    different, places = np.unique(rows, return_inverse=True)
     try:
         pipeline = dataset.MindDataset(
             str(path),
             columns_list=list(columns),
             num_parallel_workers=1,
-            sampler=dataset.SubsetSampler([int(row) for row in rows]),
+            sampler=dataset.SubsetSampler(different.tolist()),
         )
         found = [
             dict(zip(columns, values, strict=True))
@@ -232,9 +234,9 @@ def read_rows(path: str | Path, rows: np.ndarray, columns: Sequence[str]) -> lis
         ]
     except RuntimeError as error:
         raise DataError(f"{path}: a row cannot be read ({_first_line(error)[:200]})") from error
-    if len(found) != len(rows):
-        raise DataError(f"{path}: asked for {len(rows)} rows, read {len(found)}; the file is damaged")
-    return found
+    if len(found) != len(different):
+        raise DataError(f"{path}: asked for {len(different)} rows, read {len(found)}; the file is damaged")
+    return [found[place] for place in places]
 
 
 def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
