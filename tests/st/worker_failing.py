@@ -34,7 +34,7 @@ def main() -> None:
     exchange = HostExchange(runtime)
     iteration = 0
     watchdog = Watchdog(float(sys.argv[1]), computing={"rollout", "train"})
-    watchdog.follow(lambda: iteration, first_phase="rollout")
+    watchdog.follow(lambda: iteration)
     timer = PhaseTimer([watchdog])
     while True:
         iteration += 1

@@ -51,7 +51,7 @@ def main():
         time.sleep({scheduler})
         return
     watchdog = Watchdog({timeout})
-    watchdog.follow(lambda: 3, first_phase="rollout")
+    watchdog.follow(lambda: 3)
     timer = PhaseTimer([watchdog])
     with timer.phase("rollout"):
         pass

@@ -27,7 +27,7 @@ def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heartbeat
 def test_phases_and_their_progress_are_written(heart: HeartbeatWriter) -> None:
     watchdog = Watchdog(60.0, computing=COMPUTING)
     iteration = 4
-    watchdog.follow(lambda: iteration, first_phase="rollout")
+    watchdog.follow(lambda: iteration)
     timer = PhaseTimer([watchdog])
     with timer.phase("rollout", 10, "tokens"):
         assert heart.last.place == "in phase rollout (0 of 10 tokens done) of iteration 4"
@@ -37,10 +37,10 @@ def test_phases_and_their_progress_are_written(heart: HeartbeatWriter) -> None:
         assert (heart.last.timeout, heart.last.may_idle, heart.last.steps) == (60.0, False, 1)
     assert heart.last.place == "after phase rollout of iteration 4"
     assert (heart.last.may_idle, heart.last.steps) == (True, 2)
-    iteration = 5  # counted on before the save, which is still of iteration 4
     with timer.phase("save"):
         assert heart.last.place == "in phase save of iteration 4"
         assert heart.last.may_idle, "a save waits for a disk"
+    iteration = 5
     with timer.phase("rollout"):
         assert heart.last.iteration == 5
 
