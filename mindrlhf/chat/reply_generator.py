@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,11 +12,14 @@ from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.saved_model import SavedModel
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.tokenizer import chat_stop_ids
-from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.families import family_of
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.timers import Timer
+
+if TYPE_CHECKING:
+    from mindrlhf.models.qwen2.generator import PPOModelInfer
 
 SMALLEST_BUCKET = 64
 """Prompt columns of the first graph; they double when a prompt does not fit."""
@@ -92,7 +96,8 @@ class ReplyGenerator:
 
     def _build(self, columns: int) -> PPOModelInfer:
         options, tokenizer = self.options, self.model.tokenizer
-        generation = GenerationConfig(
+        family = family_of(self.model.sizes.model).generator
+        generation = family.GenerationConfig(
             max_prompt_length=columns,
             max_response_length=options.max_tokens,
             temperature=options.temperature,
@@ -103,7 +108,7 @@ class ReplyGenerator:
             pad_token_id=tokenizer.special.pad,
             valid_vocab_size=tokenizer.size,
         )
-        generator = PPOModelInfer(
+        generator: PPOModelInfer = family.PPOModelInfer(
             self.model.sizes.model,
             self._groups,
             generation,

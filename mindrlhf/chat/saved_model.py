@@ -19,7 +19,7 @@ from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.data.tokenizer_loading import load_tokenizer
-from mindrlhf.models.qwen2.layouts import LM_HEAD, parameter_layouts
+from mindrlhf.models.families import family_of
 from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.utils.errors import CheckpointError, DataError
 from mindrlhf.utils.provenance import CONFIG_FILE
@@ -62,27 +62,23 @@ class SavedModel:
     sizes: Sizes
     tokenizer: Tokenizer
 
-    @property
-    def model(self) -> ModelConfig:
-        """The model's sizes."""
-        return self.sizes.model
-
     def shards(self, mesh: Mesh, rank: int) -> Iterator[tuple[str, np.ndarray]]:
         """This rank's canonical tensors over ``mesh``, read one at a time; scalar heads are left out.
 
         Raises:
             CheckpointError: the weights do not fit the sizes, or are those of a reward model.
         """
-        source, _ = open_full(self.weights, self.model, self.sizes.mesh)
+        source, _ = open_full(self.weights, self.sizes.model, self.sizes.mesh)
         with source:
-            wanted = parameter_layouts(self.model, mesh)
-            if LM_HEAD in wanted and LM_HEAD not in source.tensors:
+            names = family_of(self.sizes.model).layouts
+            wanted = names.parameter_layouts(self.sizes.model, mesh)
+            if names.LM_HEAD in wanted and names.LM_HEAD not in source.tensors:
                 raise CheckpointError(
-                    f"{self.weights}: no {LM_HEAD}, so this is a reward model or a critic, which cannot "
-                    "generate text; give a policy"
+                    f"{self.weights}: no {names.LM_HEAD}, so this is a reward model or a critic, which "
+                    "cannot generate text; give a policy"
                 )
             local = LocalSource(source, wanted, rank)
-            cast = CastSource(local, BY_NAME[self.model.param_init_type])
+            cast = CastSource(local, BY_NAME[self.sizes.model.param_init_type])
             for name in cast.tensors:
                 yield name, to_mindspore(cast.read(name))
             cast.check_overflow()
