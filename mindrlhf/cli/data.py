@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mindrlhf.configs.flags import optional_path
 from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
@@ -24,12 +25,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     files = parser.add_argument_group("files")
     add = files.add_argument
-    add(
-        "--file_path", required=True, help="jsonl with the strings prompt, pos_resp and neg_resp on each line"
-    )
-    add("--output_path", required=True, help="MindRecord file to write; its index goes to <output_path>.db")
+    lines = "jsonl with the strings prompt, pos_resp and neg_resp on each line"
+    add("--file_path", type=Path, required=True, help=lines)
+    written = "MindRecord file to write; its index goes to <output_path>.db"
+    add("--output_path", type=Path, required=True, help=written)
     add("--overwrite", action="store_true", help="replace an existing output file")
-    add("--eval_output_path", help="hold prompts out and write them to this MindRecord file instead")
+    add(
+        "--eval_output_path",
+        type=optional_path,
+        help="hold prompts out and write them to this MindRecord file instead",
+    )
     add(
         "--eval_fraction",
         type=float,
@@ -60,7 +65,10 @@ def _add_row_flags(parser: argparse.ArgumentParser) -> None:
         "with a response that does not fit in seq_length: leave out, or cut at the end",
     )
     add(
-        "--no_chat_template", action="store_true", help="take prompts as they are, without ChatML around them"
+        "--no_chat_template",
+        dest="chat_template",
+        action="store_false",
+        help="take prompts as they are, without ChatML around them",
     )
     add("--system_prompt", help="text of the system turn (default: the model's own; '' leaves the turn out)")
     add("--prompt_only", action="store_true", help="the lines have a prompt and no responses")
@@ -107,29 +115,14 @@ def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, preprocess, report."""
-    arguments = build_parser().parse_args(argv)
-    options = PreprocessOptions(
-        file_path=Path(arguments.file_path),
-        output_path=Path(arguments.output_path),
-        max_prompt_length=arguments.max_prompt_length,
-        seq_length=arguments.seq_length,
-        chat_template=not arguments.no_chat_template,
-        system_prompt=arguments.system_prompt,
-        overlong=arguments.overlong,
-        skip_bad_lines=arguments.skip_bad_lines,
-        prompt_only=arguments.prompt_only,
-        pairs=arguments.pairs,
-        overwrite=arguments.overwrite,
-        eval_output_path=Path(arguments.eval_output_path) if arguments.eval_output_path else None,
-        eval_fraction=arguments.eval_fraction,
-        batch=arguments.batch,
-    )
+    arguments = vars(build_parser().parse_args(argv))
     tokenizer = load_tokenizer(
-        arguments.tokenizer_path,
-        vocab_path=arguments.vocab_path,
-        merges_path=arguments.merges_file_path,
-        config_path=arguments.tokenizer_config,
+        arguments.pop("tokenizer_path"),
+        vocab_path=arguments.pop("vocab_path"),
+        merges_path=arguments.pop("merges_file_path"),
+        config_path=arguments.pop("tokenizer_config"),
     )
+    options = PreprocessOptions(**arguments)
     report(options, preprocess(tokenizer, options))
     return 0
 

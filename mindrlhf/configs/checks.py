@@ -199,7 +199,8 @@ def _check_models_agree(roles: Mapping[str, RunDraft], faults: Faults) -> None:
             remedy = "all models of a job run on one kind of device; --device_target sets it for all"
             differs(draft, "context.device_target", infer, values, remedy)
         # All models of a rank live in one process, which has the settings of the policy that is trained.
-        for key in ("max_device_memory", "max_call_depth") if values[0] != "CPU" and train.context else ():
+        same_device = values[0] == train.context.get("device_target") != "CPU"
+        for key in ("max_device_memory", "max_call_depth") if same_device else ():
             values = draft.context.get(key), train.context.get(key, getattr(ContextConfig, key))
             if values[0] not in (None, values[1]):
                 differs(draft, f"context.{key}", train, values, "one process has all models: make them equal")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from mindrlhf.configs.faults import Faults, shown
 from mindrlhf.configs.fields import Key, keys_of
@@ -34,7 +34,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, key: Key) -> None:
         settings["choices"] = key.choices
     if key.default is not ...:
         settings["default"] = key.default
-    if key.flag == "--set":
+    if get_origin(key.base) is Sequence:
         settings |= {"action": "append", "default": []}
     else:
         settings["type"] = key.parse or _parser_of(key)
