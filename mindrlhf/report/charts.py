@@ -6,6 +6,7 @@ Colours of text and grid depend on the page's scheme and are added there, with s
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -190,7 +191,7 @@ def phases_of(run: Run) -> dict[str, Series]:
     if found and timed:
         rest = [line[_TOTAL_TIME] - sum(line.get(name) or 0.0 for name in found) for line in timed]
         iterations = np.array([line["iteration"] for line in timed], dtype=np.int64)
-        found[_REST] = Series(iterations, np.maximum(np.array(rest), 0.0))
+        found[_REST] = Series(iterations, np.maximum(np.array(rest, dtype=np.float64), 0.0))
     return found
 
 
@@ -213,7 +214,7 @@ def thin(series: Series, most: int = MAX_POINTS) -> Series:
 
 def rounded(value: float) -> float | None:
     """To six significant digits, which halves the size of the page; ``None`` for what is not finite."""
-    return float(f"{value:.6g}") if np.isfinite(value) else None
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _is_phase(name: str) -> bool:
@@ -242,11 +243,9 @@ def _figure(chart: Chart, runs: Sequence[Run], findings: Sequence[Sequence[Findi
     layout = _layout(runs)
     always = [value for value in (chart.low, chart.high) if value is not None]
     values = {value for trace in data for value in trace["y"]} - {None}
-    if len(values) == 1 and values != {
-        0.0
-    }:  # plotly would show a learning rate of 1e-6 on an axis from -1 to 1
-        ends = [0.0, 2 * values.pop(), *always]
-        layout["yaxis"]["range"] = [min(ends), max(ends)]
+    # Left to itself, plotly shows a constant learning rate of 1e-6 on an axis from -1 to 1.
+    if len(values) == 1 and rounded(twice := 2 * values.pop()):
+        layout["yaxis"]["range"] = [min(0.0, twice, *always), max(0.0, twice, *always)]
     layout["yaxis"]["autorangeoptions"] = {"include": always} if always else {}
     if tops and all(tops):
         layout["yaxis"]["autorangeoptions"]["clipmax"] = max(top for top in tops if top)
@@ -332,7 +331,7 @@ def _marks(finding: Finding, end: int, place: int | None) -> list[dict[str, Any]
     else:
         line = {"color": COLORS[place % len(COLORS)], "dash": "dot", "width": 1.5}
         shapes = [since | {"type": "line", "x1": finding.since, "line": line}]
-    if finding.threshold is not None:
+    if finding.threshold is not None and math.isfinite(finding.threshold):
         limit = {"x0": 0, "x1": 1, "xref": "paper", "y0": finding.threshold, "y1": finding.threshold}
         shapes.append(limit | {"type": "line", "line": {"color": level, "dash": "dash", "width": 1}})
     return shapes
@@ -360,7 +359,7 @@ def _phase_figure(place: int, run: Run, several: bool) -> Figure:
         median = float(np.median(series.finite.values)) if len(series.finite.values) else 0.0
         legend.append(f"{name}, median {median:.3g} s")
     layout = _layout([run]) | {"barmode": "stack"}
-    total = Series(np.array(list(whole)), np.array(list(whole.values())))
+    total = Series(np.array(list(whole)), np.array(list(whole.values()), dtype=np.float64))
     if _starts_slow(_TOTAL_TIME, total):
         layout["yaxis"]["autorangeoptions"] = {"clipmax": _top(total)}
         notes.append(f"The first {run.unit} took {total.values[0]:.3g} s, beyond the top: it compiles.")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindrlhf.report.run_data import PPO, Run, Series
+from mindrlhf.report.run_data import PPO, Run, Series, recorded
 
 MEDIAN_WINDOW = 5
 """Iterations of the running median: up to two outliers side by side do not count."""
@@ -194,7 +194,9 @@ def diagnose(run: Run) -> list[Finding]:
         score_falling(score) or no_progress(score),
         updates_skipped(run.series("update/skipped"), run.unit),
         no_gain(loss) or held_out_loss_rising(loss),
-        accuracy_near_chance(run.evaluation_series("eval/accuracy"), _held_out_rows(run.config)),
+        accuracy_near_chance(
+            run.evaluation_series("eval/accuracy"), recorded(run.config, "configuration", "rows", "held_out")
+        ),
         None if run.kind == PPO else nothing_held_out(run),
     ]
     order = ("error", "warning", "note")
@@ -241,11 +243,12 @@ def not_finite(metrics: Mapping[str, Series], unit: str = "iteration") -> Findin
 
 def updates_skipped(skipped: Series, unit: str = "iteration") -> Finding | None:
     """Updates that were not taken because a loss, a gradient or a reward was not finite."""
-    iterations = skipped.iterations[skipped.values > 0]
+    steps, counts = skipped.finite
+    iterations = steps[counts > 0]
     if not len(iterations):
         return None
     since = int(iterations[0])
-    text = f"{int(skipped.values[skipped.values > 0].sum())} update(s) skipped since {unit} {since}"
+    text = f"{counts[counts > 0].sum():.0f} update(s) skipped since {unit} {since}"
     detail = f"In {len(iterations)} of {len(skipped.values)} {unit}s, last in {int(iterations[-1])}."
     remedy = "Look at the samples that skipped_updates.jsonl names; lower the learning rate."
     return Finding("skipped", "warning", text, detail, remedy, since, "update/skipped")
@@ -314,15 +317,15 @@ def no_gain(loss: Series) -> Finding | None:
     return Finding("no_gain", "warning", text, detail, remedy, since, "loss/train")
 
 
-def accuracy_near_chance(accuracy: Series, rows: int | None) -> Finding | None:
+def accuracy_near_chance(accuracy: Series, rows: Any) -> Finding | None:
     """A reward model that tells held-out pairs apart no better than a coin, by two standard errors.
 
     Args:
         accuracy: on the held-out pairs.
-        rows: how many there are; ``None`` when it is not recorded.
+        rows: how many there are, as recorded.
     """
     steps, values = accuracy.finite
-    if not rows or not len(values) or steps[-1] == 0:
+    if not isinstance(rows, int) or rows < 1 or not len(values) or steps[-1] == 0:
         return None
     since, last, error = int(steps[-1]), float(values[-1]), math.sqrt(CHANCE * (1 - CHANCE) / rows)
     if last - CHANCE >= CHANCE_ERRORS * error:
@@ -339,7 +342,7 @@ def nothing_held_out(run: Run) -> Finding | None:
         return None
     since = int(run.iterations[0])
     text = f"Nothing held out since step {since}"
-    detail = "There is no evaluation, so the training loss is all there is to judge by."
+    detail = "There is no evaluation, so only the training loss is there to judge by."
     return Finding("not_held_out", "note", text, detail, "Set --eval_fraction.", since, "loss/train")
 
 
@@ -391,11 +394,3 @@ def standard_error(first: np.ndarray, last: np.ndarray) -> float:
 def _listed(names: Sequence[str], most: int = 3) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
-
-
-def _held_out_rows(config: Mapping[str, Any]) -> int | None:
-    """How many rows ``config.json`` says were held out."""
-    found: Any = config
-    for key in ("configuration", "rows", "held_out"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None

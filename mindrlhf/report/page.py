@@ -270,6 +270,8 @@ def number(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as ``48 s``, ``3 min 20 s`` or ``5 h 12 min``."""
+    if not math.isfinite(seconds):
+        return "–"
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

@@ -120,10 +120,10 @@ class Run:
     def setting(self, name: str) -> Any:
         """A PPO hyper-parameter from ``config.json``: from its ``configuration.ppo`` or, in other forms of
         the file, from the first place that has it; ``None`` when it is not recorded."""
-        for section in (_child(_child(self.config, "configuration"), "ppo"), _child(self.config, "ppo")):
-            if name in section:
-                return section[name]
-        return self.config.get(name)
+        for section in (("configuration", "ppo"), ("ppo",), ()):
+            if (value := recorded(self.config, *section, name)) is not None:
+                return value
+        return None
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -231,7 +231,7 @@ def kind_of(lines: Sequence[Line], config: Mapping[str, Any]) -> str:
     """The kind of a run, from ``config.json`` where that says it, else from its metrics."""
     if not any(_unit(line) == "step" for line in lines):
         return PPO
-    stage = _child(config, "configuration").get("stage")
+    stage = recorded(config, "configuration", "stage")
     if stage in (SFT, REWARD):
         return str(stage)
     return REWARD if any("train/accuracy" in line or "eval/accuracy" in line for line in lines) else SFT
@@ -254,6 +254,14 @@ def split_lines(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
     )
 
 
+def recorded(config: Mapping[str, Any], *keys: str) -> Any:
+    """The value below nested keys of ``config.json``, ``None`` when it is not there."""
+    found: Any = config
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
 def short_names(directories: Sequence[Path]) -> list[str]:
     """The shortest ends of paths that tell them apart, ``a/ppo`` and ``b/ppo``; the last part for one."""
     for length in range(1, max(len(path.parts) for path in directories) + 1):
@@ -269,11 +277,6 @@ def _series(lines: Sequence[Line], name: str) -> Series:
         np.array([iteration for iteration, _ in pairs], dtype=np.int64),
         np.array([value for _, value in pairs], dtype=np.float64),
     )
-
-
-def _child(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = settings.get(name)
-    return value if isinstance(value, Mapping) else {}
 
 
 def _fault(line: Any, is_metric: Callable[[str], bool]) -> str | None:
@@ -306,7 +309,9 @@ def _check_rising(path: Path, lines: Sequence[Line]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1023  # as a float does
+    return isinstance(value, float)
 
 
 def _short(value: Any) -> str:

@@ -170,7 +170,7 @@ function turnsOf(text) {
 }
 
 const systemOf = (text) => (turnsOf(text).find(([role]) => role === 'system') || [])[1];
-// The system prompt that all prompts share is said once and not in every row.
+// The system prompt that all prompts share is shown once and not in every row.
 const system = data.prompts.length > 1 && data.prompts.every((text) => systemOf(text) === systemOf(data.prompts[0])) ? systemOf(data.prompts[0]) : undefined;
 for (const note of all('.system-note')) note.textContent = system === undefined ? '' : `System prompt of all: ${system}`;
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.report.__main__ import write_report
+from mindrlhf.report.charts import GROUPS
 from mindrlhf.report.page import (
     ASSETS,
     duration,
@@ -148,6 +150,20 @@ def test_unreadable_characters_do_no_harm(make_run: MakeRun, tmp_path: Path) -> 
     page = Page(path.read_text(encoding="utf-8"))
     assert page.payload()["prompts"] == ["\ud800\x00"]
     assert "\\ud800 � �[31m" in page.texts["td"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # sums of huge values overflow
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e308, 10**20, None])
+def test_extreme_values_do_no_harm(make_run: MakeRun, value: float | None) -> None:
+    names = ["episode", *(chart.metric for charts in GROUPS.values() for chart in charts), "time/train"]
+    metrics = [{"iteration": n} | dict.fromkeys(names, 1.0 if n == 7 else value) for n in range(1, 13)]
+    sample = {"iteration": 0, "prompt": [1, 2], "response": None, "score": value, "kl": value}
+    evaluation = {"iteration": 0, "eval/scores": value, "eval/scores_std": value, "prompts": 8}
+    config = {"machine": 3, "versions": None, "created": 5, "configuration": {"ppo": 3, "rows": 1}}
+    samples = {"samples": [sample], "eval_samples": [sample], "evaluations": [evaluation]}
+    runs = [make_run(str(n), metrics=metrics[n:], config=config, **samples) for n in (0, 11)]
+    for given in (runs[:1], runs):
+        assert render(read_runs(given))
 
 
 def test_tiles_and_warnings_say_the_numbers(make_run: MakeRun) -> None:
