@@ -1,4 +1,4 @@
-"""Metrics: names of the checklist, and values worked by hand."""
+"""Metrics: their names, and values worked by hand."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.trainer.experience import Experience, Rollout, Scores, make_experience
-from mindrlhf.trainer.metrics import rollout_metrics, time_metrics, update_metrics
+from mindrlhf.trainer.experience import Rollout, ScoredRollout, make_experience
+from mindrlhf.trainer.metrics import rollout_metrics, update_metrics
+from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.trainer.recorder import summary_line
+from mindrlhf.trainer.rewards import RewardShaper
 from mindrlhf.trainer.update import UpdateResult
 
-# correctness.md, item 20
 NAMES = {
     *(
         f"objective/{name}"
-        for name in ("kl", "kl_coef", "entropy", "non_score_reward", "scores", "rlhf_reward")
+        for name in ("kl", "kl_coef", "entropy", "non_score_reward", "scores", "scores_std", "rlhf_reward")
     ),
-    *(f"policy/{name}" for name in ("approxkl", "clipfrac", "entropy", "ratio", "ratio_var")),
-    *(f"loss/{name}" for name in ("policy", "value", "pretrain", "total")),
+    *(f"policy/{name}" for name in ("approxkl", "clipfrac", "entropy", "ratio", "ratio_var", "steps")),
+    *(f"loss/{name}" for name in ("policy", "pretrain", "total")),
+    *("response/length", "response/eos_rate", "lr", "grad_norm", "update/skipped"),
+}
+NAMES_OF_A_CRITIC = {
     *(f"value/{name}" for name in ("clipfrac", "error", "mean", "explained_var")),
-    *(f"time/{name}" for name in ("rollout", "score", "sync", "train")),
-    *("response/length", "response/eos_rate", "lr", "grad_norm", "tokens_per_second"),
+    *("loss/value", "grad_norm/critic"),
 }
 
 ROLLOUT = Rollout.of(
@@ -34,7 +37,8 @@ ROLLOUT = Rollout.of(
     stopped=np.array([0, 1], np.int32),
     sample_ids=np.array([0, 1]),
 )
-SCORES = Scores(
+SCORED = ScoredRollout(
+    ROLLOUT,
     ref_logprobs=np.array([[-2, 5, 5], [-2, -2, -4]], np.float32),
     values=np.array([[0, 0, 0], [1, 1, 1]], np.float32),
     scores=np.array([1, 4], np.float32),
@@ -42,29 +46,53 @@ SCORES = Scores(
 # Two steps of 3 and 1 tokens.
 RESULT = UpdateResult(
     tokens=np.array([3.0, 1.0]),
-    policy=np.array([[6, 0.5, 1, 3, 3, 9], [4, 0.3, 1, 2, 4, 1]], np.float32),
-    value=np.array([[9, 2, 6, -3], [1, 0, 2, 1]], np.float32),
+    policy={
+        "policy_loss": np.array([6.0, 4.0]),
+        "approxkl": np.array([0.5, 0.3]),
+        "clipfrac": np.array([1.0, 1.0]),
+        "ratio": np.array([3.0, 2.0]),
+        "ratio_squared": np.array([3.0, 4.0]),
+        "entropy": np.array([9.0, 1.0]),
+    },
+    value={
+        "value_loss": np.array([9.0, 1.0]),
+        "value_clipfrac": np.array([2.0, 0.0]),
+        "value_error": np.array([6.0, 2.0]),
+        "value": np.array([-3.0, 1.0]),
+    },
     grad_norm=np.array([1.0, 3.0]),
     critic_grad_norm=np.array([5.0, 6.0]),
     learning_rate=1e-3,
 )
-SECONDS = {"rollout": 2.0, "score": 1.0, "train": 4.0, "sync": 0.5}
+NO_CRITIC = RESULT._replace(value={}, critic_grad_norm=np.zeros(0))
 
 
-def experience() -> Experience:
-    return make_experience(ROLLOUT, SCORES, 0.5, PPOConfig())
+def metrics_of(scored: ScoredRollout, config: PPOConfig) -> dict[str, float]:
+    rewards = RewardShaper(config)(scored)
+    return rollout_metrics(scored, rewards, make_experience(scored, rewards, config))
 
 
-def test_every_name_of_the_checklist_is_there_and_is_json() -> None:
-    metrics = rollout_metrics(ROLLOUT, SCORES, experience(), 0.5)
-    metrics |= update_metrics(RESULT, PPOConfig(vf_coef=0.1)) | time_metrics(SECONDS, 4, 8.0)
-    assert metrics.keys() >= NAMES, NAMES - metrics.keys()
+def test_every_name_is_there_and_is_json() -> None:
+    config = PPOConfig(vf_coef=0.1)
+    metrics = metrics_of(SCORED, config) | update_metrics(RESULT, config)
+    assert metrics.keys() == NAMES | NAMES_OF_A_CRITIC
     json.dumps({name: float(value) for name, value in metrics.items()}, allow_nan=False)
-    assert "iteration 2/5" in summary_line({**metrics, "iteration": 2}, 5)
+    line = summary_line(metrics, display(config).summary)
+    assert line.startswith("score +2.5000  kl +1.5000  length 2.0  stop rate 0.50  policy loss +3.00000  ")
+    assert "value loss 2.00000" in line
+
+
+def test_without_a_critic_nothing_is_said_of_one() -> None:
+    config = PPOConfig(advantage="reinforce", critic="none")
+    metrics = metrics_of(SCORED._replace(values=None), config) | update_metrics(NO_CRITIC, config)
+    assert metrics.keys() == NAMES
+    assert metrics["loss/total"] == metrics["loss/policy"] == pytest.approx(3.0)
+    assert "value" not in summary_line(metrics, display(config).summary)
+    assert [column.metric for column in display(config).columns if "value" in column.metric] == []
 
 
 def test_rollout_metrics_by_hand() -> None:
-    metrics = rollout_metrics(ROLLOUT, SCORES, experience(), 0.5)
+    metrics = metrics_of(SCORED, PPOConfig(kl_coef=0.5))
     # KL by sequence: 1, and 0 - 1 + 3 = 2.
     assert metrics["objective/kl"] == pytest.approx(1.5)
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.75)
@@ -101,7 +129,9 @@ def test_extras_enter_the_total_loss_and_what_was_not_done_counts_as_nothing() -
     assert metrics["loss/total"] == pytest.approx(3.0 + 0.1 * 2.0 - 0.5 * 2.0 + 2.0 * 4.0)
     # A separate critic did not see the minibatch that ended the steps.
     ended = RESULT._replace(
-        value=RESULT.value[:1], grad_norm=np.array([1.0]), critic_grad_norm=np.array([5.0])
+        value={name: sums[:1] for name, sums in RESULT.value.items()},
+        grad_norm=np.array([1.0]),
+        critic_grad_norm=np.array([5.0]),
     )
     metrics = update_metrics(ended, PPOConfig(vf_coef=0.1))
     assert (metrics["policy/steps"], metrics["grad_norm"], metrics["grad_norm/critic"]) == (1, 1, 5)
@@ -112,10 +142,3 @@ def test_extras_enter_the_total_loss_and_what_was_not_done_counts_as_nothing() -
     metrics = update_metrics(warm_up, PPOConfig())
     assert (metrics["policy/steps"], metrics["grad_norm"], metrics["lr"]) == (0, 0, 0)
     assert metrics["grad_norm/critic"] == 5.5
-
-
-def test_time_metrics() -> None:
-    metrics = time_metrics(SECONDS, 100, 8.0)
-    assert metrics["time/iteration"] == 8.0
-    assert metrics["tokens_per_second"] == 12.5
-    assert metrics["tokens_per_second/rollout"] == 50.0

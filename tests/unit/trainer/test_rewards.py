@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.trainer.rewards import ScoreShaping
+from mindrlhf.trainer.experience import Rollout, ScoredRollout
+from mindrlhf.trainer.rewards import RewardShaper, ScoreShaping
+from mindrlhf.trainer.skipped_updates import SkippedUpdate
 
 STOPPED = np.array([1, 1, 0])
 SCORES = np.array([1.0, 3.0, 7.0], np.float32)
@@ -71,23 +73,47 @@ def test_the_state_goes_on_after_a_restart() -> None:
     assert (ScoreShaping(config)(batch, STOPPED) != wanted).any()
 
 
-def test_experience_pays_the_shaped_score_at_the_last_token() -> None:
-    from mindrlhf.trainer.experience import Rollout, Scores, make_experience
-
+def scored(scores: Any, logprob: float = 0.0, fault: SkippedUpdate | None = None) -> ScoredRollout:
+    """Two responses, of one and two tokens, whose log-probs are ``logprob`` above the reference's."""
     rollout = Rollout.of(
         tokens=np.zeros((2, 4), np.int32),
         prompt_lengths=np.array([1, 1], np.int32),
         response_lengths=np.array([1, 2], np.int32),
-        logprobs=np.zeros((2, 2), np.float32),
+        logprobs=np.full((2, 2), logprob, np.float32),
         stopped=np.array([1, 1], np.int32),
         sample_ids=np.array([0, 1]),
     )
-    scores = Scores(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32), np.float32([6, 10]))
-    config = PPOConfig(scale_rewards=True)
-    shaping = ScoreShaping(config)
-    shaping(np.array([-2.0, 2.0]), np.array([1, 1]))
-    made = make_experience(rollout, scores, 0.1, config, shaping)
+    return ScoredRollout(rollout, np.zeros((2, 2), np.float32), None, np.float32(scores), fault)
+
+
+def test_the_shaped_score_is_paid_at_the_last_token() -> None:
+    shaper = RewardShaper(PPOConfig(scale_rewards=True))
+    shaper(scored([-2, 2]))
     scale = (80 / 3) ** 0.5
-    np.testing.assert_allclose(made.rewards, [[6 / scale, 0], [0, 10 / scale]], rtol=1e-6)
-    alone = make_experience(rollout, scores, 0.1, config)
-    assert alone.rewards[0, 0] == pytest.approx(6 / 8**0.5)
+    np.testing.assert_allclose(shaper(scored([6, 10])).rewards, [[6 / scale, 0], [0, 10 / scale]], rtol=1e-6)
+
+
+def test_the_kl_coefficient_is_adapted_after_its_use_and_survives_a_restart() -> None:
+    config = PPOConfig(
+        kl_controller="adaptive", kl_coef=0.1, kl_target=1.0, kl_horizon=20, center_rewards=True
+    )
+    shaper = RewardShaper(config)
+    first = shaper(scored([0, 0], logprob=1.0))  # KL 1 and 2: 50 % above the target, so e = 0.2
+    assert first.kl_coef == 0.1
+    np.testing.assert_allclose(first.rewards, [[-0.1, 0], [-0.1, -0.1]], rtol=1e-6)
+    again = RewardShaper(config)
+    again.load_state_dict(json.loads(json.dumps(shaper.state_dict())))
+    for one in (shaper, again):
+        second = one(scored([4, 4]))
+        assert second.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 2 / 20))
+        np.testing.assert_allclose(second.rewards, [[2, 0], [0, 2]], rtol=1e-6)
+
+
+def test_a_rollout_with_a_fault_changes_neither_moments_nor_coefficient() -> None:
+    shaper = RewardShaper(PPOConfig(kl_controller="adaptive", scale_rewards=True))
+    shaper(scored([1, 3]))
+    before = json.dumps(shaper.state_dict())
+    made = shaper(scored([5, 9], logprob=1.0, fault=SkippedUpdate("both", "value", np.array([0]))))
+    assert json.dumps(shaper.state_dict()) == before
+    assert made.kl_coef == shaper.kl_controller.value
+    assert np.isfinite(made.rewards).all()

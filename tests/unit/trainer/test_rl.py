@@ -6,6 +6,7 @@ import json
 import signal
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,16 +16,26 @@ from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.models.qwen2.layouts import EMBEDDING, SCORE_HEAD_WEIGHT
 from mindrlhf.runtime.signals import StopRequest
-from mindrlhf.trainer.experience import Rollout, Scores
+from mindrlhf.trainer import scoring
+from mindrlhf.trainer.experience import Rollout
+from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.rl import PPOTrainer
 from mindrlhf.utils.errors import MindRLHFError
-from tests.unit.trainer.watched_run import BATCH, PROMPT, RESPONSE, VALID, Run, json_lines, run_two_iterations
+from tests.unit.trainer.traced_run import (
+    BATCH,
+    PROMPT,
+    RESPONSE,
+    VALID,
+    TracedRun,
+    json_lines,
+    run_two_iterations,
+)
 
 TIMES = ("time/", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
-def run(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> TracedRun:
     return run_two_iterations(repo_root, tmp_path_factory.mktemp("ppo"))
 
 
@@ -32,30 +43,34 @@ def response_mask(rollout: Rollout) -> np.ndarray:
     return np.arange(RESPONSE) < rollout.response_lengths[:, None]
 
 
-def worst_ratio(run: Run, iteration: int) -> float:
-    rollout, logprobs = run.recorder.rollouts[iteration], run.recorder.logprobs[iteration]
+def kl_by_response(run: TracedRun, iteration: int) -> np.ndarray:
+    scored = run.trace.scored[iteration]
+    kl = scored.rollout.logprobs - scored.ref_logprobs
+    return np.where(response_mask(scored.rollout), kl, 0).sum(axis=1)
+
+
+def worst_ratio(run: TracedRun, iteration: int) -> float:
+    rollout, logprobs = run.trace.rollouts[iteration], run.trace.logprobs[iteration]
     ratio = np.exp(logprobs.astype(np.float64) - rollout.logprobs)
     return float(np.abs(ratio - 1)[response_mask(rollout)].max())
 
 
-def test_ratio_is_one_before_the_first_update(run: Run) -> None:
-    assert len(set(run.recorder.rollouts[0].prompt_lengths.tolist())) > 1, (
-        "prompts must differ in their padding"
-    )
-    assert run.recorder.logprobs[0][response_mask(run.recorder.rollouts[0])].std() > 0.5
+def test_ratio_is_one_before_the_first_update(run: TracedRun) -> None:
+    assert len(set(run.trace.rollouts[0].prompt_lengths.tolist())) > 1, "prompts must differ in their padding"
+    assert run.trace.logprobs[0][response_mask(run.trace.rollouts[0])].std() > 0.5
     assert worst_ratio(run, 0) < 1e-4
     assert run.metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-4), "nor is there any KL"
 
 
-def test_infer_equals_train_after_the_sync(run: Run) -> None:
-    assert np.abs(run.recorder.experiences[1].kl).max() > 0.1, "the policy must have left the reference"
+def test_infer_equals_train_after_the_sync(run: TracedRun) -> None:
+    assert np.abs(kl_by_response(run, 1)).max() > 0.1, "the policy must have left the reference"
     assert worst_ratio(run, 1) < 1e-4
     assert run.differences == []
 
 
-def test_rollouts_are_whole(run: Run) -> None:
+def test_rollouts_are_whole(run: TracedRun) -> None:
     stops = set(range(0, VALID, 5))
-    for batch, rollout in zip(run.recorder.batches, run.recorder.rollouts, strict=True):
+    for batch, rollout in zip(run.trace.batches, run.trace.rollouts, strict=True):
         np.testing.assert_array_equal(rollout.tokens[:, :PROMPT], batch.prompt_ids)
         responses = rollout.tokens[:, PROMPT:]
         for response, length, stopped in zip(
@@ -67,48 +82,50 @@ def test_rollouts_are_whole(run: Run) -> None:
             assert (int(response[length - 1]) in stops) == bool(stopped)
             assert stopped or length == RESPONSE
         assert (rollout.logprobs[~response_mask(rollout)] == 0).all()
-    lengths = np.concatenate([rollout.response_lengths for rollout in run.recorder.rollouts])
+    lengths = np.concatenate([rollout.response_lengths for rollout in run.trace.rollouts])
     assert lengths.min() < RESPONSE, "some response must have stopped"
 
 
-def test_each_iteration_has_new_prompts(run: Run) -> None:
-    ids = [set(batch.sample_ids.tolist()) for batch in run.recorder.batches]
+def test_each_iteration_has_new_prompts(run: TracedRun) -> None:
+    ids = [set(batch.sample_ids.tolist()) for batch in run.trace.batches]
     assert run.prompt_rows >= 2 * BATCH
     assert [len(part) for part in ids] == [BATCH, BATCH]
     assert not ids[0] & ids[1]
 
 
-def test_metrics_of_both_iterations(run: Run) -> None:
+def test_metrics_of_both_iterations(run: TracedRun) -> None:
     assert [line["iteration"] for line in run.metrics] == [1, 2]
     assert [line["episode"] for line in run.metrics] == [BATCH, 2 * BATCH]
-    for line, rollout, experience in zip(
-        run.metrics, run.recorder.rollouts, run.recorder.experiences, strict=True
-    ):
+    for number, (line, rollout) in enumerate(zip(run.metrics, run.trace.rollouts, strict=True)):
         assert all(np.isfinite(value) for value in line.values())
         assert line["response/length"] == rollout.response_lengths.mean()
-        assert line["objective/kl"] == pytest.approx(experience.kl.sum(axis=1).mean(), rel=1e-5)
+        assert line["objective/kl"] == pytest.approx(kl_by_response(run, number).mean(), rel=1e-5, abs=1e-6)
         assert line["value/error"] > 0
         assert line["grad_norm"] > 0
         assert line["grad_norm/critic"] > 0
         assert line["loss/pretrain"] > 1
         assert line["policy/steps"] == 4
-        assert 0 < line["time/rollout"] + line["time/train"] < line["time/iteration"]
+        phases = sum(line[f"time/{phase}"] for phase in ("rollout", "score", "train", "sync"))
+        assert 0 < phases < line["time/iteration"]
+        tokens = rollout.response_lengths.sum()
+        assert line["tokens_per_second"] == pytest.approx(tokens / line["time/iteration"])
+        assert line["tokens_per_second/rollout"] == pytest.approx(tokens / line["time/rollout"])
     # The cosine over 8 steps, without warm-up: 0.1 of 8 steps is none. Steps are counted from 0.
     angles = np.pi * np.array([3, 7]) / 8
     expected = 1e-5 + (5e-3 - 1e-5) * 0.5 * (1 + np.cos(angles))
     np.testing.assert_allclose([line["lr"] for line in run.metrics], expected, rtol=1e-4)
 
 
-def test_adaptive_kl_coefficient_is_adapted_once_an_iteration(run: Run) -> None:
+def test_adaptive_kl_coefficient_is_adapted_once_an_iteration(run: TracedRun) -> None:
     first, second = (line["objective/kl_coef"] for line in run.metrics)
     assert first == 0.02
     assert second == pytest.approx(0.02 * (1 - 0.2 * BATCH / 10_000), rel=1e-9)  # KL was 0: e = -0.2
 
 
-def test_samples_are_text(run: Run) -> None:
+def test_samples_are_text(run: TracedRun) -> None:
     assert [sample["iteration"] for sample in run.samples] == [1, 1, 2, 2]
     for sample, iteration, row in zip(run.samples, (0, 0, 1, 1), (0, BATCH - 1) * 2, strict=True):
-        rollout = run.recorder.rollouts[iteration]
+        rollout = run.trace.rollouts[iteration]
         assert sample["sample_id"] == rollout.sample_ids[row]
         end = PROMPT + rollout.response_lengths[row]
         assert run.trainer.tokenizer is not None
@@ -117,7 +134,7 @@ def test_samples_are_text(run: Run) -> None:
         assert np.isfinite(sample["score"])
 
 
-def test_what_a_run_leaves_behind(run: Run) -> None:
+def test_what_a_run_leaves_behind(run: TracedRun) -> None:
     assert sorted(path.name for path in run.save.iterdir()) == [
         *("config.json", "curves.png", "iteration_000001", "iteration_000002"),
         *("metrics.jsonl", "samples.jsonl", "tensorboard"),
@@ -126,17 +143,20 @@ def test_what_a_run_leaves_behind(run: Run) -> None:
     assert recorded["configuration"]["ppo"]["total_iterations"] == 2
     assert recorded["versions"]["mindspore"]
     assert run.last == run.save / "iteration_000002"
+    assert run.console.total == 2
     state = json.loads((run.last / "state.json").read_text())
-    assert state["iteration"] == 2
-    assert state["reward_shaping"]["count"] == 2 * BATCH
-    assert state["pretraining"]["drawn"] == 2 * 4 * 2, "two texts in each of 4 steps"
+    assert state["step"] == 2
+    assert state["parts"]["rewards"]["scores"]["count"] == 2 * BATCH
+    texts = state["parts"]["pretraining"]
+    drawn = texts["epoch"] * texts["rows"] + texts["cursor"]
+    assert drawn == 2 * 4 * 2, "two texts in each of 4 steps"
     saved = load_shard(run.last / "policy", run.trainer.ppo_model_train.layouts, 0)
     start = load_shard(run.model, run.trainer.ppo_model_train.layouts, 0)
     for name, array in saved.items():
         assert (array != start[name]).any(), f"{name} was not trained"
 
 
-def test_phases_end_when_all_their_work_is_done(run: Run) -> None:
+def test_phases_end_when_all_their_work_is_done(run: TracedRun) -> None:
     names = [name for name, *_ in run.phases]
     assert names == ["load", *["rollout", "score", "train", "sync", "save"] * 2]
     expected = {
@@ -167,7 +187,7 @@ def tensorboard_steps(directory: Path) -> dict[str, list[int]]:
     return found
 
 
-def test_tensorboard_has_all_metrics_and_distributions(run: Run) -> None:
+def test_tensorboard_has_all_metrics_and_distributions(run: TracedRun) -> None:
     steps = tensorboard_steps(run.save / "tensorboard")
     expected = {name for name in run.metrics[0] if name != "iteration"} | {"samples/text_summary"}
     expected |= {f"distribution/{name}" for name in ("scores", "kl", "length", "ratio")}
@@ -175,9 +195,9 @@ def test_tensorboard_has_all_metrics_and_distributions(run: Run) -> None:
     assert all(each == [1, 2] for each in steps.values())
 
 
-def test_experience_files_hold_what_was_learnt_from(run: Run) -> None:
+def test_experience_files_hold_what_was_learnt_from(run: TracedRun) -> None:
     for number, (rollout, experience) in enumerate(
-        zip(run.recorder.rollouts, run.recorder.experiences, strict=True), start=1
+        zip(run.trace.rollouts, run.trace.experiences, strict=True), start=1
     ):
         file = run.experience / f"experience_iteration_{number:06d}.mindrecord"
         found = read_columns(file, ["tokens", "logprobs", "advantages"])
@@ -186,7 +206,7 @@ def test_experience_files_hold_what_was_learnt_from(run: Run) -> None:
         np.testing.assert_array_equal(found["advantages"], experience.advantages)
 
 
-def test_reward_model_and_critic_start_from_the_policy_with_heads_of_their_own(run: Run) -> None:
+def test_reward_model_and_critic_start_from_the_policy_with_heads_of_their_own(run: TracedRun) -> None:
     models = run.trainer.models
     assert models.critic is not None
     reward, critic = dict(models.reward.shards()), dict(models.critic.shards())
@@ -197,30 +217,31 @@ def test_reward_model_and_critic_start_from_the_policy_with_heads_of_their_own(r
     assert (critic[SCORE_HEAD_WEIGHT] != reward[SCORE_HEAD_WEIGHT]).any()
 
 
-def test_resumed_iteration_equals_the_uninterrupted_one(run: Run) -> None:
+def test_resumed_iteration_equals_the_uninterrupted_one(run: TracedRun) -> None:
     """Last of all, since it trains the module's models again.
 
-    State comes back to the bit (test_checkpointing.py), but MindSpore's CPU kernels repeat a forward pass
+    State comes back to the bit (test_checkpoints.py), but MindSpore's CPU kernels repeat a forward pass
     only to about 1e-6 (seen with one thread too), so what is computed from it has a tolerance. Moments or
     steps that were lost would move weights by 1e-3.
     """
-    trainer, recorder = run.trainer, run.recorder
+    trainer, trace, job = run.trainer, run.trace, run.run
     finished = {name: array.copy() for name, array in trainer.ppo_model_train.shards()}
     trainer.ppo_model_train.load({name: array * 0 + 0.1 for name, array in finished.items()})
     trainer.sync()
 
-    trainer.resume(run.save / "iteration_000001")
-    assert trainer.iteration == 1
+    job.resume(run.save / "iteration_000001", trainer)
+    assert job.step == 1
     assert sorted(path.name for path in run.save.glob("*iteration_*")) == [
         *("iteration_000001", "left_iteration_000002"),
     ]
-    trainer.stop.receive(signal.SIGTERM)
-    assert trainer.train() == run.save / "iteration_000001", "what is saved already is not saved again"
-    trainer.stop = StopRequest()
-    trainer.train()
+    job.stop.receive(signal.SIGTERM)
+    assert not train(job, trainer)
+    assert job.last_checkpoint == run.save / "iteration_000001", "what is saved already is not saved again"
+    job.stop = StopRequest()
+    assert train(job, trainer)
 
-    np.testing.assert_array_equal(recorder.batches[2].sample_ids, recorder.batches[1].sample_ids)
-    np.testing.assert_array_equal(recorder.rollouts[2].tokens, recorder.rollouts[1].tokens)
+    np.testing.assert_array_equal(trace.batches[2].sample_ids, trace.batches[1].sample_ids)
+    np.testing.assert_array_equal(trace.rollouts[2].tokens, trace.rollouts[1].tokens)
     again = json_lines(run.save / "metrics.jsonl")
     assert [line["iteration"] for line in again] == [1, 2]
     assert again[0] == run.metrics[0]
@@ -235,48 +256,45 @@ def test_resumed_iteration_equals_the_uninterrupted_one(run: Run) -> None:
     assert all(each == [1, 2] for each in tensorboard_steps(run.save / "tensorboard").values())
 
 
-def test_rewards_that_are_not_finite_cost_an_iteration_each_and_then_the_job(run: Run) -> None:
-    """After the last of all: weights, moments and controllers stay, and the state of before is saved."""
-    trainer = run.trainer
-    score = trainer.score
+def test_rewards_that_are_not_finite_cost_an_iteration_each_and_then_the_job(
+    run: TracedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last of all: weights, moments and controllers stay, and the state is saved."""
+    trainer, job = run.trainer, run.run
+    reward_scores = scoring._reward_scores
 
-    def broken(rollout: Rollout) -> Scores:
-        scores = score(rollout)
-        scores.scores[1] = np.nan
+    def broken(*args: Any) -> np.ndarray:
+        scores = reward_scores(*args)
+        scores[1] = np.nan
         return scores
 
-    before = state_of(trainer)
-    start, kl_coef = trainer.iteration, trainer.kl_controller.value
-    moments = trainer.reward_shaping.state_dict()
-    trainer.score = broken  # type: ignore[method-assign]
-    bad_samples = []
-    try:
-        for skipped in (1, 2):
-            batch = trainer.prompts.next_batch()
-            bad_samples.append([int(batch.sample_ids[1])])
-            metrics = trainer.run_iteration(batch)
-            assert all(np.isfinite(value) for value in metrics.values())
-            assert (metrics["iteration"], metrics["update/skipped"]) == (start + skipped, 1)
-            assert metrics["policy/steps"] == 0
-        batch = trainer.prompts.next_batch()
-        bad_samples.append([int(batch.sample_ids[1])])
-        with pytest.raises(MindRLHFError, match=f"3 updates in a row .*iteration_{start + 2:06d}"):
-            trainer.run_iteration(batch)
-    finally:
-        del trainer.score
+    before, shaper = state_of(trainer), json.dumps(trainer.reward_shaper.state_dict())
+    start = job.step
+    monkeypatch.setattr(scoring, "_reward_scores", broken)
+    for skipped in (1, 2, 3):
+        with job.timed_step():
+            result = trainer.step(job.step)
+        assert all(np.isfinite(value) for value in result.metrics.values())
+        assert (result.metrics["update/skipped"], result.metrics["policy/steps"]) == (1, 0)
+        if skipped < 3:
+            job.record(trainer, result)
+    saved = run.save / f"iteration_{start + 3:06d}"
+    with pytest.raises(MindRLHFError, match=f"3 updates in a row .*{saved.name}"):
+        job.record(trainer, result)
     for name, array in state_of(trainer).items():
         np.testing.assert_array_equal(array, before[name], err_msg=name)
-    assert trainer.kl_controller.value == kl_coef
-    assert trainer.reward_shaping.state_dict() == moments
+    assert json.dumps(trainer.reward_shaper.state_dict()) == shaper
+    bad_samples = [[batch.sample_ids[1]] for batch in run.trace.batches[-3:]]
     lines = json_lines(run.save / "skipped_updates.jsonl")
     assert [(line["iteration"], line["sample_ids"]) for line in lines] == [
         (start + number, ids) for number, ids in enumerate(bad_samples, start=1)
     ]
-    state = json.loads((run.save / f"iteration_{start + 2:06d}" / "state.json").read_text())
-    assert state["iteration"] == start + 2
+    assert [line["iteration"] for line in json_lines(run.save / "metrics.jsonl")] == list(range(1, start + 4))
+    state = json.loads((saved / "state.json").read_text())
+    assert state["step"] == start + 3
     # A resumed run draws other prompts than those that it stopped at.
-    trainer.prompts.load_state_dict(state["prompts"])
-    assert not set(trainer.prompts.next_batch().sample_ids) & set(batch.sample_ids)
+    trainer.prompts.load_state_dict(state["parts"]["prompts"])
+    assert not set(trainer.prompts.next_batch().sample_ids) & set(run.trace.batches[-1].sample_ids)
 
 
 def state_of(trainer: PPOTrainer) -> dict[str, np.ndarray]:

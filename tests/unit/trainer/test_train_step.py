@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.optimizer import build_optimizer
-from mindrlhf.trainer.train_step import TrainStep
+from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.trainer.update import minibatches
 from mindrlhf.utils.errors import ConfigError
 
@@ -60,6 +61,7 @@ class Squares(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
+        self.statistics = ("error", "rows")
         self.weight = Parameter(Tensor(WEIGHT), name="weight")
         self.bias = Parameter(Tensor(BIAS), name="bias")
 
@@ -79,7 +81,10 @@ class Job:
         self.train_step = TrainStep(
             self.loss, self.optimizer, layouts, Groups(Mesh(), 0), MAX_NORM, buffers=buffers
         )
-        self.step = self.train_step.step
+
+    def step(self, micro_batches: Sequence[tuple[np.ndarray, ...]]) -> tuple[Statistics, float, float]:
+        """Statistics, gradient norm and learning rate."""
+        return self.train_step.accumulate(micro_batches), *self.train_step.update()
 
     def restart(self) -> None:
         self.loss.weight.set_data(Tensor(WEIGHT))
@@ -164,8 +169,8 @@ def test_micro_batches_add_up_to_the_whole(job: Job, whole: dict[str, Any]) -> N
     parts = [(X[rows], Y[rows], INVERSE_ROWS) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
     for (statistics, norm, _), weights in list(zip(whole["reports"], whole["weights"], strict=True))[:3]:
         found, found_norm, _ = job.step(parts)
-        np.testing.assert_allclose(found, statistics, rtol=1e-5)
-        assert found[1] == 6  # rows of all micro-batches
+        assert found == pytest.approx(statistics, rel=1e-5)
+        assert found["rows"] == 6  # of all micro-batches
         assert found_norm == pytest.approx(norm, rel=1e-5)
         np.testing.assert_allclose(job.loss.weight.asnumpy(), weights[0], atol=1e-6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.mindrecord import Column, write_mindrecord
 from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
@@ -19,15 +19,17 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.experience import Experience, SequenceInputs
+from mindrlhf.trainer.experience import Experience, Rollout
 from mindrlhf.trainer.metrics import update_metrics
 from mindrlhf.trainer.pretraining import PretrainStream
+from mindrlhf.trainer.skipped_updates import SkippedUpdate
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult, minibatches
 
 GROUPS = Groups(Mesh(), 0)
 RESPONSE_LENGTHS = np.array([3, 1, 2, 3])
+IDS = np.array([40, 41, 42, 43])
+FIELDS = ("old_values", "advantages", "returns")
 STEPS = 4  # 2 epochs of 2 minibatches
-APPROXKL = 1
 
 
 def texts(path: Path) -> PretrainStream:
@@ -38,6 +40,12 @@ def texts(path: Path) -> PretrainStream:
         [{"pretrain_ids": ids, "loss_mask": np.ones_like(ids)}],
     )
     return PretrainStream(path, batch_size=2, max_length=16, vocab_size=24, seed=0)
+
+
+def drawn(stream: PretrainStream) -> int:
+    """Texts that have been drawn."""
+    state = stream.state_dict()
+    return state["epoch"] * state["rows"] + state["cursor"]
 
 
 @dataclass
@@ -101,15 +109,18 @@ def training(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> T
         }
         for role, model in (("policy", train), ("critic", critic))
     }
-    valid = attention_mask(np.array([4, 2, 3, 1]), RESPONSE_LENGTHS, 4, 3)
-    tokens = rng.integers(0, 24, (4, 7)).astype(np.int32)
-    inputs = SequenceInputs(tokens, valid.astype(np.int32), position_ids(valid))
-    mask = policy_mask(RESPONSE_LENGTHS, 3).astype(np.float32)
+    rollout = Rollout.of(
+        tokens=rng.integers(0, 24, (4, 7)).astype(np.int32),
+        prompt_lengths=np.array([4, 2, 3, 1]),
+        response_lengths=RESPONSE_LENGTHS,
+        logprobs=np.zeros((4, 3), np.float32),
+        stopped=np.ones(4, np.int32),
+        sample_ids=IDS,
+    )
+    mask = rollout.mask.astype(np.float32)
     train.load(start["policy"])
-    fields = {
-        name: (mask * rng.normal(0, 1, mask.shape)).astype(np.float32) for name in Experience._fields[3:]
-    }
-    fields["old_logprobs"] = mask * train(*map(Tensor, inputs))[0].asnumpy()
+    rollout = rollout._replace(logprobs=mask * train(*map(Tensor, rollout.inputs))[0].asnumpy())
+    numbers = {name: mask * rng.normal(0, 1, mask.shape).astype(np.float32) for name in FIELDS}
     models = PPOModels(infer=None, train=train, ref=None, reward=None, critic=critic)  # type: ignore[arg-type]
     update = PPOUpdate(
         models,
@@ -118,7 +129,20 @@ def training(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> T
         texts(tmp_path_factory.mktemp("texts") / "texts.mindrecord"),
     )
     update.pretraining, update.texts = None, update.pretraining  # type: ignore[attr-defined]
-    return Training(models, update, Experience(inputs=inputs, mask=mask, **fields), start)
+    return Training(models, update, Experience(rollout, **numbers), start)
+
+
+def counts(result: UpdateResult) -> list[int]:
+    """Minibatches that were counted, seen by policy and critic, and steps of policy and critic."""
+    seen = (result.policy["ratio"], result.value["value"])
+    return [len(each) for each in (result.tokens, *seen, result.grad_norm, result.critic_grad_norm)]
+
+
+def assert_same(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], count: int) -> None:
+    """Equal sums of the first minibatches."""
+    assert found.keys() == wanted.keys()
+    for name, sums in found.items():
+        np.testing.assert_allclose(sums[:count], wanted[name][:count], atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +152,8 @@ def whole(training: Training) -> tuple[UpdateResult, dict[str, np.ndarray]]:
 
 def test_all_steps_by_default(training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]) -> None:
     result, weights = whole
-    assert [len(field) for field in (result.tokens, result.policy, result.value)] == [STEPS] * 3
-    assert [len(result.grad_norm), len(result.critic_grad_norm), len(result.pretrain_loss)] == [
-        STEPS,
-        STEPS,
-        0,
-    ]
+    assert counts(result) == [STEPS, STEPS, STEPS, STEPS, STEPS]
+    assert result.pretrain_loss.size == 0
     for role in ("policy", "critic"):
         assert training.moved(weights, role) == list(training.start[role])
     assert update_metrics(result, training.update.config)["policy/steps"] == STEPS
@@ -165,17 +185,16 @@ def test_after_the_warm_up_both_learn(training: Training) -> None:
 def test_steps_end_before_the_minibatch_that_is_too_far(
     training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]
 ) -> None:
-    approxkl = whole[0].policy[:, APPROXKL] / whole[0].tokens
+    approxkl = whole[0].policy["approxkl"] / whole[0].tokens
     assert approxkl[0] < 1e-8
     assert approxkl[2] > approxkl[1] > 1e-4, "the case must be one in which the policy moves away"
     # 1.5 times the target lies between the approxkl of the second and the third minibatch.
     target = (approxkl[1] + approxkl[2]) / 2 / 1.5
     result, weights = training.run(target_kl=target)
     assert training.steps_counted() == {"policy": 2, "critic": 2}
-    assert [len(field) for field in (result.tokens, result.policy, result.value)] == [3, 3, 2]
-    assert [len(result.grad_norm), len(result.critic_grad_norm)] == [2, 2]
-    np.testing.assert_allclose(result.policy, whole[0].policy[:3], atol=1e-5)
-    np.testing.assert_allclose(result.value, whole[0].value[:2], atol=1e-5)
+    assert counts(result) == [3, 3, 2, 2, 2]
+    assert_same(result.policy, whole[0].policy, 3)
+    assert_same(result.value, whole[0].value, 2)
     # Two steps and nothing of a third: what one epoch gives.
     _, one_epoch = training.run(ppo_epochs=1)
     for name, array in one_epoch.items():
@@ -185,13 +204,13 @@ def test_steps_end_before_the_minibatch_that_is_too_far(
     assert metrics["policy/approxkl"] == pytest.approx(
         (approxkl[:3] * result.tokens).sum() / result.tokens.sum(), rel=1e-4
     )
-    assert metrics["value/mean"] == pytest.approx(result.value[:, 3].sum() / result.tokens[:2].sum())
+    assert metrics["value/mean"] == pytest.approx(result.value["value"].sum() / result.tokens[:2].sum())
 
 
 def test_the_margin_is_one_and_a_half(
     training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]]
 ) -> None:
-    largest = (whole[0].policy[:, APPROXKL] / whole[0].tokens).max()
+    largest = (whole[0].policy["approxkl"] / whole[0].tokens).max()
     training.run(target_kl=largest / 1.5 * 1.01)
     assert training.steps_counted()["policy"] == STEPS
     training.run(target_kl=largest / 1.5 * 0.99)
@@ -211,17 +230,17 @@ def test_texts_are_learnt_in_the_same_steps(
     training.update.pretraining = texts_
     try:
         result, weights = training.run()
-        assert texts_.state_dict()["drawn"] == 2 * STEPS
+        assert drawn(texts_) == 2 * STEPS
         stopped, _ = training.run(target_kl=1e-30)
-        assert texts_.state_dict()["drawn"] == 2 * STEPS + 2, "a step that is not taken draws nothing"
+        assert drawn(texts_) == 2 * STEPS + 2, "a step that is not taken draws nothing"
         training.run(critic_warmup_iterations=1)
-        assert texts_.state_dict()["drawn"] == 2 * STEPS + 2
+        assert drawn(texts_) == 2 * STEPS + 2
     finally:
         training.update.pretraining = None
     assert training.steps_counted()["critic"] == STEPS
     assert (result.pretrain_loss.shape, stopped.pretrain_loss.shape) == ((STEPS,), (1,))
     # The first minibatch's losses are those of the same weights; the gradient has another part.
-    np.testing.assert_allclose(result.policy[0], whole[0].policy[0], atol=1e-5)
+    assert_same(result.policy, whole[0].policy, 1)
     assert abs(result.grad_norm[0] - whole[0].grad_norm[0]) > 1e-3
     assert any(
         (weights[name] != array).any() for name, array in whole[1].items() if name.startswith("policy/")
@@ -252,15 +271,16 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_others_are_not(training
     assert len(bad) == 2, "once an epoch"
     assert training.steps_counted() == {"policy": 2, "critic": STEPS}
     assert result.skipped == 2
-    skipped = training.update.skips.drain()
-    assert [(one.minibatch, one.model) for one in skipped] == [(number, "policy") for number in bad]
+    skipped, failure = training.update.skips.report(IDS)
+    assert failure == ""
+    assert [(one["minibatch"], one["model"]) for one in skipped] == [(number, "policy") for number in bad]
     for one in skipped:
         # Not cut into micro-batches, so that the minibatch is all that can be told.
-        assert sorted(one.rows) == sorted(rows[one.minibatch - 1])
-        assert one.is_whole_minibatch
-        assert one.cause.startswith("loss not finite")
-    # A minibatch without finite sums has no rows, and the others are what the metrics are of.
-    assert len(result.policy) == len(result.value) == len(result.tokens) == 2
+        assert sorted(one["sample_ids"]) == sorted(IDS[rows[one["minibatch"] - 1]])
+        assert one["whole_minibatch"]
+        assert one["cause"].startswith("loss not finite")
+    # A minibatch without finite sums has no entry, and the others are what the metrics are of.
+    assert counts(result) == [2, 2, 2, 2, STEPS]
     metrics = update_metrics(result, training.update.config)
     assert all(np.isfinite(value) for value in metrics.values())
     assert (metrics["policy/steps"], metrics["update/skipped"]) == (2, 2)
@@ -277,9 +297,9 @@ def test_micro_batches_tell_whose_sample_it_was(training: Training) -> None:
         result, _ = training.run(micro_batch_size=1)
     finally:
         training.experience = good
-    skipped = training.update.skips.drain()
-    assert [(one.model, one.rows.tolist(), one.is_whole_minibatch) for one in skipped] == [
-        ("critic", [2], False)
+    skipped, _ = training.update.skips.report(IDS)
+    assert [(one["model"], one["sample_ids"], one["whole_minibatch"]) for one in skipped] == [
+        ("critic", [42], False)
     ] * 2
     assert training.steps_counted() == {"policy": STEPS, "critic": 2}
     assert len(result.critic_grad_norm) == result.skipped == 2
@@ -300,7 +320,46 @@ def test_too_many_in_a_row_end_the_iteration(training: Training) -> None:
         assert all(np.isfinite(value) for value in metrics.values())
     finally:
         training.experience = good
-        training.update.skips.drain()
+        _, failure = training.update.skips.report(IDS)
+    assert failure.startswith("3 updates in a row were skipped")
     training.run()
     assert training.update.skips.in_a_row == 0
     assert not training.update.skips.are_too_many
+
+
+def test_a_rollout_with_a_fault_is_one_skipped_update(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = SkippedUpdate("both", "reward", np.array([2]))
+    monkeypatch.setattr(training, "experience", training.experience._replace(fault=fault))
+    result, weights = training.run()
+    assert training.moved(weights, "policy") == training.moved(weights, "critic") == []
+    assert (result.skipped, counts(result)) == (1, [0, 0, 0, 0, 0])
+    assert [one["sample_ids"] for one in training.update.skips.report(IDS)[0]] == [[42]]
+    metrics = update_metrics(result, training.update.config)
+    assert all(np.isfinite(value) for value in metrics.values())
+    monkeypatch.undo()
+    training.run()
+    assert training.update.skips.in_a_row == 0
+
+
+def test_the_policy_learns_the_same_with_and_without_a_separate_critic(
+    training: Training, whole: tuple[UpdateResult, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "models", replace(training.models, critic=None))
+    monkeypatch.setattr(training.update, "critic_step", None)
+    monkeypatch.setattr(training, "experience", training.experience._replace(old_values=None))
+    result, weights = training.run()
+    assert (dict(result.value), len(result.critic_grad_norm), result.skipped) == ({}, 0, 0)
+    assert_same(result.policy, whole[0].policy, STEPS)
+    for name, array in weights.items():
+        np.testing.assert_allclose(array, whole[1][name], atol=1e-6, err_msg=name)
+    with_critic = update_metrics(whole[0], training.update.config)
+    metrics = update_metrics(result, training.update.config)
+    assert with_critic.keys() - metrics.keys() == {
+        *("loss/value", "value/clipfrac", "value/error", "value/mean", "grad_norm/critic")
+    }
+    vf = training.update.config.vf_coef
+    assert metrics["loss/total"] == pytest.approx(
+        with_critic["loss/total"] - vf * with_critic["loss/value"], abs=1e-5
+    )

@@ -1,4 +1,4 @@
-"""The PPO run that ``test_ppo_trainer.py`` looks at from all sides, and what watches it."""
+"""The PPO run that ``test_rl.py`` looks at from all sides, and its trace."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from mindrlhf.data.preprocess import PreprocessOptions, preprocess
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.runtime.signals import StopRequest
 from mindrlhf.trainer.builder import WeightPaths
-from mindrlhf.trainer.experience import Experience, Rollout
-from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.console.state import RunState
+from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout
+from mindrlhf.trainer.loop import train
+from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+from mindrlhf.trainer.run import Observers, Run
 from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
@@ -48,32 +53,40 @@ OVERRIDES = [
 
 
 @dataclass
-class Recorder:
-    """Looks over the trainer's shoulder: what it drew, and what the trained policy says of it."""
+class Trace:
+    """What a trainer drew and learnt from, and what the trained policy says of it."""
 
     trainer: PPOTrainer
     batches: list[PromptBatch] = field(default_factory=list)
-    rollouts: list[Rollout] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
+    scored: list[ScoredRollout] = field(default_factory=list)
     experiences: list[Experience] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        draw, learn = self.trainer.rollout, self.trainer.update
+        trainer = self.trainer
+        draw, score, learn = trainer.rollout, trainer.score, trainer.update
 
-        def rollout(batch: PromptBatch) -> Rollout:
-            made = draw(batch)
+        def rollout(batch: PromptBatch, iteration: int) -> Rollout:
+            made = draw(batch, iteration)
             self.batches.append(batch)
-            self.rollouts.append(made)
             self.logprobs.append(
-                policy_logprobs(self.trainer.ppo_model_train, made, self.trainer.exchange, rows_per_pass=0)
+                policy_logprobs(trainer.ppo_model_train, made, trainer.exchange, rows_per_pass=0)
             )
             return made
 
-        def update(experience: Experience) -> UpdateResult:
-            self.experiences.append(experience)
-            return learn(experience)
+        def scored(made: Rollout) -> ScoredRollout:
+            self.scored.append(score(made))
+            return self.scored[-1]
 
-        self.trainer.rollout, self.trainer.update = rollout, update  # type: ignore[method-assign]
+        def update(experience: Experience, iteration: int) -> UpdateResult:
+            self.experiences.append(experience)
+            return learn(experience, iteration)
+
+        trainer.rollout, trainer.score, trainer.update = rollout, scored, update  # type: ignore[method-assign]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [scored.rollout for scored in self.scored]
 
 
 @dataclass
@@ -94,20 +107,22 @@ class Phases:
 
 
 @dataclass
-class Run:
+class TracedRun:
     """The first two iterations, and what they left."""
 
+    run: Run
     trainer: PPOTrainer
-    recorder: Recorder
+    trace: Trace
     model: Path
     save: Path
     experience: Path
-    last: Path
+    last: Path | None
     metrics: list[dict[str, float]]
     samples: list[dict[str, Any]]
     differences: list[str]
     prompt_rows: int
     phases: list[tuple[str, int | None, str, int]]
+    console: RunState
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -125,7 +140,7 @@ def smaller_configs(configs: Path, directory: Path) -> dict[str, Path]:
     return paths
 
 
-def run_two_iterations(repo_root: Path, directory: Path) -> Run:
+def run_two_iterations(repo_root: Path, directory: Path) -> TracedRun:
     """Preprocesses prompts, trains, and notes what the trainer did; the generating model starts stale."""
     configs = repo_root / "model_configs" / "qwen_ppo"
     paths = smaller_configs(configs, directory)
@@ -150,31 +165,38 @@ def run_two_iterations(repo_root: Path, directory: Path) -> Run:
     )
     # Not start_runtime: it sets the device, which MindSpore refuses once other tests have computed.
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
-    phases = Phases()
+    phases, console, save = Phases(), RunState("PPO", "iteration"), directory / "save"
+    run = Run(
+        open_checkpoints(job, save, HostExchange(Runtime(rank=0, world_size=1))),
+        observers=Observers(StopRequest(), console, Trackers([console, TensorBoardTracker()])),
+        listeners=[phases],
+        experience_file=directory / "experience.mindrecord",
+    )
     trainer = PPOTrainer(
         job,
         WeightPaths(train=directory / "demo" / "hf_model"),
-        TrainerPaths(directory / "data.mindrecord", directory / "save", directory / "experience.mindrecord"),
-        Runtime(rank=0, world_size=1),
+        DataPaths(data),
+        run,
         tokenizer=tokenizer,
         verify_sync=True,
-        listeners=[phases],
-        trackers=Trackers([TensorBoardTracker()]),
+        keeps_experience=True,
     )
     # As if the infer checkpoint were another one: the trainer must not begin with two policies.
     trainer.ppo_model_infer.load({name: 1.5 * array for name, array in trainer.ppo_model_infer.shards()})
-    recorder = Recorder(trainer)
-    last = trainer.train()
-    return Run(
+    trace = Trace(trainer)
+    assert train(run, trainer), "all steps are done"
+    return TracedRun(
+        run,
         trainer,
-        recorder,
+        trace,
         directory / "demo" / "hf_model",
-        directory / "save",
+        save,
         directory,
-        last,
-        json_lines(directory / "save" / "metrics.jsonl"),
-        json_lines(directory / "save" / "samples.jsonl"),
+        run.last_checkpoint,
+        json_lines(save / "metrics.jsonl"),
+        json_lines(save / "samples.jsonl"),
         trainer.weight_sync.differences(),
         summary.counts.rows,
         list(phases.heard),
+        console,
     )
