@@ -205,7 +205,7 @@ PPO_ROWS = [
     Bad("experience where nothing can be made", PPO, lambda c: c.give(save_data_file="data.jsonl/e"),
         "--save_data_file data.jsonl/e", "Not a directory", "give another path"),
     Bad("resume from nothing", PPO, lambda c: c.give(resume_from="runs/iteration_000001"),
-        "--resume_from runs/iteration_000001", "no such directory", "name an iteration_NNNNNN directory"),
+        "--resume_from runs/iteration_000001", "no such directory", "name an existing iteration_NNNNNN"),
     Bad("resume from a directory that is no checkpoint", PPO, lambda c: c.give(resume_from="hf"),
         "hf", r"no manifest\.json", "name an iteration_NNNNNN directory"),
     Bad("flipped byte in a checkpoint's weights", PPO,

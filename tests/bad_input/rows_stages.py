@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -11,12 +12,19 @@ from tests.bad_input.harness import REWARD, SFT, Bad, Case
 from tests.bad_input.spoiling import MODEL, REAL, checkpoint, other_pad, records
 
 
-def stage_checkpoint(case: Case, **configuration: Any) -> str:
-    """The same of a stage; with keywords, one with a configuration that the job's can be held against."""
-    directory = checkpoint(case, "runs/old/step_000004")
-    if configuration:
-        case.write(f"{directory}/config.json", json.dumps({"configuration": configuration}))
-    return directory
+def stage_checkpoint(case: Case, **fixed: Any) -> str:
+    """The same of a stage."""
+    return checkpoint(case, "runs/old/step_000004", **fixed)
+
+
+def checkpoint_of_an_earlier_version(case: Case) -> None:
+    """Its state has no format, and its manifest fits."""
+    directory = stage_checkpoint(case)
+    manifest = json.loads((case / f"{directory}/manifest.json").read_text(encoding="utf-8"))
+    content = b'{"iteration": 1}'
+    case.write(f"{directory}/state.json", content)
+    manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    case.write(f"{directory}/manifest.json", json.dumps(manifest))
 
 
 def nothing_but_damaged_ones(case: Case) -> None:
@@ -30,7 +38,7 @@ ROWS = [
         lambda c: c.yaml("finetune_x.yaml", "optimizer", None),
         r"finetune_x\.yaml: optimizer", "missing", "give a finetune_"),
     Bad("no weights", SFT, lambda c: c.give(load_sft_checkpoint="no.ckpt"),
-        r"--load_sft_checkpoint no\.ckpt", "does not exist", "name weights that are there"),
+        r"--load_sft_checkpoint no\.ckpt", "does not exist", "name existing weights"),
     Bad("weights cut short", SFT, lambda c: c.cut("policy.ckpt", 0.7),
         r"policy\.ckpt", "damaged", "copy or save it again"),
     Bad("more rows a batch than there are", SFT, lambda c: c.give(batch_size=64),
@@ -61,9 +69,9 @@ ROWS = [
     Bad("results in a file", SFT, lambda c: c.give(save_ckpt_dir="data.jsonl"),
         r"--save_ckpt_dir data\.jsonl", "Not a directory", "give a directory that can"),
     Bad("results of another run", SFT, lambda c: c.write("runs/new/metrics.jsonl", ""),
-        "--save_ckpt_dir runs/new", r"earlier run \(metrics\.jsonl\)", "go on with --resume_training"),
+        "--save_ckpt_dir runs/new", r"earlier run \(metrics\.jsonl\)", "continue with --resume_training"),
     Bad("resume from nothing", SFT, lambda c: c.give(resume_from="runs/step_000001"),
-        "--resume_from runs/step_000001", "no such directory", "name a step_NNNNNN directory", REAL),
+        "--resume_from runs/step_000001", "no such directory", "name an existing step_NNNNNN", REAL),
     Bad("resume from a directory that is no checkpoint", SFT, lambda c: c.give(resume_from="hf"),
         "hf", r"no manifest\.json", r"step_NNNNNN of sft\.py"),
     Bad("two answers to where a run goes on", SFT,
@@ -80,14 +88,15 @@ ROWS = [
         r"manifest\.json", "damaged", "resume from another checkpoint"),
     Bad("nothing but damaged checkpoints to go on from", SFT, nothing_but_damaged_ones,
         "runs/new", r"all 1 checkpoint.*SHA-256", "remove them to start anew"),
-    Bad("a checkpoint of PPO", SFT, lambda c: (checkpoint(c), c.write(
-            "runs/old/iteration_000001/config.json", '{"configuration": {"ppo": {"seed": 1}}}')),
-        "runs/old/iteration_000001", r"stage: \(not there\) in the checkpoint, sft now",
+    Bad("a checkpoint of an earlier version", SFT, checkpoint_of_an_earlier_version,
+        r"runs/old/step_000004/state\.json", "format None", "start a new run from its weights"),
+    Bad("a checkpoint of PPO", SFT, checkpoint,
+        "runs/old/iteration_000001", "recipe: ppo in the checkpoint, sft now",
         "start anew in another --save_ckpt_dir"),
-    Bad("a checkpoint of another stage", SFT, lambda c: stage_checkpoint(c, stage="reward"),
-        "runs/old/step_000004", "stage: reward in the checkpoint, sft now", "give the configuration"),
+    Bad("a checkpoint of another stage", SFT, lambda c: stage_checkpoint(c, recipe="reward"),
+        "runs/old/step_000004", "recipe: reward in the checkpoint, sft now", "give the configuration"),
     Bad("a checkpoint of other data", REWARD,
-        lambda c: stage_checkpoint(c, stage="reward", rows={"train": 5}),
+        lambda c: stage_checkpoint(c, **{"recipe": "reward", "rows.train": 5}),
         "runs/old/step_000004", "rows.train: 5 in the checkpoint, 11 now", "give the configuration"),
     Bad("a run that is finished and has no checkpoint", SFT,
         lambda c: (c.write("runs/new/final/rank_0/checkpoint_0.ckpt", "x"), c.give(resume_training="True")),

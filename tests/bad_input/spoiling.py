@@ -31,9 +31,12 @@ def other_pad(column: np.ndarray) -> np.ndarray:
     return np.where(column == PAD, PAD + 1, column)
 
 
-def checkpoint(case: Case, directory: str = "runs/old/iteration_000001") -> str:
-    """A checkpoint as far as its manifest goes."""
-    files = {"state.json": b'{"iteration": 1}', "policy/rank_0/checkpoint_0.ckpt": b"x" * 100}
+def checkpoint(case: Case, directory: str = "runs/old/iteration_000001", **fixed: Any) -> str:
+    """A checkpoint as far as its manifest and its state go; keywords are what a job must not change."""
+    from mindrlhf.trainer.checkpoints import FORMAT
+
+    state = {"format": FORMAT, "step": 1, "parts": {}, "layouts": {}, "fixed": {"recipe": "ppo"} | fixed}
+    files = {"state.json": json.dumps(state).encode(), "policy/rank_0/checkpoint_0.ckpt": b"x" * 100}
     for name, content in files.items():
         case.write(f"{directory}/{name}", content)
     listed = {
