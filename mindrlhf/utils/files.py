@@ -62,21 +62,6 @@ def check_experience_place(path: Path | None) -> None:
         ) from error
 
 
-def check_writable(directory: Path, rank: int) -> None:
-    """Refuses a ``--save_ckpt_dir`` that ``rank`` cannot make or write; leaves nothing behind.
-
-    Raises:
-        CheckpointError: names the directory and the rank.
-    """
-    try:
-        probe_directory(directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"--save_ckpt_dir {directory}: cannot be written by rank {rank} ({error.strerror}); give a "
-            "directory that can"
-        ) from error
-
-
 @contextmanager
 def parents_of(path: Path) -> Iterator[None]:
     """Makes the directories above ``path``; when the block fails, those that it made are removed if empty."""

@@ -1,12 +1,11 @@
-"""Damages the files that MindRLHF reads, at random, and looks that every reader either says what is wrong or
-reads what is there.
+"""Damages the files that MindRLHF reads; every reader must report the fault or read what is there.
 
     python scripts/soak/fuzz.py --cases 10000 --seed 1
     python scripts/soak/fuzz.py --seed 1 --only 4711 --keep /tmp/case    # one case again, its files kept
 
-Case i of a seed is always the same. A defect is an exception that is no MindRLHFError, a wrong result, more
-memory than --memory_mb, more time than --seconds, or a crash of the interpreter; each is listed with its
-case, and the exit code is 1.
+Case i of a seed is always the same. A defect is an exception that is not a MindRLHFError, a wrong result,
+more memory than --memory_mb, more time than --seconds, or a crash of the interpreter. Each is listed with
+its case, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ class Defect(NamedTuple):
 
 
 class _Hang(BaseException):
-    """Not an Exception, so that no reader takes it for damage."""
+    """Not an Exception, so that no reader takes it for a damaged file."""
 
 
 def run_case(seed: int, case: int, targets: dict[str, Target], directory: Path, seconds: float) -> str:
-    """One case; returns ``target: outcome``; an outcome that is neither of the two good ones is a defect.
+    """Runs one case; returns ``target: outcome``, a defect unless it is one of the two good outcomes.
 
     Args:
-        seed, case: which.
+        seed, case: key of all random numbers.
         targets: see :func:`fuzz_targets.make_targets`.
-        directory: emptied, then the files' place.
-        seconds: most time.
+        directory: for the files; emptied first.
+        seconds: time limit.
     """
     random = random_stream("fuzz", seed, case)
-    # Python's own limit, and one like MindSpore's: readers must lean on neither.
+    # Python's own limit, and one like MindSpore's: readers must depend on neither.
     sys.setrecursionlimit(1_000 if case // len(targets) % 2 else 20_000)
     name = list(targets)[case % len(targets)]
     target = targets[name]
@@ -103,7 +102,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 def run_batch(
     seed: int, cases: Sequence[int], targets: dict[str, Target], directory: Path, args: argparse.Namespace
 ) -> tuple[Counter[str], list[Defect]]:
-    """Runs cases in a process of their own, with a limit of memory, and again behind one that crashed it."""
+    """Runs cases in a child process with a memory limit, and in another after a case that crashed it."""
     counts: Counter[str] = Counter()
     defects: list[Defect] = []
     left = list(cases)
@@ -128,7 +127,7 @@ def _count(case: int, outcome: str, counts: Counter[str], defects: list[Defect])
 def _in_child(
     seed: int, cases: Sequence[int], targets: dict[str, Target], directory: Path, args: argparse.Namespace
 ) -> tuple[list[str], str | None]:
-    """The outcomes of the cases until the child crashed, and how it did."""
+    """The outcomes of the cases until the child crashed, and how it crashed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -146,7 +145,7 @@ def _in_child(
             os._exit(code)
     os.close(writing)
     outcomes: list[str] = []
-    # A reader that hangs in C hears no alarm of its own.
+    # An alarm in the child does not reach a reader that hangs in C.
     with os.fdopen(reading, encoding="utf-8") as pipe, _killing(child, _HANG_SECONDS + args.seconds):
         for line in pipe:
             outcomes.append(line.rstrip("\n"))
@@ -182,12 +181,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--cases", type=int, default=10_000, help="how many (default: 10000)")
+    parser.add_argument("--cases", type=int, default=10_000, help="number of cases (default: 10000)")
     parser.add_argument("--seed", type=int, default=1, help="of the damage (default: 1)")
     parser.add_argument("--only", type=int, metavar="CASE", help="run this case alone")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="with --only: leave the files there")
-    parser.add_argument("--seconds", type=float, default=5.0, help="most time of a case (default: 5)")
-    parser.add_argument("--memory_mb", type=int, default=256, help="most new memory (default: 256)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time limit of a case (default: 5)")
+    parser.add_argument(
+        "--memory_mb", type=int, default=256, help="limit of additional memory (default: 256)"
+    )
     args = parser.parse_args(argv)
     if args.cases < 1:
         parser.error(f"--cases must be at least 1, got {args.cases}")
@@ -195,7 +196,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs the cases and says what came of them."""
+    """Runs the cases and prints their outcomes."""
     args = parse_arguments()
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="mindrlhf_fuzz_"))

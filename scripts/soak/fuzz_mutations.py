@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# What breaks readers: limits of integers, floats that are none, nesting, half characters, other formats.
+# Known to break readers: limits of integers, special floats, nesting, half characters, other formats.
 TOKENS = (
     b"", b"0", b"-1", b"1", b"2147483648", b"9223372036854775807", b"18446744073709551616", b"1e999", b"-0.0",
     b"NaN", b"Infinity", b"null", b"true", b"~", b"''", b'""', b"{}", b"[]", b"[" * 900, b"[" * 3000,
@@ -29,7 +29,7 @@ def mutate(content: bytes, random: np.random.Generator) -> tuple[bytes, list[str
 
     Args:
         content: of the file.
-        random: all randomness comes from here.
+        random: the only source of randomness.
     """
     names = []
     for _ in range(int(random.choice([1, 1, 1, 2, 2, 3, 4]))):

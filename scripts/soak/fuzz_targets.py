@@ -1,7 +1,7 @@
-"""What is fuzzed: for each reader a good file, and a check of whatever it accepts.
+"""The targets of fuzzing: per reader, good files and a check of what it accepts.
 
-A target's ``read`` raises :class:`~mindrlhf.utils.errors.MindRLHFError`, or AssertionError when it accepted
-a file and read something else than is in it; anything else that it raises is a defect too.
+A target's ``read`` raises :class:`~mindrlhf.utils.errors.MindRLHFError`, or AssertionError when the reader
+accepted a file and read something else than is in it; any other exception is a defect, too.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Target:
     """One reader.
 
     Attributes:
-        files: name -> content of what it reads.
-        mutated: which of them are damaged; one of them in each case.
+        files: name -> content of the files that it reads.
+        mutated: names of files that may be damaged, one per case.
         read: reads the directory with the files.
     """
 
@@ -69,7 +69,7 @@ class Target:
 
 
 def make_targets(directory: Path) -> dict[str, Target]:
-    """All targets by name; ``directory`` is for files that are made with the library's own writers."""
+    """All targets by name; ``directory`` is for files made by the library's own writers."""
     return {
         "yaml": _yaml_target(),
         "jsonl": _jsonl_target(),
@@ -143,7 +143,7 @@ def _read_all(source: WeightSource, file_bytes: int) -> None:
 
 
 def _check_safetensors(path: Path, source: WeightSource) -> None:
-    """Every tensor against what the header, read once more, says of it."""
+    """Compares every tensor with the header, which is read once more here."""
     content = path.read_bytes()
     (length,) = struct.unpack_from("<Q", content)
     header = json.loads(content[8 : 8 + length])

@@ -1,4 +1,4 @@
-"""The smallest PPO job there is, for the soak scripts: random weights, random prompts, YAMLs of any split."""
+"""A tiny PPO job for the soak scripts: random weights, random prompts, and YAMLs of any split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mindrlhf.parallel.layout import Mesh
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "model_configs" / "qwen_ppo"
 
-# Workers -> (dp, mp) of the generating and of the trained policy: different, so that syncs reshard.
+# Workers -> (dp, mp) of the generating and of the trained policy, which differ so that syncs reshard.
 SPLITS = {2: ((1, 2), (2, 1)), 4: ((1, 4), (2, 2))}
 VOCAB, PAD, PROMPT, RESPONSE, ROWS = 128, 2, 6, 8, 64
 STOP_IDS = (2, 5, 11, 17, 23, 40, 58, 71, 99)
@@ -46,7 +46,7 @@ PPO: dict[str, Any] = {
     "pad_token_id": PAD,
     "valid_vocab_size": VOCAB,
     "decode_steps_per_call": 2,
-    # What has a state of its own must come back, too.
+    # A state of its own, which a resumed run must restore.
     "kl_controller": "adaptive",
     "kl_target": 0.05,
     "kl_horizon": 200,
@@ -57,18 +57,18 @@ PPO: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class JobInputs:
-    """Files of a job for some number of workers.
+    """The files of a job for a number of workers.
 
     Args:
-        directory: where they are made.
-        workers: how many the job has.
+        directory: for the files.
+        workers: of the job.
     """
 
     directory: Path
     workers: int
 
     def write(self) -> None:
-        """Makes them all; the same every time."""
+        """Makes all files, the same every time."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for kind, (dp, mp) in zip(("generate", "finetune"), SPLITS[self.workers], strict=True):
             changes = {
@@ -81,7 +81,7 @@ class JobInputs:
         self._write_prompts()
 
     def flags(self, save: Path, overrides: Mapping[str, object]) -> list[str]:
-        """Command line of ``ppo_one_stage.py`` that saves to ``save``."""
+        """Flags of a ``ppo_one_stage.py`` that saves to ``save``."""
         generate, finetune = (str(self.directory / f"{kind}_soak.yaml") for kind in ("generate", "finetune"))
         flags = ["--sft_path_infer", generate, "--sft_path_train", finetune]
         flags += ["--reward_path", generate, "--critic_path", finetune]
@@ -94,7 +94,7 @@ class JobInputs:
         return flags
 
     def _write_weights(self) -> None:
-        """Large enough that the distribution over tokens is far from uniform."""
+        """Weights so large that the distribution over tokens is far from uniform."""
         rng = np.random.default_rng(1)
         model = load_run_config(self.directory / "generate_soak.yaml").model
         arrays = {}
@@ -117,7 +117,7 @@ class JobInputs:
 
 
 def _change_yaml(source: Path, target: Path, changes: Mapping[str, Mapping[str, Any]]) -> None:
-    """A shipped YAML with other values."""
+    """Writes a YAML of the repository with other values."""
     content = yaml.safe_load(source.read_text(encoding="utf-8"))
     for section, values in changes.items():
         part = content

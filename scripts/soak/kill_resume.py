@@ -1,13 +1,12 @@
-"""Kills a small PPO job again and again, resumes it each time, and compares it with one that was let be.
+"""Kills a small PPO job again and again, resumes it each time, and compares it with an undisturbed one.
 
     python scripts/soak/kill_resume.py --kills 20
 
-Each round starts the job through scripts/msrun_launcher.py with --resume_training True, waits until it
-is in the phase whose turn it is (rollout, train, sync, save) and, a random moment later, sends SIGKILL to
-one random worker or to all. The last round runs to the end. Two undisturbed runs before show how far two
-runs of the same job differ by themselves: MindSpore's CPU kernels do not repeat bit by bit. Exit code 1
-when a job did not end after its kill or left a process behind, or when its metrics differ by more than
---tolerance.
+Each round starts the job through scripts/msrun_launcher.py with --resume_training True, waits until it is in
+the next phase of rollout, train, sync and save and, at a random moment after that, sends SIGKILL to one
+random worker or to all. The last round runs to the end. Two undisturbed runs show how far two runs of the
+same job differ by themselves, because MindSpore's CPU kernels do not repeat bit by bit. Exit code 1 when a
+job did not end after its kill, left a process behind, or has metrics that differ by more than --tolerance.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from mindrlhf.utils.tables import markdown_table
 PHASES = ("rollout", "train", "sync", "save")
 LONGEST_END = 60.0  # seconds from a kill to the end of the job
 CLOCK = ("time/", "tokens_per_second", "memory/")
-# Below this, a metric counts as zero but for rounding: sums of differences have no digits of their own.
+# Smaller metrics count as zero plus rounding: sums of differences have no significant digits.
 SMALLEST = 1e-2
 
 
 @dataclass
 class Round:
-    """One kill and what came of it."""
+    """One kill and its outcome."""
 
     number: int
     wanted: str
@@ -57,12 +56,12 @@ class Round:
 
     @property
     def is_good(self) -> bool:
-        """Whether the job ended in time, as a failure, and left nothing behind."""
+        """Whether the job ended in time with a failure and left nothing behind."""
         return self.code != 0 and self.seconds <= LONGEST_END and not self.left_alive
 
 
 class Job:
-    """A running job and where its workers say what they do."""
+    """A running job, and what its workers are doing."""
 
     def __init__(self, inputs: JobInputs, save: Path, logs: Path, overrides: Mapping[str, object]) -> None:
         self.workers = inputs.workers
@@ -84,7 +83,7 @@ class Job:
         )
 
     def doing(self, rank: int) -> tuple[int, int, str]:
-        """Process, iteration since its start, and phase of a worker; zeros before it has begun."""
+        """Process number, iteration since its start, and phase of a worker; zeros before it has begun."""
         try:
             pid, iteration, phase = (self.logs / f"phase_{rank}").read_text().split()
         except (OSError, ValueError):
@@ -92,7 +91,7 @@ class Job:
         return int(pid), int(iteration), phase
 
     def wait_until(self, rank: int, iteration: int, phase: str) -> bool:
-        """Whether the worker came to the phase; otherwise the job has ended."""
+        """Waits for a phase; False when the job has ended before."""
         while self.process.poll() is None:
             _, now, doing = self.doing(rank)
             if now >= iteration and doing == phase:
@@ -101,7 +100,7 @@ class Job:
         return False
 
     def kill(self, ranks: list[int]) -> list[psutil.Process]:
-        """SIGKILL to workers; returns all processes of the job, as they were."""
+        """Kills workers; returns all worker processes as they were before."""
         everyone = [process for rank in range(self.workers) if (process := _process(self.doing(rank)[0]))]
         for rank in ranks:
             with suppress(ProcessLookupError):
@@ -109,7 +108,7 @@ class Job:
         return everyone
 
     def finish(self, timeout: float) -> int:
-        """Exit code; a job that takes longer is killed."""
+        """The exit code; a job that takes longer is killed."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -138,7 +137,7 @@ def _process(pid: int) -> psutil.Process | None:
 def run_undisturbed(
     inputs: JobInputs, directory: Path, overrides: Mapping[str, object]
 ) -> list[dict[str, Any]]:
-    """Metrics of a run that nobody kills."""
+    """The metrics of a run that nobody kills."""
     shutil.rmtree(directory, ignore_errors=True)
     job = Job(inputs, directory / "save", directory / "logs", overrides)
     if job.finish(3600):
@@ -154,7 +153,7 @@ def run_killed(
     seed: int,
     straight: list[dict[str, Any]],
 ) -> tuple[list[Round], list[dict[str, Any]]]:
-    """The rounds, and the metrics of the run that went through them; ``straight`` are those of another."""
+    """The rounds, and the metrics of their run; ``straight`` are the metrics of an undisturbed one."""
     rng = np.random.default_rng(seed)
     shutil.rmtree(directory, ignore_errors=True)
     save = directory / "save"
@@ -164,7 +163,8 @@ def run_killed(
         job = Job(inputs, save, directory / f"logs_{number:02d}", overrides)
         phase = PHASES[(number - 1) % len(PHASES)]
         rank = int(rng.integers(inputs.workers))
-        # The first iteration of a process compiles; a second one only while that cannot finish the job.
+        # The first iteration of a process compiles; wait for a second one only while that cannot finish the
+        # job.
         first = int(rng.integers(1, 3)) if before < number else 1
         if not job.wait_until(rank, first, phase):
             job.finish(10)
@@ -191,25 +191,25 @@ def run_killed(
 
 
 def phase_seconds(straight: list[dict[str, Any]], phase: str, *, is_compiling: bool) -> float:
-    """How long a phase takes, in the first iteration of a process or later; nobody records that of saving."""
+    """Seconds of a phase, in the first iteration of a process or later; saving is not recorded."""
     times = [line.get(f"time/{phase}", 0.1) for line in straight]
     return float(times[0] if is_compiling else np.median(times[1:]))
 
 
 def newest(save: Path) -> int:
-    """Iteration of the newest checkpoint."""
+    """The iteration of the newest checkpoint."""
     return max((int(path.name.rsplit("_", 1)[1]) for path in save.glob("iteration_*")), default=0)
 
 
 def read_metrics(save: Path) -> list[dict[str, Any]]:
-    """Whole lines of metrics.jsonl."""
+    """The complete lines of metrics.jsonl."""
     path = save / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, str, int]:
-    """Largest relative difference of two runs' metrics, of which metric and in which iteration."""
+    """The largest relative difference of two runs' metrics, its metric and its iteration."""
     if [line["iteration"] for line in one] != [line["iteration"] for line in other]:
         return float("inf"), "iteration", 0
     worst = (0.0, "none", 0)
@@ -222,7 +222,7 @@ def largest_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -
 
 
 def describe(item: Round) -> str:
-    """One line while it runs."""
+    """One line about a round."""
     return (
         f"kill {item.number}: {item.victim} in {item.phase} (wanted: {item.wanted}) of iteration "
         f"{item.iteration}, resumed after {item.came_from}; ended {item.seconds:.1f} s later with {item.code}"
@@ -262,15 +262,8 @@ def main() -> int:
     again = run_undisturbed(inputs, base / "undisturbed_again", overrides)
     rounds, killed = run_killed(inputs, base / "killed", overrides, options.kills, options.seed, straight)
     header = [
-        "kill",
-        "wanted",
-        "was in",
-        "victim",
-        "in iteration",
-        "resumed after",
-        "seconds to end",
-        "exit",
-        "left",
+        *("kill", "wanted", "was in", "victim", "in iteration"),
+        *("resumed after", "seconds to end", "exit", "left"),
     ]
     rows = [
         [

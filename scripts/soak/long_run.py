@@ -1,11 +1,11 @@
-"""Runs a small PPO job for long and looks whether memory, open files or compiled graphs grow.
+"""Runs a small PPO job for long and checks whether memory, open files or compiled graphs grow.
 
     python scripts/soak/long_run.py --workers 4 --iterations 200
 
-Every worker notes its resident memory, open files and compiled graphs before each iteration. Compared are the
-medians of ten iterations after --settle (20) and of the last ten. Exit code 1 when memory or open files of a
-worker have grown by more than --limit (2 %), or a graph was compiled after --settle iterations. (The first
-iteration compiles the networks, the first save one exchange of a few bytes, nothing else anything.)
+Every worker records its resident memory, open files and compiled graphs before each iteration. The medians of
+ten iterations after --settle (20) are compared with those of the last ten. Exit code 1 when memory or open
+files of a worker have grown by more than --limit (2 %), or when a graph was compiled after --settle
+iterations: the first iteration compiles the networks, and the first save one exchange of a few bytes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.tables import markdown_table
 
-SPAN = 10  # iterations that a median is of
+SPAN = 10  # iterations per median
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What one worker held in the beginning and in the end."""
+    """What one worker held at the beginning and at the end."""
 
     rank: int
     memory: tuple[float, float]
     files: tuple[float, float]
     compiled: tuple[int, int, int]
-    """Graphs in the first iteration, from then until all has settled, and later."""
+    """Graphs compiled in the first iteration, from then until ``--settle``, and later."""
 
     def is_flat(self, limit: float) -> bool:
-        """Whether nothing has grown by more than ``limit``, a fraction."""
+        """Whether nothing has grown by more than the fraction ``limit``."""
         grown = [last > first * (1 + limit) for first, last in (self.memory, self.files)]
         return not any(grown) and not self.compiled[-1]
 
@@ -68,7 +68,7 @@ HEADER = [
 
 
 def run(inputs: JobInputs, directory: Path, iterations: int, settle: int) -> float:
-    """Runs the job, which saves before it is settled and then as often; returns its seconds."""
+    """Runs the job, which saves every ``settle / 2`` iterations; returns its seconds."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     overrides = {"total_iterations": iterations, "save_interval": max(1, settle // 2)}
@@ -86,7 +86,7 @@ def run(inputs: JobInputs, directory: Path, iterations: int, settle: int) -> flo
 
 
 def measure(path: Path, rank: int, settle: int) -> Growth:
-    """Growth of one worker from its lines."""
+    """The growth of one worker, from its file of records."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     memory, files, compiled = (
         np.array([line[name] for line in lines])
@@ -110,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, choices=sorted(SPLITS))
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--settle", type=int, default=20, help="iterations before growth counts")
-    parser.add_argument("--limit", type=float, default=0.02, help="growth that is allowed, a fraction")
+    parser.add_argument("--limit", type=float, default=0.02, help="allowed growth, a fraction")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/soak_long"), help="replaced")
     arguments = parser.parse_args()
     if arguments.settle + 2 > arguments.iterations:

@@ -1,9 +1,9 @@
-"""``ppo_one_stage.py`` that also writes down, for the soak scripts, what each worker does and what it holds.
+"""``ppo_one_stage.py`` that also records, for the soak scripts, what each worker does and what it holds.
 
-In the folder that the environment variable MINDRLHF_SOAK_DIR names, worker r keeps
+In the directory that the environment variable MINDRLHF_SOAK_DIR names, worker r keeps
 
-    phase_r          "PID ITERATION PHASE", at every moment
-    holds_r.jsonl    resident bytes, open files and compiled graphs, a line an iteration
+    phase_r          "PID ITERATION PHASE", always up to date
+    holds_r.jsonl    resident bytes, open files and compiled graphs, one line per iteration
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ WIDTH = 64
 
 
 class Observer:
-    """A phase listener; an iteration begins with its rollout.
+    """Listens to phases; an iteration begins with its rollout.
 
     Args:
-        directory: where it writes.
+        directory: for its files.
         rank: of this worker.
     """
 
     def __init__(self, directory: Path, rank: int) -> None:
         self.iteration = 0
         self.compiled = 0
-        self._depth = 0  # a rollout has phases of its own
+        self._depth = 0  # a rollout has phases inside
         self._phase = os.open(directory / f"phase_{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._holds = directory / f"holds_{rank}.jsonl"
 
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
-        """Notes the phase; with a rollout, what the iterations before have left."""
+        """Records the phase and, at a rollout, what earlier iterations have left."""
         if name == "rollout":
             if self.iteration:
-                self.note_holdings()
+                self.record_holdings()
             self.iteration += 1
         self._depth += 1
         if self._depth == 1:
             self._write(name)
 
     def phase_advanced(self, done: int) -> None:
-        """Nothing to note."""
+        """Nothing to record."""
 
     def phase_ended(self, name: str) -> None:
-        """Notes that no phase runs."""
+        """Records that no phase runs."""
         self._depth -= 1
         if not self._depth:
             self._write("between")
 
-    def note_holdings(self) -> None:
-        """A line of what this worker holds now."""
+    def record_holdings(self) -> None:
+        """Records what this worker holds now."""
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         line = {
             "iteration": self.iteration,
@@ -74,7 +74,7 @@ class Observer:
 
 
 def observe(directory: Path, rank: int) -> Observer:
-    """Makes every phase timer tell an observer, and MindSpore's compiler count."""
+    """Makes every phase timer call an observer, which also counts compilations."""
     import mindspore.graph.api
 
     observer = Observer(directory, rank)
@@ -84,7 +84,7 @@ def observe(directory: Path, rank: int) -> Observer:
         make(timer, (*listeners, observer))
 
     PhaseTimer.__init__ = make_observed  # type: ignore[method-assign, assignment]
-    # MindSpore calls it just before each compilation of a cell or a function, and only then.
+    # MindSpore calls this just before each compilation of a cell or function, and only then.
     check = mindspore.graph.api._check_recompile
 
     def count(*arguments: Any) -> Any:
@@ -96,14 +96,14 @@ def observe(directory: Path, rank: int) -> Observer:
 
 
 def run() -> None:
-    """The job, observed, and its last holdings."""
+    """Runs the job, observed, and records what it holds at the end."""
     folder = os.environ.get(FOLDER)
     if folder is None or is_scheduler():
         main()
         return
     observer = observe(Path(folder), env_rank())
     main()
-    observer.note_holdings()
+    observer.record_holdings()
 
 
 if __name__ == "__main__":
