@@ -53,6 +53,8 @@ CASES = {
     for case in (
         Case((1, 1), (1, 1), "shared"),
         Case((1, 1), (1, 1), "separate"),
+        Case((1, 1), (1, 1), "none", ("advantage=reinforce",)),
+        Case((2, 1), (1, 2), "none", ("advantage=reinforce", "micro_batch_size=2")),
         Case((2, 1), (1, 2), "shared", ("micro_batch_size=2",), broken={REPLICATED: (REPLICATED, 1)}),
         Case((1, 2), (2, 1), "separate", ("score_batch_size=2",), greedy=True, broken={SPLIT: (SPLIT, 1)}),
         Case(

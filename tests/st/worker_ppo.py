@@ -237,13 +237,14 @@ def skip(trainer: WatchedTrainer) -> dict[str, Any]:
         return statistics
 
     step.accumulate = faulty  # type: ignore[method-assign]
+    rollout = trainer.last_experience.rollout
     result = trainer.ppo_update.run(trainer.last_experience, 0, lambda: None)
     del step.accumulate
     after, skips = digests(trainer), trainer.ppo_update.skips
     report = {
         "changed": [name for name in after if not name.startswith("critic") and after[name] != before[name]],
         "count": result.skipped,
-        "rows": [update.rows.tolist() for update in skips.drain()],
+        "rows": [entry["sample_ids"] for entry in skips.report(np.arange(len(rollout.tokens)))[0]],
     }
     skips.end_update(skipped=False)
     return report
