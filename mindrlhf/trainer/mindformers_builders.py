@@ -1,7 +1,7 @@
 """MindFormers' builders of optimizers and schedules, without the rest of MindFormers.
 
-``import mindformers`` brings in all that it has, and torch, datasets, scipy and pandas where they are there:
-4 s of processor time for every worker. The two builders need 0.2 s.
+``import mindformers`` imports all of it, and torch, datasets, scipy and pandas where they are installed: 4 s
+of processor time per worker. The two builders need 0.2 s.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ Builder = Callable[..., Any]
 def load_builders() -> tuple[Builder, Builder]:
     """MindFormers' ``build_lr`` and ``build_optim``.
 
-    The two packages above them are not run before something else of them is asked for, such as by
+    The code of the two packages above them does not run until something else is asked of them, such as by
     ``from mindformers import AutoTokenizer``.
     """
     if _PACKAGES[0] not in sys.modules:
-        _put_off(_PACKAGES[0])
-    # Imported here: it writes a log folder, see LOCAL_DEFAULT_PATH in runtime/launching.py.
+        _register(_PACKAGES[0])
+    # Imported here because it makes a directory for logs, see LOCAL_DEFAULT_PATH in runtime/launching.py.
     from mindformers.core.lr import build_lr
     from mindformers.core.optim import build_optim
 
     return build_lr, build_optim
 
 
-def _put_off(name: str) -> None:
-    """Makes ``mindformers`` and ``mindformers.core`` known, so that modules in them can be imported."""
+def _register(name: str) -> None:
+    """Registers ``mindformers`` and ``mindformers.core`` so that modules in them can be imported."""
     spec = PathFinder.find_spec(name)
     if spec is None or spec.submodule_search_locations is None:
-        return  # the import says that it is not installed
-    package = _unrun(spec)
+        return  # the import below says that it is not installed
+    package = _lazy_package(spec)
     package.__version__ = metadata.version(name)  # type: ignore[attr-defined]
     core = PathFinder.find_spec(_PACKAGES[1], package.__path__)
     if core is None or core.submodule_search_locations is None:
-        return  # another MindFormers, to be imported as a whole
+        return  # another MindFormers, which is imported as a whole
     sys.modules[name] = package
-    sys.modules[_PACKAGES[1]] = _unrun(core)
+    sys.modules[_PACKAGES[1]] = _lazy_package(core)
     package.core = sys.modules[_PACKAGES[1]]  # type: ignore[attr-defined]
 
 
-def _unrun(spec: ModuleSpec) -> ModuleType:
-    """A package that is there for its modules; its own code runs when a name is asked for that it lacks."""
+def _lazy_package(spec: ModuleSpec) -> ModuleType:
+    """A package whose modules can be imported; its own code runs when a missing name is asked for."""
     module = module_from_spec(spec)
 
     def run(name: str) -> Any:
-        if name.startswith("__") and name != "__all__":  # asked by Python itself, of any module
+        if name.startswith("__") and name != "__all__":  # Python itself asks any module for these
             raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
         del module.__getattr__
         assert spec.loader is not None

@@ -31,7 +31,7 @@ def load_model_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
 
 
 def check_one_tokenizer(paths: Mapping[str, Path | None]) -> None:
-    """Refuses directories whose tokenizers differ: a reward model would read other words than were written.
+    """Refuses directories whose tokenizers differ: a reward model would read other words than were generated.
 
     Args:
         paths: flag -> what it names; only directories with a tokenizer's files count.
@@ -57,7 +57,7 @@ def check_one_tokenizer(paths: Mapping[str, Path | None]) -> None:
 
 
 def find_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
-    """What two tokenizers disagree on, empty when they agree; ids of added tokens at the end may be fewer."""
+    """The first difference of two tokenizers, empty without one; added tokens may be missing at the end."""
     a, b = ours.encode_batch([_PROBE])[0], theirs.encode_batch([_PROBE])[0]
     if a != b:
         at = next(i for i, pair in enumerate(zip([*a, -1], [*b, -1], strict=False)) if pair[0] != pair[1])

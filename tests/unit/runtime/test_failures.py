@@ -312,11 +312,11 @@ def test_a_heartbeat_that_cannot_be_written_is_no_failure(tmp_path: Path) -> Non
     heart.update(phase="train")
 
 
-def test_folders_of_jobs_that_died_with_their_supervisor_are_swept_up(tmp_path: Path) -> None:
+def test_directories_of_jobs_that_died_with_their_supervisor_are_swept_up(tmp_path: Path) -> None:
     own, dead, living = (tmp_path / f"mindrlhf_job_0_host_{name}" for name in ("1_1", "2_2", "3_3"))
-    for folder in (own, dead, living, tmp_path / "mindrlhf_job_0_other_4_4"):
-        folder.mkdir()
-        HeartbeatWriter(folder, 0, 1)
+    for directory in (own, dead, living, tmp_path / "mindrlhf_job_0_other_4_4"):
+        directory.mkdir()
+        HeartbeatWriter(directory, 0, 1)
     path = dead / "rank_0.json"
     path.write_text(path.read_text().replace('"started": ', '"started": 9'))
     Supervisor(own).remove_abandoned()

@@ -185,7 +185,7 @@ with timer.phase("train"):
 
 
 def test_a_users_error_is_one_message(tmp_path: Path) -> None:
-    """All ranks find it; the lowest speaks, with exit code 2 on all."""
+    """All ranks find it; the lowest reports it; exit code 2 on all."""
     ended = run(tmp_path, 'raise MindRLHFError("prompts.mindrecord: no such file")')
     (message,) = ended.messages
     assert message.startswith(
@@ -238,13 +238,13 @@ with supervised(1.0):
     assert list(temporary.iterdir()) == []
 
 
-def test_when_only_the_scheduler_is_left_the_supervisor_takes_the_folder_along(tmp_path: Path) -> None:
-    """msrun kills its scheduler now and then, before that can remove the folder itself."""
-    folder = tmp_path / "mindrlhf_job_0_host_1_1"
-    folder.mkdir()
-    HeartbeatWriter(folder, 0, 1).update(state=ENDED)
-    worker = folder / "rank_0.json"
+def test_when_only_the_scheduler_is_left_the_supervisor_removes_the_directory(tmp_path: Path) -> None:
+    """msrun kills its scheduler now and then, before that can remove the directory itself."""
+    directory = tmp_path / "mindrlhf_job_0_host_1_1"
+    directory.mkdir()
+    HeartbeatWriter(directory, 0, 1).update(state=ENDED)
+    worker = directory / "rank_0.json"
     worker.write_text(worker.read_text().replace('"started": ', '"started": 9'))  # nobody has that any more
-    HeartbeatWriter(folder, SCHEDULER, 1)
-    Supervisor(folder).run()
-    assert not folder.exists()
+    HeartbeatWriter(directory, SCHEDULER, 1)
+    Supervisor(directory).run()
+    assert not directory.exists()

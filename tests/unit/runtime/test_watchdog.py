@@ -19,9 +19,9 @@ COMPUTING = frozenset({"rollout", "score", "train"})
 def heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeartbeatWriter]:
     """The heartbeat of a process that has joined; no supervisor is started."""
     with (tmp_path / "stacks").open("w") as stacks:
-        member = supervision.SupervisedProcess(HeartbeatWriter(tmp_path, 1, 4), stacks)
-        monkeypatch.setattr(supervision, "_current", member)
-        yield member.heartbeat
+        process = supervision.SupervisedProcess(HeartbeatWriter(tmp_path, 1, 4), stacks)
+        monkeypatch.setattr(supervision, "_current", process)
+        yield process.heartbeat
 
 
 def test_phases_and_their_progress_are_written(heart: HeartbeatWriter) -> None:
@@ -107,14 +107,14 @@ def test_one_process_is_supervised_while_the_block_runs(
     started: list[Path] = []
     monkeypatch.setattr(supervision, "_start_supervisor", started.append)
     with supervised(60.0):
-        member = supervision.current_process()
-        assert member is not None
-        assert [member.directory] == started == list(tmp_path.iterdir())
-        beat: Heartbeat = member.heartbeat.last
+        process = supervision.current_process()
+        assert process is not None
+        assert [process.directory] == started == list(tmp_path.iterdir())
+        beat: Heartbeat = process.heartbeat.last
         assert (beat.rank, beat.world_size) == (0, 1)
         with supervised(60.0):
-            assert supervision.current_process() is member
-        assert supervision.current_process() is member
+            assert supervision.current_process() is process
+        assert supervision.current_process() is process
     assert supervision.current_process() is None
     assert list(tmp_path.iterdir()) == []
     with supervised(0):
