@@ -81,11 +81,11 @@ class RunOptions:
     """The flags of every program that trains."""
 
     resume_from: Path | None = _files(
-        None, "an iteration_NNNNNN (PPO) or step_NNNNNN directory to go on from"
+        None, "an iteration_NNNNNN (PPO) or step_NNNNNN directory to resume from"
     )
     resume_training: bool = _files(
         False,
-        "True: go on from the newest whole checkpoint of --save_ckpt_dir; start anew when there is none",
+        "True: resume from the newest whole checkpoint of --save_ckpt_dir, or start a new run without one",
     )
     trackers: tuple[str, ...] = _run(
         DEFAULT_TRACKERS,
@@ -97,7 +97,7 @@ class RunOptions:
     device_target: DeviceTarget | None = _run(None, "override device_target of every YAML")
     cpu_matmul_dtype: Literal["float32", "bfloat16"] = _run(
         "float32",
-        "bfloat16: on CPU round the operands of products to it, sums and all else stay float32; needs a "
+        "bfloat16: on CPU, round the operands of products to it; sums and all else stay float32; needs a "
         "processor with avx512_bf16, and g++",
     )
     watchdog_timeout: NotNegative = _run(
@@ -169,19 +169,19 @@ class StageOptions(TrainingSettings, RunOptions):
     mind_dataset_dir: Path
     save_ckpt_dir: Path
     save_full_ckpt: Path | None = _files(
-        None, "write the weights to this .ckpt or .safetensors file too, merged: any split reads it"
+        None, "also write the weights to this .ckpt or .safetensors file, merged; any split reads it"
     )
     epochs: Count | None = _training(None, "passes over the data (default: runner_config.epochs)")
     batch_size: Count | None = _training(
         None, "rows per optimizer step, over all ranks (default: runner_config.batch_size x data_parallel)"
     )
     learning_rate: Positive | None = _training(
-        None, "peak of the YAML's lr_schedule, whose shape stays (default: the YAML's, which is for PPO)"
+        None, "peak of the YAML's lr_schedule, whose shape is kept (default: the YAML's, which is for PPO)"
     )
     eval_fraction: Annotated[NotNegative, Lt(1)] = _training(
         0.1, "prompts held out of training and evaluated on; 0: none"
     )
-    max_eval_prompts: Natural = _training(512, "most prompts held out; 0: no bound")
+    max_eval_prompts: Natural = _training(512, "maximum number of prompts held out; 0: no limit")
     eval_interval: Natural = _training(50, "steps between evaluations; 0: before and after training only")
 
     @property
@@ -220,8 +220,8 @@ class RewardOptions(StageOptions):
     )
     calibrate: Literal["sft", "data", "off"] = _reward(
         "sft",
-        "whose scores get mean 0 and std 1: responses that --load_sft_checkpoint samples for training "
-        "prompts, the data's preferred responses, or nobody's",
+        "which scores are scaled to mean 0 and std 1: those of responses that --load_sft_checkpoint samples "
+        "for training prompts, those of the data's preferred responses, or none",
     )
     calibration_samples: Annotated[Natural, Ge(2)] = _reward(256, "number of responses for the calibration")
-    max_response_length: Natural = _reward(0, "most tokens of a sampled response; 0: the data's longest")
+    max_response_length: Natural = _reward(0, "maximum tokens of a sampled response; 0: the data's longest")

@@ -49,7 +49,7 @@ class ModelConfig:
     n_kv_heads: Count = key(..., "key/value heads; null: as many as num_heads", nullable=True)
     intermediate_size: Count = key(..., "inner features of the feed-forward")
     seq_length: Count = key(
-        2048, "most positions; at least max_prompt_length + max_response_length", required=True
+        2048, "maximum positions; at least max_prompt_length + max_response_length", required=True
     )
     rms_norm_eps: Annotated[Positive, Lt(1)] = key(1e-6, "epsilon of RMSNorm", required=True)
     theta: Annotated[Positive, Gt(1)] = key(1_000_000.0, "base of the rotary frequencies", required=True)
@@ -155,10 +155,10 @@ class TrainingSettings:
     seed: Natural = _run(1, "seed of everything random: data order, rollouts, new heads")
     save_interval: Natural = _run(
         0,
-        "steps between checkpoints of the training state; 0: PPO at the end only, the others when a signal "
-        "stops them",
+        "steps between checkpoints of the training state; 0: PPO only at the end, the others only when a "
+        "signal stops them",
     )
-    keep_checkpoints: Natural = _run(2, "number of checkpoints that stay, the newest ones; 0: all")
+    keep_checkpoints: Natural = _run(2, "number of newest checkpoints to keep; 0: all")
     eval_interval: Natural = _run(
         0, "steps between evaluations on held-out prompts; 0: before the first and after the last"
     )
@@ -202,20 +202,20 @@ class PPOConfig(TrainingSettings):
     )
     ppo_epochs: Count = _batches(4, "passes over each rollout")
     num_minibatches: Count = _batches(4, "optimizer steps per pass")
-    shuffle: Flag = _batches(True, "whether the prompts are shuffled, each epoch of the data set")
+    shuffle: Flag = _batches(True, "whether prompts are shuffled in each epoch of the data set")
 
     max_prompt_length: Count = _sequences(
         512, "columns of a left-padded prompt; longer prompts are refused", required=True
     )
-    max_response_length: Count = _sequences(512, "most tokens of a response", required=True)
-    stop_token_ids: TokenIds = _sequences((0,), "a response ends behind the first of them", required=True)
+    max_response_length: Count = _sequences(512, "maximum tokens of a response", required=True)
+    stop_token_ids: TokenIds = _sequences((0,), "a response ends after the first of them", required=True)
     pad_token_id: Natural = _sequences(0, "fills empty columns", required=True)
 
-    do_sample: Flag = _sampling(True, "whether tokens are drawn; False: the most likely one")
+    do_sample: Flag = _sampling(True, "whether tokens are sampled; False: the most likely one is taken")
     temperature: Positive = _sampling(1.0, "divides the logits, in sampling and in all log-probs")
-    top_k: Natural = _sampling(0, "draw from so many most likely tokens, which biases ratio and KL; 0: off")
+    top_k: Natural = _sampling(0, "sample from this many most likely tokens; biases ratio and KL; 0: off")
     top_p: Annotated[Positive, Le(1)] = _sampling(
-        1.0, "draw from the most likely tokens of this probability, which biases ratio and KL; 1: off"
+        1.0, "sample from the most likely tokens with this total probability; biases ratio and KL; 1: off"
     )
     decode_steps_per_call: Count = _sampling(8, "tokens per call of a compiled graph")
 
