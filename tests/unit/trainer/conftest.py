@@ -1,4 +1,4 @@
-"""Graph mode, and the smallest job there is, for the trainer's tests."""
+"""The smallest job there is, in graph mode, and a run of it, for the trainer's tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mindrlhf.configs.schema import (
     PPOConfig,
     RunConfig,
 )
+from tests.unit.trainer.evaluated_run import EvaluatedRun, evaluated_job, run_with_and_without_evaluation
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +49,9 @@ def tiny_job() -> JobConfig:
         stop_token_ids=(1,),
     )
     return JobConfig(infer=run, train=run, reward=run, critic=run, ppo=ppo)
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> EvaluatedRun:
+    """Without a critic; what uses it may go on with it from one of its checkpoints."""
+    return run_with_and_without_evaluation(evaluated_job(tiny_job), tmp_path_factory.mktemp("evaluated"))

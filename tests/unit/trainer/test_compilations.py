@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mindspore.graph.api
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.sources import ArraySource
-from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, PROMPT_IDS, prompt_schema
-from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.models.qwen2.layouts import parameter_layouts
-from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import WeightPaths
-from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+from mindrlhf.trainer.run import Run
+from tests.unit.trainer.tiny_inputs import write_model, write_prompts
 
 ITERATIONS, PROMPT, RESPONSE, DECODE_STEPS = 3, 4, 7, 2
 
 
 @dataclass
-class Run:
+class Compilations:
     """How often each network was compiled in each iteration, by class and object, and what the data were."""
 
     compiled: list[Counter[tuple[str, int]]]
@@ -34,25 +30,8 @@ class Run:
     decode_calls: list[int]
 
 
-def write_inputs(job: JobConfig, directory: Path) -> tuple[Path, Path]:
-    """Random weights, and prompts of random lengths."""
-    rng = np.random.default_rng(0)
-    layouts = parameter_layouts(job.train.model, Mesh())
-    weights = {
-        name: 0.1 * rng.standard_normal(item.shape).astype(np.float32) for name, item in layouts.items()
-    }
-    write_weights(directory / "policy.safetensors", ArraySource(weights))
-    prompts = np.zeros((20, PROMPT), np.int32)
-    sequences = np.zeros((20, PROMPT + RESPONSE), np.int32)
-    for row, length in enumerate(rng.integers(1, PROMPT + 1, len(prompts))):
-        sequences[row, :length] = prompts[row, PROMPT - length :] = rng.integers(2, 24, length)
-    batch = {PROMPT_IDS: prompts, PRETRAIN_IDS: sequences, LOSS_MASK: np.zeros_like(sequences)}
-    write_mindrecord(directory / "data.mindrecord", prompt_schema(PROMPT, PROMPT + RESPONSE), [batch])
-    return directory / "policy.safetensors", directory / "data.mindrecord"
-
-
 @pytest.fixture(scope="module")
-def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Compilations:
     directory = tmp_path_factory.mktemp("compilations")
     ppo = replace(
         tiny_job.ppo,
@@ -64,7 +43,11 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
         micro_batch_size=1,
     )
     job = replace(tiny_job, ppo=ppo)
-    weights, data = write_inputs(job, directory)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 24, length) for length in rng.integers(1, PROMPT + 1, 20)]
+    data = DataPaths(write_prompts(directory / "data.mindrecord", prompts, job))
+    weights = WeightPaths(train=write_model(directory / "policy.safetensors", job, 0, scale=0.1))
+    training = Run(open_checkpoints(job, directory / "save", HostExchange(Runtime(0, 1))))
     counts: Counter[tuple[str, int]] = Counter()
     # MindSpore calls it with the network just before each compilation of a cell or a function, and only then.
     check = mindspore.graph.api._check_recompile
@@ -73,17 +56,15 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
         counts[type(network).__name__, id(network)] += 1
         return check(network, *args)
 
-    result = Run([], [], [])
+    result = Compilations([], [], [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mindspore.graph.api, "_check_recompile", counting)
-        trainer = PPOTrainer(
-            job, WeightPaths(train=weights), TrainerPaths(data, directory / "save"), Runtime(0, 1)
-        )
-        trainer.start_from_equal_policies()
+        trainer = PPOTrainer(job, weights, data, training)
+        trainer.begin()
         roll_out, decode = trainer.rollout, trainer.ppo_model_infer._decode
 
-        def rollout(batch: Any) -> Any:
-            made = roll_out(batch)
+        def rollout(batch: Any, iteration: int) -> Any:
+            made = roll_out(batch, iteration)
             result.lengths.append(made.response_lengths.tolist())
             return made
 
@@ -96,19 +77,17 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
         for _ in range(ITERATIONS):
             counts.clear()
             result.decode_calls.append(0)
-            trainer.run_iteration(trainer.prompts.next_batch())
+            with training.timed_step():
+                done = trainer.step(training.step)
+            training.record(trainer, done)
             result.compiled.append(counts.copy())
-    return run_checked(result)
-
-
-def run_checked(result: Run) -> Run:
-    """The data must differ between iterations, or the tests below would show nothing."""
+    # The data must differ between iterations, or the tests below would show nothing.
     assert len(set(map(tuple, result.lengths))) == ITERATIONS
     assert len(set(result.decode_calls)) > 1, "all rows of some iteration must have stopped early"
     return result
 
 
-def test_first_iteration_compiles_each_network_once(run: Run) -> None:
+def test_first_iteration_compiles_each_network_once(run: Compilations) -> None:
     assert set(run.compiled[0].values()) == {1}
     networks = Counter(name for name, _ in run.compiled[0])
     # PPOModelTrain is the reference: the policy is only run inside its loss. Policy and critic have a loss.
@@ -123,5 +102,5 @@ def test_first_iteration_compiles_each_network_once(run: Run) -> None:
     assert {name: networks[name] for name in expected} == expected
 
 
-def test_later_iterations_compile_nothing(run: Run) -> None:
+def test_later_iterations_compile_nothing(run: Compilations) -> None:
     assert run.compiled[1:] == [Counter()] * (ITERATIONS - 1)

@@ -1,171 +1,54 @@
-"""Evaluation on held-out prompts, on the smallest job there is, in one process.
-
-The job is trained for two iterations without evaluation, set back to its beginning, and trained again with
-evaluation: what training does must be the same.
-"""
+"""Evaluation on held-out prompts, on the smallest job there is, in one process."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mindrlhf.checkpoint.sources import ArraySource
-from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.columns import prompt_schema
-from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.data.tokenizer_loading import load_tokenizer
-from mindrlhf.models.qwen2.layouts import parameter_layouts
-from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.builder import WeightPaths
-from mindrlhf.trainer.evaluation import Evaluation, evaluate, held_out_prompts
-from mindrlhf.trainer.recipes.rl import PPOTrainer, TrainerPaths
+from mindrlhf.trainer.evaluation import evaluate, held_out_prompts
+from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
 from mindrlhf.utils.errors import MindRLHFError
-
-LETTERS = "abcdefghijklmnopqrstu"  # ids 0 .. 20, then the three control tokens
-PAD, END = 21, 23
-HELD_OUT, BATCH, PROMPT, RESPONSE = 7, 4, 4, 3
-TIMES = ("time/", "tokens_per_second")
-
-
-def write_prompts(path: Path, prompts: Sequence[Sequence[int]]) -> Path:
-    left, right = (np.full((len(prompts), size), PAD, np.int32) for size in (PROMPT, 9))
-    for row, prompt in enumerate(prompts):
-        left[row, PROMPT - len(prompt) :] = prompt
-        right[row, : len(prompt)] = prompt
-    batch = {"prompt_ids": left, "pretrain_ids": right, "loss_mask": np.zeros_like(right)}
-    write_mindrecord(path, prompt_schema(PROMPT, 9), [batch])
-    return path
+from tests.unit.trainer.evaluated_run import (
+    BATCH,
+    HELD_OUT,
+    LETTERS,
+    PAD,
+    PROMPT,
+    EvaluatedRun,
+    assert_same_metrics,
+    evaluated_job,
+    lines,
+)
+from tests.unit.trainer.tiny_inputs import write_prompts
 
 
-def write_model(path: Path, job: JobConfig, seed: int, **heads: bool) -> Path:
-    rng = np.random.default_rng(seed)
-    layouts = parameter_layouts(job.train.model, Mesh(1, 1), **heads)
-    arrays = {
-        name: ("norm" in name) + np.float32(0.5) * rng.standard_normal(layout.shape, np.float32)
-        for name, layout in layouts.items()
-    }
-    write_weights(path, ArraySource({name: array.astype(np.float32) for name, array in arrays.items()}))
-    return path
+@pytest.fixture
+def runs(evaluated_run: EvaluatedRun) -> EvaluatedRun:
+    return evaluated_run
 
 
-@dataclass
-class Reward:
-    """One for each letter; remembers what it was given."""
-
-    calls: list[tuple[list[str], list[str]]] = field(default_factory=list)
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        self.calls.append((list(prompts), list(responses)))
-        return [float(len(response)) for response in responses]
-
-
-@dataclass
-class Runs:
-    """The trainer after both runs, and what they left."""
-
-    trainer: PPOTrainer
-    reward: Reward
-    save: Path
-    without: list[dict[str, float]]
-    first: Evaluation
-    last: Evaluation
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def job(tiny_job: JobConfig) -> JobConfig:
-    ppo = replace(
-        tiny_job.ppo,
-        total_iterations=2,
-        save_interval=1,
-        keep_checkpoints=5,
-        eval_interval=0,
-        eval_samples=3,
-        generation_batch_size=2,
-        score_batch_size=2,
-        stop_token_ids=(END, 3, 8, 13),
-        pad_token_id=PAD,
-        valid_vocab_size=24,
-    )
-    return replace(tiny_job, ppo=ppo)
+    return evaluated_job(tiny_job)
 
 
-@pytest.fixture(scope="module")
-def runs(job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    directory = tmp_path_factory.mktemp("evaluation")
-    (directory / "tokenizer").mkdir()
-    vocab = {letter: number for number, letter in enumerate(LETTERS)}
-    (directory / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
-    (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    rng = np.random.default_rng(0)
-    reward = Reward()
-    trainer = PPOTrainer(
-        job,
-        WeightPaths(
-            train=write_model(directory / "policy.ckpt", job, 1),
-            reward=write_model(directory / "reward.ckpt", job, 2, lm_head=False, score_head=True),
-        ),
-        TrainerPaths(
-            write_prompts(directory / "train", [rng.integers(0, 20, 1 + row % 4) for row in range(12)]),
-            directory / "save",
-            eval_data=write_prompts(
-                directory / "eval", [[row, *[20] * (row % 4)] for row in range(HELD_OUT)]
-            ),
-        ),
-        Runtime(rank=0, world_size=1),
-        tokenizer=load_tokenizer(directory / "tokenizer"),
-        reward_function=reward,
-    )
-    evaluation, trainer.evaluation = trainer.evaluation, None
-    assert evaluation is not None
-    trainer.start_from_equal_policies()
-    start = trainer.save()
-    trainer.train()
-    without = lines(directory / "save" / "metrics.jsonl")
-
-    results = []
-    run = evaluation.run
-
-    def kept(iteration: int, on_prompts: Callable[[int], None] | None = None) -> Evaluation:
-        told: list[int] = []
-        results.append(run(iteration, told.append))
-        assert sum(told) == len(results[-1].scores), "progress ends when every prompt is answered"
-        return results[-1]
-
-    evaluation.run = kept  # type: ignore[method-assign]
-    trainer.evaluation = evaluation
-    trainer.resume(start)
-    reward.calls.clear()
-    trainer.train()
-    return Runs(trainer, reward, directory / "save", without, *results)
-
-
-def test_training_is_the_same_with_and_without_evaluation(runs: Runs) -> None:
-    """But for what MindSpore's CPU kernels differ by from one call to the next."""
+def test_training_is_the_same_with_and_without_evaluation(runs: EvaluatedRun) -> None:
     again = lines(runs.save / "metrics.jsonl")
     assert [line["iteration"] for line in again] == [1, 2]
-    for one, other in zip(again, runs.without, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in other.items():
-            if not name.startswith(TIMES):
-                assert one[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert_same_metrics(again, runs.without)
     assert runs.without[0]["objective/scores"] != runs.without[1]["objective/scores"]
 
 
-def test_every_prompt_is_answered_once_and_in_order(runs: Runs) -> None:
+def test_every_prompt_is_answered_once_and_in_order(runs: EvaluatedRun) -> None:
     for result in (runs.first, runs.last):
         np.testing.assert_array_equal(result.rollout.sample_ids, range(HELD_OUT))
         np.testing.assert_array_equal(result.rollout.tokens[:, :PROMPT], held_out(runs).prompt_ids)
@@ -173,25 +56,24 @@ def test_every_prompt_is_answered_once_and_in_order(runs: Runs) -> None:
     assert 0 < rollout.stopped.sum() < HELD_OUT
     assert len({tuple(row) for row in rollout.tokens[:, PROMPT:]}) > 3
     # 7 prompts, not 8: the repeat that filled the second batch is not scored; training asks for 4.
-    assert [len(prompts) for prompts, _ in runs.reward.calls] == [HELD_OUT, BATCH, BATCH, HELD_OUT]
+    assert [len(prompts) for prompts, _ in runs.calls] == [HELD_OUT, BATCH, BATCH, HELD_OUT]
 
 
-def held_out(runs: Runs) -> Any:
-    assert runs.trainer.evaluation is not None
-    return runs.trainer.evaluation.prompts
+def held_out(runs: EvaluatedRun) -> Any:
+    return runs.trainer.held_out
 
 
-def test_scores_are_those_of_reward_model_and_function(runs: Runs) -> None:
+def test_scores_are_those_of_reward_model_and_function(runs: EvaluatedRun) -> None:
     """Recomputed by the code that scores training rollouts, four rows of them."""
     trainer, rollout = runs.trainer, runs.last.rollout
     four = type(rollout)(*(array[3:] for array in rollout))
     scores = score_rollout(trainer.models, four, trainer.exchange, rows_per_pass=2).scores
-    lengths = [len(response) for response in runs.reward.calls[-1][1]]
+    lengths = [len(response) for response in runs.calls[-1][1]]
     assert len(set(lengths)) > 1
     np.testing.assert_allclose(runs.last.scores[3:], scores + lengths[3:], rtol=1e-5, atol=1e-5)
 
 
-def test_kl_is_zero_before_training_and_policy_minus_reference_after(runs: Runs) -> None:
+def test_kl_is_zero_before_training_and_policy_minus_reference_after(runs: EvaluatedRun) -> None:
     np.testing.assert_allclose(runs.first.kl, 0, atol=1e-4)
     trainer = runs.trainer
     rollout = type(runs.last.rollout)(*(array[1:] for array in runs.last.rollout))
@@ -204,7 +86,7 @@ def test_kl_is_zero_before_training_and_policy_minus_reference_after(runs: Runs)
     assert np.abs(expected).max() > 0.01
 
 
-def test_metrics_are_means_over_the_prompts(runs: Runs) -> None:
+def test_metrics_are_means_over_the_prompts(runs: EvaluatedRun) -> None:
     for result, line in zip((runs.first, runs.last), lines(runs.save / "evaluations.jsonl"), strict=True):
         scores = [float(score) for score in result.scores]
         mean = sum(scores) / HELD_OUT
@@ -220,18 +102,18 @@ def test_metrics_are_means_over_the_prompts(runs: Runs) -> None:
 
 @pytest.mark.parametrize("batch", [2, 4, 8])
 @pytest.mark.parametrize("seed", [3, 4])
-def test_neither_batch_size_nor_seed_of_the_job_matters(runs: Runs, batch: int, seed: int) -> None:
+def test_neither_batch_size_nor_seed_of_the_job_matters(runs: EvaluatedRun, batch: int, seed: int) -> None:
     """Common random numbers; whatever fills the last batch (1, 1 or 1 row) changes nothing."""
     trainer = runs.trainer
     config = replace(trainer.config, rollout_batch_size=batch, seed=seed)
     again = evaluate(trainer.models, held_out(runs), trainer.exchange, config)
-    lengths = [len(response) for response in runs.reward.calls[-1][1]]
+    lengths = [len(response) for response in runs.calls[-1][1]]
     np.testing.assert_array_equal(again.rollout.tokens, runs.last.rollout.tokens)
     np.testing.assert_allclose(again.scores + lengths, runs.last.scores, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(again.kl, runs.last.kl, rtol=1e-4, atol=1e-5)
 
 
-def test_each_prompt_has_random_numbers_of_its_own(runs: Runs) -> None:
+def test_each_prompt_has_random_numbers_of_its_own(runs: EvaluatedRun) -> None:
     """A part of the prompts gets the answers that it gets among all."""
     trainer = runs.trainer
     some = type(held_out(runs))(*(array[2:5] for array in held_out(runs)))
@@ -239,7 +121,7 @@ def test_each_prompt_has_random_numbers_of_its_own(runs: Runs) -> None:
     np.testing.assert_array_equal(part.rollout.tokens, runs.last.rollout.tokens[2:5])
 
 
-def test_what_a_run_leaves_behind(runs: Runs) -> None:
+def test_what_a_run_leaves_behind(runs: EvaluatedRun) -> None:
     """The samples are the same rows each time, as texts."""
     assert [line["iteration"] for line in lines(runs.save / "evaluations.jsonl")] == [0, 2]
     samples = lines(runs.save / "eval_samples.jsonl")
@@ -264,12 +146,14 @@ def test_what_a_run_leaves_behind(runs: Runs) -> None:
 
 
 def test_a_resumed_run_repeats_no_evaluation(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: EvaluatedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs.trainer.records, "plot", lambda: None)  # slow
+    run, trainer = runs.run, runs.trainer
+    assert run.recorder is not None
+    monkeypatch.setattr(run.recorder, "plot", lambda: None)  # slow
     before = lines(runs.save / "evaluations.jsonl")
-    runs.trainer.resume(runs.save / "iteration_000001")
-    runs.trainer.train()
+    run.resume(runs.save / "iteration_000001", trainer)
+    train(run, trainer)
     after = lines(runs.save / "evaluations.jsonl")
     assert [line["iteration"] for line in after] == [0, 2]
     assert after[0] == before[0]
@@ -283,44 +167,43 @@ def test_a_resumed_run_repeats_no_evaluation(
     assert "initial std), KL " in said
 
     # Nothing is left to do: nothing is evaluated, and the summary is there.
-    runs.trainer.resume(runs.save / "iteration_000002")
-    runs.trainer.train()
+    run.resume(runs.save / "iteration_000002", trainer)
+    train(run, trainer)
     assert lines(runs.save / "evaluations.jsonl") == after
 
     # Evaluations in between, as eval_interval asks for them.
-    assert runs.trainer.evaluation is not None
-    monkeypatch.setattr(runs.trainer.evaluation, "config", replace(runs.trainer.config, eval_interval=1))
-    runs.trainer.resume(runs.save / "iteration_000001")
-    runs.trainer.train()
+    monkeypatch.setattr(trainer, "schedule", replace(trainer.schedule, eval_interval=1))
+    run.resume(runs.save / "iteration_000001", trainer)
+    train(run, trainer)
     assert [line["iteration"] for line in lines(runs.save / "evaluations.jsonl")] == [0, 1, 2]
 
 
-def test_other_prompts_than_those_recorded_are_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runs.trainer.evaluation is not None
-    monkeypatch.setattr(runs.trainer.evaluation, "digest", "another")
-    with pytest.raises(MindRLHFError, match="are of other held-out prompts"):
-        runs.trainer.evaluation.run_if_due(2)
+def test_other_prompts_than_those_recorded_are_refused(
+    runs: EvaluatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs.trainer, "held_out_digest", "another")
+    with pytest.raises(MindRLHFError, match="are of other held-out data"):
+        runs.run.evaluation_due(runs.trainer)
 
 
 def test_a_failing_reward_function_says_that_it_was_in_evaluation(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
+    runs: EvaluatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert runs.trainer.evaluation is not None
     monkeypatch.setattr(
         runs.trainer, "reward_function", lambda prompts, responses: [float("nan")] * len(prompts)
     )
     with pytest.raises(
         MindRLHFError, match="evaluation on held-out prompts: --reward_fn returned nan for sample 0"
     ):
-        runs.trainer.evaluation.run(2)
+        runs.trainer.evaluate()
 
 
 def test_prompts_that_are_trained_on_are_warned_of_or_refused(
     job: JobConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exchange = HostExchange(Runtime(rank=0, world_size=1))
-    train = write_prompts(tmp_path / "train", [[1], [2, 3], [4]])
-    some = write_prompts(tmp_path / "some", [[5], [4], [6], [1]])
+    train = write_prompts(tmp_path / "train", [[1], [2, 3], [4]], job)
+    some = write_prompts(tmp_path / "some", [[5], [4], [6], [1]], job)
     assert len(held_out_prompts(some, train, job, exchange).sample_ids) == 4
     said = capsys.readouterr().err
     assert "2 of 4 prompts are in --mind_dataset_dir" in said
