@@ -195,7 +195,7 @@ class Products {
 
 int WithProducts(const std::function<void(Products&)>& work) {
   int status = 0;
-  const int failed = Alone([&] {
+  const int failed = Exclusively([&] {
     static Products* products = new Products;  // never destroyed, as its threads
     try {
       work(*products);

@@ -36,8 +36,8 @@ const float* Floats(void* data) { return static_cast<const float*>(data); }
 const float* Residual(void* x, void* adds) { return *static_cast<const bool*>(adds) ? Floats(x) : nullptr; }
 
 // What the operators keep between calls.
-struct Workshop {
-  Workshop() : scores(SharedPool().size()), queries(SharedPool().size()) {}
+struct Scratch {
+  Scratch() : scores(SharedPool().size()), queries(SharedPool().size()) {}
   Buffer packed, wide, mixed;
   std::vector<Buffer> scores, queries;  // of each thread
 };
@@ -49,7 +49,7 @@ class Step {
   using Stored = typename Kind::Stored;
 
   // `ended`: (B,) of bool.
-  Step(Workshop& shop, int64_t batch, const void* ended) : shop_(shop) {
+  Step(Scratch& scratch, int64_t batch, const void* ended) : scratch_(scratch) {
     for (int64_t row = 0; row < batch; ++row) {
       if (!static_cast<const bool*>(ended)[row]) rows_.push_back(row);
     }
@@ -60,7 +60,7 @@ class Step {
 
   // Rows of x that go on, x / sqrt(mean(x^2) + eps) * weight, packed.
   const Stored* Normed(const float* x, int64_t hidden, const float* weight, float eps) {
-    auto* normed = static_cast<float*>(shop_.mixed.AtLeast(count() * hidden * sizeof(float)));
+    auto* normed = static_cast<float*>(scratch_.mixed.AtLeast(count() * hidden * sizeof(float)));
     for (int64_t index = 0; index < count(); ++index) {
       const float *from = x + row(index) * hidden;
       const float scale = 1.0f / std::sqrt(Dot(from, from, hidden) / hidden + eps);
@@ -72,7 +72,7 @@ class Step {
   // Rows of `columns` numbers, `stride` apart, in the memory of operands; rows that fill up the last tile are zeros.
   const Stored* Packed(const float* rows, int64_t columns, int64_t stride) {
     const int64_t length = PackedLength<Kind>(columns), filled = RoundUp(count(), kTileRows);
-    auto* packed = static_cast<Stored*>(shop_.packed.AtLeast(filled * length * sizeof(Stored)));
+    auto* packed = static_cast<Stored*>(scratch_.packed.AtLeast(filled * length * sizeof(Stored)));
     for (int64_t index = 0; index < count(); ++index) PackRow<Kind>(rows + index * stride, columns, packed + index * length);
     std::fill(packed + count() * length, packed + filled * length, Stored{0});
     return packed;
@@ -92,7 +92,7 @@ class Step {
   void Result(const Stored* x, const float* weights, int64_t inputs, int64_t outputs, int64_t batch,
               const float* residual, float* result) {
     const bool all = count() == batch;
-    float* y = all ? result : static_cast<float*>(shop_.wide.AtLeast(count() * outputs * sizeof(float)));
+    float* y = all ? result : static_cast<float*>(scratch_.wide.AtLeast(count() * outputs * sizeof(float)));
     Product(x, weights, inputs, outputs, y);
     if (!all) std::fill(result, result + batch * outputs, 0.0f);
     for (int64_t index = 0; index < count(); ++index) {
@@ -107,15 +107,15 @@ class Step {
   }
 
  private:
-  Workshop& shop_;
+  Scratch& scratch_;
   std::vector<int64_t> rows_;
 };
 
 template <class Work>
-int InWorkshop(const Work& work) {
-  return Alone([&] {
-    static Workshop* shop = new Workshop;
-    work(*shop);
+int WithScratch(const Work& work) {
+  return Exclusively([&] {
+    static Scratch* scratch = new Scratch;
+    work(*scratch);
   });
 }
 
@@ -155,16 +155,16 @@ int RunAttention(void** data, int64_t** shapes) {
   attention.keys = static_cast<float*>(data[11]);
   attention.values = static_cast<float*>(data[12]);
   const int64_t heads = attention.kv_heads, per_head = attention.queries * attention.size;
-  return InWorkshop([&](Workshop& shop) {
-    Step<Kind> step(shop, batch, data[1]);
-    auto* fused = static_cast<float*>(shop.wide.AtLeast(batch * fused_size * sizeof(float)));
+  return WithScratch([&](Scratch& scratch) {
+    Step<Kind> step(scratch, batch, data[1]);
+    auto* fused = static_cast<float*>(scratch.wide.AtLeast(batch * fused_size * sizeof(float)));
     step.Product(step.Normed(Floats(data[0]), hidden, Floats(data[4]), *Floats(data[5])), Floats(data[6]), hidden,
                  fused_size, fused);
-    auto* mixed = static_cast<float*>(shop.mixed.AtLeast(batch * heads * per_head * sizeof(float)));
+    auto* mixed = static_cast<float*>(scratch.mixed.AtLeast(batch * heads * per_head * sizeof(float)));
     step.Run(step.count() * heads, [&](int piece, int member) {
       const int64_t index = piece / heads, head = piece % heads;
       attention.Head(step.row(index), head, fused + index * fused_size + head * (fused_size / heads),
-                     mixed + piece * per_head, shop.queries[member], shop.scores[member]);
+                     mixed + piece * per_head, scratch.queries[member], scratch.scores[member]);
       return 0;
     });
     const auto* packed = step.Packed(mixed, heads * per_head, heads * per_head);
@@ -176,11 +176,11 @@ int RunAttention(void** data, int64_t** shapes) {
 template <class Kind>
 int RunFeedForward(void** data, int64_t** shapes) {
   const int64_t batch = shapes[0][0], hidden = shapes[0][1], intermediate = shapes[5][1];
-  return InWorkshop([&](Workshop& shop) {
-    Step<Kind> step(shop, batch, data[1]);
+  return WithScratch([&](Scratch& scratch) {
+    Step<Kind> step(scratch, batch, data[1]);
     const auto* x = step.Normed(Floats(data[0]), hidden, Floats(data[2]), *Floats(data[3]));
     const int64_t outputs = 2 * intermediate;
-    auto* gate_up = static_cast<float*>(shop.wide.AtLeast(batch * outputs * sizeof(float)));
+    auto* gate_up = static_cast<float*>(scratch.wide.AtLeast(batch * outputs * sizeof(float)));
     step.Run(CeilDiv(intermediate, kOutputsAtOnce), [&](int piece, int) {
       const int64_t first = piece * kOutputsAtOnce, last = std::min(first + kOutputsAtOnce, intermediate);
       for (int64_t half : {int64_t{0}, intermediate}) {
@@ -201,8 +201,8 @@ int RunFeedForward(void** data, int64_t** shapes) {
 template <class Kind>
 int RunLogits(void** data, int64_t** shapes) {
   const int64_t batch = shapes[0][0], hidden = shapes[0][1], vocab = shapes[4][0];
-  return InWorkshop([&](Workshop& shop) {
-    Step<Kind> step(shop, batch, data[1]);
+  return WithScratch([&](Scratch& scratch) {
+    Step<Kind> step(scratch, batch, data[1]);
     const auto* x = step.Normed(Floats(data[0]), hidden, Floats(data[2]), *Floats(data[3]));
     step.Result(x, Floats(data[4]), hidden, vocab, batch, nullptr, static_cast<float*>(data[5]));
   });
@@ -231,9 +231,9 @@ int LogitsStep(int, void** data, int*, int64_t** shapes, const char**, void*, vo
 
 // logits (B, V) -> softmax (B, V); of the largest logit the first place (B,) int32, the logit (B,), and
 // log(sum(exp(logit - largest))) (B,).
-int TokenMasses(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
+int TokenProbabilities(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t rows = shapes[0][0], vocab = shapes[0][1];
-  return Alone([&] {
+  return Exclusively([&] {
     SharedPool().Run(static_cast<int>(rows), [&](int row, int) {
       const float *logits = Floats(data[0]) + row * vocab, largest = Largest(logits, vocab);
       const int64_t place = std::find(logits, logits + vocab, largest) - logits;
@@ -246,7 +246,7 @@ int TokenMasses(int, void** data, int*, int64_t** shapes, const char**, void*, v
   });
 }
 
-// masses (B, V) -> their sums (B,).
+// probabilities (B, V) -> their sums (B,).
 int RowSums(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t rows = shapes[0][0], vocab = shapes[0][1];
   for (int64_t row = 0; row < rows; ++row) {
@@ -255,7 +255,7 @@ int RowSums(int, void** data, int*, int64_t** shapes, const char**, void*, void*
   return 0;
 }
 
-// masses and logits (B, V), target (B,) -> ids (B,) int32 at which the cumulative sum of the masses reaches the
+// probabilities and logits (B, V), target (B,) -> ids (B,) int32 at which their cumulative sum reaches the
 // target, and their logits (B,).
 int LookUp(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t rows = shapes[0][0], vocab = shapes[0][1];

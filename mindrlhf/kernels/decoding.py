@@ -1,6 +1,6 @@
-"""Decode steps on CPU as one operator a half layer; see ``decode_steps.cpp``.
+"""Decode steps on CPU as one operator per half layer; see ``decode_steps.cpp``.
 
-What vLLM and FasterTransformer do for GPUs: with one token a sequence, the time of a layer is that of reading
+What vLLM and FasterTransformer do for GPUs: with one token per sequence, the time of a layer is that of reading
 its weights, if nothing else gets in the way.
 """
 
@@ -78,8 +78,8 @@ class DecodeSteps(nn.Cell):
         return self.logits_step(x, ended, norm, self.eps, head)
 
 
-class KernelMasses(nn.Cell):
-    """What :class:`mindrlhf.models.inverse_cdf.PlainMasses` does, in a tenth of the time on CPU.
+class KernelInverseCDF(nn.Cell):
+    """What :class:`mindrlhf.models.inverse_cdf.PlainInverseCDF` does, in a tenth of the time on CPU.
 
     Args:
         library: from :func:`kernel_library`.
@@ -87,34 +87,34 @@ class KernelMasses(nn.Cell):
 
     def __init__(self, library: Path) -> None:
         super().__init__()
-        self.masses = operator(
+        self.softmax = operator(
             library,
-            "TokenMasses",
+            "TokenProbabilities",
             lambda logits: (logits, logits[:1], logits[:1], logits[:1]),
             (ms.float32, ms.int32, ms.float32, ms.float32),
         )
-        self.sums = operator(library, "RowSums", lambda masses: masses[:1], ms.float32)
+        self.sums = operator(library, "RowSums", lambda probabilities: probabilities[:1], ms.float32)
         self.lookup = operator(
-            library, "LookUp", lambda masses, logits, target: (target, target), (ms.int32, ms.float32)
+            library, "LookUp", lambda probabilities, logits, target: (target, target), (ms.int32, ms.float32)
         )
 
     def construct(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``logits`` (B, V) -> masses (B, V); place of the largest, the largest, log of the sum, (B,)."""
-        return self.masses(logits)
+        """``logits`` (B, V) -> probabilities (B, V); index and value of the largest, log of the sum, (B,)."""
+        return self.softmax(logits)
 
-    def totals(self, masses: Tensor) -> Tensor:
-        """``masses`` (B, V) -> their sums (B,)."""
-        return self.sums(masses)
+    def totals(self, probabilities: Tensor) -> Tensor:
+        """``probabilities`` (B, V) -> their sums (B,)."""
+        return self.sums(probabilities)
 
-    def look_up(self, masses: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``masses``, ``logits`` (B, V), ``target`` (B,) -> ids (B,) int32 and their logits (B,)."""
-        return self.lookup(masses, logits, target)
+    def look_up(self, probabilities: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``probabilities``, ``logits`` (B, V), ``target`` (B,) -> ids (B,) int32 and their logits (B,)."""
+        return self.lookup(probabilities, logits, target)
 
 
-def kernel_masses() -> KernelMasses | None:
+def kernel_inverse_cdf() -> KernelInverseCDF | None:
     """That of this machine; nothing where there is none, see :func:`kernel_library`."""
     library = kernel_library()
-    return None if library is None else KernelMasses(library)
+    return None if library is None else KernelInverseCDF(library)
 
 
 def decode_steps(*, rounded: bool, eps: float, adds_residual: bool) -> DecodeSteps | None:

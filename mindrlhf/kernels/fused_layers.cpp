@@ -30,7 +30,7 @@ int64_t RowsAtOnce(int64_t columns) { return std::max<int64_t>(1, kNumbersAtOnce
 template <class Work>
 int EachRow(int64_t rows, int64_t columns, const Work& work) {
   const int64_t step = RowsAtOnce(columns);
-  return Alone([&] {
+  return Exclusively([&] {
     SharedPool().Run(static_cast<int>(CeilDiv(rows, step)), [&](int piece, int) {
       for (int64_t row = piece * step; row < std::min(rows, (piece + 1) * step); ++row) work(row);
       return 0;
@@ -72,7 +72,7 @@ void SwiGluBack(const float* gate, const float* up, const float* dy, int64_t cou
 }
 
 // The halves (a, b) of a row of x by its angles. Back: those of the gradient.
-void Turn(const float* x, const float* cos, const float* sin, int64_t size, bool back, float* y) {
+void RotateVector(const float* x, const float* cos, const float* sin, int64_t size, bool back, float* y) {
   const int64_t half = size / 2;
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t count = half - i;
@@ -87,11 +87,11 @@ void Turn(const float* x, const float* cos, const float* sin, int64_t size, bool
   }
 }
 
-int TurnRows(void** data, int64_t** shapes, bool back) {
+int RotateRows(void** data, int64_t** shapes, bool back) {
   const int64_t size = shapes[0][1];
   return EachRow(shapes[0][0], size, [&](int64_t row) {
     const int64_t at = row * size;
-    Turn(Read(data[0]) + at, Read(data[1]) + at, Read(data[2]) + at, size, back, Write(data[3]) + at);
+    RotateVector(Read(data[0]) + at, Read(data[1]) + at, Read(data[2]) + at, size, back, Write(data[3]) + at);
   });
 }
 
@@ -116,7 +116,7 @@ int Normalise(int, void** data, int*, int64_t** shapes, const char**, void*, voi
 // x (n, H), weight (1, H), eps (1,), dy (n, H) -> dx (n, H), dweight (1, H).
 int NormaliseGradient(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
   const int64_t rows = shapes[0][0], size = shapes[0][1], step = RowsAtOnce(size), pieces = CeilDiv(rows, step);
-  return Alone([&] {
+  return Exclusively([&] {
     static Buffer& buffer = *new Buffer;
     auto* sums = static_cast<float*>(buffer.AtLeast(pieces * size * sizeof(float)));
     std::fill_n(sums, pieces * size, 0.0f);
@@ -153,14 +153,14 @@ int SwiGluGradient(int, void** data, int*, int64_t** shapes, const char**, void*
   });
 }
 
-// scores (B * heads * Q, T), hidden (B, Q, T), added to the scores of each head -> softmax of rows.
+// scores (B * heads * Q, T), attention mask (B, Q, T), added to the scores of each head -> softmax of rows.
 int MaskedSoftmax(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
-  const int64_t rows = shapes[0][0], size = shapes[0][1], asked = shapes[1][1];
+  const int64_t rows = shapes[0][0], size = shapes[0][1], query_length = shapes[1][1];
   const int64_t of_sequence = rows / shapes[1][0];
   return EachRow(rows, size, [&](int64_t row) {
-    const float* hidden = Read(data[1]) + (row / of_sequence * asked + row % asked) * size;
+    const float* mask = Read(data[1]) + (row / of_sequence * query_length + row % query_length) * size;
     float* y = Write(data[2]) + row * size;
-    std::transform(hidden, hidden + size, Read(data[0]) + row * size, y, std::plus<float>());
+    std::transform(mask, mask + size, Read(data[0]) + row * size, y, std::plus<float>());
     Softmax(y, Largest(y, size), size, y);
   });
 }
@@ -177,11 +177,11 @@ int SoftmaxGradient(int, void** data, int*, int64_t** shapes, const char**, void
 
 // x, cos, sin (n, D) -> x cos + (-b, a) sin for the halves (a, b) of x.
 int Rotate(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
-  return TurnRows(data, shapes, false);
+  return RotateRows(data, shapes, false);
 }
 
 // dy, cos, sin (n, D) -> dx.
 int RotateGradient(int, void** data, int*, int64_t** shapes, const char**, void*, void*) {
-  return TurnRows(data, shapes, true);
+  return RotateRows(data, shapes, true);
 }
 }

@@ -56,20 +56,22 @@ class KernelSwiGLU(nn.Cell):
 
 
 class KernelSoftmax(nn.Cell):
-    """Softmax of attention scores plus what hides keys, which all heads of a sequence share."""
+    """Softmax of attention scores plus an additive mask, which all heads of a sequence share."""
 
     def __init__(self, library: Path) -> None:
         super().__init__()
-        self.forward = operator(library, "MaskedSoftmax", lambda scores, hidden: scores, ms.float32)
+        self.forward = operator(library, "MaskedSoftmax", lambda scores, attention_mask: scores, ms.float32)
         self.gradient = operator(library, "SoftmaxGradient", lambda y, dy: y, ms.float32)
 
-    def construct(self, scores: Tensor, hidden: Tensor) -> Tensor:
-        """``scores`` (B * heads * Q, T), ``hidden`` (B, Q, T) -> the shape of the scores."""
-        return self.forward(scores, hidden)
+    def construct(self, scores: Tensor, attention_mask: Tensor) -> Tensor:
+        """``scores`` (B * heads * Q, T), ``attention_mask`` (B, Q, T) -> the shape of the scores."""
+        return self.forward(scores, attention_mask)
 
-    def bprop(self, scores: Tensor, hidden: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of ``scores``; ``hidden`` is a constant."""
-        return self.gradient(out, dout), ops.zeros_like(hidden)
+    def bprop(
+        self, scores: Tensor, attention_mask: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of ``scores``; ``attention_mask`` is a constant."""
+        return self.gradient(out, dout), ops.zeros_like(attention_mask)
 
 
 class KernelRotary(nn.Cell):

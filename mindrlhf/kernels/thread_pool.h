@@ -117,7 +117,7 @@ inline ThreadPool& SharedPool() {
 
 // Does `work` while no other operator does, and gives 0, or kFailed if it throws.
 template <class Work>
-int Alone(const Work& work) {
+int Exclusively(const Work& work) {
   std::lock_guard<std::mutex> lock(in_use);
   try {
     work();

@@ -1,7 +1,7 @@
-"""The masses of the tokens a rank holds: softmax, and the token at a place of the cumulative sum.
+"""Drawing by inverse CDF from the tokens of a rank: softmax, and the token at a place of its cumulative sum.
 
-Two of a kind: :class:`PlainMasses` in MindSpore's operations, and
-:class:`mindrlhf.kernels.decoding.KernelMasses` for CPU.
+Two of a kind: :class:`PlainInverseCDF` in MindSpore's operations, and
+:class:`mindrlhf.kernels.decoding.KernelInverseCDF` for CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mindspore import Tensor, nn, ops
 BLOCK_FLOOR = 1.0e-33
 
 
-class PlainMasses(nn.Cell):
+class PlainInverseCDF(nn.Cell):
     """Softmax and look-up for B rows of V logits, in any device's operations."""
 
     def __init__(self, batch_size: int, vocab: int) -> None:
@@ -37,43 +37,43 @@ class PlainMasses(nn.Cell):
             logits: (B, V) float32.
 
         Returns:
-            masses (B, V); first place of the largest logit (B,) int32; that logit (B,);
+            probabilities (B, V); first place of the largest logit (B,) int32; that logit (B,);
             log(sum(exp(logits - largest))) (B,).
         """
-        masses = self.softmax(logits)
+        probabilities = self.softmax(logits)
         index, largest = self.best(logits)
         # The softmax of the largest logit is 1 / sum(exp(logits - largest)).
-        log_sum = -ops.log(row_element(masses, index, self.row_numbers))
-        return masses, ops.cast(index, ms.int32), largest, log_sum
+        log_sum = -ops.log(row_element(probabilities, index, self.row_numbers))
+        return probabilities, ops.cast(index, ms.int32), largest, log_sum
 
-    def totals(self, masses: Tensor) -> Tensor:
-        """``masses`` (B, V) -> their sums (B,)."""
-        return self.row_sum(self._of_blocks(masses), 1)
+    def totals(self, probabilities: Tensor) -> Tensor:
+        """``probabilities`` (B, V) -> their sums (B,)."""
+        return self.row_sum(self._of_blocks(probabilities), 1)
 
-    def look_up(self, masses: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def look_up(self, probabilities: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The id in whose interval of the cumulative sum ``target`` falls.
 
         It is looked up among blocks of ids, then among the ids of the block: short sums, which round less
         than one over the vocabulary.
 
         Args:
-            masses, logits: (B, V).
-            target: (B,), from 0 up to the sum of the masses.
+            probabilities, logits: (B, V).
+            target: (B,), from 0 up to the sum of the probabilities.
 
         Returns:
             ids (B,) int32, and their logits (B,).
         """
-        blocks = ops.reshape(masses, (-1, self.block))
-        block_masses = self._of_blocks(masses)
-        block, target = self.in_blocks(block_masses, target)
-        chosen_block = ops.gather(blocks, self.row_numbers * block_masses.shape[1] + block, 0)
+        blocks = ops.reshape(probabilities, (-1, self.block))
+        block_sums = self._of_blocks(probabilities)
+        block, target = self.in_blocks(block_sums, target)
+        chosen_block = ops.gather(blocks, self.row_numbers * block_sums.shape[1] + block, 0)
         offset, _ = self.in_ids(chosen_block, target)
         index = block * self.block + offset
         return index, row_element(logits, index, self.row_numbers)
 
-    def _of_blocks(self, masses: Tensor) -> Tensor:
-        blocks = ops.reshape(masses, (-1, self.block))
-        return ops.reshape(self.row_sum(blocks, 1), (masses.shape[0], -1))
+    def _of_blocks(self, probabilities: Tensor) -> Tensor:
+        blocks = ops.reshape(probabilities, (-1, self.block))
+        return ops.reshape(self.row_sum(blocks, 1), (probabilities.shape[0], -1))
 
 
 class IntervalLookup(nn.Cell):
@@ -97,10 +97,10 @@ class IntervalLookup(nn.Cell):
         self.cumsum_before = ops.CumSum(exclusive=True)
         self.row_max = ops.ReduceMax()
 
-    def construct(self, masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``masses`` (B, n), ``target`` (B,) -> index (B,) int32, what is left of the target (B,)."""
-        begins = self.cumsum_before(masses, 1)
-        possible = ops.logical_and(masses > self.floor, begins <= ops.expand_dims(target, 1))
+    def construct(self, probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``probabilities`` (B, n), ``target`` (B,) -> index (B,) int32, what is left of the target (B,)."""
+        begins = self.cumsum_before(probabilities, 1)
+        possible = ops.logical_and(probabilities > self.floor, begins <= ops.expand_dims(target, 1))
         index = ops.cast(self.row_max(ops.cast(possible, ms.float32) * self.positions, 1), ms.int32)
         return index, target - row_element(begins, index, self.row_numbers)
 

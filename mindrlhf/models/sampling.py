@@ -12,9 +12,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.kernels.decoding import KernelMasses, kernel_masses
-from mindrlhf.models.inverse_cdf import IntervalLookup, PlainMasses, row_element, row_numbers
-from mindrlhf.parallel.gather import GroupStack
+from mindrlhf.kernels.decoding import KernelInverseCDF, kernel_inverse_cdf
+from mindrlhf.models.inverse_cdf import IntervalLookup, PlainInverseCDF, row_element, row_numbers
+from mindrlhf.parallel.collectives import GroupStack
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import SamplingLogits
 from mindrlhf.utils.sizes import exact_div
@@ -89,7 +89,7 @@ class VocabParallelSampler(nn.Cell):
         self.none = Tensor(np.zeros(batch_size, np.int32))
         self.unstack_pair = ops.Unstack(axis=1)
         self.unstack = ops.Unstack(axis=2)
-        self.masses = _masses(batch_size, self.rows)
+        self.inverse_cdf = _inverse_cdf_cell(batch_size, self.rows)
         self.best = ops.ArgMaxWithValue(axis=1)
         self.largest = ops.TopK(sorted=True)
         self.row_sum = ops.ReduceSum()
@@ -98,22 +98,23 @@ class VocabParallelSampler(nn.Cell):
     def construct(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """``logits`` (B, V / mp), ``uniforms`` (B,) -> tokens (B,) int32, log-probs (B,) float32."""
         scaled = self.sampling_logits(logits)
-        masses, best, largest, log_sum = self.masses(scaled)
+        probabilities, best, largest, log_sum = self.inverse_cdf(scaled)
         largest, log_total, shares, best_ids = self._normalise(best, largest, log_sum)
         if not self.do_sample:
             return best_ids, -log_total
         if self.top_k > 0:
-            masses = masses * ops.cast(scaled >= widen(self._kth_largest(scaled), self.rows), ms.float32)
+            kept = scaled >= widen(self._kth_largest(scaled), self.rows)
+            probabilities = probabilities * ops.cast(kept, ms.float32)
         if self.top_p < 1.0:
-            threshold = self._nucleus_threshold(scaled, masses, shares, largest)
-            masses = masses * above(scaled, threshold)
-        tokens, chosen = self._inverse_cdf(scaled, masses, shares, uniforms)
+            threshold = self._nucleus_threshold(scaled, probabilities, shares, largest)
+            probabilities = probabilities * above(scaled, threshold)
+        tokens, chosen = self._draw(scaled, probabilities, shares, uniforms)
         return tokens, (chosen - largest) - log_total
 
     def _normalise(
         self, index: Tensor, largest: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What all ranks know of each row, by one exchange of three numbers a row.
+        """What all ranks know of each row, by one exchange of three numbers per row.
 
         Args:
             index, largest: (B,) place and number of this rank's largest scaled logit.
@@ -129,33 +130,34 @@ class VocabParallelSampler(nn.Cell):
         gathered = self._gather(ops.stack((largest, log_sum, ids), 1))
         largests, log_sums, best_ids = self.unstack(gathered)
         owner, largest = self.best(largests)
-        log_masses = largests - ops.expand_dims(largest, 1) + log_sums
-        log_total = ops.log(self.row_sum(ops.exp(log_masses), 1))
-        shares = ops.exp(log_masses - ops.expand_dims(log_total, 1))
+        log_rank_sums = largests - ops.expand_dims(largest, 1) + log_sums
+        log_total = ops.log(self.row_sum(ops.exp(log_rank_sums), 1))
+        shares = ops.exp(log_rank_sums - ops.expand_dims(log_total, 1))
         best_ids = ops.cast(self._element(best_ids, owner), ms.int32)
         return largest, log_total, shares, best_ids
 
-    def _inverse_cdf(
-        self, scaled: Tensor, masses: Tensor, shares: Tensor, uniforms: Tensor
+    def _draw(
+        self, scaled: Tensor, probabilities: Tensor, shares: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The id in whose interval of the cumulative mass ``u * total`` falls, and its scaled logit.
 
         The interval is looked up among the ranks, then among the ids of the rank that has it.
         """
-        count = masses.shape[0]
+        count = probabilities.shape[0]
         filtered = self.top_k > 0 or self.top_p < 1.0
         owner, target = self.none, uniforms
         if self.mp > 1:
-            rank_masses = shares
+            rank_probabilities = shares
             if filtered:
-                rank_masses = rank_masses * self._gather_one(self.masses.totals(masses))
-            owner, target = self.in_ranks(rank_masses, uniforms * self.row_sum(rank_masses, 1))
+                totals = self._gather_one(self.inverse_cdf.totals(probabilities))
+                rank_probabilities = rank_probabilities * totals
+            owner, target = self.in_ranks(rank_probabilities, uniforms * self.row_sum(rank_probabilities, 1))
             # From here on in units of this rank's own softmax; the owner's share is above the floor.
             share = ops.reshape(ops.slice(shares, (0, self.rank), (count, 1)), (-1,))
             target = target / ops.maximum(share, _RANK_FLOOR)
         elif filtered:
-            target = uniforms * self.masses.totals(masses)
-        index, chosen = self.masses.look_up(masses, scaled, target)
+            target = uniforms * self.inverse_cdf.totals(probabilities)
+        index, chosen = self.inverse_cdf.look_up(probabilities, scaled, target)
         if self.mp == 1:
             return index, chosen
         mine = ops.cast(ops.expand_dims(owner == self.rank, 1), ms.float32)
@@ -174,12 +176,14 @@ class VocabParallelSampler(nn.Cell):
             values, _ = self.largest(gathered, self.top_k)
         return ops.slice(values, (0, self.top_k - 1), (scaled.shape[0], 1))
 
-    def _nucleus_threshold(self, scaled: Tensor, masses: Tensor, shares: Tensor, largest: Tensor) -> Tensor:
+    def _nucleus_threshold(
+        self, scaled: Tensor, probabilities: Tensor, shares: Tensor, largest: Tensor
+    ) -> Tensor:
         """The largest t with mass of {scaled > t} at least ``top_p`` of all mass, by bisection, (B, 1)."""
-        wanted = self._total(self.row_sum(masses, 1), shares) * self.top_p
+        wanted = self._total(self.row_sum(probabilities, 1), shares) * self.top_p
         low = ops.expand_dims(largest, 1) + _LOWEST
         high = ops.expand_dims(largest, 1) + _HIGHEST
-        rows = ops.expand_dims(masses, 1)
+        rows = ops.expand_dims(probabilities, 1)
         for _ in range(_BISECTIONS):
             middle = (low + high) * 0.5
             kept = self.dot(rows, ops.expand_dims(above(scaled, middle), 2))
@@ -216,6 +220,6 @@ def above(x: Tensor, threshold: Tensor) -> Tensor:
     return ops.relu(ops.sign(x - widen(threshold, x.shape[1])))
 
 
-def _masses(batch_size: int, vocab: int) -> KernelMasses | PlainMasses:
+def _inverse_cdf_cell(batch_size: int, vocab: int) -> KernelInverseCDF | PlainInverseCDF:
     on_cpu = ms.get_context("device_target") == "CPU"
-    return (kernel_masses() if on_cpu else None) or PlainMasses(batch_size, vocab)
+    return (kernel_inverse_cdf() if on_cpu else None) or PlainInverseCDF(batch_size, vocab)

@@ -7,7 +7,7 @@ With ``bits(x)`` an element read as an unsigned integer, the checksum of a tenso
 where ``w_d(i)`` is a pseudo-random odd number (SplitMix64 of the GLOBAL index ``i``, salted by ``d``).
 Every position has its own weight, so a swap is seen as well as a change; every weight is odd, so no
 single changed element can cancel; and a sum of parts does not depend on how the tensor was cut. The
-product form needs one multiplication an element (measured: 1 ns on CPU), a hash of the flat index
+product form needs one multiplication per element (measured: 1 ns on CPU), a hash of the flat index
 several times that.
 """
 
@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 from mindspore import Tensor
 
-from mindrlhf.parallel.gather import GroupAllGather
+from mindrlhf.parallel.collectives import GroupAllGather
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 
@@ -127,7 +127,7 @@ def _gather(parts: np.ndarray, groups: Groups) -> np.ndarray:
 
 @cache
 def _gather_cell(groups: Groups) -> GroupAllGather:
-    """One cell a group, so that its graph is compiled once."""
+    """One cell per group, so that its graph is compiled once."""
     return GroupAllGather(groups)
 
 

@@ -112,7 +112,7 @@ def plan_exchange(
     pieces = _pieces(source, target)
     senders = Counter(receiver for _, receiver in pieces)
     limit = max(1, bucket_elements // max(senders.values(), default=1))
-    transfers = tuple(_transfer(*pair, pieces[pair], limit) for pair in sorted(pieces, key=_turn))
+    transfers = tuple(_transfer(*pair, pieces[pair], limit) for pair in sorted(pieces, key=_round_order))
     due: dict[str, list[tuple[Transfer, int]]] = defaultdict(list)
     for transfer in transfers:
         for index, bucket in enumerate(transfer.buckets):
@@ -161,7 +161,7 @@ def _check(source: Mapping[str, Layout], target: Mapping[str, Layout]) -> None:
 
 
 @cache
-def _lacking(held: Layout, wanted: Layout) -> tuple[tuple[int, int, Box], ...]:
+def _missing_pieces(held: Layout, wanted: Layout) -> tuple[tuple[int, int, Box], ...]:
     """(rank, index of a source slice, piece of it) of all that ranks need and do not hold.
 
     Layers have equal layouts, so most answers are known already.
@@ -183,7 +183,7 @@ def _pieces(source: Mapping[str, Layout], target: Mapping[str, Layout]) -> Piece
     # One sender for all that a receiver needs of one source slice, so that there are few pairs.
     demands: dict[tuple[int, Mesh, int], list[tuple[str, Box]]] = defaultdict(list)
     for name, wanted in target.items():
-        for rank, index, piece in _lacking(source[name], wanted):
+        for rank, index, piece in _missing_pieces(source[name], wanted):
             demands[rank, source[name].mesh, index].append((name, piece))
     sent: Counter[int] = Counter()
     result: Pieces = defaultdict(list)
@@ -204,7 +204,7 @@ def _sender(mesh: Mesh, index: int, receiver: int, sent: Counter[int]) -> int:
     return min(holders, key=lambda holder: (sent[holder], mesh.dp_index(holder) != own, holder))
 
 
-def _turn(pair: tuple[int, int]) -> tuple[int, int, int]:
+def _round_order(pair: tuple[int, int]) -> tuple[int, int, int]:
     """Order of the pairs: in each round, one value of the exclusive or, every rank has one partner."""
     return pair[0] ^ pair[1], min(pair), pair[0]
 

@@ -10,20 +10,60 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mindrlhf.parallel.exchange_plan import Cut, Transfer, box_of, inside, overlap, plan_exchange
 from mindrlhf.parallel.layout import Layout
-from mindrlhf.parallel.wire import DeviceWire, Wire
 
 if TYPE_CHECKING:
     from mindspore import Tensor
 
 BUCKET_BYTES = 64 << 20
 """What a rank holds of received buckets at a time, about; few enough collectives, little memory."""
+
+
+class Transport(Protocol):
+    """Moves arrays between ranks, bit for bit, in the order in which they are sent."""
+
+    def send(self, array: np.ndarray, receiver: int) -> None:
+        """Sends ``array`` (n,), which nobody may write to any more, to the rank ``receiver``."""
+
+    def receive(self, array: np.ndarray, sender: int) -> np.ndarray:
+        """What the rank ``sender`` sends, in the shape and type of ``array``, which may be written over."""
+
+
+class DeviceTransport:
+    """Send and Receive in the group of all ranks (HCCL on Ascend, MCCL on CPU).
+
+    No groups of two: every group of HCCL takes memory for itself, and CPU has Broadcast for the group of all
+    ranks only. Called one by one, these compile nothing. Only bytes travel, so that every type of number can.
+    """
+
+    def send(self, array: np.ndarray, receiver: int) -> None:
+        """See :class:`Transport`."""
+        from mindspore import Tensor
+        from mindspore.communication import GlobalComm
+        from mindspore.ops.auto_generate.gen_ops_prim import dist_comm_isend_op
+
+        # What mint.distributed.send does, but for its check of ranks, which calls the group of all ranks by
+        # the name it had when mint was imported: HCCL's, on every device.
+        bits = Tensor.from_numpy(array.view(np.int8))
+        sent = dist_comm_isend_op(bits, receiver, GlobalComm.WORLD_COMM_GROUP, 0)
+        if isinstance(sent, tuple):
+            sent[1].wait()
+
+    def receive(self, array: np.ndarray, sender: int) -> np.ndarray:
+        """See :class:`Transport`."""
+        from mindspore import Tensor
+        from mindspore.mint import distributed
+
+        received = Tensor.from_numpy(array.view(np.int8))
+        distributed.recv(received, sender)
+        result: np.ndarray = received.asnumpy().view(array.dtype)
+        return result
 
 
 class Resharder:
@@ -40,7 +80,7 @@ class Resharder:
         rank: this rank.
         dtype: of the target; numbers are cast to it before they travel.
         bucket_bytes: see :func:`plan_exchange`; of ``dtype``.
-        wire: how buckets travel.
+        transport: how buckets travel.
 
     Raises:
         ValueError: a target parameter has no source, or shapes or numbers of ranks differ; all named.
@@ -54,13 +94,13 @@ class Resharder:
         *,
         dtype: npt.DTypeLike = np.float32,
         bucket_bytes: int = BUCKET_BYTES,
-        wire: Wire | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.dtype = np.dtype(dtype)
         self.plan = plan_exchange(source, target, bucket_elements=bucket_bytes // self.dtype.itemsize)
         self.rank = rank
         self._source, self._target = dict(source), dict(target)
-        self._wire = wire or DeviceWire()
+        self._transport = transport or DeviceTransport()
         self._arriving: dict[str, list[tuple[Transfer, int, Cut]]] = defaultdict(list)
         for transfer in self.plan.transfers:
             if rank == transfer.receiver:
@@ -96,11 +136,11 @@ class Resharder:
         for name in self._target:
             for transfer, index in self.plan.due.get(name, ()):
                 if self.rank == transfer.sender:
-                    self._wire.send(self._pack(transfer, index, held), transfer.receiver)
+                    self._transport.send(self._pack(transfer, index, held), transfer.receiver)
                 elif self.rank == transfer.receiver:
                     bucket = np.empty(transfer.size(index), self.dtype)
-                    arrived[transfer.sender, index] = self._wire.receive(bucket, transfer.sender)
-            yield name, self._put_together(name, held[name], arrived)
+                    arrived[transfer.sender, index] = self._transport.receive(bucket, transfer.sender)
+            yield name, self._assemble(name, held[name], arrived)
             held.pop(name)
 
     def _pack(self, transfer: Transfer, index: int, held: _HostArrays) -> np.ndarray:
@@ -114,7 +154,7 @@ class Resharder:
                 at += part.size
         return bucket
 
-    def _put_together(
+    def _assemble(
         self, name: str, local: np.ndarray, arrived: dict[tuple[int, int], np.ndarray]
     ) -> np.ndarray:
         """The target shard, from the source shard and buckets, which are dropped when they are used up."""

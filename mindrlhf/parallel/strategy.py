@@ -92,7 +92,7 @@ def write_strategies(
         CheckpointError: the directory holds files of another layout, which MindSpore would mix with these.
     """
     wanted = list(ranks)
-    _check_former(Path(directory), models, wanted)
+    _check_existing(Path(directory), models, wanted)
     written: list[Path] = []
     for model, layouts in models.items():
         content = _serialized(layouts)
@@ -155,7 +155,9 @@ def _as_strategy(strategies: Any) -> Strategy:
     return Strategy(meshes.pop(), split_dims)
 
 
-def _check_former(directory: Path, models: Mapping[str, Mapping[str, Layout]], ranks: Iterable[int]) -> None:
+def _check_existing(
+    directory: Path, models: Mapping[str, Mapping[str, Layout]], ranks: Iterable[int]
+) -> None:
     """Refuses to put files beside, or in place of, those of another layout."""
     faults: list[str] = []
     for model, layouts in models.items():

@@ -18,9 +18,11 @@ from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div
 
 
-def empty_parameter(shape: tuple[int, ...], dtype: ms.dtype, name: str) -> Parameter:
+def empty_parameter(
+    shape: tuple[int, ...], dtype: ms.dtype, name: str, *, trainable: bool = True
+) -> Parameter:
     """A parameter of zeros, to be overwritten by a checkpoint."""
-    return Parameter(initializer("zeros", shape, dtype), name=name)
+    return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=trainable)
 
 
 class RowsProduct(nn.Cell):
@@ -48,7 +50,7 @@ class RowsProduct(nn.Cell):
 class AddBias(nn.Cell):
     """A bias added to each row; its gradient is a sum, which takes CPU a sixth of the time of BiasAddGrad.
 
-    Not by broadcasting, which keeps 16 bytes an element on CPU as long as the graph lives.
+    Not by broadcasting, which keeps 16 bytes per element on CPU as long as the graph lives.
     """
 
     def __init__(self) -> None:

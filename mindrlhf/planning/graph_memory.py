@@ -3,7 +3,7 @@
 Letters: m rows of a pass, T columns, n = m T, R response columns, P prompt columns; sizes are one rank's.
 A graph takes memory in two ways. What lives between two operations is given back to a pool that all graphs
 share (``activations``). What a kernel keeps for itself stays as long as its graph (``kernels``): on CPU the
-index tables of transposes (8 bytes an element), which only generation has, and of broadcasts (16).
+index tables of transposes (8 bytes per element), which only generation has, and of broadcasts (16).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class DeviceTraits:
         measured: whether the constants were measured (on this project's machine) or assumed.
         process: bytes of the process, or of the device's runtime, before there is a model.
         training_imports: more of it, once MindFormers' optimizer is imported.
-        transpose_index: bytes that a ``Transpose`` kernel keeps for each element, as long as its graph lives.
+        transpose_index: bytes per element that a ``Transpose`` kernel keeps, as long as its graph lives.
         broadcast_index: the same of an element-wise kernel that broadcasts.
         first_graph: bytes that compiling anything at all takes: threads, generated code.
         forward_layer, backward_layer, decode_layer: bytes of a compiled layer in a graph of each kind; the
             graphs of an optimizer step count with the backward pass.
-        fused_optimizer: whether an AdamW step is one kernel a parameter, which needs no copies.
+        fused_optimizer: whether an AdamW step is one kernel per parameter, which needs no copies.
         host_shared: whether the models live in the memory of the process.
     """
 
@@ -82,7 +82,7 @@ ASCEND = DeviceTraits(
     fused_optimizer=False,
     host_shared=False,
 )
-"""Assumed: 2 GiB for runtime and communication (HCCL takes 2 x 200 MB a group), nothing in kernels."""
+"""Assumed: 2 GiB for runtime and communication (HCCL takes 2 x 200 MB per group), nothing in kernels."""
 
 HOST_PROCESS = CPU.process + CPU.training_imports
 """Host memory of a worker whose models live on a device, without copies of weights."""
@@ -187,11 +187,11 @@ class ParameterCount:
         return self.body + self.head
 
     def weight_bytes(self, param: int) -> int:
-        """Bytes of the weights when the body takes ``param`` bytes a number."""
+        """Bytes of the weights when the body takes ``param`` bytes per number."""
         return self.body * param + self.head * FLOAT32
 
     def kinds(self, param: int) -> Counter[tuple[tuple[int, ...], int]]:
-        """How often each shape comes with each number of bytes, when the body takes ``param`` a number."""
+        """How often each shape comes with each number of bytes, when the body takes ``param`` bytes per number."""
         body = Counter({(shape, param): count for shape, count in self.shapes.items()})
         return body + Counter({(shape, FLOAT32): n for shape, n in self.head_shapes.items()})
 
@@ -220,7 +220,7 @@ def count_parameters(config: ModelConfig, mp: int, *, lm_head: bool, score_head:
 
 
 FLASH_STATISTICS = 64
-"""Bytes a head and token that flash attention keeps for its gradient: 8 float32 of maximum and of sum."""
+"""Bytes per head and token that flash attention keeps for its gradient: 8 float32 of maximum and of sum."""
 
 
 @dataclass(frozen=True)
@@ -330,13 +330,13 @@ def _broadcast_once(sizes: RankSizes, work: Pass) -> int:
 
 
 def _shared(sizes: RankSizes, columns: int) -> int:
-    """Bytes a token of what all layers share: the hidden keys; cosines and sines of queries and keys."""
+    """Bytes per token of what all layers share: the hidden keys; cosines and sines of queries and keys."""
     mask = columns * (1 + sizes.softmax) if sizes.flash else sizes.heads * columns * sizes.softmax
     return mask + 2 * (sizes.queries + sizes.keys) * sizes.rotary
 
 
 def _attention_forward(sizes: RankSizes, columns: int) -> int:
-    """Bytes a token at the widest point of attention: residual and projections beside scores or rotation."""
+    """Bytes per token at the widest point of attention: residual and projections beside scores or rotation."""
     carried = sizes.hidden * sizes.compute + (sizes.queries + 2 * sizes.keys) * sizes.compute
     rotation = 4 * sizes.queries * sizes.rotary + sizes.hidden * sizes.compute
     scores = 0 if sizes.flash else 3 * sizes.heads * columns * sizes.softmax
@@ -344,7 +344,7 @@ def _attention_forward(sizes: RankSizes, columns: int) -> int:
 
 
 def _feed_forward(sizes: RankSizes) -> int:
-    """Bytes a token at the widest point of the feed-forward: residual, norm, gate, up, SwiGLU's steps."""
+    """Bytes per token at the widest point of the feed-forward: residual, norm, gate, up, SwiGLU's steps."""
     return (2 * sizes.hidden + 5 * sizes.inner) * sizes.compute
 
 
@@ -360,7 +360,7 @@ def _head_forward(sizes: RankSizes, work: Pass) -> int:
 
 
 def _kept_by_layer(sizes: RankSizes, columns: int) -> int:
-    """Bytes a token that a layer keeps for its gradient.
+    """Bytes per token that a layer keeps for its gradient.
 
     Both norms' inputs and outputs (4 H); turned queries, keys, values and the heads' mix, all by head; the
     attention weights; gate, up and their product.
@@ -377,7 +377,7 @@ def _kept_by_layer(sizes: RankSizes, columns: int) -> int:
 
 
 def _layer_backward(sizes: RankSizes, columns: int) -> int:
-    """Bytes a token at the widest point of a layer's backward pass: scores, or SwiGLU's five arrays."""
+    """Bytes per token at the widest point of a layer's backward pass: scores, or SwiGLU's five arrays."""
     scores = 0 if sizes.flash else sizes.heads * columns * sizes.softmax
     return max(scores, 5 * sizes.inner * sizes.compute) + 2 * sizes.hidden * sizes.compute
 

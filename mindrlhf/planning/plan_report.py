@@ -31,8 +31,8 @@ class SplitCost:
         roles: the models that it splits.
         data_parallel, model_parallel: the split.
         present: whether it is the plan's.
-        resident: bytes a rank of its models' weights, moments and caches.
-        peak: bytes a rank of the whole job.
+        resident: bytes per rank of its models' weights, moments and caches.
+        peak: bytes per rank of the whole job.
         fits: whether that fits; ``None`` without a limit.
     """
 
@@ -53,7 +53,7 @@ class PlanReport:
     Attributes:
         plan: memory of the job as it is planned.
         traffic: of a weight sync.
-        limit: bytes a rank may take; ``None`` when nobody said.
+        limit: bytes per rank may take; ``None`` when none is given.
         asked_world_size: workers that were asked for when they are not the YAMLs'.
         yaml_world_size: workers of the YAMLs.
         splits: every split that divides, with its cost.
@@ -112,7 +112,7 @@ def make_report(
 
     Args:
         job: as it shall run.
-        limit: bytes a rank may take.
+        limit: bytes per rank may take.
         with_reward_model: False when rewards come from a function alone.
         yaml_job: as the YAMLs have it, when ``job`` is over another number of workers.
     """
@@ -167,7 +167,7 @@ _MODEL_OF_ROLE = {"infer": "policy infer", "train": "policy train", "reward": "r
 
 
 def report_dict(report: PlanReport) -> dict[str, Any]:
-    """The report as plain numbers and texts for ``--json``; bytes, of a rank unless it says total."""
+    """The report as plain numbers and texts for ``--json``; bytes, of one rank unless it says total."""
     plan, traffic = report.plan, report.traffic
     context = plan.job.train.context
     return {
@@ -268,7 +268,7 @@ def _basis(plan: MemoryPlan) -> str:
         )
     return (
         "Computed from sizes, types and layouts, not measured: no such device was at hand. "
-        f"{gigabytes(plan.device.process)} a rank are assumed for runtime and communication; "
+        f"{gigabytes(plan.device.process)} per rank are assumed for runtime and communication; "
         "that a backward pass holds no second set of gradients was measured on CPU."
     )
 
@@ -328,7 +328,7 @@ def _yes_no(answer: bool | None) -> str:
 def _verdict(report: PlanReport) -> Iterator[str]:
     plan, peak = report.plan, report.plan.peak
     if plan.host:
-        yield f"Host memory a worker: about {gigabytes(plan.host)}, the largest passing copy included."
+        yield f"Host memory per worker: about {gigabytes(plan.host)}, the largest passing copy included."
     if report.limit is None:
         yield f"Peak: {gigabytes(peak.total)} in {peak.name}. Pass --device_memory to see whether it fits."
         return

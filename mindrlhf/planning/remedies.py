@@ -149,7 +149,7 @@ def _with_all(
 
 
 def _forced(job: JobConfig, changed: JobConfig, levers: Sequence[_Lever]) -> list[str]:
-    """Rows a pass that had to follow another split, as settings."""
+    """Rows per pass that had to follow another split, as settings."""
     free = {lever.name for lever in levers}
     settings = ((setting, getattr(changed.ppo, setting)) for setting in ROWS if setting not in free)
     return [f"--set {name}={value}" for name, value in settings if value != getattr(job.ppo, name)]

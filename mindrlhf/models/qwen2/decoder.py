@@ -21,9 +21,9 @@ from mindrlhf.models.qwen2.layers import (
     SharedInputs,
     masked_softmax,
     rotary,
-    swapped,
     swiglu,
     take_columns,
+    transposed_rows,
 )
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
@@ -54,11 +54,11 @@ class Attention(nn.Cell):
         self.reorder = Reorder()
         self.softmax = masked_softmax(self.softmax_dtype)
         self.flash = config.use_flash_attention
-        heads, hidden = config.num_heads, config.hidden_size
+        heads, hidden_size = config.num_heads, config.hidden_size
 
         def projection(heads_out: int) -> ColumnParallelLinear:
             return ColumnParallelLinear(
-                hidden,
+                hidden_size,
                 heads_out * self.head_dim,
                 groups,
                 has_bias=config.qkv_has_bias,
@@ -73,71 +73,79 @@ class Attention(nn.Cell):
         self.wv = projection(config.n_kv_heads)
         self.wo = RowParallelLinear(
             heads * self.head_dim,
-            hidden,
+            hidden_size,
             groups,
             compute_dtype=self.compute_dtype,
             param_dtype=ms_dtype(config.param_init_type),
             matmul_dtype=config.matmul_dtype,
         )
 
-    def construct(self, x: Tensor, columns: Columns | None, hidden: Tensor, *tables: Tensor) -> Tensor:
+    def construct(
+        self, x: Tensor, columns: Columns | None, attention_mask: Tensor, *tables: Tensor
+    ) -> Tensor:
         """Attends from the queries of all columns, or of some.
 
         Args:
             x: (B * T, H).
             columns: of the queries, Q of them; ``None``: all T.
-            hidden, tables: of :class:`SharedInputs`, cut to the queries' columns where they are the queries'.
+            attention_mask, tables: of :class:`SharedInputs`, those of the queries cut to their columns.
 
         Returns:
             (B * Q, H).
         """
         query_cos, query_sin, key_cos, key_sin = tables
         x = self.copy_to_group(x)
-        length = hidden.shape[-1]
-        asking = x if columns is None else take_columns(x, length, columns)
-        asked = length if columns is None else columns[1] - columns[0]
-        query = self._turn(self.wq(asking), query_cos, query_sin)
-        key = self._turn(self.wk(x), key_cos, key_sin)
+        length = attention_mask.shape[-1]
+        query_rows = x if columns is None else take_columns(x, length, columns)
+        query_length = length if columns is None else columns[1] - columns[0]
+        query = self._apply_rotary(self.wq(query_rows), query_cos, query_sin)
+        key = self._apply_rotary(self.wk(x), key_cos, key_sin)
         heads = self.kv_heads * self.group_size
-        query = self._swap(query, asked, heads)
-        key = self._swap(key, length, self.kv_heads)
-        value = self._swap(self.wv(x), length, self.kv_heads)
+        query = self._transpose(query, query_length, heads)
+        key = self._transpose(key, length, self.kv_heads)
+        value = self._transpose(self.wv(x), length, self.kv_heads)
         attend = self._flash if self.flash else self._plain
-        mixed = self._swap(attend(query, key, value, asked, hidden), heads, asked)
-        return self.wo(mixed.reshape((asking.shape[0], -1)))
+        mixed = self._transpose(attend(query, key, value, query_length, attention_mask), heads, query_length)
+        return self.wo(mixed.reshape((query_rows.shape[0], -1)))
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _apply_rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions of (B * T, heads * D), head by head."""
-        turned = self.rotary(ops.cast(x, self.rotary_dtype).reshape((-1, self.head_dim)), cos, sin)
-        return ops.cast(turned, self.compute_dtype).reshape(x.shape)
+        rotated = self.rotary(ops.cast(x, self.rotary_dtype).reshape((-1, self.head_dim)), cos, sin)
+        return ops.cast(rotated, self.compute_dtype).reshape(x.shape)
 
-    def _swap(self, x: Tensor, first: int, second: int) -> Tensor:
+    def _transpose(self, x: Tensor, first: int, second: int) -> Tensor:
         """Vectors in the order (B, first, second), of any shape -> (B * second * first, D)."""
         rows = x.reshape((-1, self.head_dim))
         batch = rows.shape[0] // (first * second)
-        return self.reorder(rows, swapped(batch, first, second), swapped(batch, second, first))
+        return self.reorder(
+            rows, transposed_rows(batch, first, second), transposed_rows(batch, second, first)
+        )
 
-    def _plain(self, query: Tensor, key: Tensor, value: Tensor, asked: int, hidden: Tensor) -> Tensor:
+    def _plain(
+        self, query: Tensor, key: Tensor, value: Tensor, query_length: int, attention_mask: Tensor
+    ) -> Tensor:
         """By plain operators: (B * heads * Q, D), twice (B * kv heads * T, D) -> (B * kv heads, ..., D)."""
-        length = hidden.shape[-1]
-        grouped = (-1, self.group_size * asked, self.head_dim)
+        length = attention_mask.shape[-1]
+        grouped = (-1, self.group_size * query_length, self.head_dim)
         keys = (-1, length, self.head_dim)
         scores = ops.BatchMatMul(transpose_b=True)(query.reshape(grouped), key.reshape(keys))
         # Rows of one matrix: reductions of CPU are many times slower over more dimensions.
         rows = ops.cast(scores.reshape((-1, length)), self.softmax_dtype)
-        hidden = hidden.reshape((-1, asked, length))
-        weights = ops.cast(self.softmax(rows, hidden), self.compute_dtype)
+        attention_mask = attention_mask.reshape((-1, query_length, length))
+        weights = ops.cast(self.softmax(rows, attention_mask), self.compute_dtype)
         return ops.BatchMatMul()(weights.reshape(scores.shape), value.reshape(keys))
 
-    def _flash(self, query: Tensor, key: Tensor, value: Tensor, asked: int, hidden: Tensor) -> Tensor:
+    def _flash(
+        self, query: Tensor, key: Tensor, value: Tensor, query_length: int, attention_mask: Tensor
+    ) -> Tensor:
         """Attention by the Ascend kernel (FlashAttention, arXiv 2205.14135); there is none on CPU."""
-        heads, length = self.kv_heads * self.group_size, hidden.shape[-1]
+        heads, length = self.kv_heads * self.group_size, attention_mask.shape[-1]
         return ops.flash_attention_score(
-            query.reshape((-1, heads, asked, self.head_dim)),
+            query.reshape((-1, heads, query_length, self.head_dim)),
             key.reshape((-1, self.kv_heads, length, self.head_dim)),
             value.reshape((-1, self.kv_heads, length, self.head_dim)),
             heads,
-            attn_mask=ops.cast(hidden, ms.uint8),
+            attn_mask=ops.cast(attention_mask, ms.uint8),
             scalar_value=1.0,
             input_layout="BNSD",
         )
@@ -153,11 +161,11 @@ class FeedForward(nn.Cell):
             "param_dtype": ms_dtype(config.param_init_type),
             "matmul_dtype": config.matmul_dtype,
         }
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden_size, inner = config.hidden_size, config.intermediate_size
         self.copy_to_group = CopyToGroup(groups.mp_group)
-        self.w1 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
-        self.w3 = ColumnParallelLinear(hidden, inner, groups, has_bias=False, **dtypes)
-        self.w2 = RowParallelLinear(inner, hidden, groups, **dtypes)
+        self.w1 = ColumnParallelLinear(hidden_size, inner, groups, has_bias=False, **dtypes)
+        self.w3 = ColumnParallelLinear(hidden_size, inner, groups, has_bias=False, **dtypes)
+        self.w2 = RowParallelLinear(inner, hidden_size, groups, **dtypes)
         self.swiglu = swiglu(dtypes["compute_dtype"])
 
     def construct(self, x: Tensor) -> Tensor:
@@ -182,10 +190,12 @@ class DecoderLayer(nn.Cell):
         self.ffn_norm = RMSNorm(*norm)
         self.feed_forward = FeedForward(config, groups)
 
-    def construct(self, x: Tensor, columns: Columns | None, hidden: Tensor, *tables: Tensor) -> Tensor:
+    def construct(
+        self, x: Tensor, columns: Columns | None, attention_mask: Tensor, *tables: Tensor
+    ) -> Tensor:
         """``x`` (B * T, H), the rest as for :class:`Attention` -> (B * Q, H)."""
-        mixed = self.attention(self.attention_norm(x), columns, hidden, *tables)
-        x = mixed + (x if columns is None else take_columns(x, hidden.shape[-1], columns))
+        mixed = self.attention(self.attention_norm(x), columns, attention_mask, *tables)
+        x = mixed + (x if columns is None else take_columns(x, attention_mask.shape[-1], columns))
         return x + self.feed_forward(self.ffn_norm(x))
 
 

@@ -80,7 +80,7 @@ class PPOModelInfer:
         generation: lengths and sampling.
         batch_size: rows of one pass on this rank; :meth:`generate` takes any multiple.
         decode_steps_per_call: tokens per row that one run of the decode graph makes. More means less
-            overhead a token, a longer compilation, and up to that many steps after the last row ended.
+            overhead per token, a longer compilation, and up to that many steps after the last row ended.
 
     Attributes:
         layouts: canonical name -> layout of every parameter.
@@ -189,7 +189,7 @@ class PPOModelInfer:
         if len(prompt_ids) != self.batch_size:
             raise ValueError(f"{len(prompt_ids)} prompts, expected batch_size {self.batch_size}")
         left = self.generation.max_response_length
-        for tokens, _ in self._parts(prompt_ids, prompt_lengths, uniforms):
+        for tokens, _ in self._chunks(prompt_ids, prompt_lengths, uniforms):
             yield tokens[:, :left]
             left -= tokens.shape[1]
 
@@ -202,7 +202,7 @@ class PPOModelInfer:
         tokens = np.full((self.batch_size, made), self.generation.pad_token_id, np.int32)
         logprobs = np.zeros((self.batch_size, made), np.float32)
         first = 0
-        for new_tokens, new_logprobs in self._parts(*inputs):
+        for new_tokens, new_logprobs in self._chunks(*inputs):
             new = slice(first, first + new_tokens.shape[1])
             tokens[:, new], logprobs[:, new] = new_tokens, new_logprobs
             on_tokens(self.batch_size * (min(new.stop, response) - first))
@@ -210,7 +210,7 @@ class PPOModelInfer:
         on_tokens(self.batch_size * max(response - first, 0))
         return tokens[:, :response], logprobs[:, :response]
 
-    def _parts(
+    def _chunks(
         self, prompt_ids: np.ndarray, prompt_lengths: np.ndarray, uniforms: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens and log-probs (b, n) of one column, then of ``_steps`` each, until all rows have ended."""
@@ -222,8 +222,8 @@ class PPOModelInfer:
             token, logprob, done = self._prefill(
                 Tensor(prompt_ids.astype(np.int32)), starts, Tensor(draws[:, 0].copy())
             )
-            part = token.asnumpy()[:, None], logprob.asnumpy()[:, None]
-        yield part
+            chunk = token.asnumpy()[:, None], logprob.asnumpy()[:, None]
+        yield chunk
         for call in range(self._calls):
             if done.asnumpy().all():
                 break
@@ -234,8 +234,8 @@ class PPOModelInfer:
                 token, new_tokens, new_logprobs, done = self._decode(
                     token, done, column, starts, Tensor(draws[:, new].copy())
                 )
-                part = new_tokens.asnumpy(), new_logprobs.asnumpy()
-            yield part
+                chunk = new_tokens.asnumpy(), new_logprobs.asnumpy()
+            yield chunk
 
     def _output(self, tokens: np.ndarray, logprobs: np.ndarray) -> GenerationOutput:
         is_stop = np.isin(tokens, self.generation.stop_token_ids)

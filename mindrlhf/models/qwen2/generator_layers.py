@@ -1,4 +1,4 @@
-"""Pieces of the generation network: sizes of one rank, products, norm, embedding, rotary positions.
+"""Layers of the generation network: sizes of one rank, products, norm, embedding, rotary, key/value cache.
 
 See :mod:`mindrlhf.models.qwen2.generator_network` for the letters.
 """
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import initializer
+from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.tensor_parallel import RowsProduct, local_ids
+from mindrlhf.parallel.tensor_parallel import RowsProduct, empty_parameter, local_ids
 from mindrlhf.utils.sizes import exact_div
 
 
@@ -117,9 +116,9 @@ class Linear(nn.Cell):
         super().__init__()
         self.dtype = sizes.compute_dtype
         self.has_bias = has_bias
-        self.weight = frozen_parameter((outputs, inputs), sizes.param_dtype, f"{name}.weight")
+        self.weight = empty_parameter((outputs, inputs), sizes.param_dtype, f"{name}.weight", trainable=False)
         if has_bias:
-            self.bias = frozen_parameter((outputs,), sizes.param_dtype, f"{name}.bias")
+            self.bias = empty_parameter((outputs,), sizes.param_dtype, f"{name}.bias", trainable=False)
             self.bias_add = ops.BiasAdd()
         self.rows_product = RowsProduct(sizes.compute_dtype, sizes.matmul_dtype)
         self.columns_product = ColumnsProduct(sizes)
@@ -158,7 +157,7 @@ class RMSNorm(nn.Cell):
         self.dtype = sizes.norm_dtype
         self.out_dtype = sizes.compute_dtype
         self.eps = sizes.eps
-        self.weight = frozen_parameter((sizes.hidden,), sizes.param_dtype, f"{name}.weight")
+        self.weight = empty_parameter((sizes.hidden,), sizes.param_dtype, f"{name}.weight", trainable=False)
         self.mean = ops.ReduceMean(keep_dims=True)
         self.outer = ops.MatMul()
 
@@ -183,7 +182,9 @@ class Embedding(nn.Cell):
     def __init__(self, sizes: LocalSizes, groups: Groups, name: str) -> None:
         super().__init__()
         self.dtype = sizes.compute_dtype
-        self.weight = frozen_parameter((sizes.vocab, sizes.hidden), sizes.param_dtype, f"{name}.weight")
+        self.weight = empty_parameter(
+            (sizes.vocab, sizes.hidden), sizes.param_dtype, f"{name}.weight", trainable=False
+        )
         self.rows = sizes.vocab
         self.first = groups.mp_index * sizes.vocab
         self.split = groups.mp_group is not None
@@ -214,7 +215,7 @@ class Rotary(nn.Cell):
         self.sin = Tensor(sin, sizes.compute_dtype)
         half = np.eye(sizes.head_dim // 2, dtype=np.float32)
         zero = np.zeros_like(half)
-        self.turn = Tensor(np.block([[zero, half], [-half, zero]]), sizes.compute_dtype)
+        self.rotate_half = Tensor(np.block([[zero, half], [-half, zero]]), sizes.compute_dtype)
         self.head_dim = sizes.head_dim
         self.matmul = ops.MatMul()
 
@@ -224,8 +225,8 @@ class Rotary(nn.Cell):
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``x``, ``cos``, ``sin`` (n, qkv) -> (n, qkv)."""
-        turned = self.matmul(ops.reshape(x, (-1, self.head_dim)), self.turn)
-        return x * cos + ops.reshape(turned, x.shape) * sin
+        rotated = self.matmul(ops.reshape(x, (-1, self.head_dim)), self.rotate_half)
+        return x * cos + ops.reshape(rotated, x.shape) * sin
 
 
 def rotary_tables(sizes: LocalSizes, theta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -241,6 +242,62 @@ def rotary_tables(sizes: LocalSizes, theta: float) -> tuple[np.ndarray, np.ndarr
     return np.tile(cos, repeat).astype(np.float32), np.tile(sin, repeat).astype(np.float32)
 
 
-def frozen_parameter(shape: tuple[int, ...], dtype: ms.dtype, name: str) -> Parameter:
-    """A frozen parameter of zeros, to be loaded."""
-    return Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False)
+class KVCache(nn.Cell):
+    """Keys and values of B sequences, N key/value heads of this rank and S columns, for one decoder layer.
+
+    Entry ``(b * N + n, c)`` of either table is the vector of head ``n`` of sequence ``b`` at column ``c``.
+    ``(B * N, S, D)`` is what ``BatchMatMul`` wants, and one new column is one ``ScatterNdUpdate`` of B * N
+    vectors. The shape must be the parameter's own: on CPU a reshape of an updated parameter copies the whole
+    table, at every step.
+
+    Args:
+        sequences: B.
+        kv_heads: N, key/value heads of this rank.
+        columns: S.
+        head_dim: D.
+        dtype: type of the stored vectors.
+        name: unique prefix of the two parameters.
+    """
+
+    def __init__(
+        self, sequences: int, kv_heads: int, columns: int, head_dim: int, dtype: ms.dtype, name: str
+    ) -> None:
+        super().__init__()
+        heads = sequences * kv_heads
+        shape = (heads, columns, head_dim)
+        self.columns = columns
+        self.head_numbers = Tensor(np.stack([np.arange(heads), np.zeros(heads)], 1).astype(np.int32))
+        self.one_column = Tensor(np.array([[0, 1]] * heads, np.int32))
+        self.keys = empty_parameter(shape, dtype, f"{name}.keys", trainable=False)
+        self.values = empty_parameter(shape, dtype, f"{name}.values", trainable=False)
+        self.scatter = ops.ScatterNdUpdate()
+
+    def entries(self, column: Tensor) -> Tensor:
+        """Where ``column`` (scalar int32) of each head is -> (B * N, 2) int32; the same for every layer."""
+        return self.head_numbers + self.one_column * column
+
+    def write(self, entries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one column and gives the caches with it in.
+
+        Args:
+            entries: (B * N, 2) int32 from :meth:`entries`.
+            keys, values: (B * N, D).
+
+        Returns:
+            All keys and all values, (B * N, S, D) each.
+        """
+        return self.scatter(self.keys, entries, keys), self.scatter(self.values, entries, values)
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Replaces everything: ``keys`` and ``values`` (B * N, P, D) become columns 0 .. P-1.
+
+        The columns after them become zero, so that nothing of an earlier batch (a NaN, say) is left.
+        """
+        ops.assign(self.keys, self._padded(keys))
+        ops.assign(self.values, self._padded(values))
+
+    def _padded(self, heads: Tensor) -> Tensor:
+        missing = self.columns - heads.shape[1]
+        if missing > 0:
+            heads = ops.Pad(((0, 0), (0, missing), (0, 0)))(heads)
+        return heads

@@ -2,7 +2,7 @@
 
 It computes what the training network computes, with another storage: the rows of query, key and value
 that belong to one key/value head lie together, ``[q .. q | k | v]`` (called slots: G + 2 of them for G
-queries a key/value head), so that one product and one rotation serve all three; gate and up
+queries per key/value head), so that one product and one rotation serve all three; gate and up
 projection are one product. :mod:`mindrlhf.models.qwen2.generator_weights` maps the canonical
 parameters to this storage and back.
 
@@ -22,14 +22,14 @@ from mindrlhf.models.decode_schedule import QUERY_BLOCK
 from mindrlhf.models.qwen2.generator_layers import (
     ColumnsProduct,
     Embedding,
+    KVCache,
     Linear,
     LocalSizes,
     RMSNorm,
     Rotary,
-    frozen_parameter,
 )
-from mindrlhf.models.qwen2.kv_cache import KVCache
 from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.tensor_parallel import empty_parameter
 
 # Finite, so that a row whose keys are all masked (a pad position as query) gets a mean, not a NaN.
 _MASKED_SCORE = -1.0e30
@@ -173,7 +173,7 @@ class PrefillAttention(nn.Cell):
         self.softmax = ops.Softmax(-1)
 
     def visible(self, real: Tensor) -> Tensor:
-        """``real`` (B, P) bool, whether a column is no padding -> (B, 1, P, P), real keys up to the query."""
+        """``real`` (B, P) bool, whether a column is not padding -> (B, 1, P, P), real keys up to the query."""
         return ops.logical_and(self.causal, ops.reshape(real, (self.sizes.rows, 1, 1, -1)))
 
     def construct(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
@@ -260,7 +260,9 @@ class FusedDecoder(nn.Cell):
         )
         self.norm = RMSNorm(sizes, "infer.norm")
         if not self.tied:
-            self.head = frozen_parameter((sizes.vocab, sizes.hidden), sizes.param_dtype, "infer.head.weight")
+            self.head = empty_parameter(
+                (sizes.vocab, sizes.hidden), sizes.param_dtype, "infer.head.weight", trainable=False
+            )
         self.columns_product = ColumnsProduct(sizes)
         self.steps = _steps(sizes, groups)
         self.none_ended = Tensor(np.zeros(sizes.rows, np.bool_))
@@ -293,10 +295,10 @@ class FusedDecoder(nn.Cell):
             return self._step(self.steps, tokens, (ended, starts, column))
         sizes = self.sizes
         cos, sin = self.rotary.angles(column - starts)
-        hidden = ops.logical_or(self.cache_columns < ops.expand_dims(starts, 1), self.cache_columns > column)
-        bias = ops.cast(hidden, sizes.softmax_dtype) * _MASKED_SCORE
-        # Spelled out in full once a step: adding equal shapes is far cheaper than broadcasting, and there
-        # is one addition a layer.
+        masked = ops.logical_or(self.cache_columns < ops.expand_dims(starts, 1), self.cache_columns > column)
+        bias = ops.cast(masked, sizes.softmax_dtype) * _MASKED_SCORE
+        # Spelled out in full once per step: adding equal shapes is far cheaper than broadcasting, and there
+        # is one addition per layer.
         mask = ops.tile(bias, (1, sizes.kv_heads * sizes.queries))
         mask = ops.reshape(mask, (-1, sizes.queries, sizes.columns))
         entries = self.layers[0].cache.entries(column)

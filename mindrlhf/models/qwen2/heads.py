@@ -30,7 +30,7 @@ class LMHead(nn.Cell):
 
 
 class ScoreHead(nn.Cell):
-    """One number per position, ``w . h + b``, without an activation (checklist 15).
+    """One number per position, ``w . h + b``, without an activation.
 
     Every rank of a model-parallel group holds the whole head, and its hidden states are whole too, so
     there is nothing to communicate. Kept and computed in float32: it is small and its output is a target.

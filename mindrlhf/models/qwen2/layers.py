@@ -1,4 +1,4 @@
-"""Pieces of the training decoder between its products: norm, rotary positions, SwiGLU, masks.
+"""Layers of the training decoder between its products: norm, rotary positions, SwiGLU, masks.
 
 All of them work on rows of one matrix and, where it saves operations or memory, have their gradient
 written out. On CPU, reductions over a matrix are 5 to 20 times faster than over more dimensions, and
@@ -134,15 +134,15 @@ class SwiGLU(nn.Cell):
 
 
 class MaskedSoftmax(nn.Cell):
-    """Softmax of attention scores plus what hides keys."""
+    """Softmax of attention scores plus an additive attention mask."""
 
     def __init__(self) -> None:
         super().__init__()
         self.softmax = Softmax()
 
-    def construct(self, scores: Tensor, hidden: Tensor) -> Tensor:
-        """``scores`` (B * heads * Q, T), ``hidden`` (B * heads, Q, T) -> the shape of the scores."""
-        return self.softmax(scores + hidden.reshape(scores.shape))
+    def construct(self, scores: Tensor, attention_mask: Tensor) -> Tensor:
+        """``scores`` (B * heads * Q, T), ``attention_mask`` (B * heads, Q, T) -> the shape of the scores."""
+        return self.softmax(scores + attention_mask.reshape(scores.shape))
 
 
 class Softmax(nn.Cell):
@@ -199,14 +199,14 @@ class Reorder(nn.Cell):
         return ops.gather(dout, back, 0), ops.zeros_like(order), ops.zeros_like(back)
 
 
-def swapped(batch: int, first: int, second: int) -> Tensor:
+def transposed_rows(batch: int, first: int, second: int) -> Tensor:
     """Row numbers of (batch, first, second) in the order (batch, second, first), (n,) int32."""
     rows = ops.arange(batch * first * second).reshape((batch, first, second))
     return ops.cast(ops.transpose(rows, (0, 2, 1)).reshape((-1,)), ms.int32)
 
 
 class SharedInputs(nn.Cell):
-    """What all layers need of a batch: which keys are hidden, and cos and sin of the positions.
+    """What all layers need of a batch: the attention mask, and cos and sin of the positions.
 
     Spelled out in full, once a pass: on CPU, adding and multiplying equal shapes is far cheaper than
     broadcasting, and every layer does it.
@@ -235,31 +235,33 @@ class SharedInputs(nn.Cell):
             queries (B * T * heads, D), which carry the scale 1 / sqrt(D) of the scores; cos and sin of the
             keys (B * T * kv heads, D).
         """
-        hidden = hidden_keys(valid, self.softmax_dtype)
+        attention_mask = causal_padding_mask(valid, self.softmax_dtype)
         if not self.flash:
-            hidden = ops.tile(hidden * MASKED_SCORE, (1, self.mask_heads, 1, 1)).reshape((-1, valid.shape[1]))
+            attention_mask = ops.tile(attention_mask * MASKED_SCORE, (1, self.mask_heads, 1, 1))
+            attention_mask = attention_mask.reshape((-1, valid.shape[1]))
         flat = position_ids.reshape((-1,))
         cos, sin = ops.gather(self.cos_table, flat, 0), ops.gather(self.sin_table, flat, 0)
         return (
-            hidden,
+            attention_mask,
             self._for_heads(cos * self.scale, self.heads),
             self._for_heads(sin * self.scale, self.heads),
             self._for_heads(cos, self.kv_heads),
             self._for_heads(sin, self.kv_heads),
         )
 
-    def of_queries(self, columns: Columns, hidden: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    def of_queries(self, columns: Columns, attention_mask: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`construct` gives, with masks and tables of the queries cut to their ``columns``."""
-        length = hidden.shape[-1]
-        hidden = (
-            hidden[:, :, columns[0] : columns[1]] if self.flash else take_columns(hidden, length, columns)
-        )
+        length = attention_mask.shape[-1]
+        if self.flash:
+            attention_mask = attention_mask[:, :, columns[0] : columns[1]]
+        else:
+            attention_mask = take_columns(attention_mask, length, columns)
         query_cos, query_sin, *key_tables = tables
         by_column = (-1, self.heads * self.head_dim)
         query_cos = take_columns(query_cos.reshape(by_column), length, columns)
         query_sin = take_columns(query_sin.reshape(by_column), length, columns)
         by_head = (-1, self.head_dim)
-        return hidden, query_cos.reshape(by_head), query_sin.reshape(by_head), *key_tables
+        return attention_mask, query_cos.reshape(by_head), query_sin.reshape(by_head), *key_tables
 
     def _for_heads(self, table: Tensor, heads: int) -> Tensor:
         """(B * T, D) -> (B * T * heads, D)."""
@@ -272,7 +274,7 @@ def take_columns(x: Tensor, length: int, columns: Columns) -> Tensor:
     return x.reshape((-1, length, x.shape[-1]))[:, first:end].reshape((-1, x.shape[-1]))
 
 
-def hidden_keys(valid: Tensor, dtype: ms.dtype) -> Tensor:
+def causal_padding_mask(valid: Tensor, dtype: ms.dtype) -> Tensor:
     """Which keys a query must not see: later ones and pads.
 
     Args:

@@ -1,7 +1,7 @@
 """Networks over whole sequences: the policy that is trained, the critic, and the reward model.
 
 They all take a batch of prompt + response rows, T = P + R, prompts left-padded, and look at response
-columns only: the logits that predict response token ``t`` stand in column ``P - 1 + t`` (checklist 1).
+columns only: the logits that predict response token ``t`` stand in column ``P - 1 + t``.
 """
 
 from __future__ import annotations

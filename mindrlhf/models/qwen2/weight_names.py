@@ -76,5 +76,5 @@ def is_hf(names: Iterable[str]) -> bool:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a Hugging Face tensor follows from the config and is no weight."""
+    """Whether a Hugging Face tensor follows from the config and is not a weight."""
     return name.endswith(_DERIVED_SUFFIX)

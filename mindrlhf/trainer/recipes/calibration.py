@@ -18,8 +18,8 @@ from mindrlhf.configs.options import RewardOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
+from mindrlhf.models.families import family_of
+from mindrlhf.models.qwen2.generator import PPOModelInfer
 from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.trainer.builder import load_shards
 from mindrlhf.trainer.recipes.supervised import StageRows, stage_groups
@@ -75,9 +75,10 @@ def gain_and_bias(scores: np.ndarray) -> tuple[float, float]:
 def fold(model: RewardModel, gain: float, bias: float) -> None:
     """Makes every score ``gain * score + bias``, by the head's weight and bias; the same on every rank."""
     shards = dict(model.shards())
-    weight, offset = (shards[name].astype(np.float64) for name in (SCORE_HEAD_WEIGHT, SCORE_HEAD_BIAS))
-    shards[SCORE_HEAD_WEIGHT] = (gain * weight).astype(np.float32)
-    shards[SCORE_HEAD_BIAS] = (gain * offset + bias).astype(np.float32)
+    weight_name, bias_name = family_of(model.config).layouts.SCORE_HEAD
+    weight, offset = (shards[name].astype(np.float64) for name in (weight_name, bias_name))
+    shards[weight_name] = (gain * weight).astype(np.float32)
+    shards[bias_name] = (gain * offset + bias).astype(np.float32)
     model.load(shards)
 
 
@@ -152,10 +153,11 @@ def _sft_responses(
     at_once = min(GENERATED_AT_ONCE, -(-len(rows) // dp))
     unit = dp * at_once
     filled = np.resize(rows, -(-len(rows) // unit) * unit)  # every call has the same number of rows
-    model = PPOModelInfer(
+    generator = family_of(config.model).generator
+    model: PPOModelInfer = generator.PPOModelInfer(
         config.model,
         groups,
-        GenerationConfig(
+        generator.GenerationConfig(
             max_prompt_length=data.prompt_columns,
             max_response_length=length,
             stop_token_ids=config.model.eos_token_id,

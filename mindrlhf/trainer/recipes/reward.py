@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.configs.options import RewardOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import Sequences
+from mindrlhf.models.families import family_of
 from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
@@ -104,14 +105,10 @@ class RewardTrainer(SupervisedTrainer):
         # Steps of a small learning rate would be lost in bfloat16's rounding; see build_models.
         config = replace(plan.config.model, param_init_type="float32")
         groups = stage_groups(run, plan)
-        self.reward = RewardModel(config, groups, prompt_length=rows.data.prompt_columns)
-        fill_model(
-            self.reward,
-            options.load_sft_checkpoint,
-            options.seed,
-            "reward model",
-            "reward",
+        self.reward: RewardModel = family_of(config).networks.RewardModel(
+            config, groups, prompt_length=rows.data.prompt_columns
         )
+        fill_model(self.reward, options.load_sft_checkpoint, options.seed, "reward model", "reward")
         super().__init__(options, plan, rows, run, self.reward, PairLoss(self.reward, options.center_coef))
 
     def count(self, rows: np.ndarray) -> int:

@@ -12,6 +12,7 @@ from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
 from mindrlhf.configs.options import SFTOptions
 from mindrlhf.configs.schema import StagePlan
+from mindrlhf.models.families import family_of
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
@@ -82,7 +83,7 @@ class SFTTrainer(SupervisedTrainer):
 
     def __init__(self, options: SFTOptions, plan: StagePlan, rows: StageRows, run: Run) -> None:
         config = plan.config.model
-        self.policy = PPOModelTrain(
+        self.policy: PPOModelTrain = family_of(config).networks.PPOModelTrain(
             config,
             stage_groups(run, plan),
             prompt_length=rows.data.prompt_columns,

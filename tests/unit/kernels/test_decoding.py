@@ -1,4 +1,4 @@
-"""Decode steps and masses by kernels beside MindSpore's operations."""
+"""Decode steps and probabilities by kernels beside MindSpore's operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.inverse_cdf import PlainMasses
+from mindrlhf.models.inverse_cdf import PlainInverseCDF
 from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups
@@ -83,27 +83,27 @@ def test_steps_generate_what_plain_operations_generate(name: str, monkeypatch: p
 
 
 class Masses(nn.Cell):
-    def __init__(self, masses: nn.Cell) -> None:
+    def __init__(self, probabilities: nn.Cell) -> None:
         super().__init__()
-        self.masses = masses
+        self.inverse_cdf = probabilities
 
     def construct(self, logits: Tensor, places: Tensor) -> tuple[Tensor, ...]:
-        masses, best, largest, log_sum = self.masses(logits)
-        totals = self.masses.totals(masses)
-        ids, chosen = self.masses.look_up(masses, logits, places * totals)
-        return masses, best, largest, log_sum, totals, ids, chosen
+        probabilities, best, largest, log_sum = self.inverse_cdf(logits)
+        totals = self.inverse_cdf.totals(probabilities)
+        ids, chosen = self.inverse_cdf.look_up(probabilities, logits, places * totals)
+        return probabilities, best, largest, log_sum, totals, ids, chosen
 
 
 def of_both(logits: np.ndarray, places: np.ndarray) -> list[list[np.ndarray]]:
-    from mindrlhf.kernels.decoding import kernel_masses
+    from mindrlhf.kernels.decoding import kernel_inverse_cdf
 
     inputs = Tensor(logits.astype(np.float32)), Tensor(places.astype(np.float32))
-    cells: list[Any] = [kernel_masses(), PlainMasses(*logits.shape)]
+    cells: list[Any] = [kernel_inverse_cdf(), PlainInverseCDF(*logits.shape)]
     return [[output.asnumpy() for output in Masses(cell)(*inputs)] for cell in cells]
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (5, 30), (7, 1000)])
-def test_masses_are_those_of_plain_operations(rows: int, vocab: int) -> None:
+def test_probabilities_are_those_of_plain_operations(rows: int, vocab: int) -> None:
     rng = np.random.default_rng(vocab)
     logits = 3.0 * rng.standard_normal((rows, vocab))
     logits[:, vocab // 3 : vocab // 2] = -1e9  # padding of the vocabulary: no mass at all
@@ -127,7 +127,7 @@ def test_a_place_behind_all_mass_gives_the_last_id_that_has_some() -> None:
 def test_nan_stays_nan() -> None:
     logits = np.zeros((1, 40))
     logits[0, 7] = np.nan
-    masses, best, _, log_sum, *_ = of_both(logits, np.array([0.5]))[0]
-    assert np.isnan(masses).all()
+    probabilities, best, _, log_sum, *_ = of_both(logits, np.array([0.5]))[0]
+    assert np.isnan(probabilities).all()
     assert np.isnan(log_sum).all()
     assert 0 <= best[0] < 40

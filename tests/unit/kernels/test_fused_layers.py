@@ -38,11 +38,11 @@ def rotate(x: Any, cos: Any, sin: Any) -> Any:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
-def softmax(scores: Any, hidden: Any) -> Any:
+def softmax(scores: Any, mask: Any) -> Any:
     """Every head of a sequence has the mask of the sequence."""
-    sequences, asked, length = hidden.shape
-    heads = scores.reshape(sequences, -1, asked, length)
-    return torch.softmax(heads + hidden[:, None], -1).reshape(scores.shape)
+    sequences, query_length, length = mask.shape
+    heads = scores.reshape(sequences, -1, query_length, length)
+    return torch.softmax(heads + mask[:, None], -1).reshape(scores.shape)
 
 
 def cell(name: str) -> nn.Cell:
@@ -104,12 +104,12 @@ def test_rotary(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sequences", "heads", "asked", "length"), [(1, 1, 1, 1), (2, 3, 5, 7), (3, 8, 40, 33)]
+    ("sequences", "heads", "query_length", "length"), [(1, 1, 1, 1), (2, 3, 5, 7), (3, 8, 40, 33)]
 )
-def test_softmax(sequences: int, heads: int, asked: int, length: int) -> None:
-    hidden = np.where(random((sequences, asked, length), 2) > 1.0, np.float32(-1e9), np.float32(0.0))
-    hidden[..., 0] = 0.0
-    check("Softmax", softmax, [random((sequences * heads * asked, length), 1), hidden], 1)
+def test_softmax(sequences: int, heads: int, query_length: int, length: int) -> None:
+    mask = np.where(random((sequences, query_length, length), 2) > 1.0, np.float32(-1e9), np.float32(0.0))
+    mask[..., 0] = 0.0
+    check("Softmax", softmax, [random((sequences * heads * query_length, length), 1), mask], 1)
 
 
 def test_extremes_and_nan() -> None:

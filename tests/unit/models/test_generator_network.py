@@ -10,9 +10,8 @@ import pytest
 from mindspore import Tensor, ops
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.generator_layers import LocalSizes, local_sizes, rotary_tables
+from mindrlhf.models.qwen2.generator_layers import KVCache, LocalSizes, local_sizes, rotary_tables
 from mindrlhf.models.qwen2.generator_network import PrefillAttention
-from mindrlhf.models.qwen2.kv_cache import KVCache
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 

@@ -15,10 +15,10 @@ from mindrlhf.models.qwen2.layers import (
     Rotary,
     Softmax,
     SwiGLU,
-    hidden_keys,
+    causal_padding_mask,
     rotary_tables,
     rotate,
-    swapped,
+    transposed_rows,
 )
 from mindrlhf.parallel.tensor_parallel import AddBias
 
@@ -38,13 +38,13 @@ def test_rotary_tables_and_rotation_turn_pairs_of_the_two_halves() -> None:
     np.testing.assert_allclose(found, [*pairs.real, *pairs.imag], atol=1e-6)
 
 
-def test_hidden_keys_are_later_ones_and_pads() -> None:
+def test_causal_padding_mask_are_later_ones_and_pads() -> None:
     valid = Tensor(np.array([[0, 1, 1], [1, 1, 0]], np.int32))
     expected = [
         [[[1, 1, 1], [1, 0, 1], [1, 0, 0]]],
         [[[0, 1, 1], [0, 0, 1], [0, 0, 1]]],
     ]
-    np.testing.assert_array_equal(hidden_keys(valid, ms.float32).asnumpy(), expected)
+    np.testing.assert_array_equal(causal_padding_mask(valid, ms.float32).asnumpy(), expected)
 
 
 def test_rms_norm() -> None:
@@ -126,7 +126,7 @@ def test_rows_swap_places_and_their_gradients_go_back() -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     batch, length, heads, size = 2, 3, 4, 5
     x, weighted_by = normal(batch * length * heads, size), normal(batch * heads * length, size, 1)[..., 0]
-    order, back = swapped(batch, length, heads), swapped(batch, heads, length)
+    order, back = transposed_rows(batch, length, heads), transposed_rows(batch, heads, length)
     found = Reorder()(Tensor(x), order, back).asnumpy()
     expected = x.reshape(batch, length, heads, size).transpose(0, 2, 1, 3).reshape(-1, size)
     np.testing.assert_array_equal(found, expected)

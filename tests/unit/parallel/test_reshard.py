@@ -1,4 +1,4 @@
-"""The resharder of every rank, each in a thread, over a wire on which nobody sends what nobody receives."""
+"""The resharder of every rank, each in a thread, where nobody sends what nobody receives."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ KINDS: dict[str, tuple[tuple[int, ...], tuple[AxisName | None, ...]]] = {
 
 
 class Switchboard:
-    """Wires between threads: a sender waits until the receiver has taken what it sent."""
+    """Transports between threads: a sender waits until the receiver has taken what it sent."""
 
     def __init__(self, ranks: int) -> None:
         self.lines = {pair: (Queue[np.ndarray](), Queue[None]()) for pair in product(range(ranks), repeat=2)}
         self.bytes_received = [0] * ranks
 
-    def wire(self, rank: int) -> Wire:
-        return Wire(self, rank)
+    def transport(self, rank: int) -> Transport:
+        return Transport(self, rank)
 
 
-class Wire:
+class Transport:
     """One rank's end."""
 
     def __init__(self, board: Switchboard, rank: int) -> None:
@@ -76,7 +76,7 @@ def run_ranks(
 
     def work(rank: int) -> None:
         resharder = Resharder(
-            source, target, rank, dtype=dtype, bucket_bytes=bucket_bytes, wire=board.wire(rank)
+            source, target, rank, dtype=dtype, bucket_bytes=bucket_bytes, transport=board.transport(rank)
         )
         shards = {name: source[name].take(array, rank) for name, array in full.items()}
         results[rank] = {name: array.copy() for name, array in resharder.reshard(shards)}
@@ -164,7 +164,7 @@ def test_used_buckets_are_dropped() -> None:
         def receive(self, array: np.ndarray, sender: int) -> np.ndarray:
             return array
 
-    resharder = Spy(source, target, 0, bucket_bytes=200, wire=Nothing())
+    resharder = Spy(source, target, 0, bucket_bytes=200, transport=Nothing())
     shards = {name: np.zeros(layout.local_shape, np.float32) for name, layout in source.items()}
     assert len(list(resharder.reshard(shards))) == count
     # Half of a parameter, 64 bytes, may lie in two buckets of less than 200.
@@ -187,6 +187,6 @@ def test_bad_parameters_are_all_named_before_anything_travels() -> None:
     layout = Layout(Mesh(1, 2), (4,), ("mp",))
     names = ("a", "b", "c")
     target = {name: layout.on(Mesh(2, 1)) for name in names}
-    resharder = Resharder(dict.fromkeys(names, layout), target, 0, wire=Switchboard(2).wire(0))
+    resharder = Resharder(dict.fromkeys(names, layout), target, 0, transport=Switchboard(2).transport(0))
     with pytest.raises(ValueError, match=r"c: missing\n *a: expected the local source shard \(2,\), got"):
         resharder.reshard({"a": np.zeros(5), "b": np.zeros(2)})
