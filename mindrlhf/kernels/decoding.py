@@ -1,6 +1,6 @@
 """Decode steps on CPU as one operator per half layer; see ``decode_steps.cpp``.
 
-What vLLM and FasterTransformer do for GPUs: with one token per sequence, the time of a layer is that of reading
+What vLLM and FasterTransformer do for GPUs: with one token per sequence, a layer takes the time of reading
 its weights, if nothing else gets in the way.
 """
 

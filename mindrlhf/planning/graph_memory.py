@@ -191,7 +191,7 @@ class ParameterCount:
         return self.body * param + self.head * FLOAT32
 
     def kinds(self, param: int) -> Counter[tuple[tuple[int, ...], int]]:
-        """How often each shape comes with each number of bytes, when the body takes ``param`` bytes per number."""
+        """How often each (shape, bytes per number) occurs, when the body takes ``param`` bytes per number."""
         body = Counter({(shape, param): count for shape, count in self.shapes.items()})
         return body + Counter({(shape, FLOAT32): n for shape, n in self.head_shapes.items()})
 
@@ -336,7 +336,7 @@ def _shared(sizes: RankSizes, columns: int) -> int:
 
 
 def _attention_forward(sizes: RankSizes, columns: int) -> int:
-    """Bytes per token at the widest point of attention: residual and projections beside scores or rotation."""
+    """Bytes per token where attention is widest: residual and projections beside scores or rotation."""
     carried = sizes.hidden * sizes.compute + (sizes.queries + 2 * sizes.keys) * sizes.compute
     rotation = 4 * sizes.queries * sizes.rotary + sizes.hidden * sizes.compute
     scores = 0 if sizes.flash else 3 * sizes.heads * columns * sizes.softmax

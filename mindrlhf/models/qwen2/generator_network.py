@@ -173,7 +173,7 @@ class PrefillAttention(nn.Cell):
         self.softmax = ops.Softmax(-1)
 
     def visible(self, real: Tensor) -> Tensor:
-        """``real`` (B, P) bool, whether a column is not padding -> (B, 1, P, P), real keys up to the query."""
+        """``real`` (B, P) bool, False at padding -> (B, 1, P, P), True for real keys up to the query."""
         return ops.logical_and(self.causal, ops.reshape(real, (self.sizes.rows, 1, 1, -1)))
 
     def construct(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

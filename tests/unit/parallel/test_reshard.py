@@ -154,9 +154,9 @@ def test_used_buckets_are_dropped() -> None:
     held: list[int] = []
 
     class Spy(Resharder):
-        def _put_together(self, name: str, local: np.ndarray, arrived: dict) -> np.ndarray:  # type: ignore[type-arg]
+        def _assemble(self, name: str, local: np.ndarray, arrived: dict) -> np.ndarray:  # type: ignore[type-arg]
             held.append(sum(bucket.nbytes for bucket in arrived.values()))
-            return super()._put_together(name, local, arrived)
+            return super()._assemble(name, local, arrived)
 
     class Nothing:
         def send(self, array: np.ndarray, receiver: int) -> None: ...
