@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,10 @@ def _package(path: Path) -> str:
 
 def _imports(source: str, package: str) -> Iterator[tuple[int, str, bool]]:
     """Line, full module name and whether it is at module level, for each import in ``source``."""
-    tree = ast.parse(source)
+    return _imports_of(ast.parse(source), package)
+
+
+def _imports_of(tree: ast.Module, package: str) -> Iterator[tuple[int, str, bool]]:
     deferred = {
         id(inner)
         for node in ast.walk(tree)
@@ -158,6 +162,38 @@ def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     assert lines <= MAX_LINES, f"{_name(path)} has {lines} lines; split it (at most {MAX_LINES})"
 
 
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_circles(sources: dict[str, str]) -> list[str]:
+    """Modules that import themselves by way of others; imports for type checkers alone do not count.
+
+    Args:
+        sources: module -> its source.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node.body = [ast.Pass()]
+        names = {name for _, name, _ in _imports_of(tree, module.split(".")[1] if "." in module else "")}
+        # `from a.b import c` names c in module a.b, or module a.b.c.
+        found = {name if name in sources else name.rpartition(".")[0] for name in names}
+        graph[module] = (found & sources.keys()) - {module, "mindrlhf"}  # the package imports on demand
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert import_circles({_module(path): path.read_text(encoding="utf-8") for path in LIBRARY}) == []
+
+
 def test_importing_the_packages_stays_light() -> None:
     """`import mindrlhf`, and its packages, must not cost the seconds that MindSpore takes."""
     packages = ["mindrlhf", *(f"mindrlhf.{name}" for name in ALLOWED if (ROOT / "mindrlhf" / name).is_dir())]
@@ -204,6 +240,10 @@ def test_import_rule_lets_good_files_through(package: str, source: str) -> None:
 
 
 def test_other_rules_can_fail() -> None:
+    late = "def f():\n    from mindrlhf.a.y import g\n"
+    assert import_circles({"mindrlhf.a.x": late, "mindrlhf.a.y": "from mindrlhf.a import x\n"})
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mindrlhf.a.y import G\n"
+    assert not import_circles({"mindrlhf.a.x": typed, "mindrlhf.a.y": "from mindrlhf.a import x\n"})
     assert print_faults("def f():\n    print(1)\n") == ["2: print; use a logger"]
     methods = "    def b(self): ...\n    def _c(self): ...\n    def construct(self): ...\n"
     source = f'"""M."""\nclass A:\n    """A."""\n{methods}'
