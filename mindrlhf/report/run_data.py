@@ -1,7 +1,7 @@
 """Reads what a run left in its ``--save_ckpt_dir``: tolerant of absent files, strict about broken lines.
 
-Runs of ``sft.py`` and ``reward_model.py`` count optimizer steps in place of iterations and have their
-evaluations in ``metrics.jsonl``; both are brought into the form of a PPO run here.
+Runs of ``sft.py`` and ``reward_model.py`` count optimizer steps in place of iterations; they are brought into
+the form of a PPO run here.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def read_run(directory: Path, name: str | None = None) -> Run:
     _check_rising(metrics_file, metrics)
     evaluations = read_lines(directory / EVALUATIONS_FILE, lambda name: "/" in name)
     config = _read_object(directory / CONFIG_FILE)
-    kind = kind_of(metrics, config)
+    kind = kind_of([*metrics, *evaluations], config)
     if kind != PPO:
-        metrics, evaluations = split_lines(metrics)
+        metrics, evaluations = _with_iterations(metrics), _with_iterations(evaluations)
     if not metrics:
         raise ReportError(
             f"{metrics_file} is empty: the run has finished no {unit_of(kind)} yet; try again later"
@@ -234,24 +234,13 @@ def kind_of(lines: Sequence[Line], config: Mapping[str, Any]) -> str:
     stage = recorded(config, "configuration", "stage")
     if stage in (SFT, REWARD):
         return str(stage)
-    return REWARD if any("train/accuracy" in line or "eval/accuracy" in line for line in lines) else SFT
+    return REWARD if any("train/accuracy" in line for line in lines) else SFT
 
 
-def split_lines(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
-    """Metrics and evaluations of a stage before PPO, with its steps for iterations; step 0 only evaluates."""
-    renamed = [
-        {{"step": "iteration", "time/step": "time/iteration"}.get(name, name): line[name] for name in line}
-        for line in lines
-    ]
-    metrics = [{name: line[name] for name in line if not name.startswith("eval/")} for line in renamed]
-    evaluations = [
-        {name: line[name] for name in line if name == "iteration" or name.startswith("eval/")}
-        for line in renamed
-    ]
-    return (
-        [line for line in metrics if any(name not in ("iteration", "epoch") for name in line)],
-        [line for line in evaluations if len(line) > 1],
-    )
+def _with_iterations(lines: Sequence[Line]) -> list[Line]:
+    """Lines of SFT or reward modelling with their steps for iterations."""
+    renamed = {"step": "iteration", "time/step": "time/iteration"}
+    return [{renamed.get(name, name): value for name, value in line.items()} for line in lines]
 
 
 def recorded(config: Mapping[str, Any], *keys: str) -> Any:

@@ -165,6 +165,17 @@ def stage_lines(held_out: Sequence[float], every: int = 2, **more: float) -> lis
     return lines
 
 
+def split_stage_lines(
+    lines: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of :func:`stage_lines` -> those of ``metrics.jsonl``, and those of ``evaluations.jsonl``."""
+    held_out = [
+        {name: line[name] for name in line if name == "step" or name.startswith("eval/")} for line in lines
+    ]
+    trained = [{name: line[name] for name in line if not name.startswith("eval/")} for line in lines]
+    return [line for line in trained if line["step"]], [line for line in held_out if len(line) > 1]
+
+
 def reward_lines(accuracy: float) -> list[dict[str, Any]]:
     """Metrics of a reward model with three evaluations."""
     lines = stage_lines([0.7, 0.6, 0.5], **{"train/accuracy": 0.8, "train/margin": 1.5})
@@ -239,6 +250,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         directory = tmp_path / name
         directory.mkdir(parents=True)
         lines = [plain_line(1), plain_line(2)] if metrics is None else metrics
+        if any("step" in line and "iteration" not in line for line in lines):
+            lines, evaluations = split_stage_lines(lines)
         write_lines(directory / "metrics.jsonl", lines)
         for file, content in (
             ("samples.jsonl", samples),
