@@ -32,6 +32,23 @@ from tests.unit.trainer.traced_run import (
 )
 
 TIMES = ("time/", "tokens_per_second")
+NUMBERS = {
+    "objective/scores": (-0.110128, -0.512206),
+    "objective/kl": (0.0, 2.46464),
+    "objective/rlhf_reward": (0.0, -0.345142),
+    "response/length": (4.5, 4.0),
+    "value/explained_var": (-1.5774, -0.665601),
+    "policy/approxkl": (1.26491, 0.0672305),
+    "policy/clipfrac": (0.472222, 0.40625),
+    "loss/policy": (0.038474, -0.13345),
+    "loss/value": (0.980177, 0.436598),
+    "loss/pretrain": (7.55667, 7.13438),
+    "loss/total": (0.832227, 0.56374),
+    "value/mean": (0.136223, -0.0615521),
+    "grad_norm": (3.99409, 5.44315),
+    "grad_norm/critic": (0.564523, 0.404167),
+}
+"""What this run has always given, by iteration; a change of them is a change of the algorithm."""
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +131,12 @@ def test_metrics_of_both_iterations(run: TracedRun) -> None:
     angles = np.pi * np.array([3, 7]) / 8
     expected = 1e-5 + (5e-3 - 1e-5) * 0.5 * (1 + np.cos(angles))
     np.testing.assert_allclose([line["lr"] for line in run.metrics], expected, rtol=1e-4)
+
+
+def test_the_numbers_of_both_iterations_are_what_they_were(run: TracedRun) -> None:
+    for name, numbers in NUMBERS.items():
+        found = [line[name] for line in run.metrics]
+        np.testing.assert_allclose(found, numbers, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_adaptive_kl_coefficient_is_adapted_once_an_iteration(run: TracedRun) -> None:
