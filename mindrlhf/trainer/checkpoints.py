@@ -34,7 +34,7 @@ from mindrlhf.configs.schema import RunConfig
 from mindrlhf.models.qwen2.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import atomic_file, probe_directory, sync_to_disk
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, plain, provenance, write_provenance
@@ -328,7 +328,7 @@ def check_fixed(directory: Path, before: Mapping[str, Any], now: Mapping[str, An
         raise CheckpointError(
             f"{directory} cannot be resumed by this job, {len(different)} difference(s); give the "
             f"configuration that made it ({CONFIG_FILE} in it), or start anew in another --save_ckpt_dir:"
-            + "".join(f"\n  - {line}" for line in different)
+            + bullet_list(different)
         )
 
 

@@ -12,8 +12,8 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import position_ids
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS
-from mindrlhf.data.mindrecord import read_rows, read_schema
+from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, check_columns, check_tokens
+from mindrlhf.data.mindrecord import read_rows
 from mindrlhf.data.stream import RowStream
 from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.tensor_parallel import VocabParallelLogProbs
@@ -27,11 +27,11 @@ _REMEDY = "give --ptx_dataset_dir a file of rlhf_data.py with responses, or set 
 
 
 class PretrainBatch(NamedTuple):
-    """Texts to be learnt, one row a text; column t predicts the token at t + 1."""
+    """Texts to be learned, one row per text; column t predicts the token at t + 1."""
 
     inputs: SequenceInputs  # (B, S)
     targets: np.ndarray  # (B, S) int32
-    mask: np.ndarray  # (B, S) float32, 1 where the target is to be learnt
+    mask: np.ndarray  # (B, S) float32, 1 where the target is to be learned
 
     def rows(self, rows: slice) -> PretrainBatch:
         """The given rows of every field."""
@@ -63,7 +63,7 @@ class PretrainStream:
         self._batch_size = batch_size
         self._max_length = max_length
         self._vocab_size = vocab_size
-        rows = self._check_file()
+        _, rows = check_columns(self._path, (PRETRAIN_IDS, LOSS_MASK))
         self._order = RowStream(rows, purpose="pretraining", seed=seed, source=path)
         self._batch(np.arange(min(rows, _CHECKED_AT_START)))
 
@@ -87,19 +87,8 @@ class PretrainStream:
         """
         self._order.load_state_dict(state)
 
-    def _check_file(self) -> int:
-        """Columns and number of rows; the latter is returned."""
-        columns, rows = read_schema(self._path)
-        wrong = [name for name in (PRETRAIN_IDS, LOSS_MASK) if columns.get(name, ("",))[0] != "int32"]
-        if wrong:
-            raise DataError(f"{self._path}: no int32 column {', '.join(wrong)} to pre-train on; {_REMEDY}")
-        return rows
-
     def _batch(self, numbers: np.ndarray) -> PretrainBatch:
-        # MindSpore's sampler reads no more rows at once than there are, so none is asked for twice.
-        different, place = np.unique(numbers, return_inverse=True)
-        read = read_rows(self._path, different, (PRETRAIN_IDS, LOSS_MASK))
-        rows = [read[i] for i in place]
+        rows = read_rows(self._path, numbers, (PRETRAIN_IDS, LOSS_MASK))
         lengths = [self._check_row(int(i), row) for i, row in zip(numbers, rows, strict=True)]
         longest = max(lengths)
         columns = min(max(1 << (longest - 1).bit_length(), FEWEST_COLUMNS), self._max_length)
@@ -115,25 +104,23 @@ class PretrainStream:
     def _check_row(self, number: int, row: Mapping[str, np.ndarray]) -> int:
         """Columns that a row needs: those up to the one that predicts its last target."""
         ids, mask = row[PRETRAIN_IDS][: self._max_length + 1], row[LOSS_MASK][: self._max_length + 1]
-        learnt = np.flatnonzero(mask)
+        learned = np.flatnonzero(mask)
         if row[LOSS_MASK].shape != row[PRETRAIN_IDS].shape or not np.isin(mask, (0, 1)).all():
             raise DataError(f"{self._path}: row {number}: loss_mask must be 0 or 1 for each token; {_REMEDY}")
-        if not learnt.size or not learnt[-1]:
+        if not learned.size or not learned[-1]:
             raise DataError(
                 f"{self._path}: row {number}: no token to pre-train on among the first {len(ids)} "
                 f"(ptx_coef is not 0); {_REMEDY}"
             )
-        real = ids[: learnt[-1] + 1]
-        if not 0 <= int(real.min()) <= int(real.max()) < self._vocab_size:
-            raise DataError(
-                f"{self._path}: row {number}: token {int(real.max())} is not below the model's vocab_size "
-                f"{self._vocab_size}; the data was made with another tokenizer"
-            )
-        return int(learnt[-1])
+        try:
+            check_tokens(ids[: learned[-1] + 1], ids[:0], 0, self._vocab_size)
+        except ValueError as error:
+            raise DataError(f"{self._path}: row {number}: {error}") from error
+        return int(learned[-1])
 
 
 def open_pretraining(path: Path, job: JobConfig) -> PretrainStream | None:
-    """The texts of a job, as many an optimizer step as a minibatch has prompts; ``None`` without ptx."""
+    """The texts of a job, as many per optimizer step as a minibatch has prompts; ``None`` without ptx."""
     if not job.ppo.ptx_coef:
         return None
     return PretrainStream(
@@ -182,12 +169,12 @@ class PretrainLoss(nn.Cell):
 
 
 def pretrain_inputs(batch: PretrainBatch, mine: slice, size: int) -> Sequence[tuple[np.ndarray, ...]]:
-    """The arguments of :meth:`PretrainLoss.construct`, a micro-batch each.
+    """The arguments of :meth:`PretrainLoss.construct`, one per micro-batch.
 
     Args:
         batch: the global batch.
         mine: rows of this replica.
-        size: rows of a micro-batch; 0 for all.
+        size: rows per micro-batch; 0 for all.
     """
     inverse_count = np.array([1.0 / batch.mask.sum(dtype=np.float64)], np.float32)
     step = size or (mine.stop - mine.start)

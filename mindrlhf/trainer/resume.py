@@ -24,7 +24,7 @@ from mindrlhf.trainer.checkpoints import (
     checkpoint_numbers,
     read_state,
 )
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import sync_to_disk
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, plain
@@ -134,7 +134,7 @@ def newest_whole(save: Path, exchange: HostExchange, unit: str) -> Path | None:
     if damaged:
         raise CheckpointError(
             f"all {len(damaged)} checkpoint(s) of {save} are damaged; resume from another folder, or remove "
-            "them to start anew:" + "".join(f"\n  - {line}" for line in damaged)
+            "them to start anew:" + bullet_list(damaged)
         )
     return None
 
