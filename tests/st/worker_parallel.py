@@ -16,13 +16,12 @@ from worker_support import results_directory
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
-from mindrlhf.parallel.collectives import GroupStack
+from mindrlhf.parallel.collectives import CopyToGroup, GroupStack
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
 from mindrlhf.parallel.reshard import Resharder
 from mindrlhf.parallel.tensor_parallel import (
     ColumnParallelLinear,
-    CopyToGroup,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelLogProbs,
