@@ -30,13 +30,15 @@ from tests.parity.ppo_update_case import (
     ROWS,
     canonical,
     hugging_face,
-    inputs_of,
     outputs,
+    rollout_of,
 )
 from tests.unit.kernels.rounding import needs_bfloat16
 
 torch = pytest.importorskip("torch")
 pytestmark = needs_bfloat16
+
+INPUTS = rollout_of(PROMPT, np.zeros((ROWS, RESPONSE), np.float32)).inputs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +103,7 @@ def ours(matmul_dtype: str) -> dict[str, np.ndarray]:
     model.load(canonical(hugging_face(seed=1), model.layouts))
     loss = SumOfLogProbs(model)
     gradients = GradientBuffers().matching(loss.trainable_params())
-    _, logprobs = Backward(loss, gradients)(*map(Tensor, inputs_of(PROMPT)))
+    _, logprobs = Backward(loss, gradients)(*map(Tensor, INPUTS))
     names = [parameter.name for parameter in loss.trainable_params()]
     return {"logprobs": logprobs.asnumpy()} | {
         name: gradient.asnumpy() for name, gradient in zip(names, gradients, strict=True)
@@ -121,7 +123,7 @@ def exact_ours() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def rounded_torch(rounded_ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     hf = rounding(hugging_face(seed=1))
-    logprobs, _, values = outputs(hf, inputs_of(PROMPT))
+    logprobs, _, values = outputs(hf, INPUTS)
     (logprobs.sum() + values.sum()).backward()
     for parameter in hf.parameters():  # so that canonical() gives gradients
         parameter.data = parameter.grad
@@ -157,7 +159,7 @@ def test_log_probs_of_a_rollout_are_those_of_the_trained_network() -> None:
 
     groups = Groups(Mesh(), 0)
     weights = hugging_face(seed=1)
-    inputs = inputs_of(PROMPT)
+    inputs = INPUTS
     settings = GenerationConfig(
         max_prompt_length=PROMPT,
         max_response_length=RESPONSE,
