@@ -153,7 +153,7 @@ def evaluation_result(
         }
         for row in choose_rows(len(evaluation.scores), config.eval_samples)
     ]
-    return EvaluationResult(evaluation.metrics(), {"prompts": len(evaluation.scores)}, samples)
+    return EvaluationResult(evaluation.metrics(), samples)
 
 
 def _listed(rows: np.ndarray, shown: int = 5) -> str:

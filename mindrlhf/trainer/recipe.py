@@ -65,12 +65,20 @@ class StepResult(NamedTuple):
     """Columns for ``--save_data_file``."""
 
 
+class HeldOut(NamedTuple):
+    """The data that a recipe is evaluated on."""
+
+    digest: str
+    """Identifies it; evaluations of other data cannot be compared."""
+    size: int
+    unit: str
+    """What ``size`` counts, in the plural."""
+
+
 class EvaluationResult(NamedTuple):
     """What an evaluation on held-out data gives."""
 
     metrics: Mapping[str, float]
-    details: Mapping[str, Any] = {}
-    """Recorded beside the metrics, such as the number of prompts."""
     samples: Sequence[Mapping[str, Any]] = ()
 
 
@@ -98,8 +106,8 @@ class Recipe(Protocol):
         ...
 
     @property
-    def held_out_digest(self) -> str | None:
-        """Identifies the held-out data; ``None`` when there is none."""
+    def held_out(self) -> HeldOut | None:
+        """The held-out data; ``None`` when there is none."""
         ...
 
     def begin(self) -> None:

@@ -30,7 +30,7 @@ from mindrlhf.data.mindrecord import Column as RecordColumn
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.curves import draw_curves
-from mindrlhf.trainer.recipe import Display, EvaluationResult, Schedule, StepResult
+from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.skipped_updates import shown_ids
 from mindrlhf.trainer.trackers.base import RunStart
 from mindrlhf.trainer.trackers.group import Trackers
@@ -145,13 +145,13 @@ class Recorder:
         if lines:
             self.trackers.samples(lines[0][self.unit], "samples", lines)
 
-    def add_evaluation(self, step: int, result: EvaluationResult, digest: str, seconds: float) -> None:
+    def add_evaluation(self, step: int, result: EvaluationResult, held_out: HeldOut, seconds: float) -> None:
         """The samples' lines of ``eval_samples.jsonl``, then the line of ``evaluations.jsonl``.
 
         Args:
             step: steps that were done.
             result: of the evaluation.
-            digest: identifies the held-out data.
+            held_out: what was evaluated on.
             seconds: that it took.
         """
         lines = [self._append(EVAL_SAMPLES_FILE, {self.unit: step, **sample}) for sample in result.samples]
@@ -161,8 +161,8 @@ class Recorder:
             {
                 self.unit: step,
                 **result.metrics,
-                **result.details,
-                "held_out_digest": digest,
+                held_out.unit: held_out.size,
+                "held_out_digest": held_out.digest,
                 "seconds": seconds,
             },
         )
@@ -172,9 +172,9 @@ class Recorder:
         summary = summary_line(line, self._display.evaluation)
         logger.info("held-out after %s %d: %s  %.1f s", self.unit, step, summary, seconds)
 
-    def has_other_evaluations(self, digest: str) -> bool:
+    def has_other_evaluations(self, held_out: HeldOut) -> bool:
         """Whether an evaluation of other held-out data is recorded."""
-        return any(line.get("held_out_digest") != digest for line in self.evaluations)
+        return any(line.get("held_out_digest") != held_out.digest for line in self.evaluations)
 
     def lacks_evaluation(self, step: int, *, is_time: bool) -> bool:
         """Whether the evaluation after ``step`` is due: when it is time, or as the first of all."""

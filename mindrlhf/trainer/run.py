@@ -21,7 +21,7 @@ from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
 from mindrlhf.trainer.checkpoints import TrainingCheckpoints
 from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.state import RunState
-from mindrlhf.trainer.recipe import EvaluationResult, Recipe, StepResult
+from mindrlhf.trainer.recipe import Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers.choice import make_trackers
 from mindrlhf.trainer.trackers.group import Trackers
@@ -180,12 +180,12 @@ class Run:
         schedule = recipe.schedule
         interval = schedule.eval_interval
         is_time = self.step == schedule.total or bool(interval and self.step % interval == 0)
-        if recipe.held_out_digest is None or not (is_time or self.step == self._first_step):
+        if recipe.held_out is None or not (is_time or self.step == self._first_step):
             return False
         # Only the main rank has the records, and all ranks must do the same.
         flags = np.zeros(2, np.int32)
         if self.recorder is not None:
-            flags[0] = self.recorder.has_other_evaluations(recipe.held_out_digest)
+            flags[0] = self.recorder.has_other_evaluations(recipe.held_out)
             flags[1] = self.recorder.lacks_evaluation(self.step, is_time=is_time)
         has_other, is_due = self.exchange.every_rank(flags)[0]
         if has_other:
@@ -197,13 +197,12 @@ class Run:
 
     def record_evaluation(self, recipe: Recipe) -> None:
         """Evaluates the recipe and records the result; collective."""
-        started = time.perf_counter()
-        with self.timer.phase("evaluate"):
-            result: EvaluationResult = recipe.evaluate()
-        if self.recorder is not None and recipe.held_out_digest is not None:
-            self.recorder.add_evaluation(
-                self.step, result, recipe.held_out_digest, time.perf_counter() - started
-            )
+        started, held_out = time.perf_counter(), recipe.held_out
+        assert held_out is not None
+        with self.timer.phase("evaluate", held_out.size, held_out.unit):
+            result = recipe.evaluate()
+        if self.recorder is not None:
+            self.recorder.add_evaluation(self.step, result, held_out, time.perf_counter() - started)
 
     @contextmanager
     def timed_step(self) -> Iterator[None]:

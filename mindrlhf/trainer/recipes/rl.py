@@ -7,7 +7,7 @@ critic, are keys of the configuration (:data:`mindrlhf.algorithms.advantages.ADV
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, Toke
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.metrics import histograms, rollout_metrics, update_metrics
 from mindrlhf.trainer.pretraining import open_pretraining
-from mindrlhf.trainer.recipe import Display, EvaluationResult, Schedule, StepResult
+from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_fresh
 from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.reward_function import RewardFunction, function_scores, load_reward_function
@@ -41,7 +41,7 @@ from mindrlhf.trainer.rewards import RewardShaper
 from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.run import Observers, Run, observed, start_worker
 from mindrlhf.trainer.samples import choose_rows, sample_texts
-from mindrlhf.trainer.scoring import count_passes, score_rollout
+from mindrlhf.trainer.scoring import ExtraScores, count_passes, score_rollout
 from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
@@ -182,9 +182,12 @@ class PPOTrainer:
         # Cheap and likely to fail, so before any model is built.
         self.prompts = open_prompts(data.prompts, job)
         pretraining = open_pretraining(data.pretraining or data.prompts, job)
-        self.held_out: PromptBatch | None = None
+        self.held_out_prompts: PromptBatch | None = None
+        self.held_out: HeldOut | None = None
         if data.held_out is not None:
-            self.held_out = held_out_prompts(data.held_out, data.prompts, job, self.exchange)
+            prompts = held_out_prompts(data.held_out, data.prompts, job, self.exchange)
+            self.held_out_prompts = prompts
+            self.held_out = HeldOut(prompts_digest(prompts), len(prompts.sample_ids), "prompts")
         with self.timer.phase("load"):
             with_reward = reward_function is None or weights.reward is not None
             self.models: PPOModels = build_models(
@@ -204,7 +207,6 @@ class PPOTrainer:
             save_interval=self.config.save_interval,
         )
         self.display = display(self.config)
-        self.held_out_digest = None if self.held_out is None else prompts_digest(self.held_out)
 
     def begin(self) -> None:
         """Makes the generating policy the trained one before the first rollout, so that the ratio is 1."""
@@ -245,11 +247,11 @@ class PPOTrainer:
 
     def evaluate(self) -> EvaluationResult:
         """Answers and scores the held-out prompts with the policy as it is; collective."""
-        assert self.held_out is not None
+        assert self.held_out_prompts is not None
         try:
             evaluation = evaluate(
                 self.models,
-                self.held_out,
+                self.held_out_prompts,
                 self.exchange,
                 self.config,
                 self._extra_scores,
@@ -285,14 +287,14 @@ class PPOTrainer:
         """All optimizer steps of one iteration."""
         return self.ppo_update.run(experience, iteration, self.timer.advance)
 
-    def sync(self, on_parameter: Any = lambda: None) -> None:
+    def sync(self, on_parameter: Callable[[], None] = lambda: None) -> None:
         """Brings the trained weights to ``ppo_model_infer``; collective."""
         self.weight_sync.sync(on_parameter)
         if self.verify_sync:
             self.weight_sync.verify(self.exchange)
 
     @property
-    def _extra_scores(self) -> Any:
+    def _extra_scores(self) -> ExtraScores | None:
         if self.reward_function is None:
             return None
         assert self.tokenizer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints,
 from mindrlhf.trainer.console.state import Column
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.optimizer import build_optimizer
-from mindrlhf.trainer.recipe import Display, EvaluationResult, Schedule, StepResult
+from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_fresh
 from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.run import Observers, Run, start_worker
@@ -149,7 +150,7 @@ class SupervisedTrainer(ABC):
         loss: nn.Cell,
     ) -> None:
         self.options, self.plan, self.data, self.run, self.model = options, plan, rows.data, run, model
-        self.exchange, self.held_out = run.exchange, rows.held_out
+        self.exchange, self.held_out_rows = run.exchange, rows.held_out
         total = plan.total_steps(len(rows.train))
         optimizer = build_optimizer(plan.config, loss.trainable_params(), total)
         self.train_step = TrainStep(loss, optimizer, model.layouts, model.groups, options.max_grad_norm)
@@ -159,7 +160,7 @@ class SupervisedTrainer(ABC):
         )
         self.trained = [Trained(self.name, model, optimizer)]
         self.stateful: dict[str, Stateful] = {"rows": self.rows}
-        self.held_out_digest = f"{len(rows.held_out)} rows" if len(rows.held_out) else None
+        self.held_out = _held_out(rows.held_out)
         self.schedule = Schedule(
             total=total,
             eval_interval=options.eval_interval,
@@ -218,7 +219,7 @@ class SupervisedTrainer(ABC):
 
     def evaluate(self) -> EvaluationResult:
         """Metrics on the held-out rows; collective."""
-        return EvaluationResult(self.held_out_metrics(self.held_out), {"rows": len(self.held_out)})
+        return EvaluationResult(self.held_out_metrics(self.held_out_rows))
 
     @abstractmethod
     def count(self, rows: np.ndarray) -> int:
@@ -250,6 +251,11 @@ class SupervisedTrainer(ABC):
             logger.info("weights in one file, for any layout: %s", full)
         self.exchange.barrier()
         return final
+
+
+def _held_out(rows: np.ndarray) -> HeldOut | None:
+    digest = hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()[:16]
+    return HeldOut(digest, len(rows), "rows") if len(rows) else None
 
 
 def stage_groups(run: Run, plan: StagePlan) -> Groups:

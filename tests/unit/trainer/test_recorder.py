@@ -12,7 +12,7 @@ import pytest
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.trainer import recorder as recorder_module
-from mindrlhf.trainer.recipe import EvaluationResult, Schedule, StepResult
+from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.trainer.recorder import Recorder, RedrawTimer, check_fresh, write_experience
 from mindrlhf.trainer.samples import choose_rows
@@ -22,6 +22,7 @@ from mindrlhf.utils.errors import MindRLHFError
 
 SHOWN = display(PPOConfig())
 EVALUATED = {f"eval/{name}": 0.5 for name in ("scores", "scores_std", "kl", "length", "eos_rate")}
+HELD_OUT = HeldOut("x", 8, "prompts")
 SCHEDULE = Schedule(total=5)
 TIMES = {"time/iteration": 2.0, "tokens_per_second": 9.0}
 
@@ -42,7 +43,7 @@ def evaluation(iteration: int) -> dict[str, Any]:
 
 
 def evaluate(records: Recorder, iteration: int, *samples: dict[str, Any]) -> None:
-    records.add_evaluation(iteration, EvaluationResult(EVALUATED, {"prompts": 8}, samples), "x", 1.5)
+    records.add_evaluation(iteration, EvaluationResult(EVALUATED, samples), HELD_OUT, 1.5)
 
 
 def test_metrics_and_samples_are_json_lines(tmp_path: Path) -> None:
@@ -238,8 +239,8 @@ def test_when_an_evaluation_is_due(tmp_path: Path) -> None:
     assert not records.lacks_evaluation(3, is_time=True), "it is recorded already"
     assert not records.lacks_evaluation(4, is_time=False)
     assert records.lacks_evaluation(4, is_time=True)
-    assert records.has_other_evaluations("y")
-    assert not records.has_other_evaluations("x")
+    assert records.has_other_evaluations(HELD_OUT._replace(digest="y"))
+    assert not records.has_other_evaluations(HELD_OUT)
 
 
 def test_curves_without_values_are_left_out(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.options import tracker_names
-from mindrlhf.trainer.recipe import EvaluationResult
+from mindrlhf.trainer.recipe import EvaluationResult, HeldOut
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers import choice
 from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
@@ -23,6 +23,7 @@ from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.utils.errors import MindRLHFError
 
+HELD_OUT = HeldOut("x", 8, "prompts")
 SAMPLES = [
     {"prompt": "<|im_start|>a | b\n", "response": "*你好*", "score": 0.5, "kl": 1.25},
     {"prompt": [1, 2], "response": [3], "score": -1.0, "kl": 0.0},
@@ -117,12 +118,12 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     trackers = Trackers([TensorBoardTracker()])
     records = Recorder(tmp_path, "iteration", trackers)
     trackers.start(start(tmp_path))
-    records.add_evaluation(0, EvaluationResult({"eval/scores": 0.0}), "x", 1.0)
+    records.add_evaluation(0, EvaluationResult({"eval/scores": 0.0}), HELD_OUT, 1.0)
     for iteration in range(1, 6):
         records.add_metrics({"iteration": iteration, "lr": iteration})
         records.add_samples([{"iteration": iteration, **SAMPLES[0]}])
         trackers.histograms(iteration, {"h": Histogram.of(np.arange(3))})
-    records.add_evaluation(3, EvaluationResult({"eval/scores": 3.0}), "x", 1.0)
+    records.add_evaluation(3, EvaluationResult({"eval/scores": 3.0}), HELD_OUT, 1.0)
 
     again = Trackers([TensorBoardTracker()])
     resumed = Recorder(tmp_path, "iteration", again)
@@ -139,7 +140,7 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     assert found["eval/scores"] == [(0, 0.0), (3, 3.0)]
     for tag in ("samples/text_summary", "h"):
         assert [step for step, _ in found[tag]] == [1, 2, 3, 4, 5, 6]
-    assert set(found) == {"lr", "eval/scores", "seconds", "samples/text_summary", "h"}, (
+    assert set(found) == {"lr", "eval/scores", "seconds", "prompts", "samples/text_summary", "h"}, (
         "the step is no scalar"
     )
 

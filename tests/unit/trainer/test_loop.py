@@ -1,0 +1,190 @@
+"""The training loop around a recipe without models: what happens when, and what a run does about it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindrlhf.runtime.device import Runtime
+from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints
+from mindrlhf.trainer.loop import train
+from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
+from mindrlhf.trainer.resume import choose_checkpoint
+from mindrlhf.trainer.run import Run
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+
+
+class Counter:
+    """The state of a recipe."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value = state["value"]
+
+
+@dataclass
+class Counting:
+    """A recipe that counts; each step adds its number to a sum, and notes what it is asked for."""
+
+    run: Run
+    schedule: Schedule
+    held_out: HeldOut | None = None
+    display: Display = field(default_factory=Display)
+    trained: list[Trained] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    stop_in: int = -1
+    fail_in: int = -1
+
+    def __post_init__(self) -> None:
+        self.sum = Counter()
+        self.stateful = {"sum": self.sum}
+
+    def begin(self) -> None:
+        self.asked.append("begin")
+
+    def step(self, step: int) -> StepResult:
+        self.asked.append(f"step {step}")
+        with self.run.timer.phase("work"):
+            self.sum.value += step
+        if step == self.stop_in:
+            self.run.stop.receive(signal.SIGTERM)
+        failure = "it cannot go on" if step == self.fail_in else ""
+        skipped = [{"minibatch": 0, "model": "both", "cause": "x", "sample_ids": [1]}] if failure else []
+        return StepResult({"sum": self.sum.value}, tokens=10, skipped=skipped, failure=failure)
+
+    def evaluate(self) -> EvaluationResult:
+        self.asked.append("evaluate")
+        return EvaluationResult({"eval/sum": self.sum.value})
+
+
+HELD_OUT = HeldOut("digest", 3, "rows")
+
+
+def checkpoints(directory: Path, fixed: Mapping[str, Any] | None = None) -> TrainingCheckpoints:
+    exchange = HostExchange(Runtime(0, 1))
+    return TrainingCheckpoints(
+        directory, "step", exchange, keep=0, configuration={"stage": "x"}, fixed=fixed or {"seed": 1}
+    )
+
+
+def counting(directory: Path, total: int = 5, **options: Any) -> Counting:
+    recipe = {name: options.pop(name) for name in ("held_out", "stop_in", "fail_in") if name in options}
+    saved = checkpoints(directory)
+    resume = choose_checkpoint(saved, None, resume_training=True)
+    run = Run(saved, resume=resume, rewinds=True)
+    return Counting(run, Schedule(total=total, **options), **recipe)
+
+
+def lines(directory: Path, name: str) -> list[dict[str, Any]]:
+    path = directory / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_order_of_a_whole_run(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, eval_interval=2, save_interval=3, held_out=HELD_OUT)
+    assert train(recipe.run, recipe)
+    assert recipe.asked == [
+        *("begin", "evaluate", "step 0", "step 1", "evaluate", "step 2", "step 3", "evaluate", "step 4"),
+        "evaluate",
+    ]
+    metrics = lines(tmp_path, "metrics")
+    assert [(line["step"], line["sum"]) for line in metrics] == [(1, 0), (2, 1), (3, 3), (4, 6), (5, 10)]
+    assert {"time/work", "time/step", "tokens_per_second"} < metrics[0].keys()
+    evaluations = lines(tmp_path, "evaluations")
+    assert [(line["step"], line["eval/sum"], line["rows"]) for line in evaluations] == [
+        *((0, 0, 3), (2, 1, 3), (4, 6, 3), (5, 10, 3)),
+    ]
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000003", "step_000005"]
+    assert recipe.run.last_checkpoint == tmp_path / "step_000005"
+
+
+def test_without_held_out_data_and_without_a_last_checkpoint(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, total=2, eval_interval=1, save_at_end=False)
+    assert train(recipe.run, recipe)
+    assert recipe.asked == ["begin", "step 0", "step 1"]
+    assert recipe.run.last_checkpoint is None
+    assert not list(tmp_path.glob("step_*"))
+
+
+def test_a_stopped_run_is_saved_and_continues_as_if_nothing_had_been(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    whole = counting(straight, eval_interval=2, held_out=HELD_OUT)
+    train(whole.run, whole)
+    first = counting(broken, eval_interval=2, held_out=HELD_OUT, stop_in=2)
+    assert not train(first.run, first)
+    assert first.asked[-1] == "step 2", "a stop comes before an evaluation"
+    assert first.run.last_checkpoint == broken / "step_000003"
+    second = counting(broken, eval_interval=2, held_out=HELD_OUT)
+    assert train(second.run, second)
+    assert second.asked == ["begin", "step 3", "evaluate", "step 4", "evaluate"]
+    for name in ("metrics", "evaluations"):
+        one, other = (
+            [{key: line[key] for key in line if "sum" in key or key == "step"} for line in lines(place, name)]
+            for place in (straight, broken)
+        )
+        assert one == other
+    third = counting(broken, eval_interval=2, held_out=HELD_OUT)
+    assert train(third.run, third)
+    assert third.asked == ["begin"], "nothing is left to do"
+
+
+def test_lines_of_a_run_that_ended_before_its_first_checkpoint_go(tmp_path: Path) -> None:
+    first = counting(tmp_path, total=3, save_at_end=False)
+    train(first.run, first)
+    second = counting(tmp_path, total=2)
+    train(second.run, second)
+    assert [line["step"] for line in lines(tmp_path, "metrics")] == [1, 2]
+
+
+def test_a_failure_is_recorded_and_saved_before_it_ends_the_run(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, fail_in=1)
+    with pytest.raises(MindRLHFError, match=r"training fails in step 2: it cannot go on\. .*step_000002"):
+        train(recipe.run, recipe)
+    assert [line["step"] for line in lines(tmp_path, "metrics")] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path, "skipped_updates")] == [2]
+    again = counting(tmp_path, total=3)
+    assert train(again.run, again)
+    assert again.asked == ["begin", "step 2"]
+    assert [line["step"] for line in lines(tmp_path, "skipped_updates")] == [2]
+
+
+def test_evaluations_of_other_data_are_not_mixed(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, total=1, held_out=HELD_OUT)
+    train(recipe.run, recipe)
+    other = counting(tmp_path, total=2, held_out=HELD_OUT._replace(digest="other"))
+    with pytest.raises(MindRLHFError, match="are of other held-out data"):
+        train(other.run, other)
+
+
+def test_other_ranks_do_what_the_main_rank_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 has no records: whether an evaluation is due, it hears from rank 0."""
+    exchange = HostExchange(Runtime(1, 2))
+    answers = {"due": np.array([[0, 1], [0, 0]], np.int32), "not due": np.zeros((2, 2), np.int32)}
+    saved = checkpoints(tmp_path)
+    saved.exchange = exchange
+    run = Run(saved)
+    assert run.recorder is None
+    recipe = Counting(run, Schedule(total=3), held_out=HELD_OUT)
+    for answer, expected in (("due", True), ("not due", False)):
+        monkeypatch.setattr(exchange, "every_rank", lambda array, answer=answer: answers[answer])
+        assert run.evaluation_due(recipe) is expected
+
+
+def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, total=1)
+    train(recipe.run, recipe)
+    with pytest.raises(CheckpointError, match="seed: 1 in the checkpoint, 2 now"):
+        choose_checkpoint(checkpoints(tmp_path, {"seed": 2}), None, resume_training=True)
