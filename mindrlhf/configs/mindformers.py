@@ -59,7 +59,7 @@ _SWAP = "set it to False: nothing is moved to the host to save device memory"
 
 MODEL = {
     **_describes_nothing(
-        "type", "model_type", "model_name", "auto_map",  # what the section is of
+        "model_type", "model_name", "auto_map",  # what the section is of
         "use_past",  # generation always has a key/value cache, training never
         "multiple_of", "ffn_dim_multiplier",  # for models without intermediate_size
         "max_position_embedding", "offset", "ignore_token_id",

@@ -19,7 +19,6 @@ from mindrlhf.utils.logging import get_logger
 logger = get_logger(__name__)
 
 DTYPE_KEYS = tuple(name for name in keys_of(ModelConfig) if name.endswith(("dtype", "_type")))
-_MODEL_TYPES = ("LlamaConfig",)
 
 
 @dataclass
@@ -174,11 +173,6 @@ def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, An
     values = reader.read(section, "model.model_config", ModelConfig, mindformers.MODEL)
     if section is None:
         return values
-    if section.get("type") not in _MODEL_TYPES:
-        where = reader.place("model.model_config.type")
-        reader.faults.add(where, f"not supported ({shown(section.get('type'))})", "must be LlamaConfig")
-    else:
-        values["type"] = section["type"]
     if section.get("n_kv_heads") is None and "num_heads" in values:
         values["n_kv_heads"] = values["num_heads"]
     return values

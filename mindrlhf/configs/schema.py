@@ -32,16 +32,23 @@ from mindrlhf.configs.fields import (
 from mindrlhf.utils.errors import ConfigError
 from mindrlhf.utils.sizes import exact_div
 
+MODEL_TYPES = ("LlamaConfig",)
+"""Of each family of models, see :mod:`mindrlhf.models.families`."""
+
+ModelType = Annotated[Text, OneOf(lambda: MODEL_TYPES)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and numerics of a Qwen2 model: section ``model.model_config`` (MindFormers' ``LlamaConfig``).
 
     A YAML must give every key whose MindFormers default is not Qwen2's value. ``matmul_dtype`` is
-    ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU. ``type`` is MindFormers'
-    configuration class, which names the family of models.
+    ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU.
     """
 
+    type: ModelType = key(
+        "LlamaConfig", "MindFormers' configuration class, which names the family of models", required=True
+    )
     vocab_size: Count = key(..., "rows of the embedding, padding rows included")
     hidden_size: Count = key(..., "features of a token")
     num_layers: Count = key(..., "decoder layers")
@@ -65,7 +72,6 @@ class ModelConfig:
     softmax_compute_type: DType = key("float32", "type inside the attention's softmax")
     rotary_dtype: DType = key("float32", "type of the rotation")
     matmul_dtype: str = "float32"
-    type: str = "LlamaConfig"
     pad_token_id: Natural = key(0, "fills empty columns", required=True)
     bos_token_id: Natural = key(0, "for exported configurations; null: none", nullable=True)
     eos_token_id: TokenIds = key(

@@ -27,6 +27,9 @@ from mindrlhf.configs.optimizer import (
 @pytest.fixture(scope="module")
 def mindformers() -> Any:
     """MindFormers, imported once (it costs seconds)."""
+    import mindformers
+
+    assert mindformers.AutoConfig  # runs the package's own code, if a test before needed only its builders
     import mindformers.core
     import mindformers.models.llama
 
