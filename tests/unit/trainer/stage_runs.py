@@ -20,6 +20,7 @@ from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.options import RewardOptions, SFTOptions
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.models.qwen2 import networks
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
@@ -79,7 +80,7 @@ class Compiled:
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module, name in (
-            *((sft, "PPOModelTrain"), (sft, "SFTLoss"), (reward, "RewardModel"), (reward, "PairLoss")),
+            *((networks, "PPOModelTrain"), (sft, "SFTLoss"), (networks, "RewardModel"), (reward, "PairLoss")),
         ):
             monkeypatch.setattr(module, name, partial(self.once, name, getattr(module, name)))
         monkeypatch.setattr(supervised, "build_optimizer", self.optimizer)
