@@ -32,11 +32,6 @@ from mindrlhf.configs.fields import (
 from mindrlhf.utils.errors import ConfigError
 from mindrlhf.utils.sizes import exact_div
 
-MODEL_TYPES = ("LlamaConfig",)
-"""Of each family of models, see :mod:`mindrlhf.models.families`."""
-
-ModelType = Annotated[Text, OneOf(lambda: MODEL_TYPES)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -46,7 +41,7 @@ class ModelConfig:
     ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU.
     """
 
-    type: ModelType = key(
+    type: Text = key(
         "LlamaConfig", "MindFormers' configuration class, which names the family of models", required=True
     )
     vocab_size: Count = key(..., "rows of the embedding, padding rows included")

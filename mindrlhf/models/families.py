@@ -7,13 +7,13 @@ when it is first asked for, and ``layouts``, ``weight_names`` and ``hf_keys`` do
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
 from mindrlhf.configs.faults import shown
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.schema import ModelConfig, RunConfig
 from mindrlhf.utils.errors import CheckpointError, ConfigError
 
 MODULES: dict[str, tuple[str, ...]] = {
@@ -93,6 +93,22 @@ def family_of(model: ModelConfig) -> Family:
             return family
     known = " or ".join(sorted({family.config_type for family in FAMILIES.values()}))
     raise ConfigError([f"model.model_config.type: not supported ({shown(model.type)}) - must be {known}"])
+
+
+def check_families(configs: Iterable[RunConfig]) -> None:
+    """Refuses YAMLs of models that belong to no family.
+
+    Raises:
+        ConfigError: names every file.
+    """
+    faults: dict[str, None] = {}
+    for config in configs:
+        try:
+            family_of(config.model)
+        except ConfigError as error:
+            faults |= {f"{config.path}: {fault}": None for fault in error.faults}
+    if faults:
+        raise ConfigError(tuple(faults))
 
 
 def family_of_names(names: Collection[str]) -> Family:

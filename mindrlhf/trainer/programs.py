@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mindrlhf.configs.load import load_ppo_job, load_stage
 from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions, StageOptions
+from mindrlhf.models.families import check_families
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.strategy import write_strategies
 from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
@@ -49,6 +50,7 @@ def run_ppo(options: PPOOptions) -> Path:
     data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
     _check_flags(options.resume_from, options.resume_training, options.trackers, unit="iteration")
     job = load_ppo_job(options, count_workers(use_parallel=options.use_parallel))
+    check_families((job.infer, job.train, job.reward, job.critic))
     if _served_as_scheduler():
         return save
     from mindrlhf.trainer.recipes.rl import train_ppo
@@ -67,6 +69,7 @@ def run_sft(options: SFTOptions) -> Path:
     """
     _check_stage_flags(options)
     plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
+    check_families([plan.config])
     if _served_as_scheduler():
         return options.save_ckpt_dir
     from mindrlhf.trainer.recipes.sft import train_sft
@@ -85,6 +88,7 @@ def run_reward(options: RewardOptions) -> Path:
     """
     _check_stage_flags(options)
     plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
+    check_families([plan.config])
     if _served_as_scheduler():
         return options.save_ckpt_dir
     from mindrlhf.trainer.recipes.reward import train_reward

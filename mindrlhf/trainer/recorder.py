@@ -53,7 +53,7 @@ class Recorder:
     """Appends to the files of one directory; only the main rank makes one.
 
     Args:
-        directory: made when missing.
+        directory: made by :meth:`begin` when missing.
         unit: what a step is called; the key of its number in every line.
         trackers: told of all that is added.
         experience_file: where the experience of each step goes; the step's number is added to its name.
@@ -78,7 +78,6 @@ class Recorder:
         self.metrics: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.eval_samples: list[dict[str, Any]] = []
-        directory.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, step: int) -> None:
         """Keeps the lines up to a step, and drops later ones of a run that was cut short."""
@@ -100,6 +99,7 @@ class Recorder:
             display: what people see.
         """
         self._display = display
+        self.directory.mkdir(parents=True, exist_ok=True)
         record = provenance(configuration)
         write_provenance(self.directory, record)
         is_resumed = bool(self.metrics or self.evaluations)

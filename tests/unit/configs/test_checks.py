@@ -42,7 +42,7 @@ ONE_KEY_CASES = [
     ("reward", M + "theta", None, "theta: wrong type (None)"),
     ("reward", M + "qkv_has_bias", 1, "qkv_has_bias: wrong type (1)"),
     ("reward", M + "compute_dtype", "bf16", "compute_dtype: not allowed ('bf16')"),
-    ("reward", M + "type", "GPT2Config", "type: not allowed ('GPT2Config') - must be one of LlamaConfig"),
+    ("reward", M + "type", 3, "type: wrong type (3) - must be text"),
     # what PPO cannot honour
     ("reward", M + "emb_dropout_prob", 0.1, "emb_dropout_prob: not supported (0.1)"),
     ("reward", M + "attention_dropout_prob", 0.1, "attention_dropout_prob: not supported"),

@@ -13,7 +13,7 @@ import pytest
 from mindrlhf.configs.load import load_job
 from mindrlhf.configs.schema import JobConfig, ModelConfig
 from mindrlhf.models import families
-from mindrlhf.models.families import FAMILIES, MODULES, Family, family_of, family_of_hf
+from mindrlhf.models.families import FAMILIES, MODULES, Family, check_families, family_of, family_of_hf
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.layout import Layout, mesh_of
 from mindrlhf.utils.errors import CheckpointError, ConfigError
@@ -81,6 +81,12 @@ def test_unknown_types_are_refused_and_the_known_ones_named(tiny_job: JobConfig)
     model: ModelConfig = replace(tiny_job.infer.model, type="GPT2Config")
     with pytest.raises(ConfigError, match=r"type: not supported \('GPT2Config'\) - must be LlamaConfig"):
         family_of(model)
+    unknown = replace(tiny_job.infer, model=model)
+    with pytest.raises(ConfigError) as caught:
+        check_families([tiny_job.train, unknown, replace(unknown, path=Path("other.yaml")), unknown])
+    assert [Path(fault.split(": ")[0]).name for fault in caught.value.faults] == [
+        *(tiny_job.infer.path.name, "other.yaml")
+    ]
     with pytest.raises(CheckpointError, match=r"config\.json: model_type is 'llama', only 'qwen2'"):
         family_of_hf("llama", "config.json")
 
