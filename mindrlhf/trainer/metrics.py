@@ -9,7 +9,7 @@ from mindrlhf.algorithms.metrics import explained_variance
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Experience, ScoredRollout, TokenRewards
 from mindrlhf.trainer.losses import RATIO_EDGES, RATIOS_ABOVE
-from mindrlhf.trainer.trackers.base import Histogram
+from mindrlhf.trainer.trackers.tracker import Histogram
 from mindrlhf.trainer.update import UpdateResult
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from mindrlhf.trainer.checkpoints import Stateful, Trained
 from mindrlhf.trainer.console.state import Column
 from mindrlhf.trainer.curves import Curve
-from mindrlhf.trainer.trackers.base import Histogram
+from mindrlhf.trainer.trackers.tracker import Histogram
 
 
 @dataclass(frozen=True, kw_only=True)

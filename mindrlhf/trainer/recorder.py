@@ -32,8 +32,7 @@ from mindrlhf.trainer.before_after import summarize, summary_sentence, write_bef
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.skipped_updates import shown_ids
-from mindrlhf.trainer.trackers.base import RunStart
-from mindrlhf.trainer.trackers.group import Trackers
+from mindrlhf.trainer.trackers.tracker import RunStart, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger

@@ -24,7 +24,7 @@ from mindrlhf.trainer.console.state import RunState
 from mindrlhf.trainer.recipe import Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers.choice import make_trackers
-from mindrlhf.trainer.trackers.group import Trackers
+from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_world_size

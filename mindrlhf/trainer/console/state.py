@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mindrlhf.trainer.trackers.base import RunStart, Tracker
+from mindrlhf.trainer.trackers.tracker import RunStart, Tracker
 
 _STEPS_AVERAGED = 10
 

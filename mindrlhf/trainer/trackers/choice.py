@@ -1,12 +1,17 @@
-"""``--trackers``: whether they are installed, and one of each that is wanted."""
+"""``--trackers``: whether they are installed, and one of each that is wanted.
+
+A tracker is a module of this package, named as in :data:`mindrlhf.configs.options.TRACKERS`, whose
+``TRACKER`` is the class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from importlib import import_module
 from importlib.util import find_spec
 
 from mindrlhf.configs.options import TRACKERS
-from mindrlhf.trainer.trackers.base import Tracker
+from mindrlhf.trainer.trackers.tracker import Tracker
 from mindrlhf.utils.errors import MindRLHFError
 
 
@@ -26,29 +31,4 @@ def check_trackers(names: Collection[str]) -> None:
 
 def make_trackers(names: Collection[str]) -> list[Tracker]:
     """One tracker of each name; nothing is opened before :meth:`Tracker.start`."""
-    return [_MAKERS[name]() for name in names]
-
-
-def _tensorboard() -> Tracker:
-    from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
-
-    return TensorBoardTracker()
-
-
-def _wandb() -> Tracker:
-    from mindrlhf.trainer.trackers.weights_biases import WandbTracker
-
-    return WandbTracker()
-
-
-def _swanlab() -> Tracker:
-    from mindrlhf.trainer.trackers.swan import SwanLabTracker
-
-    return SwanLabTracker()
-
-
-_MAKERS: dict[str, Callable[[], Tracker]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "swanlab": _swanlab,
-}
+    return [import_module(f"mindrlhf.trainer.trackers.{name}").TRACKER() for name in names]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mindrlhf.trainer.trackers.base import SAMPLE_COLUMNS, Histogram, RunStart, Tracker, sample_cells
+from mindrlhf.trainer.trackers.tracker import SAMPLE_COLUMNS, Histogram, RunStart, Tracker, sample_cells
 from mindrlhf.utils.tables import markdown_table
 
 DIRECTORY = "tensorboard"
@@ -110,6 +110,9 @@ class TensorBoardTracker(Tracker):
         sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, message)]
         self._file.write(length + sums[0] + message + sums[1])
         self._file.flush()
+
+
+TRACKER = TensorBoardTracker
 
 
 def _import_tensorboardx() -> None:

@@ -19,7 +19,7 @@ from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.plain import PlainConsole
 from mindrlhf.trainer.console.state import RunState, clock_text
 from mindrlhf.trainer.recipes.rl import display
-from mindrlhf.trainer.trackers.base import RunStart
+from mindrlhf.trainer.trackers.tracker import RunStart
 from mindrlhf.utils.timers import PhaseTimer
 
 METRICS = {

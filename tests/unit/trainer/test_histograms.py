@@ -7,7 +7,7 @@ import pytest
 
 from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES, RATIOS_ABOVE
 from mindrlhf.trainer.metrics import ratio_histogram
-from mindrlhf.trainer.trackers.base import Histogram
+from mindrlhf.trainer.trackers.tracker import Histogram
 from mindrlhf.trainer.update import UpdateResult
 
 

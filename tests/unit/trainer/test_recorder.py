@@ -16,8 +16,7 @@ from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepRes
 from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.trainer.recorder import Recorder, RedrawTimer, check_fresh, write_experience
 from mindrlhf.trainer.samples import choose_rows
-from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
-from mindrlhf.trainer.trackers.group import Trackers
+from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 
 SHOWN = display(PPOConfig())

@@ -17,10 +17,9 @@ from mindrlhf.configs.options import tracker_names
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers import choice
-from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker
 from mindrlhf.trainer.trackers.choice import check_trackers, make_trackers
-from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
+from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 
 HELD_OUT = HeldOut("x", 8, "prompts")

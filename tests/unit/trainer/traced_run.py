@@ -26,8 +26,8 @@ from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
 from mindrlhf.trainer.run import Observers, Run
 from mindrlhf.trainer.scoring import policy_logprobs
-from mindrlhf.trainer.trackers.group import Trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
+from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.trainer.update import UpdateResult
 
 PROMPT, RESPONSE, BATCH, VALID = 32, 5, 4, 1024

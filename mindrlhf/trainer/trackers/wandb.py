@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.trainer.trackers.base import SAMPLE_COLUMNS, Histogram, RunStart, Tracker, sample_cells
-from mindrlhf.trainer.trackers.run_id import run_id
+from mindrlhf.trainer.trackers.tracker import (
+    SAMPLE_COLUMNS,
+    Histogram,
+    RunStart,
+    Tracker,
+    run_id,
+    sample_cells,
+)
 
 PROJECT = "mindrlhf"
 
@@ -76,3 +82,6 @@ class WandbTracker(Tracker):
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+TRACKER = WandbTracker

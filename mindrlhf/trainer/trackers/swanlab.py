@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mindrlhf.trainer.trackers.base import Histogram, RunStart, Tracker, sample_cells
-from mindrlhf.trainer.trackers.run_id import run_id
+from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, run_id, sample_cells
 
 PROJECT = "mindrlhf"
 
@@ -73,3 +72,6 @@ class SwanLabTracker(Tracker):
 
             swanlab.finish()
             self._run = None
+
+
+TRACKER = SwanLabTracker
