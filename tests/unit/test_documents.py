@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import cache
@@ -219,29 +220,47 @@ def test_readme_opens_with_the_two_commands(document: str) -> None:
 
 
 @pytest.mark.parametrize(("document", "header"), zip(PAIRS[0], ("path", "路径"), strict=True))
-def test_file_map_is_true(document: str, header: str) -> None:
-    rows = {row[0].strip("`"): _INLINE.findall(row[1]) for row in table_rows(document, header)}
-    for folder, words in rows.items():
-        if folder.endswith("/"):
-            names = [word for word in words if _FILE_NAME.fullmatch(word)]
+def test_file_map_is_true_and_short(document: str, header: str) -> None:
+    """Each folder of the library has a short row, and the files it names are in that folder."""
+    rows = dict(table_rows(document, header))
+    assert len(rows) <= 25
+    assert [cell for cell in rows.values() if len(_FILE_NAME.findall(cell)) > 9] == []
+    for folders, cell in rows.items():
+        for folder in _INLINE.findall(folders):
+            names = [word for word in _INLINE.findall(cell) if _FILE_NAME.fullmatch(word)]
             assert [name for name in names if not any((ROOT / folder).glob(name))] == [], folder
-    packages = {f"mindrlhf/{path.parent.name}/" for path in (ROOT / "mindrlhf").glob("*/__init__.py")}
+    packages = {
+        f"`{path.parent.relative_to(ROOT)}/`" for path in (ROOT / "mindrlhf").glob("*/**/__init__.py")
+    }
     assert packages - rows.keys() == set()
-    for folder in (f"{TUTORIAL}/", "scripts/", "scripts/benchmark/"):
-        files = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh")}
-        assert files - set(rows[folder]) == set(), folder
+
+
+@pytest.mark.parametrize("document", PAIRS[0])
+def test_loop_is_the_code(document: str) -> None:
+    loops = [content for language, content in blocks(document) if language == "python"]
+    source = textwrap.dedent(
+        (ROOT / "mindrlhf/trainer/loop.py").read_text(encoding="utf-8").rpartition('"""')[2]
+    )
+    assert loops == [source.lstrip("\n")]
+
+
+@pytest.mark.parametrize("document", PAIRS[0])
+def test_advantages_and_critics_are_named(document: str) -> None:
+    for name in ("advantage", "critic"):
+        assert f"`{name}: {' | '.join(keys_of(PPOConfig)[name].choices)}`" in text_of(document)
 
 
 @pytest.mark.parametrize(("document", "header"), zip(PAIRS[1], ("name", "名称"), strict=True))
 def test_glossary_has_every_metric(document: str, header: str) -> None:
-    source = (ROOT / "mindrlhf/trainer/metrics.py").read_text(encoding="utf-8")
-    trainer = (ROOT / "mindrlhf/trainer/ppo_trainer.py").read_text(encoding="utf-8")
-    iteration = trainer.partition("def run_iteration(")[2].partition("return metrics")[0]
-    recording = (ROOT / "mindrlhf/trainer/recording.py").read_text(encoding="utf-8")
-    written = set(re.findall(r'"([\w/]+)":', source + iteration))
-    written |= set(re.findall(r'metrics\["([\w/]+)"\] =', source + iteration))
-    written |= set(re.findall(r'"(distribution/\w+)":', recording))
-    written |= {f"time/{phase}" for phase in re.findall(r'timer\.phase\("(\w+)"', iteration)}
+    trainer = ROOT / "mindrlhf/trainer"
+    source = (trainer / "metrics.py").read_text(encoding="utf-8")
+    recipe = (trainer / "recipes/rl.py").read_text(encoding="utf-8")
+    step = recipe.partition("def step(")[2].partition("def evaluate(")[0]
+    result = recipe.partition("metrics: dict[str, float] =")[2].partition("samples =")[0]
+    written = set(re.findall(r'"([\w/]+)":', source + result))
+    written |= set(re.findall(r'metrics\["([\w/]+)"\] =', source))
+    written |= {f"time/{phase}" for phase in re.findall(r'timer\.phase\("(\w+)"', step)}
+    written |= {"iteration", "time/iteration", "tokens_per_second"}  # of the run, for every recipe
     documented = {name for row in table_rows(document, header) for name in _INLINE.findall(row[0])}
     assert len(documented) > 30
     assert documented == written
