@@ -141,7 +141,7 @@ def run_with_and_without_evaluation(job: JobConfig, directory: Path) -> Evaluate
         assert sum(told) == len(results[-1].scores), "progress ends when every prompt is answered"
         return results[-1]
 
-    digest, trainer.held_out_digest = trainer.held_out_digest, None
+    held_out, trainer.held_out = trainer.held_out, None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "update", update)
         patch.setattr("mindrlhf.trainer.recipes.rl.evaluate", kept)
@@ -150,7 +150,7 @@ def run_with_and_without_evaluation(job: JobConfig, directory: Path) -> Evaluate
         train(run, trainer)
         without = lines(save / "metrics.jsonl")
         run.resume(start, trainer)
-        trainer.held_out_digest = digest
+        trainer.held_out = held_out
         reward.calls.clear()
         train(run, trainer)
     return EvaluatedRun(run, trainer, list(reward.calls), save, directory, without, updates, *results)

@@ -60,7 +60,7 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Compil
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mindspore.graph.api, "_check_recompile", counting)
         trainer = PPOTrainer(job, weights, data, training)
-        trainer.begin()
+        training.begin(trainer)
         roll_out, decode = trainer.rollout, trainer.ppo_model_infer._decode
 
         def rollout(batch: Any, iteration: int) -> Any:

@@ -60,7 +60,9 @@ def test_every_prompt_is_answered_once_and_in_order(runs: EvaluatedRun) -> None:
 
 
 def held_out(runs: EvaluatedRun) -> Any:
-    return runs.trainer.held_out
+    prompts = runs.trainer.held_out_prompts
+    assert prompts is not None
+    return prompts
 
 
 def test_scores_are_those_of_reward_model_and_function(runs: EvaluatedRun) -> None:
@@ -181,7 +183,9 @@ def test_a_resumed_run_repeats_no_evaluation(
 def test_other_prompts_than_those_recorded_are_refused(
     runs: EvaluatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs.trainer, "held_out_digest", "another")
+    held = runs.trainer.held_out
+    assert held is not None
+    monkeypatch.setattr(runs.trainer, "held_out", held._replace(digest="another"))
     with pytest.raises(MindRLHFError, match="are of other held-out data"):
         runs.run.evaluation_due(runs.trainer)
 
