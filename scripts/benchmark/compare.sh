@@ -10,7 +10,7 @@
 # so that what else the machine does meets both. TRL lives in TRL_VENV (default ~/.cache/mindrlhf/trl_venv), made
 # on the first call from the package index (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives torch
 # without CUDA where the index has only the other). RUN_PREFIX is put before each run, for example "taskset -c 0,1".
-# A round of all three models takes about 17 minutes. bf16 is run once a round for small and default only.
+# A round of all three models takes about 17 minutes. bf16 is run once per round for small and default only.
 
 set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
