@@ -1,7 +1,8 @@
 """The tutorial's commands as they stand there, in order, in a directory of their own.
 
-Nothing is changed but msrun's port, which may be in use. The tutorial in Chinese has the same blocks, which
-``tests/unit/test_documents.py`` compares.
+Nothing is changed but msrun's port, which may be in use, and that the PPO runs in one process, whose graphs
+are the same, compile them once (``--enable_compile_cache``). The tutorial in Chinese has the same blocks,
+which ``tests/unit/test_documents.py`` compares.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ NOT_RUN = {
     "On Ascend": "needs 7B weights and NPUs",
 }
 """Sections whose commands are compared with the scripts' flags only."""
+
+ALONE = "ppo_one_stage.py --use_parallel False"
 
 SECONDS = 300.0
 """Limit of one block: ten times what the slowest takes on a quiet machine with 2 cores."""
@@ -80,6 +83,7 @@ def free_port() -> int:
 def test_sections_that_are_not_run_exist() -> None:
     assert {block.section for block in bash_blocks()} >= NOT_RUN.keys()
     assert len(BLOCKS) > 12
+    assert sum(ALONE in block.text for block in BLOCKS) > 2
 
 
 @pytest.mark.msrun
@@ -89,11 +93,16 @@ def test_command(block: Block, reader: Path) -> None:
     if earlier.exists():
         pytest.fail(f"not tried: {earlier.read_text()} failed before it", pytrace=False)
     text = block.text.replace("--master_port=9123", f"--master_port={free_port()}")
+    text = text.replace(ALONE, f"{ALONE} --enable_compile_cache True")
     text = text.replace("source .venv/bin/activate\n", "")  # PATH below does what it does
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=reader,
-        env=os.environ | {"PATH": f"{reader}/.venv/bin{os.pathsep}{os.environ['PATH']}"},
+        env=os.environ
+        | {
+            "PATH": f"{reader}/.venv/bin{os.pathsep}{os.environ['PATH']}",
+            "MS_COMPILER_CACHE_PATH": f"{reader}/graphs",
+        },
         capture_output=True,
         text=True,
         timeout=SECONDS,

@@ -18,24 +18,24 @@ from mindrlhf.utils import progress
 from mindrlhf.utils.progress import ProgressBar
 
 RUN = """
-import logging, sys, time
-from mindrlhf.configs.schema import PPOConfig
+import pathlib, sys, time
 from mindrlhf.trainer.console.open import open_console
-from mindrlhf.trainer.recipes.rl import display
+from mindrlhf.trainer.console.state import Column
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.progress import track
 from mindrlhf.utils.timers import PhaseTimer
 
-shown = display(PPOConfig())
-metrics = {column.metric: 1.0 for column in shown.columns}
+columns = [Column(f"objective/{name}", name, "+.4f", 9) for name in ("scores", "kl")]
+metrics = {column.metric: 1.0 for column in columns}
 with open_console("PPO", "iteration") as console:
-    console.total, console.columns, console.status = 3, shown.columns, shown.status
+    console.total, console.columns, console.status = 3, columns, columns
     timer = PhaseTimer([console])
     for iteration in range(1, 4):
         with timer.phase("rollout", 40, "tokens"):
-            for _ in range(4):
-                time.sleep(0.05)
-                timer.advance(10)
+            timer.advance(10)
+            while sys.argv[1:] and not pathlib.Path(sys.argv[1]).exists():
+                time.sleep(0.01)
+            timer.advance(30)
         get_logger("mindrlhf.x").info("log line %d", iteration)
         list(track(range(3), description="inner bar"))
         console.scalars(iteration, metrics)
@@ -69,15 +69,27 @@ class Screen:
     fresh = False
 
 
-def run_on_terminal(directory: Path, variables: dict[str, str], stderr: Any = None) -> str:
-    """What RUN writes to a pseudo-terminal, which is its stderr too unless another is given."""
-    script = directory / "run.py"
+DRAWN = b"10/40 tokens"
+
+
+def run_on_terminal(
+    directory: Path, variables: dict[str, str], stderr: Any = None, *, draws: bool = True
+) -> str:
+    """What RUN writes to a pseudo-terminal, which is its stderr too unless another is given.
+
+    A run that draws waits until :data:`DRAWN` has been read here, however long that takes on a busy machine.
+    """
+    script, seen = directory / "run.py", directory / "seen"
     script.write_text(RUN, encoding="utf-8")
     master, slave = pty.openpty()
     named = {name: os.ttyname(slave) if value == "TTY" else value for name, value in variables.items()}
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30", **named}
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdin=slave, stdout=slave, stderr=stderr or slave, env=env
+        [sys.executable, str(script), *([str(seen)] if draws else [])],
+        stdin=slave,
+        stdout=slave,
+        stderr=stderr or slave,
+        env=env,
     )
     os.close(slave)
     output = b""
@@ -90,6 +102,8 @@ def run_on_terminal(directory: Path, variables: dict[str, str], stderr: Any = No
             if not part:
                 break
             output += part
+            if DRAWN in output:
+                seen.touch()
     finally:
         assert process.wait(timeout=60) == 0
         os.close(master)
@@ -106,14 +120,13 @@ def assert_whole(lines: list[str]) -> None:
     assert lines.index(logs[1]) < lines.index(rows[1]) < lines.index(logs[2]), "in the order they came"
     heads = [line for line in lines if line.startswith("PPO")]
     assert len(heads) == 1, "one drawing is left, the last"
-    assert re.search(r"iteration 3/3 +0:0\d elapsed$", heads[0])
+    assert re.search(r"iteration 3/3 +\d:\d\d elapsed$", heads[0])
     assert not any("rollout" in line for line in lines)
 
 
 def test_log_lines_do_not_tear_the_drawing_on_a_terminal(tmp_path: Path) -> None:
     output = run_on_terminal(tmp_path, {})
     assert "rollout" in output
-    assert "10/40 tokens" in output
     screen = Screen()
     screen.feed(output)
     assert_whole(screen.lines)
@@ -135,7 +148,7 @@ def test_a_worker_of_msrun_draws_on_the_terminal_it_is_given_and_logs_to_its_own
 
 
 def test_plain_lines_on_a_terminal_when_asked_for(tmp_path: Path) -> None:
-    output = run_on_terminal(tmp_path, {"MINDRLHF_CONSOLE": "plain"})
+    output = run_on_terminal(tmp_path, {"MINDRLHF_CONSOLE": "plain"}, draws=False)
     assert "INFO log line 3" in output
     assert "tokens" not in output
 
