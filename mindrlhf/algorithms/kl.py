@@ -116,7 +116,7 @@ class FixedKLController:
         return {"kl_coef": self._value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Accepts a saved state and keeps the configured coefficient: a fixed one is no training state."""
+        """Accepts a saved state and keeps the configured coefficient: a fixed one is not training state."""
 
 
 class AdaptiveKLController:

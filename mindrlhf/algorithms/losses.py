@@ -134,7 +134,7 @@ def cross_entropy_sum(logprobs: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logprobs: (B, S) log-prob of each token of a text that was not sampled.
-        mask: (B, S), where a token is to be learnt.
+        mask: (B, S), where a token is to be learned.
 
     Returns:
         scalar float32.

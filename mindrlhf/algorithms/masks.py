@@ -1,6 +1,6 @@
 """Masks and positions, built from lengths.
 
-Never from ``token != pad``: Qwen2's pad token is also its end-of-text token (correctness.md, item 3).
+Never from ``token != pad``: Qwen2's pad token is also its end-of-text token.
 A mask is True where a position counts.
 """
 
@@ -78,7 +78,7 @@ def value_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarra
 
     The convention: column t holds the value of the state *before* response token t is chosen (model
     columns ``[:, P-1:-1]``), the score is paid at L, and the episode ends with token L, so the value
-    after it is 0 and is not learnt. Hence equal to :func:`policy_mask`; it has its own name because
+    after it is 0 and is not learned. Hence equal to :func:`policy_mask`; it has its own name because
     other conventions differ here ([N+] counts L + 1 as well).
 
     Args:

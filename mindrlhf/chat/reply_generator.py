@@ -118,7 +118,7 @@ class ReplyGenerator:
         if self._built is None:
             generator.load(self.model.shards(self._groups.mesh, self._groups.rank))
         else:
-            # From memory: a run that goes on may have removed its checkpoint meanwhile.
+            # From memory: a run that is still training may have removed its checkpoint meanwhile.
             generator.load(self._built.shards())
         self._built = None
         gc.collect()  # reference cycles hold the former model, whose memory is needed now

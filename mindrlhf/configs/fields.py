@@ -183,7 +183,7 @@ def _fault(error: ValidationError, value: object) -> str:
         return "wrong length" if value else "empty list"
     if kind == "literal_error":
         return "not allowed"
-    if kind == "finite_number" or (kind == "float_type" and type(value) is int):  # 10^400 is no float
+    if kind == "finite_number" or (kind == "float_type" and type(value) is int):  # 10^400 is not a float
         return "not finite"
     if kind.startswith(("greater_than", "less_than")):
         return "out of range" + (" (more than 32 bits)" if first["ctx"].get("le") == MAX_INT else "")

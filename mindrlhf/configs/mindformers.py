@@ -165,7 +165,7 @@ RUNNER = {
                                            "--micro_batch_size, accumulates"),
     "stop_step": Foreign((0, None), "remove it: total_iterations or --epochs says when a job ends"),
     **_unsupported("has_trained_epoches", "has_trained_steps", neutral=(0, None),
-                   instead="remove it: --resume_training True goes on from a checkpoint"),
+                   instead="remove it: --resume_training True resumes from a checkpoint"),
 }  # fmt: skip
 
 USED_SECTIONS = ("context", "parallel_config", "model", "optimizer", "lr_schedule", "runner_config")

@@ -1,6 +1,6 @@
 """Compiles the C++ operators of this package and keeps what comes out.
 
-As PyTorch's ``torch.utils.cpp_extension.load`` does: compiled when first wanted, then taken from a directory,
+As PyTorch's ``torch.utils.cpp_extension.load`` does: compiled on first use, then taken from a directory,
 under a digest of the source, the command and the libraries it is linked with. One file serves all processes.
 """
 

@@ -50,7 +50,7 @@ class ModelMemory:
     Attributes:
         name: "policy infer", "policy train", "reference", "reward" or "critic".
         mesh: its split.
-        parameters: numbers a rank holds.
+        parameters: numbers per rank.
         weights: their bytes.
         moments: of the optimizer, on the device.
         host_moments: of the optimizer, kept on the host (``optimizer.swap``).

@@ -92,7 +92,7 @@ def parse_bytes(text: str, where: str = "--device_memory") -> int:
 
 
 def memory_limit(job: JobConfig, device_memory: int | None) -> int | None:
-    """Bytes a rank may take: ``device_memory``, and on a device what ``max_device_memory`` allows.
+    """Bytes that a rank may take: ``device_memory``, and on a device what ``max_device_memory`` allows.
 
     MindSpore counts its GB as 2^30, and keeps weights and pool within them but not the runtime.
     """

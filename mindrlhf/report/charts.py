@@ -22,7 +22,7 @@ LEVEL_COLORS = {"error": "#d6453b", "warning": "#c77700", "note": "#3b7de0"}
 MAX_POINTS = 3000
 """Points of a curve: more than a screen has pixels."""
 MARKED_POINTS = 40
-"""Up to so many, every point is marked."""
+"""Maximum number of points that are marked one by one."""
 
 _TOTAL_TIME = "time/iteration"
 _REST = "time/other"

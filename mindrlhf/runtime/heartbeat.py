@@ -17,7 +17,7 @@ from typing import Any
 from mindrlhf.runtime.processes import start_ticks
 
 SCHEDULER = -1
-"""Stands for msrun's scheduler where a rank is wanted."""
+"""Stands for msrun's scheduler in place of a rank."""
 
 RUNNING, FAILED, ENDED = "running", "failed", "ended"
 

@@ -70,7 +70,7 @@ class StopRequest:
             KeyboardInterrupt: the signal was SIGINT.
         """
         logger.info(
-            "stopped by %s, the state is in %s; --resume_training True goes on from it",
+            "stopped by %s, the state is in %s; --resume_training True resumes from it",
             signal.Signals(self.agreed).name,
             checkpoint,
         )

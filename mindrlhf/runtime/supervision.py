@@ -138,7 +138,7 @@ def join(job: str, rank: int, world_size: int) -> None:
 
 
 def leave() -> None:
-    """Ends the supervision of this process, which goes on."""
+    """Ends the supervision of this process, which keeps running."""
     global _current
     if _current is not None:
         _current.end()

@@ -60,7 +60,7 @@ class Watchdog:
         self._beat()
 
     def phase_advanced(self, done: int) -> None:
-        """The phase goes on."""
+        """The phase makes progress."""
         if self._phases:
             self._phases[-1].done += done
         self._beat()

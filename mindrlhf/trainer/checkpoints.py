@@ -229,7 +229,7 @@ class TrainingCheckpoints:
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
             else:
-                logger.warning("%s has no state of %s, which starts anew", directory, name)
+                logger.warning("%s has no state of %s, which starts from the beginning", directory, name)
         _load_generators(directory, self.rank)
         self.last = directory
         return int(state["step"])
@@ -327,7 +327,7 @@ def check_fixed(directory: Path, before: Mapping[str, Any], now: Mapping[str, An
     if different:
         raise CheckpointError(
             f"{directory} cannot be resumed by this job, {len(different)} difference(s); give the "
-            f"configuration that made it ({CONFIG_FILE} in it), or start anew in another --save_ckpt_dir:"
+            f"configuration that made it ({CONFIG_FILE} in it), or start over in another --save_ckpt_dir:"
             + bullet_list(different)
         )
 

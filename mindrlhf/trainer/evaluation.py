@@ -93,7 +93,7 @@ def evaluate(
     extra_scores: ExtraScores | None = None,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Answers and scores all prompts, as many at a time as a rollout has, so that nothing is compiled anew.
+    """Answers and scores all prompts, as many at a time as a rollout has, so that nothing is compiled again.
 
     Args:
         models: of this rank.

@@ -20,7 +20,7 @@ from mindrlhf.utils.errors import ConfigError
 def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_steps: int) -> Optimizer:
     """The YAML's ``optimizer`` driven by its ``lr_schedule``, over this rank's shards.
 
-    Norms and biases, which are the one-dimensional parameters, get no weight decay (checklist 17).
+    Norms and biases, which are the one-dimensional parameters, get no weight decay.
 
     Args:
         config: the YAML; both sections are handed to MindFormers as they stand.

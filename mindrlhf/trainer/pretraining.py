@@ -140,7 +140,7 @@ class PretrainLoss(nn.Cell):
         self.policy = policy
         self.statistics = ("cross_entropy",)
         self.ptx_coef = ptx_coef
-        # The rollout's temperature belongs to sampling; the text is no sample.
+        # The rollout's temperature belongs to sampling; the text is not a sample.
         self.log_probs = VocabParallelLogProbs(
             policy.config.vocab_size,
             policy.groups,

@@ -54,7 +54,7 @@ class Recorder:
     Args:
         directory: made by :meth:`begin` when missing.
         unit: what a step is called; the key of its number in every line.
-        trackers: told of all that is added.
+        trackers: receive all that is added.
         experience_file: where the experience of each step goes; the step's number is added to its name.
 
     Attributes:

@@ -134,7 +134,7 @@ def newest_whole(save: Path, exchange: HostExchange, unit: str) -> Path | None:
     if damaged:
         raise CheckpointError(
             f"all {len(damaged)} checkpoint(s) of {save} are damaged; resume from another folder, or remove "
-            "them to start anew:" + bullet_list(damaged)
+            "them to start over:" + bullet_list(damaged)
         )
     return None
 

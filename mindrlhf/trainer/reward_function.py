@@ -51,7 +51,7 @@ def function_scores(
 
     Raises:
         MindRLHFError: on every rank, when the function raises or returns something else than one finite
-            number a sample; the main rank's message names the sample.
+            number per sample; the main rank's message names the sample.
     """
     count = len(rollout.tokens)
     scores, fault = np.zeros(count, np.float32), ""

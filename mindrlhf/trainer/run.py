@@ -86,7 +86,7 @@ class Run:
         resume: the checkpoint to resume from; ``None`` for a fresh start.
         rewinds: whether results of an earlier part of this run that wrote no checkpoint are dropped.
         observers: who is told; nobody by default.
-        listeners: told of the phases, after the console.
+        listeners: of the phases, after the console.
         experience_file: ``--save_data_file``.
 
     Attributes:

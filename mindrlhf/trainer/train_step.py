@@ -49,7 +49,7 @@ class GradientNorm(nn.Cell):
     (364 tensors: 10 s against 0.6 s).
 
     Args:
-        gradients: buffers, one a parameter.
+        gradients: buffers, one per parameter.
         split: whether each parameter is split over the model-parallel group; a split one's square sum
             is added up over the group, a replicated one counts once.
         groups: this rank's groups.

@@ -127,7 +127,7 @@ def main() -> None:
         print(f"{name} of {args.repeats}:")
         print(f"  prefill                     {pick(prefill) * 1e3:8.1f} ms")
         print(f"  decode step                 {step:8.2f} ms")
-        print(f"  tokens a second, all phases {args.batch * args.response / pick(whole):8.0f}")
+        print(f"  tokens per second, all phases {args.batch * args.response / pick(whole):8.0f}")
         print(f"  share of memory bandwidth   {floor / step:8.2f}")
     print(f"a step reads {weight_bytes / 1e6:.0f} MB of weights; a copy moves {bandwidth / 1e9:.1f} GB/s")
 

@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="small", help="the base's sizes (default: small)")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="(default: all)")
     parser.add_argument("--steps", type=int, default=3, help="steps that count (default: 3)")
-    parser.add_argument("--limit", type=float, default=240, help="seconds a run may take (default: 240)")
+    parser.add_argument("--limit", type=float, default=240, help="maximum seconds per run (default: 240)")
     parser.add_argument("--prefix", default="", help="command before each run, e.g. 'taskset -c 0,1'")
     parser.add_argument(
         "--runs", type=Path, help="keep runs in this file; those already in it are not repeated"

@@ -163,7 +163,7 @@ def run_worker(directory: Path, job: JobConfig) -> None:
         weights if shared else replace(weights, reward=weights.train, critic=weights.train),
         DataPaths(directory / "prompts.mindrecord"),
         run,
-        # The quick start's reward is a function; what it computes is no matter here.
+        # The quick start's reward is a function; what it computes does not matter here.
         tokenizer=_no_tokenizer() if shared else None,
         reward_function=(lambda prompts, responses: [0.5] * len(prompts)) if shared else None,
     )
@@ -177,7 +177,7 @@ def _no_tokenizer() -> Any:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, list[int]]:
-    """Peak bytes of each phase, one an iteration, of a fresh process."""
+    """Peak bytes of each phase, one per iteration, of a fresh process."""
     with tempfile.TemporaryDirectory(prefix="mindrlhf-memory-") as scratch:
         directory = Path(scratch)
         job = job_of(name, args.overrides, args.iterations)

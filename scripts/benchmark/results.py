@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 """Sizes by name; ``smollm2`` is SmolLM2-135M's."""
 
 BATCH = {"small": 16, "default": 16, "large": 8, "smollm2": 16}
-"""Sequences an iteration of each model."""
+"""Sequences per iteration of each model."""
 
 LEARNING_RATE, CLIP_RANGE, VALUE_CLIP_RANGE, VALUE_COEF, KL_COEF = 3e-6, 0.2, 0.2, 0.1, 0.05
 GAMMA, LAMBDA, MAX_GRAD_NORM, TEMPERATURE = 1.0, 0.95, 1.0, 1.0
@@ -49,7 +49,7 @@ PHASES = ("rollout", "scoring", "training", "sync")
 class Steps:
     """Seconds of the steps of one run, and what it was a run of.
 
-    ``seconds`` has a row a step, the warm-up included: ``iteration`` and the PHASES.
+    ``seconds`` has one row per step, the warm-up included: ``iteration`` and the PHASES.
     """
 
     system: str

@@ -72,6 +72,6 @@ def _open_device(path: str) -> IO[str] | None:
         return None
     if not os.isatty(descriptor):
         os.close(descriptor)
-        logger.warning("%s=%s is no terminal", CONSOLE_VARIABLE, path)
+        logger.warning("%s=%s is not a terminal", CONSOLE_VARIABLE, path)
         return None
     return os.fdopen(descriptor, "w", encoding="utf-8")

@@ -79,12 +79,12 @@ class RunState(Tracker):
         return min(self.step + 1, self.total) if self.total else self.step
 
     def start(self, run: RunStart) -> None:
-        """A run that goes on begins behind the steps it has."""
+        """A resumed run begins behind the steps it has done."""
         self.step = max(run.first_step - 1, 0)
         self._ends.clear()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of a step that is done. Evaluations are no steps."""
+        """Metrics of a step that is done. Evaluations are not steps."""
         if not any(name.startswith(("objective/", "loss/")) for name in values):
             return
         self.step, self.previous, self.metrics = step, self.metrics, values

@@ -273,7 +273,7 @@ def over_rows(
 ) -> np.ndarray:
     """One number per row, for any number of rows; each replica works on its part, every rank gets all.
 
-    Passes are all of one size, so that one graph serves them: the last ones are filled with rows anew.
+    Passes are all of one size, so that one graph serves them: the last is filled from the front.
 
     Args:
         forward: ``rows_per_pass`` rows of every array -> (rows_per_pass,) numbers.
@@ -333,7 +333,7 @@ def check_paths(options: StageOptions) -> None:
     if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
         raise MindRLHFError(
             f"--save_ckpt_dir {save} holds the weights of a run that has finished ({FINAL}) and no "
-            "checkpoint to resume from: there is nothing left to do; to train anew, give another directory"
+            "checkpoint to resume from: there is nothing left to do; to train again, give another directory"
         )
     full = options.save_full_ckpt
     if full is not None:

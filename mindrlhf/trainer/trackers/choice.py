@@ -1,4 +1,4 @@
-"""``--trackers``: whether they are installed, and one of each that is wanted.
+"""``--trackers``: whether they are installed, and one object per name.
 
 A tracker is a module of this package, named as in :data:`mindrlhf.configs.options.TRACKERS`, whose
 ``TRACKER`` is the class.

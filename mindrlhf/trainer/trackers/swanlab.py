@@ -14,7 +14,7 @@ PROJECT = "mindrlhf"
 class SwanLabTracker(Tracker):
     """One SwanLab experiment, named after the directory of results; SWANLAB_MODE chooses online or not.
 
-    A resumed run goes on under its id: SwanLab takes no second point for a step that it has.
+    A resumed run continues under its id: SwanLab takes no second point for a step that it has.
     """
 
     name = "swanlab"

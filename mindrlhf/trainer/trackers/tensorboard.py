@@ -1,7 +1,7 @@
 """TensorBoard event files, written with tensorboardX's messages.
 
 Not with its ``SummaryWriter``: that hands events to a thread through a bounded queue, and when the thread
-has died of a full disk the training waits in the queue for ever.
+has died of a full disk the training waits on the queue forever.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHOWN_CHARACTERS = 2000  # of a text; samples.jsonl has all
 
 
 class TensorBoardTracker(Tracker):
-    """Writes ``tensorboard/`` of the results; one event file each time a run starts or goes on.
+    """Writes ``tensorboard/`` of the results; one event file each time a run starts or is resumed.
 
     A resumed run's file begins with the mark at which TensorBoard drops what earlier files hold from that
     step on.

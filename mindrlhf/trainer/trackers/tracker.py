@@ -72,7 +72,7 @@ class Tracker:
     shows_metrics = False
 
     def start(self, run: RunStart) -> None:
-        """The run begins, or goes on."""
+        """The run begins, or is resumed."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a step; a step may get more of them, of other names, in another call."""
@@ -141,7 +141,7 @@ class Trackers:
             except Exception as error:  # whatever a service or a full disk raises
                 self._trackers.remove(tracker)
                 logger.warning(
-                    "tracker %s fails and is left out from here on; training goes on, and metrics.jsonl has "
+                    "tracker %s fails and is dropped; training continues, and metrics.jsonl has "
                     "everything (%s: %s)",
                     tracker.name, type(error).__name__, error,
                 )  # fmt: skip

@@ -23,7 +23,7 @@ PROJECT = "mindrlhf"
 class WandbTracker(Tracker):
     """One W&B run, named after the directory of results, in the project of WANDB_PROJECT or ``mindrlhf``.
 
-    A resumed run goes on under its id: W&B takes no second point for a step that it has.
+    A resumed run continues under its id: W&B takes no second point for a step that it has.
     """
 
     name = "wandb"

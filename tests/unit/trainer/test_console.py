@@ -224,7 +224,7 @@ def test_other_ranks_show_nothing(
 def test_a_device_that_is_no_terminal_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for device, fault in (("/dev/null", "is no terminal"), ("/dev/none/1", "cannot be opened")):
+    for device, fault in (("/dev/null", "is not a terminal"), ("/dev/none/1", "cannot be opened")):
         monkeypatch.setenv(console_open.CONSOLE_VARIABLE, device)
         with open_console("PPO", "iteration") as console:
             assert isinstance(console, PlainConsole)

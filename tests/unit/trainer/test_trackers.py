@@ -169,7 +169,7 @@ def test_a_failing_tracker_is_dropped_with_one_warning(
     assert [step for step, _ in points(tmp_path / "tensorboard")["lr"]] == [1, 2, 3]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("WARNING tracker failing fails and is left out")
+    assert line.startswith("WARNING tracker failing fails and is dropped")
     assert "No space left on device" in line
 
 
