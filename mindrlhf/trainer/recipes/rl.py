@@ -19,7 +19,7 @@ from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig, PPOConfig
 from mindrlhf.data.prompts import PromptBatch, PromptStream, prompts_digest
 from mindrlhf.data.tokenizer import Tokenizer
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD
+from mindrlhf.models.families import family_of
 from mindrlhf.runtime.compile_cache import open_compile_cache
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.runtime.launching import scratch_directory
@@ -90,7 +90,7 @@ def display(config: PPOConfig) -> Display:
         ),
         evaluation=(
             ("eval/scores", "score {:+.4f}"),
-            ("eval/scores_std", "(std {:.4f})"),
+            ("eval/scores_std", "std {:.4f}"),
             ("eval/kl", "kl {:+.4f}"),
             ("eval/length", "length {:.1f}"),
             ("eval/eos_rate", "stop rate {:.2f}"),
@@ -526,7 +526,8 @@ def _export(options: PPOOptions, trainer: PPOTrainer) -> None:
             trainer.job.train.model,
             mesh=trainer.ppo_model_train.groups.mesh,
             tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
-            leave_out=SCORE_HEAD,  # the value head of a shared critic is not part of the language model
+            # The value head of a shared critic is not part of the language model.
+            leave_out=family_of(trainer.job.train.model).layouts.SCORE_HEAD,
         )
         logger.info("final policy in Hugging Face format: %s", options.export_hf_dir)
     trainer.exchange.barrier()
