@@ -142,6 +142,11 @@ class Run:
             self.resume(self._resume, recipe)
         elif self._rewinds and self.recorder is not None:
             self.recorder.rewind(-1)  # lines of a run that ended before its first checkpoint
+        total = recipe.schedule.total
+        if self.step >= total:
+            logger.warning(
+                "%d %ss are done and %d are to be done: nothing is left", self.step, self.unit, total
+            )
         recipe.begin()
         self._first_step = self.step
         if self._console is not None:

@@ -167,6 +167,15 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def run_time_imports(source: str, package: str) -> set[str]:
+    """Full names that ``source`` imports, but for those that only type checkers see."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = [ast.Pass()]
+    return {name for _, name, _ in _imports_of(tree, package)}
+
+
 def import_circles(sources: dict[str, str]) -> list[str]:
     """Modules that import themselves by way of others; imports for type checkers alone do not count.
 
@@ -175,11 +184,7 @@ def import_circles(sources: dict[str, str]) -> list[str]:
     """
     graph: dict[str, set[str]] = {}
     for module, source in sources.items():
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                node.body = [ast.Pass()]
-        names = {name for _, name, _ in _imports_of(tree, module.split(".")[1] if "." in module else "")}
+        names = run_time_imports(source, module.split(".")[1] if "." in module else "")
         # `from a.b import c` names c in module a.b, or module a.b.c.
         found = {name if name in sources else name.rpartition(".")[0] for name in names}
         graph[module] = (found & sources.keys()) - {module, "mindrlhf"}  # the package imports on demand
@@ -192,6 +197,17 @@ def import_circles(sources: dict[str, str]) -> list[str]:
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
     assert import_circles({_module(path): path.read_text(encoding="utf-8") for path in LIBRARY}) == []
+
+
+def test_a_family_of_models_is_reached_through_the_table_alone() -> None:
+    """So a second family touches nothing but its folder and the table; its public names are here by demand."""
+    families = {path.name for path in (ROOT / "mindrlhf" / "models").iterdir() if path.is_dir()}
+    inside = {f"mindrlhf.models.{name}" for name in families}
+    for path in LIBRARY:
+        module = _module(path)
+        if module != "mindrlhf" and not any(module.startswith(family) for family in inside):
+            found = run_time_imports(path.read_text(encoding="utf-8"), _package(path))
+            assert not [name for name in found if any(name.startswith(family) for family in inside)], module
 
 
 def test_importing_the_packages_stays_light() -> None:

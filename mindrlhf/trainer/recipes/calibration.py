@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,6 @@ from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.families import family_of
-from mindrlhf.models.qwen2.generator import PPOModelInfer
-from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.trainer.builder import load_shards
 from mindrlhf.trainer.recipes.supervised import StageRows, stage_groups
 from mindrlhf.trainer.rollout import generate_rollout
@@ -30,6 +28,10 @@ from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
 from mindrlhf.utils.timers import Timer
+
+if TYPE_CHECKING:
+    from mindrlhf.models.qwen2.generator import PPOModelInfer
+    from mindrlhf.models.qwen2.networks import RewardModel
 
 logger = get_logger(__name__)
 

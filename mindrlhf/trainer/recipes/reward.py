@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -12,7 +13,6 @@ from mindrlhf.configs.options import RewardOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.families import family_of
-from mindrlhf.models.qwen2.networks import RewardModel
 from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.curves import Curve
@@ -29,6 +29,9 @@ from mindrlhf.trainer.recipes.supervised import (
 from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from mindrlhf.models.qwen2.networks import RewardModel
 
 logger = get_logger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -13,7 +14,6 @@ from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
 from mindrlhf.configs.options import SFTOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.families import family_of
-from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.curves import Curve
@@ -30,6 +30,9 @@ from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.tokenizer_checks import load_model_tokenizer
 from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from mindrlhf.models.qwen2.networks import PPOModelTrain
 
 logger = get_logger(__name__)
 

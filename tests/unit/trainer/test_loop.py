@@ -119,7 +119,9 @@ def test_without_held_out_data_and_without_a_last_checkpoint(tmp_path: Path) -> 
     assert not list(tmp_path.glob("step_*"))
 
 
-def test_a_stopped_run_is_saved_and_continues_as_if_nothing_had_been(tmp_path: Path) -> None:
+def test_a_stopped_run_is_saved_and_continues_as_if_nothing_had_been(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     whole = counting(straight, eval_interval=2, held_out=HELD_OUT)
     train(whole.run, whole)
@@ -136,9 +138,10 @@ def test_a_stopped_run_is_saved_and_continues_as_if_nothing_had_been(tmp_path: P
             for place in (straight, broken)
         )
         assert one == other
-    third = counting(broken, eval_interval=2, held_out=HELD_OUT)
+    third = counting(broken, total=4, eval_interval=2, held_out=HELD_OUT)
     assert train(third.run, third)
-    assert third.asked == ["begin"], "nothing is left to do"
+    assert third.asked == ["begin"]
+    assert "WARNING 5 steps are done and 4 are to be done: nothing is left" in capsys.readouterr().err
 
 
 def test_lines_of_a_run_that_ended_before_its_first_checkpoint_go(tmp_path: Path) -> None:
