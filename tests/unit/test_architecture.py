@@ -200,7 +200,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 
 def test_a_family_of_models_is_reached_through_the_table_alone() -> None:
-    """So a second family touches nothing but its folder and the table; its public names are here by demand."""
+    """So a second family touches nothing but its folder and the table."""
     families = {path.name for path in (ROOT / "mindrlhf" / "models").iterdir() if path.is_dir()}
     inside = {f"mindrlhf.models.{name}" for name in families}
     for path in LIBRARY:
