@@ -72,6 +72,15 @@ def test_a_report_is_the_cause_and_those_that_msrun_kills_after_it_are_not() -> 
     assert report.process.rank == 2
 
 
+def test_of_ranks_that_fail_at_once_the_lowest_reports_and_one_that_failed_before_comes_first() -> None:
+    failed = {"state": FAILED, "cause": "no such file"}
+    heartbeats = beats({}, failed, failed, failed)
+    for before, reporter in ((NONE, 1), (frozenset({3}), 3)):
+        report = find_failure(heartbeats, states(), before)
+        assert report is not None
+        assert report.process.rank == reporter
+
+
 def test_a_death_is_the_cause_of_an_error_of_communication() -> None:
     heartbeats = beats({"state": FAILED, "cause": "RuntimeError: peer closed"}, {}, {}, {})
     report = find_failure(heartbeats, states(r3=ProcessState(GONE, exit_code=-9)), NONE)

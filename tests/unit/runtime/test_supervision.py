@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,11 +186,13 @@ with timer.phase("train"):
 
 
 def test_a_users_error_is_one_message(tmp_path: Path) -> None:
-    """All ranks find it; the lowest reports it; exit code 2 on all."""
+    """All ranks find it, one reports it; exit code 2 on all. Which one, when they find it at different times,
+    depends on the machine; that the lowest does when it is at once is tested without processes.
+    """
     ended = run(tmp_path, 'raise MindRLHFError("prompts.mindrecord: no such file")')
     (message,) = ended.messages
-    assert message.startswith(
-        "rank 0 of 3, after phase rollout of iteration 3: prompts.mindrecord: no such file"
+    assert re.match(
+        "rank [012] of 3, after phase rollout of iteration 3: prompts.mindrecord: no such file", message
     )
     assert [ended.codes[rank] for rank in "012"] == [2, 2, 2]
 
