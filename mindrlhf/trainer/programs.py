@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mindrlhf.configs.load import load_ppo_job, load_stage
 from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions, StageOptions
+from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.families import check_families
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.strategy import write_strategies
@@ -67,10 +68,8 @@ def run_sft(options: SFTOptions) -> Path:
         MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
             model is built.
     """
-    _check_stage_flags(options)
-    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
-    check_families([plan.config])
-    if _served_as_scheduler():
+    plan = _stage_plan(options)
+    if plan is None:
         return options.save_ckpt_dir
     from mindrlhf.trainer.recipes.sft import train_sft
 
@@ -86,10 +85,8 @@ def run_reward(options: RewardOptions) -> Path:
         MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
             model is built.
     """
-    _check_stage_flags(options)
-    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
-    check_families([plan.config])
-    if _served_as_scheduler():
+    plan = _stage_plan(options)
+    if plan is None:
         return options.save_ckpt_dir
     from mindrlhf.trainer.recipes.reward import train_reward
 
@@ -109,8 +106,12 @@ def _served_as_scheduler() -> bool:
     return True
 
 
-def _check_stage_flags(options: StageOptions) -> None:
+def _stage_plan(options: StageOptions) -> StagePlan | None:
+    """The checked plan of a stage; ``None`` in msrun's scheduler, when the workers have ended."""
     _check_flags(options.resume_from, options.resume_training, options.trackers, unit="step")
+    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
+    check_families([plan.config])
+    return None if _served_as_scheduler() else plan
 
 
 def _check_flags(
