@@ -90,11 +90,12 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
         faults.include(ppo_faults)
         check_ppo(ppo, faults)
         check_job({role: drafts[path] for role, path in paths.items()}, ppo, world_size, faults)
-        if ppo.without_critic and options.load_critic_checkpoint is not None:
+        kind = ppo.get("critic")
+        if kind not in (None, ("separate",)) and options.load_critic_checkpoint is not None:
             faults.add(
                 "--load_critic_checkpoint",
                 f"not used ({options.load_critic_checkpoint})",
-                f"there is no critic ({ppo.where('critic')}: none): leave it out",
+                f"there is no separate critic ({ppo.where('critic')}: {', '.join(kind or ())}): leave it out",
             )
     runs = {role: drafts[path].build() for role, path in paths.items()}
     train, critic = runs["train"], runs.get("critic", runs["train"])

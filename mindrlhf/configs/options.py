@@ -107,6 +107,11 @@ class RunOptions:
         metavar="SECONDS",
     )
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the run may find results of its own."""
+        return self.resume_training or self.resume_from is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
@@ -183,11 +188,6 @@ class StageOptions(TrainingSettings, RunOptions):
     )
     max_eval_prompts: Natural = _training(512, "maximum number of prompts held out; 0: no limit")
     eval_interval: Natural = _training(50, "steps between evaluations; 0: before and after training only")
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the run may find results of its own."""
-        return self.resume_training or self.resume_from is not None
 
 
 _YAML = "finetune_X.yaml: sizes, split, optimizer and schedule, runner_config"

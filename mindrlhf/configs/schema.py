@@ -55,7 +55,7 @@ class ModelConfig:
     )
     rms_norm_eps: Annotated[Positive, Lt(1)] = key(1e-6, "epsilon of RMSNorm", required=True)
     theta: Annotated[Positive, Gt(1)] = key(1_000_000.0, "base of the rotary frequencies", required=True)
-    initializer_range: Positive = key(0.02, "standard deviation of random weights")
+    initializer_range: Positive = key(0.02, "for exported configurations; initialises nothing")
     qkv_has_bias: Flag = key(True, "whether query, key and value have a bias (Qwen2: True)", required=True)
     tie_word_embeddings: Flag = key(False, "whether the output head is the embedding")
     use_flash_attention: Flag = key(False, "Ascend's fused attention; off elsewhere, with a log line")
@@ -70,7 +70,9 @@ class ModelConfig:
     pad_token_id: Natural = key(0, "fills empty columns", required=True)
     bos_token_id: Natural = key(0, "for exported configurations; null: none", nullable=True)
     eos_token_id: TokenIds = key(
-        (0,), "for exported configurations; generation ends at stop_token_ids of PPO", required=True
+        (0,),
+        "for exported configurations, and where reward_model.py's samples end; PPO has stop_token_ids",
+        required=True,
     )
 
     @property

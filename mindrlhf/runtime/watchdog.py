@@ -52,6 +52,11 @@ class Watchdog:
         """Asks ``iteration``, at the start of each phase, for the number of the running one, from 1."""
         self._iteration = iteration
 
+    def suspend(self, phase: str) -> None:
+        """Lifts the time limit for good, for work after the loop that reports no progress."""
+        self.timeout, self._computing = 0.0, frozenset()
+        supervision.report_progress(phase=phase, between=False, total=None, timeout=0.0, may_idle=True)
+
     def phase_started(self, name: str, total: int | None, unit: str) -> None:
         """A phase begins."""
         self._phases.append(_Phase(name, total, unit))
@@ -92,11 +97,6 @@ class Watchdog:
             timeout=self.timeout,
             may_idle=between or phase.name not in self._computing,
         )
-
-
-def suspend_watchdog(phase: str) -> None:
-    """Lifts the time limit, for work after the loop that reports no progress."""
-    supervision.report_progress(phase=phase, between=False, total=None, timeout=0.0, may_idle=True)
 
 
 @contextmanager

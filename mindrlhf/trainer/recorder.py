@@ -182,13 +182,16 @@ class Recorder:
 
     def finish(self) -> None:
         """Draws the curves for the last time; writes and logs the first evaluation against the last."""
-        if self._display.before_after and self.evaluations:
-            table = write_before_after(self.directory, self.evaluations, self.eval_samples)
-            if table:
-                logger.info("held-out samples, scores in brackets:\n%s", table)
-            logger.info("%s", summary_sentence(summarize(self.evaluations)))
-        if picture := self.plot():
-            logger.info("curves: %s", picture)
+        try:
+            if self._display.before_after and self.evaluations:
+                table = write_before_after(self.directory, self.evaluations, self.eval_samples)
+                if table:
+                    logger.info("held-out samples, scores in brackets:\n%s", table)
+                logger.info("%s", summary_sentence(summarize(self.evaluations)))
+            if picture := self.plot():
+                logger.info("curves: %s", picture)
+        except Exception as error:  # the weights are still to be written: a picture must not cost them
+            logger.warning("the last summary could not be written: %s: %s", type(error).__name__, error)
 
     def plot(self) -> Path | None:
         """Draws ``curves.png`` from all metrics so far; ``None`` when there are none."""

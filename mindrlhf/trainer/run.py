@@ -17,7 +17,7 @@ from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runt
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.runtime.host_memory import release_freed_memory
 from mindrlhf.runtime.signals import StopRequest, stop_on_signals
-from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
+from mindrlhf.runtime.watchdog import Watchdog, supervised
 from mindrlhf.trainer.checkpoints import TrainingCheckpoints
 from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.state import RunState
@@ -116,9 +116,9 @@ class Run:
         trackers = observers.trackers if observers else Trackers()
         listeners = list(listeners)
         self.timer = PhaseTimer([*([self._console] if self._console else []), *listeners])
-        for listener in listeners:
-            if isinstance(listener, Watchdog):
-                listener.follow(lambda: self._running_step)
+        self._watchdogs = [listener for listener in listeners if isinstance(listener, Watchdog)]
+        for watchdog in self._watchdogs:
+            watchdog.follow(lambda: self._running_step)
         self.recorder = (
             Recorder(self.directory, self.unit, trackers, experience_file) if self.runtime.is_main else None
         )
@@ -155,7 +155,7 @@ class Run:
         if self.recorder is not None:
             self.recorder.begin(self.configuration, self.step, recipe.display)
         # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
-        gc.collect()
+        release_freed_memory()
         gc.freeze()
 
     def resume(self, checkpoint: Path, recipe: Recipe) -> None:
@@ -232,10 +232,11 @@ class Run:
             times |= {f"time/{self.unit}": seconds, "tokens_per_second": result.tokens / seconds}
             self.recorder.add_step(self.step, result, times, recipe.schedule)
         if result.failure:
-            raise MindRLHFError(
-                f"training fails in {self.unit} {self.step}: {result.failure}. The state is saved in "
-                f"{self.save(recipe)}"
-            )
+            is_last = self.step == recipe.schedule.total
+            remedy = f". It was the last {self.unit}: to train on, raise their number" if is_last else ""
+            message = f"training fails in {self.unit} {self.step}: {result.failure}{remedy}"
+            logger.error("%s", message)  # in case that the state cannot be saved
+            raise MindRLHFError(f"{message}. The state is saved in {self.save(recipe)}")
 
     def save_due(self, recipe: Recipe) -> bool:
         """Whether a checkpoint is due after this step."""
@@ -261,7 +262,8 @@ class Run:
         """
         if (self.stop.agreed or recipe.schedule.save_at_end) and self.last_checkpoint is None:
             self.save(recipe)
-        suspend_watchdog("finish")
+        for watchdog in self._watchdogs:
+            watchdog.suspend("finish")
         if self.stop.agreed:
             assert self.last_checkpoint is not None
             self.stop.leave(self.last_checkpoint)

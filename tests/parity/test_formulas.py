@@ -30,7 +30,7 @@ from mindrlhf.algorithms.metrics import explained_variance
 from mindrlhf.algorithms.rewards import token_rewards
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Rollout, ScoredRollout, make_experience
-from mindrlhf.trainer.rewards import RewardShaper
+from mindrlhf.trainer.reward_shaping import RewardShaper
 
 HALF_ULP = 2.0**-24
 EPSILON = 1e-8  # of whitening, in [TRL] and [OAI]

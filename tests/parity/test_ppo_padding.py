@@ -31,7 +31,7 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
-from mindrlhf.trainer.rewards import RewardShaper
+from mindrlhf.trainer.reward_shaping import RewardShaper
 from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,6 @@ from mindrlhf.configs.options import RewardOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.families import family_of
-from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.experience import sequence_inputs
@@ -136,7 +136,8 @@ class RewardTrainer(SupervisedTrainer):
 
     def held_out_metrics(self, rows: np.ndarray) -> dict[str, float]:
         """Loss, accuracy and margin on held-out pairs, mean and standard deviation of their scores."""
-        scores = self.scores(self.data.read_pairs(rows)).astype(np.float64)
+        pairs = self.data.read_pairs(rows)
+        scores = self.scores(pairs, lambda count: self.run.timer.advance(count // 2)).astype(np.float64)
         margin = scores[: len(rows)] - scores[len(rows) :]
         return {
             "eval/loss": float(np.logaddexp(0.0, -margin).mean()),
@@ -146,7 +147,7 @@ class RewardTrainer(SupervisedTrainer):
             "eval/scores_std": float(scores.std()),
         }
 
-    def scores(self, sequences: Sequences) -> np.ndarray:
+    def scores(self, sequences: Sequences, on_rows: Callable[[int], None] = lambda count: None) -> np.ndarray:
         """(n,) float32 scores of any number of sequences; collective, equal on every rank."""
         return over_rows(
             lambda *arrays: self.reward(*map(Tensor, arrays)).asnumpy(),
@@ -154,6 +155,7 @@ class RewardTrainer(SupervisedTrainer):
             self.reward.groups.mesh,
             self.exchange,
             rows_per_pass=2 * self.plan.micro_batch_size,
+            on_rows=on_rows,
         )
 
     def _arrays(self, sequences: Sequences) -> tuple[np.ndarray, ...]:
@@ -180,10 +182,10 @@ def train_reward(options: RewardOptions, plan: StagePlan) -> Path:
             trainer = RewardTrainer(options, plan, rows, run)
         if not train(run, trainer):
             return options.save_ckpt_dir
-        suspend_watchdog("calibrate")
         calibration = None
         if responses is not None:
-            calibration = calibrate(trainer.reward, trainer.scores, responses, options)
+            with run.timer.phase("calibrate"):
+                calibration = calibrate(trainer.reward, trainer.scores, responses, options)
         final = trainer.save_weights()
         if run.recorder is not None:
             write_report(run.directory, run.recorder.evaluations, calibration)

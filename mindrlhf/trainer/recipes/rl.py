@@ -23,9 +23,15 @@ from mindrlhf.models.families import family_of
 from mindrlhf.runtime.compile_cache import open_compile_cache
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.runtime.launching import scratch_directory
-from mindrlhf.runtime.watchdog import Watchdog, suspend_watchdog
+from mindrlhf.runtime.watchdog import Watchdog
 from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models, valid_vocab_size
-from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, model_identity
+from mindrlhf.trainer.checkpoints import (
+    Stateful,
+    Trained,
+    TrainingCheckpoints,
+    model_identity,
+    stored_meshes,
+)
 from mindrlhf.trainer.console.state import Column
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.evaluation import evaluate, evaluation_result, held_out_prompts
@@ -37,7 +43,7 @@ from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule
 from mindrlhf.trainer.recorder import check_fresh
 from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.reward_function import RewardFunction, function_scores, load_reward_function
-from mindrlhf.trainer.rewards import RewardShaper
+from mindrlhf.trainer.reward_shaping import RewardShaper
 from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.run import Observers, Run, observed, start_worker
 from mindrlhf.trainer.samples import choose_rows, sample_texts
@@ -412,7 +418,6 @@ def train_ppo(options: PPOOptions, job: JobConfig, data: Path, save: Path) -> Pa
     with observed("PPO", "iteration", options.watchdog_timeout, options.trackers) as observers:
         run, trainer = _prepare(options, job, data, save, observers)
         if train(run, trainer) and options.export_hf_dir is not None:
-            suspend_watchdog("export")
             _export(options, trainer)
     assert run.last_checkpoint is not None
     return run.last_checkpoint
@@ -430,8 +435,7 @@ def _prepare(
         reward=options.load_rm_checkpoint,
         critic=options.load_critic_checkpoint,
     ).checked()
-    resumes = options.resume_training or options.resume_from is not None
-    if not resumes:
+    if not options.resumes:
         check_fresh(save, "iteration")
     tokenizer = _tokenizer(options, job)
     check_one_tokenizer({flag: getattr(options, flag) for flag in _WITH_TOKENIZER})
@@ -524,7 +528,7 @@ def _export(options: PPOOptions, trainer: PPOTrainer) -> None:
             checkpoint / "policy",
             options.export_hf_dir,
             trainer.job.train.model,
-            mesh=trainer.ppo_model_train.groups.mesh,
+            mesh=stored_meshes(checkpoint)["policy"],  # a run that had nothing left to do kept its layout
             tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
             # The value head of a shared critic is not part of the language model.
             leave_out=family_of(trainer.job.train.model).layouts.SCORE_HEAD,

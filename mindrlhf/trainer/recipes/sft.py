@@ -14,7 +14,6 @@ from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
 from mindrlhf.configs.options import SFTOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.families import family_of
-from mindrlhf.runtime.watchdog import suspend_watchdog
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.experience import sequence_inputs
@@ -121,6 +120,7 @@ class SFTTrainer(SupervisedTrainer):
             self.policy.groups.mesh,
             self.exchange,
             rows_per_pass=self.plan.micro_batch_size,
+            on_rows=self.run.timer.advance,
         )
         loss = float(sums.sum(dtype=np.float64)) / self.count(rows)
         return {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))}
@@ -158,7 +158,6 @@ def train_sft(options: SFTOptions, plan: StagePlan) -> Path:
             trainer = SFTTrainer(options, plan, rows, run)
         if not train(run, trainer):
             return options.save_ckpt_dir
-        suspend_watchdog("save")
         final = trainer.save_weights()
         if options.export_hf_dir is not None:
             _export(options, trainer, final)

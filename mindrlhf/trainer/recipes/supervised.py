@@ -273,6 +273,7 @@ def over_rows(
     exchange: HostExchange,
     *,
     rows_per_pass: int,
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """One number per row, for any number of rows; each replica works on its part, every rank gets all.
 
@@ -284,6 +285,7 @@ def over_rows(
         mesh: of the model behind ``forward``.
         exchange: gathers the replicas' numbers.
         rows_per_pass: rows of one call on a rank.
+        on_rows: called with the number of further rows that all ranks have done, up to n.
 
     Returns:
         (n,) float32.
@@ -296,6 +298,8 @@ def over_rows(
     for first in range(0, len(mine), rows_per_pass):
         rows = mine[first : first + rows_per_pass]
         parts.append(forward(*(array[rows] for array in arrays)))
+        done = first * mesh.dp
+        on_rows(min(unit, count - done))
     return exchange.gather_rows({"x": np.concatenate(parts).astype(np.float32)}, mesh)["x"][:count]
 
 
@@ -330,7 +334,7 @@ def check_paths(options: StageOptions) -> None:
         raise MindRLHFError(
             f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name existing weights"
         )
-    save, resumes = options.save_ckpt_dir, options.resume_training or options.resume_from is not None
+    save, resumes = options.save_ckpt_dir, options.resumes
     if not resumes:
         check_fresh(save, "step", FINAL)
     if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):

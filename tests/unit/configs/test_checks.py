@@ -360,7 +360,9 @@ def test_without_a_critic_its_file_is_not_read_and_its_settings_are_refused(job:
     with pytest.raises(ConfigError) as caught:
         load_ppo_job(options, 4)
     (fault,) = caught.value.faults
-    assert fault.startswith(f"--load_critic_checkpoint: not used ({tmp_path}) - there is no critic (--set ")
+    assert fault.startswith(
+        f"--load_critic_checkpoint: not used ({tmp_path}) - there is no separate critic (--set "
+    )
 
 
 def test_what_is_harmless_is_named_in_one_warning_per_file(job: Any, log: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mindrlhf.runtime import supervision
 from mindrlhf.runtime.heartbeat import Heartbeat, HeartbeatWriter
-from mindrlhf.runtime.watchdog import Watchdog, supervised, suspend_watchdog
+from mindrlhf.runtime.watchdog import Watchdog, supervised
 from mindrlhf.utils.timers import PhaseTimer
 
 COMPUTING = frozenset({"rollout", "score", "train"})
@@ -86,18 +86,21 @@ def test_a_phase_that_asks_a_server_may_wait(heart: HeartbeatWriter) -> None:
 
 
 def test_after_the_loop_there_is_no_limit(heart: HeartbeatWriter) -> None:
-    timer = PhaseTimer([Watchdog(60.0)])
+    watchdog = Watchdog(60.0, computing=COMPUTING)
+    timer = PhaseTimer([watchdog])
     with timer.phase("save", 3, "files"):
         pass
     assert heart.last.timeout == 60.0
-    suspend_watchdog("export")
+    watchdog.suspend("export")
     assert (heart.last.place, heart.last.timeout) == ("in phase export", 0.0)
+    with timer.phase("train"):  # later phases do not bring it back
+        assert (heart.last.timeout, heart.last.may_idle) == (0.0, True)
 
 
 def test_without_a_supervisor_a_watchdog_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "_current", None)
     Watchdog().phase_started("train", None, "")
-    suspend_watchdog("export")
+    Watchdog().suspend("export")
 
 
 def test_one_process_is_supervised_while_the_block_runs(

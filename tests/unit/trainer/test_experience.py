@@ -12,7 +12,7 @@ from mindrlhf.algorithms.advantages import ADVANTAGES, Advantage
 from mindrlhf.configs.load import load_ppo_config
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
-from mindrlhf.trainer.rewards import RewardShaper
+from mindrlhf.trainer.reward_shaping import RewardShaper
 
 PAD = 9  # the pad token is a stop token too, as in Qwen2
 NAN = np.float32("nan")

@@ -164,6 +164,12 @@ def test_a_failure_is_recorded_and_saved_before_it_ends_the_run(tmp_path: Path) 
     assert [line["step"] for line in lines(tmp_path, "skipped_updates")] == [2]
 
 
+def test_a_failure_in_the_last_step_says_that_resuming_alone_trains_nothing(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, total=2, fail_in=1)
+    with pytest.raises(MindRLHFError, match="It was the last step: to train on, raise their number"):
+        train(recipe.run, recipe)
+
+
 def test_evaluations_of_other_data_are_not_mixed(tmp_path: Path) -> None:
     recipe = counting(tmp_path, total=1, held_out=HELD_OUT)
     train(recipe.run, recipe)

@@ -12,7 +12,7 @@ from mindrlhf.trainer.experience import Rollout, ScoredRollout, make_experience
 from mindrlhf.trainer.metrics import rollout_metrics, update_metrics
 from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.trainer.recorder import summary_line
-from mindrlhf.trainer.rewards import RewardShaper
+from mindrlhf.trainer.reward_shaping import RewardShaper
 from mindrlhf.trainer.update import UpdateResult
 
 NAMES = {

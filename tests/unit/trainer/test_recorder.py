@@ -307,3 +307,16 @@ def test_experience_comes_back_from_its_mindrecord(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], array, err_msg=name)
         assert found[name].dtype == array.dtype
     assert write_experience(tmp_path / "bare", "step", 1, columns).name == "bare_step_000001.mindrecord"
+
+
+def test_a_summary_that_cannot_be_written_does_not_cost_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recorder_module, "draw_curves", full)
+    records = recorder(tmp_path)
+    records.add_metrics(metrics(1))
+    records.finish()
+    assert "WARNING the last summary could not be written: OSError" in capsys.readouterr().err

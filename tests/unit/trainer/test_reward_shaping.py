@@ -10,7 +10,7 @@ import pytest
 
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Rollout, ScoredRollout
-from mindrlhf.trainer.rewards import RewardShaper, ScoreShaping
+from mindrlhf.trainer.reward_shaping import RewardShaper, ScoreShaping
 from mindrlhf.trainer.skipped_updates import SkippedUpdate
 
 STOPPED = np.array([1, 1, 0])
