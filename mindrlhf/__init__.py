@@ -96,7 +96,7 @@ __all__ = [
     "write_strategies",
 ]
 
-# Where each name lives; test_public_names.py holds this against the imports above.
+# Where each name lives; test_public_names.py compares this with the imports above.
 _MODULES = {
     "algorithms.advantages": "gae whiten",
     "algorithms.kl": "AdaptiveKLController FixedKLController",
@@ -141,5 +141,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """What is there, and what would be imported."""
+    """What has been imported, and the public names that would be."""
     return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """Advantages on the global batch: the table of estimators, and whitening.
 
 An algorithm is one function and one entry of :data:`ADVANTAGES`; its name is the value of the key
-``advantage``, and nothing else of the library asks for it.
+``advantage``, and nothing else in the library asks for it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gae(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}; returns = A + V``.
 
-    The value behind the last unmasked column is 0: the episode has ended.
+    The value after the last unmasked column is 0: the episode has ended.
     Source: Schulman et al., arXiv 1506.02438, equations 11 and 16.
 
     Args:
@@ -49,7 +49,7 @@ def gae(
         advantages (B, R), not whitened, and returns (B, R); float32, 0 outside the mask.
 
     Raises:
-        ValueError: there are no values.
+        ValueError: ``values`` is ``None``.
     """
     if values is None:
         raise ValueError("GAE needs the values of a critic")

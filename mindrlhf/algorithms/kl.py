@@ -34,20 +34,20 @@ def token_kl(
 ) -> np.ndarray:
     """Estimate of KL(policy || reference) at every sampled token, with ``d = logprobs - ref_logprobs``.
 
-    The same tensor is to feed reward, log and controller (TRL issue 1161).
+    Reward, log and controller must all use this one tensor (TRL issue 1161).
     Source: J. Schulman, "Approximating KL Divergence", 2020.
 
     Args:
         logprobs: (B, R) log-probs under the policy that sampled the tokens.
         ref_logprobs: (B, R) log-probs of the same tokens under the reference.
-        mask: (B, R) policy mask; whatever stands outside it, infinities included, is not used.
+        mask: (B, R) policy mask; values outside it, infinities included, are not used.
         estimator: "k1", "k2" or "k3".
 
     Returns:
         (B, R) float32, 0 outside the mask.
 
     Raises:
-        ValueError: no such estimator.
+        ValueError: ``estimator`` is unknown.
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}; choose one of {', '.join(KL_ESTIMATORS)}")
@@ -83,7 +83,7 @@ class KLController(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         ...
 
 
@@ -94,7 +94,7 @@ def _checked_coefficient(value: float) -> float:
 
 
 class FixedKLController:
-    """A coefficient that stays as it is.
+    """A constant coefficient.
 
     Args:
         kl_coef: the coefficient, >= 0.
@@ -126,7 +126,7 @@ class AdaptiveKLController:
 
     Args:
         kl_coef: the first coefficient, >= 0.
-        target: wanted KL per sequence, > 0.
+        target: desired KL per sequence, > 0.
         horizon: episodes over which an error takes full effect, > 0.
     """
 
@@ -150,7 +150,7 @@ class AdaptiveKLController:
             n: episodes in the global batch.
 
         Raises:
-            ValueError: ``kl`` is not finite; taking it in would spoil the coefficient for good.
+            ValueError: ``kl`` is not finite; it would corrupt the coefficient permanently.
         """
         if not math.isfinite(kl):
             raise ValueError(f"the KL given to the adaptive controller must be finite, got {kl}")
@@ -162,5 +162,5 @@ class AdaptiveKLController:
         return {"kl_coef": self._value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         self._value = _checked_coefficient(state["kl_coef"])

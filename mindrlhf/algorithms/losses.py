@@ -113,7 +113,7 @@ def value_loss_terms(
 
 
 def entropy_sum(entropy: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the mask of the policy's entropy, to be taken off the loss times ``entropy_coef``.
+    """Sum over the mask of the policy's entropy, to be subtracted from the loss, times ``entropy_coef``.
 
     Source: Schulman et al., arXiv 1707.06347, equation 9; Mnih et al., arXiv 1602.01783.
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def _checked_lengths(lengths: np.ndarray, limit: int, what: str) -> np.ndarray:
+def _checked_lengths(lengths: np.ndarray, limit: int, name: str) -> np.ndarray:
     lengths = np.asarray(lengths)
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be a (B,) integer array, got {lengths.dtype} of shape {lengths.shape}")
+        raise ValueError(f"{name} must be a (B,) integer array, got {lengths.dtype} of shape {lengths.shape}")
     if lengths.size and (lengths.min() < 0 or lengths.max() > limit):
-        raise ValueError(f"{what} must lie in 0..{limit}, got {lengths.min()}..{lengths.max()}")
+        raise ValueError(f"{name} must lie in 0..{limit}, got {lengths.min()}..{lengths.max()}")
     return lengths[:, None]
 
 
@@ -79,7 +79,7 @@ def value_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarra
     The convention: column t holds the value of the state *before* response token t is chosen (model
     columns ``[:, P-1:-1]``), the score is paid at L, and the episode ends with token L, so the value
     after it is 0 and is not learned. Hence equal to :func:`policy_mask`; it has its own name because
-    other conventions differ here ([N+] counts L + 1 as well).
+    other conventions differ (Huang et al., arXiv 2403.17031, count L + 1 as well).
 
     Args:
         response_lengths: (B,) real response tokens, the stop token included.

@@ -28,10 +28,10 @@ class RunningMoments:
         return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
 
     def update(self, batch: np.ndarray) -> None:
-        """Takes in a batch of any shape.
+        """Adds a batch of any shape.
 
         Raises:
-            ValueError: a number is not finite; taking it in would spoil the moments for good.
+            ValueError: a number is not finite; it would corrupt the moments permanently.
         """
         numbers = np.asarray(batch, dtype=np.float64).ravel()
         if not numbers.size:
@@ -50,5 +50,5 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         self.count, self.mean, self.m2 = int(state["count"]), float(state["mean"]), float(state["m2"])

@@ -6,11 +6,11 @@ import numpy as np
 
 
 def penalize_missing_stop(scores: np.ndarray, stopped: np.ndarray, penalty: float) -> np.ndarray:
-    """Takes ``penalty`` off the score of every response that never reached a stop token.
+    """Subtracts ``penalty`` from the score of every response that never reached a stop token.
 
     Args:
         scores: (B,) reward model's scores.
-        stopped: (B,) bool, whether the response holds a stop token.
+        stopped: (B,) bool, whether the response contains a stop token.
         penalty: ``missing_eos_penalty``, >= 0; 0 changes nothing.
 
     Returns:
@@ -26,13 +26,13 @@ def token_rewards(kl: np.ndarray, scores: np.ndarray, lengths: np.ndarray, kl_co
     Source: Ziegler et al., arXiv 1909.08593, equation 2.
 
     Args:
-        kl: (B, R) per-token KL; whatever stands behind a response's end is not used.
+        kl: (B, R) per-token KL; values after a response's end are not used.
         scores: (B,) score of each response.
         lengths: (B,) real response tokens, the stop token included, 1..R.
         kl_coef: KL coefficient.
 
     Returns:
-        (B, R) float32, 0 behind each response's end.
+        (B, R) float32, 0 after each response's end.
 
     Raises:
         ValueError: shapes disagree, or a length is outside 1..R, so that a score would have no slot.

@@ -9,7 +9,7 @@ from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 
 _REPLACEMENT = "\ufffd"
-# Characters that move the cursor, change colours or ring: C0 without tab and line end, DEL and C1.
+# Characters that move the cursor, change colours or ring the bell: C0 without tab and line end, DEL and C1.
 _CONTROL = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\t\n"}
 
 
@@ -38,7 +38,7 @@ class Conversation:
         self._turns: list[tuple[list[int], list[int]]] = []  # message and reply, without markup
 
     def __len__(self) -> int:
-        """Turns that the next prompt holds in front of its message."""
+        """Turns that precede the message in the next prompt."""
         return len(self._turns)
 
     def prompt(self, message: str, limit: int) -> list[int]:
@@ -89,7 +89,7 @@ class Conversation:
 class Reply:
     """Collects the ids of one reply and returns its text as soon as it is certain.
 
-    A character whose bytes lie in several tokens is held back until its last byte is there.
+    A character whose bytes lie in several tokens is held back until its last byte has arrived.
 
     Args:
         tokenizer: of the model.
@@ -98,7 +98,7 @@ class Reply:
     Attributes:
         ids: without the stop token.
         tokens: number of tokens drawn, with the stop token.
-        stopped: whether a stop token came.
+        stopped: whether a stop token was drawn.
         text: returned so far.
     """
 
@@ -137,5 +137,5 @@ class Reply:
 
 
 def printable(text: str) -> str:
-    """``text`` without control characters: a model's words must not command the terminal."""
+    """``text`` without control characters: a model's output must not control the terminal."""
     return text.translate(_CONTROL)

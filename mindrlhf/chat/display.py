@@ -1,4 +1,4 @@
-"""Shows replies while they come: plain text for one model, two columns for two."""
+"""Shows replies as they arrive: plain text for one model, two columns for two."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PlainDisplay:
 
 
 class ColumnsDisplay(PlainDisplay):
-    """Two models side by side on a terminal, both columns growing while the replies come."""
+    """Two models side by side on a terminal, both columns growing as the replies arrive."""
 
     def __init__(self, names: Sequence[str], console: Console) -> None:
         super().__init__(names, console.file, console)
@@ -72,7 +72,7 @@ class ColumnsDisplay(PlainDisplay):
 
     @contextmanager
     def reply(self) -> Iterator[None]:
-        """Redraws while the replies come; what stays on the screen is complete, however long."""
+        """Redraws as the replies arrive; what stays on the screen is complete, however long."""
         self._texts = [""] * len(self._names)
         try:
             with Live(self._columns(), console=self._notices, transient=True, refresh_per_second=12) as live:

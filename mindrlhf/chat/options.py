@@ -26,15 +26,15 @@ class ChatOptions:
     checkpoint: Path = _model(
         ...,
         "Hugging Face directory; full .ckpt/.safetensors file; directory with rank_0/ rank_1/ ...; "
-        "iteration_NNNNNN of a PPO run (its policy is meant), or the run itself (its last weights are meant)",
+        "iteration_NNNNNN of a PPO run (stands for its policy), or the run itself (its last weights)",
     )
-    compare: Path | None = _model(None, "a second one: the same messages to both, shown side by side")
+    compare: Path | None = _model(None, "a second one: both get the same messages and are shown side by side")
     config: Path | None = _model(
         None,
         "generate_X.yaml or finetune_X.yaml (for rank directories: the one that split them), or a "
-        "config.json, for weights that bring no sizes of their own",
+        "config.json, for weights without sizes",
     )
-    tokenizer_path: Path | None = _model(None, "tokenizer for weights that bring none: directory or file")
+    tokenizer_path: Path | None = _model(None, "tokenizer for weights without one: directory or file")
     device_target: DeviceTarget | None = _model(
         None, "overrides the YAML's device_target (default: the YAML's, else CPU)"
     )
@@ -45,7 +45,7 @@ class ChatOptions:
         False, "take each message as it is, without ChatML around it and without history"
     )
     max_context: Natural = _conversation(
-        0, "maximum tokens of prompt and reply together; older turns are forgotten; 0: what the model has"
+        0, "maximum tokens of prompt and reply together; older turns are forgotten; 0: the model's maximum"
     )
     prompt_file: Path | None = _prompts(
         None, "answer these: jsonl with the string prompt, or one text per line"
@@ -53,14 +53,14 @@ class ChatOptions:
     output_file: Path | None = _prompts(
         None, "jsonl with prompt, response, tokens, stopped (default: the screen)"
     )
-    batch_size: Count = _prompts(8, "prompts answered at a time")
+    batch_size: Count = _prompts(8, "prompts per batch")
     skip_bad_lines: bool = _prompts(False, "skip bad lines of the file instead of stopping")
     max_tokens: Count = _sampling(256, "maximum tokens of a reply")
     temperature: Annotated[Positive, Words("a number > 0; --greedy takes the likeliest token")] = _sampling(
         0.7, "divides the logits: below 1 likelier tokens, above 1 more surprising ones"
     )
     top_p: Annotated[Positive, Le(1)] = _sampling(
-        0.9, "draw from the likeliest tokens that have this probability together; 1: from all"
+        0.9, "draw from the likeliest tokens that together have this probability; 1: from all"
     )
     top_k: Natural = _sampling(0, "draw from this number of likeliest tokens; 0: from all")
     greedy: bool = _sampling(False, "take the likeliest token, do not draw")
@@ -70,7 +70,7 @@ class ChatOptions:
         """These options.
 
         Raises:
-            ConfigError: every flag that is out of its range, or needs another.
+            ConfigError: names every flag that is out of its range or lacks another that it needs.
         """
         with collected() as faults:
             for name, one in keys_of(ChatOptions).items():

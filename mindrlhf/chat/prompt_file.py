@@ -80,7 +80,7 @@ def answer_file(
     model are ``compare_response``, ``compare_tokens`` and ``compare_stopped``.
 
     Args:
-        workers: whose models take as many rows as one call has.
+        workers: their models fix the number of rows per call.
         prompts: texts.
         encoded: per model, the ids of each prompt.
         output: the file, which appears when it is complete; standard output without one.

@@ -1,4 +1,4 @@
-"""Generates replies with a saved model, compiled for as many prompt columns as prompts need."""
+"""Generates replies with a saved model, compiled for the number of prompt columns that prompts need."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALLEST_BUCKET = 64
 
 
 class ReplyGenerator:
-    """Generates replies to prompts of any length up to ``limit``. Every rank makes one, in step.
+    """Generates replies to prompts of any length up to ``limit``. Collective: every rank makes one.
 
     Graphs are compiled for a number of prompt columns, so columns come in buckets: 64, 128, 256 and so on.
     The model is built and compiled again when a prompt outgrows its bucket.
@@ -121,7 +121,7 @@ class ReplyGenerator:
             # From memory: a run that is still training may have removed its checkpoint meanwhile.
             generator.load(self._built.shards())
         self._built = None
-        gc.collect()  # reference cycles hold the former model, whose memory is needed now
+        gc.collect()  # reference cycles keep the previous model alive, and its memory is needed now
         return generator
 
 
@@ -137,7 +137,7 @@ def prompt_limit(model: SavedModel, options: ChatOptions) -> int:
     """The maximum number of ids of a prompt that leaves room for a reply.
 
     Raises:
-        MindRLHFError: there is no room for both.
+        MindRLHFError: prompt and reply do not both fit.
     """
     length = model.sizes.model.seq_length
     context = min(options.max_context or length, length)

@@ -35,7 +35,7 @@ class Sizes:
 
     Attributes:
         model: the sizes.
-        mesh: over which rank directories are split; ``None`` when nothing says so.
+        mesh: over which rank directories are split; ``None`` when it is not recorded.
         context: the device.
         where: the file that says so.
     """
@@ -92,13 +92,13 @@ def find_model(
     device_target: str | None = None,
     fallback: SavedModel | None = None,
 ) -> SavedModel:
-    """Finds out what ``path`` holds and reads everything but the weights.
+    """Determines what ``path`` holds and reads everything except the weights.
 
     Args:
         path: a Hugging Face directory, a full file, rank directories, an ``iteration_NNNNNN`` directory of
-            PPO (its ``policy/`` is meant), or the directory of a run (its last weights are meant).
-        config: YAML, ``config.json`` or its directory, for a path without sizes of its own.
-        tokenizer_path: for a path without a tokenizer of its own.
+            PPO (stands for its ``policy/``), or the directory of a run (its last weights).
+        config: YAML, ``config.json`` or its directory, for a path that does not include the sizes.
+        tokenizer_path: for a path that does not include a tokenizer.
         device_target: replaces that of a YAML; CPU without either.
         fallback: the model whose sizes and tokenizer are used when there are no others.
 

@@ -35,7 +35,7 @@ def run_chat(options: ChatOptions) -> None:
     """Talks on standard input and output, or answers ``--prompt_file``; under msrun on all workers.
 
     Raises:
-        MindRLHFError: anything the user can fix; all but the weights is checked before a model is built.
+        MindRLHFError: anything the user can fix; all except the weights is checked before a model is built.
     """
     os.environ.setdefault("GLOG_v", "3")
     options = options.checked()
@@ -195,10 +195,10 @@ class Session:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Makes Ctrl-C at a terminal end the reply and not the program.
+    """Makes Ctrl-C at a terminal end the reply, not the program.
 
     From its first graph on, MindSpore answers SIGINT with a SIGTERM to its own process. So SIGTERM counts as
-    an interrupt here, and SIGINT is Python's again afterwards.
+    an interrupt inside the block, and Python's handler of SIGINT is restored afterwards.
     """
     if not sys.stdin.isatty():
         yield

@@ -1,4 +1,4 @@
-"""All workers of a chat as one: the main rank sends requests, and every rank generates in step."""
+"""All workers of a chat as one: the main rank sends requests, and all ranks generate together."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Broadcast:
 class WorkerGroup:
     """One or two models on all workers.
 
-    The main rank calls :meth:`generate` and at last :meth:`end`; the others call :meth:`serve`. With several
+    The main rank calls :meth:`generate` and finally :meth:`end`; the others call :meth:`serve`. With several
     workers, the iterator of :meth:`generate` must be read to its end.
 
     Args:

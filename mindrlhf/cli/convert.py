@@ -74,7 +74,7 @@ def convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Conver
             overwrite=args.overwrite,
         )
     if args.config or args.tokenizer_dir:
-        raise MindRLHFError("--config and --tokenizer_dir go with --reversed; forward, config.json is read")
+        raise MindRLHFError("--config and --tokenizer_dir need --reversed; forward, config.json is read")
     return hf_to_mindspore(
         chosen(parser, args, "torch_ckpt_dir", "input_path"),
         chosen(parser, args, "mindspore_ckpt_path", "output_path"),

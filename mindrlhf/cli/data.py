@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("tokenizer").add_argument
     add("--vocab_path", help="vocab.json of the tokenizer")
     add("--merges_file_path", help="merges.txt of the tokenizer")
-    add("--tokenizer_path", help="instead of these two: tokenizer directory, .model, or .tiktoken ranks file")
+    add("--tokenizer_path", help="instead of the two: tokenizer directory, .model, or .tiktoken ranks file")
     add(
         "--tokenizer_config",
         help="tokenizer_config.json with the added tokens (default: the Qwen2 instruct ones)",
@@ -81,12 +81,12 @@ def _add_row_flags(parser: argparse.ArgumentParser) -> None:
         help="write neg_resp too, as rejected_ids and rejected_mask, for reward_model.py; sft.py and "
         "ppo_one_stage.py read such a file as any other",
     )
-    add("--skip_bad_lines", action="store_true", help="count bad lines and go on, instead of stopping")
-    add("--batch", type=int, default=256, help="lines encoded and rows written at a time")
+    add("--skip_bad_lines", action="store_true", help="count bad lines and continue instead of stopping")
+    add("--batch", type=int, default=256, help="lines per encoding and rows per write")
 
 
 def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
-    """Says on standard output what was made."""
+    """Reports on standard output what was written."""
     counts = summary.counts
     system_prompt = summary.prompt_format.system_prompt
     chat = f"ChatML, system prompt {system_prompt!r}" if options.chat_template else "none (raw prompts)"

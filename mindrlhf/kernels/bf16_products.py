@@ -1,7 +1,7 @@
-"""Products whose operands are bfloat16 while all else is float32, on CPU.
+"""Products whose operands are bfloat16 while everything else is float32, on CPU.
 
-What mixed precision does to linear layers (Micikevicius et al., arXiv 1710.03740), but for their results,
-which stay float32. The operators are those of ``bf16_products.cpp``.
+Mixed precision for linear layers (Micikevicius et al., arXiv 1710.03740), except that results stay float32.
+The operators are those of ``bf16_products.cpp``.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class BFloat16RowsProduct(nn.Cell):
         )
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x`` (n, in), ``weight`` (out, in), float32 both -> (n, out) float32."""
+        """``x`` (n, in), ``weight`` (out, in), both float32 -> (n, out) float32."""
         return self.product(x, weight)
 
     def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of ``x`` and ``weight``, also of operands rounded to bfloat16."""
+        """Gradients of ``x`` and ``weight``, from operands that are rounded to bfloat16 as well."""
         return self.gradient(dout, x, weight)
 
 
 @functools.cache
 def bfloat16_rows_product() -> BFloat16RowsProduct:
-    """The one of this process; it holds nothing of a layer's own.
+    """The instance of this process, which all layers share because it holds no state.
 
     Raises:
-        MindRLHFError: there can be none on this machine, see :func:`product_library`.
+        MindRLHFError: this machine cannot have it, see :func:`product_library`.
     """
     return BFloat16RowsProduct()

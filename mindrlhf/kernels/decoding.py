@@ -1,7 +1,7 @@
 """Decode steps on CPU as one operator per half layer; see ``decode_steps.cpp``.
 
-What vLLM and FasterTransformer do for GPUs: with one token per sequence, a layer takes the time of reading
-its weights, if nothing else gets in the way.
+As vLLM and FasterTransformer do for GPUs: with one token per sequence, a layer takes as long as reading its
+weights, if nothing else gets in the way.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mindrlhf.utils.errors import MindRLHFError
 
 
 class DecodeSteps(nn.Cell):
-    """The operators of one library, and what is the same for all layers.
+    """The operators of one library, with the settings that all layers share.
 
     Letters as in :mod:`mindrlhf.models.qwen2.generator_network`; sequences that have ended are not computed
     and give zeros.
 
     Args:
         library: from :func:`kernel_library`.
-        rounded: whether products round their operands to bfloat16, as training does then.
+        rounded: whether products round their operands to bfloat16, as training then does.
         eps: of the normalisation.
-        adds_residual: whether this rank's parts have ``x`` in them; one rank of a model-parallel group does.
+        adds_residual: whether this rank's partial sums include ``x``; those of one rank per group do.
     """
 
     def __init__(self, library: Path, *, rounded: bool, eps: float, adds_residual: bool) -> None:
@@ -48,7 +48,7 @@ class DecodeSteps(nn.Cell):
         rotary: tuple[Tensor, Tensor],
         cache: tuple[Parameter, Parameter],
     ) -> Tensor:
-        """This rank's part of ``x`` and what attention adds to it; writes the new column into the cache.
+        """This rank's partial sum of ``x`` plus attention's output; writes the new column into the cache.
 
         Args:
             x: (B, H) float32.
@@ -70,7 +70,7 @@ class DecodeSteps(nn.Cell):
     def feed_forward(
         self, x: Tensor, ended: Tensor, norm: Parameter, gate_up: Parameter, down: Parameter
     ) -> Tensor:
-        """The same of the feed-forward half: ``gate_up`` (2 * I, H), ``down`` (H, I) -> (B, H)."""
+        """The same for the feed-forward half: ``gate_up`` (2 * I, H), ``down`` (H, I) -> (B, H)."""
         return self.feed_forward_step(x, ended, norm, self.eps, gate_up, down, self.adds)
 
     def logits(self, x: Tensor, ended: Tensor, norm: Parameter, head: Parameter) -> Tensor:
@@ -112,13 +112,13 @@ class KernelInverseCDF(nn.Cell):
 
 
 def kernel_inverse_cdf() -> KernelInverseCDF | None:
-    """That of this machine; nothing where there is none, see :func:`kernel_library`."""
+    """The one for this machine; ``None`` where there is none, see :func:`kernel_library`."""
     library = kernel_library()
     return None if library is None else KernelInverseCDF(library)
 
 
 def decode_steps(*, rounded: bool, eps: float, adds_residual: bool) -> DecodeSteps | None:
-    """Those of this machine; nothing where there are none, see :func:`kernel_library`.
+    """Those for this machine; ``None`` where there are none, see :func:`kernel_library`.
 
     Raises:
         MindRLHFError: there are none and products are rounded, which MindSpore's own operations cannot do.

@@ -1,6 +1,6 @@
 """What a decoder layer does between its products, one pass over memory each; see ``fused_layers.cpp``.
 
-Each cell does what its namesake of :mod:`mindrlhf.models.qwen2.layers` does in MindSpore's operations, with
+Each cell does what its namesake in :mod:`mindrlhf.models.qwen2.layers` does by MindSpore's operations, with
 its gradient, for float32 on CPU.
 """
 
@@ -94,7 +94,7 @@ class KernelRotary(nn.Cell):
 
 
 def layer_kernels(dtype: ms.dtype) -> Path | None:
-    """The library for cells that compute in ``dtype`` on this device; nothing: by MindSpore's operations."""
+    """The library for cells that compute in ``dtype`` on this device; ``None`` leaves them to MindSpore."""
     if dtype != ms.float32 or ms.get_context("device_target") != "CPU":
         return None
     return kernel_library()

@@ -1,4 +1,4 @@
-"""Compiles the C++ operators of this package and keeps what comes out.
+"""Compiles the C++ operators of this package and keeps the library.
 
 As PyTorch's ``torch.utils.cpp_extension.load`` does: compiled on first use, then taken from a directory,
 under a digest of the source, the command and the libraries it is linked with. One file serves all processes.
@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 SOURCES = ("decode_steps.cpp", "fused_layers.cpp")
 PRODUCTS = "bf16_products.cpp"
-"""Joins the others where there are instructions for it."""
+"""Compiled in only where the processor has instructions for it."""
 
 NEEDED_FLAG = "avx512_bf16"
 """The processor's name for the instructions of bfloat16 products (those with AMX have them, too)."""
@@ -35,7 +35,7 @@ KERNEL_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})
 """Instructions that the operators are written in."""
 
 SWITCH = "MINDRLHF_KERNELS"
-"""Environment variable: ``off`` leaves all to MindSpore's own operations, for comparison."""
+"""Environment variable: ``off`` leaves everything to MindSpore's own operations, for comparison."""
 
 # GCC 12 takes its own vector intrinsics for uninitialized (its bug 105593).
 _OPTIONS = (
@@ -45,7 +45,7 @@ _OPTIONS = (
 
 
 def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the processor can do, in Linux's words; nothing where Linux does not say."""
+    """What the processor can do, in Linux's terms; empty where Linux does not say."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -70,8 +70,8 @@ def check_processor() -> None:
 def kernel_library() -> Path | None:
     """The operators of this package, compiled, loaded, and told how many threads to use.
 
-    Nothing where this machine cannot have them: MindSpore's own operations do the same then, in more time; a
-    line says why.
+    ``None`` where this machine cannot have them: MindSpore's own operations then do the same more slowly, and
+    a warning says why.
     """
     try:
         return _library()
@@ -81,7 +81,7 @@ def kernel_library() -> Path | None:
 
 
 def product_library() -> Path:
-    """The same for bfloat16 products, which MindSpore has none of.
+    """The same for bfloat16 products, for which MindSpore has no operations.
 
     Raises:
         MindRLHFError: the processor has no bfloat16 instructions, or there is no oneDNN or working compiler.
@@ -117,7 +117,7 @@ def _library() -> Path:
 def thread_count() -> int:
     """Threads of one product: ``OMP_NUM_THREADS``, or an equal part of the processors it may use.
 
-    Workers on other hosts count too, so with several hosts ``OMP_NUM_THREADS`` should say it.
+    Workers on other hosts count too, so with several hosts ``OMP_NUM_THREADS`` should be set.
     """
     given = env_int("OMP_NUM_THREADS")
     if given:

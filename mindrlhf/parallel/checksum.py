@@ -5,7 +5,7 @@ With ``bits(x)`` an element read as an unsigned integer, the checksum of a tenso
     sum over indices (i_1, .., i_D) of  bits(x[i_1, .., i_D]) * w_1(i_1) * .. * w_D(i_D)   mod 2**64
 
 where ``w_d(i)`` is a pseudo-random odd number (SplitMix64 of the GLOBAL index ``i``, salted by ``d``).
-Every position has its own weight, so a swap is seen as well as a change; every weight is odd, so no
+Every position has its own weight, so a swap is detected as well as a change; every weight is odd, so no
 single changed element can cancel; and a sum of parts does not depend on how the tensor was cut. The
 product form needs one multiplication per element (measured: 1 ns on CPU), a hash of the flat index
 several times that.
@@ -44,7 +44,7 @@ def checksums(
 
     Equal on every rank of the model-parallel group and for every layout of the same values in the same
     dtype. Collective (one small gather for all tensors): ALL ranks must call it with the same names in the
-    same order. Data-parallel replicas are not compared: each group answers for its own.
+    same order. Data-parallel replicas are not compared: each group checks its own.
 
     Args:
         shards: (canonical name, this rank's local array); any dtype of 1, 2, 4 or 8 bytes.
@@ -120,7 +120,7 @@ def _gather(parts: np.ndarray, groups: Groups) -> np.ndarray:
     """``parts`` (n,) uint64 of every rank of the model-parallel group: (mp, n)."""
     if groups.mp_group is None or parts.size == 0:
         return parts[None]
-    # AllGather on CPU knows no 64-bit integer, so each travels as two of 32 bits.
+    # AllGather on CPU does not take 64-bit integers, so each travels as two of 32 bits.
     halves = _gather_cell(groups)(Tensor(parts.view(np.int32))).asnumpy()
     return np.ascontiguousarray(halves).view(np.uint64).reshape(groups.mesh.mp, parts.size)
 

@@ -21,7 +21,7 @@ from mindrlhf.parallel.groups import Groups
 class CopyToGroup(nn.Cell):
     """Megatron's ``f``: identity forward, sum over the group backward.
 
-    Stands before a column-parallel layer: every rank uses the same input, so the input's gradient is
+    Placed before a column-parallel layer: every rank uses the same input, so the input's gradient is
     the sum of what the ranks send back.
     """
 
@@ -45,7 +45,7 @@ class CopyToGroup(nn.Cell):
 class ReduceFromGroup(nn.Cell):
     """Megatron's ``g``: sum over the group forward, identity backward.
 
-    Stands after a row-parallel layer: the ranks' partial outputs are added, and each partial output
+    Placed after a row-parallel layer: the ranks' partial outputs are added, and each partial output
     has the gradient of the sum.
     """
 
@@ -71,10 +71,10 @@ class GroupAllGather(nn.Cell):
 
     For checksums. On CPU the whole world gathers and each rank keeps its group's rows: ALL ranks of the
     mesh must take part, not those of one group alone. Other devices gather in the group. CPU takes
-    float32, float16 and int32. No gradient is meant.
+    float32, float16 and int32. Not meant to be differentiated.
 
     Args:
-        groups: the rank's groups; alone in its group, it gives its input back.
+        groups: the rank's groups; a rank alone in its group gets its input back.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -104,7 +104,7 @@ class GroupStack(nn.Cell):
 
     For activations, where groups may run different numbers of steps. On CPU each rank adds its row to
     rows of zeros, which keeps every value but the sign of zero and subnormal numbers (flushed to zero).
-    No gradient is meant.
+    Not meant to be differentiated.
 
     Args:
         groups: the rank's groups.

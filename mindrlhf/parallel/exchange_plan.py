@@ -1,13 +1,13 @@
 """Which rank sends what to which rank when weights change their layout, worked out from layouts alone.
 
-The slice that a rank shall have is cut up by the slices of the source layout. What the rank holds already
+The slice that a rank is to have is cut up by the slices of the source layout. What the rank already holds
 stays; every other piece comes from ONE of the ranks that hold it. So a rank receives exactly what it lacks,
-and no way of moving weights brings less. HybridFlow (arXiv 2409.19256, section 5) moves weights between
-training and generation by gathers in a grouping of ranks chosen for that; pairs need no such grouping.
+and no scheme can move less. HybridFlow (arXiv 2409.19256, section 5) moves weights between training and
+generation by gathers in a grouping of ranks chosen for that; pairs need no such grouping.
 
 All pieces from one sender to one receiver make up a stream, in the order of the parameters, cut into buckets.
-All ranks walk the buckets of all pairs in one order, and each takes part in its own: nobody can wait for
-somebody who waits for him. Nothing here needs MindSpore.
+All ranks walk the buckets of all pairs in one order, and each takes part in its own, so no two ranks
+can wait for each other. Nothing here needs MindSpore.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Cut:
     Attributes:
         name: parameter.
         box: the piece, in the full tensor.
-        first, last: which of its elements in row-major order, ``last`` not included.
+        first, last: which of its elements in row-major order, ``last`` excluded.
         offset: where they begin in the bucket.
     """
 
@@ -47,7 +47,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Transfer:
-    """All that one rank sends to another.
+    """Everything that one rank sends to another.
 
     Attributes:
         sender, receiver: ranks.
@@ -75,16 +75,16 @@ class ExchangePlan:
 
     Attributes:
         transfers: pairs of ranks in the order in which they act: those that can act at the same time, because
-            they have no rank in common, stand together.
-        due: parameter -> (transfer, number of the bucket), the buckets that must have travelled before the
-            parameter can be put together, in the order in which all ranks walk them.
+            they have no rank in common, are adjacent.
+        due: parameter -> (transfer, number of the bucket), the buckets that must have arrived before the
+            parameter can be assembled, in the order in which all ranks walk them.
     """
 
     transfers: tuple[Transfer, ...]
     due: Mapping[str, tuple[tuple[Transfer, int], ...]]
 
     def received(self, rank: int) -> int:
-        """Elements that come to ``rank``."""
+        """Elements that ``rank`` receives."""
         return sum(transfer.elements for transfer in self.transfers if transfer.receiver == rank)
 
     @property
@@ -100,8 +100,8 @@ def plan_exchange(
 
     Args:
         source: canonical name -> layout of what the ranks have.
-        target: canonical name -> layout of what they shall have, in the order in which parameters are put
-            together; names that only ``source`` has are ignored.
+        target: canonical name -> layout of what they are to have, in the order in which parameters are
+            assembled; names that only ``source`` has are ignored.
         bucket_elements: a rank holds about one bucket of each of its senders at a time; all these together
             have no more elements than this.
 
@@ -164,7 +164,7 @@ def _check(source: Mapping[str, Layout], target: Mapping[str, Layout]) -> None:
 def _missing_pieces(held: Layout, wanted: Layout) -> tuple[tuple[int, int, Box], ...]:
     """(rank, index of a source slice, piece of it) of all that ranks need and do not hold.
 
-    Layers have equal layouts, so most answers are known already.
+    Layers have equal layouts, so most answers come from the cache.
     """
     if not held.is_split:
         return ()

@@ -1,7 +1,7 @@
 """In-memory resharding: from the slices of one layout to those of another over the same ranks.
 
 :mod:`mindrlhf.parallel.exchange_plan` says which rank sends what to whom; here buckets are packed from the
-slices, and target slices put together from buckets, one parameter after another. Both are done on the host:
+slices, and target slices assembled from buckets, one parameter after another. Both are done on the host:
 the generating model takes its weights from there.
 """
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from mindspore import Tensor
 
 BUCKET_BYTES = 64 << 20
-"""What a rank holds of received buckets at a time, about; few enough collectives, little memory."""
+"""Approximate bytes of received buckets on a rank at a time: few enough collectives, little memory."""
 
 
 class Transport(Protocol):
     """Moves arrays between ranks, bit for bit, in the order in which they are sent."""
 
     def send(self, array: np.ndarray, receiver: int) -> None:
-        """Sends ``array`` (n,), which nobody may write to any more, to the rank ``receiver``."""
+        """Sends ``array`` (n,), which must not be modified afterwards, to the rank ``receiver``."""
 
     def receive(self, array: np.ndarray, sender: int) -> np.ndarray:
         """What the rank ``sender`` sends, in the shape and type of ``array``, which may be written over."""
@@ -70,12 +70,12 @@ class Resharder:
     """Turns this rank's source shards into its target shards; bit for bit where the type does not change.
 
     Every rank receives exactly what it lacks. Beside its shards it holds one packed bucket, the received ones
-    (about ``bucket_bytes``) and the parameter that is being put together; off the CPU, also host copies of
-    the parameters that these buckets belong to. Never more of the model.
+    (about ``bucket_bytes``) and the parameter that is being assembled; off the CPU, also host copies of
+    the parameters that these buckets belong to. It never holds more of the model.
 
     Args:
         source: canonical name -> layout of what the ranks have.
-        target: canonical name -> layout of what they shall have; names that ``source`` lacks are refused,
+        target: canonical name -> layout of what they are to have; names that ``source`` lacks are refused,
             names that only ``source`` has are ignored.
         rank: this rank.
         dtype: of the target; numbers are cast to it before they travel.
@@ -111,8 +111,8 @@ class Resharder:
     def reshard(self, parameters: Mapping[str, Tensor | np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         """(name, this rank's target shard) one after another, in the order of the target layouts.
 
-        Collective: ALL ranks must go through to the end. A shard that needs nothing from elsewhere, in the
-        type it has, is a view of the parameter, not a copy.
+        Collective: ALL ranks must go through to the end. A shard that needs no other
+        rank and no cast is a view of the parameter, not a copy.
 
         Args:
             parameters: canonical name -> this rank's source shard; others are ignored.

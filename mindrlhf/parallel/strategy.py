@@ -26,8 +26,8 @@ rank's place in it follows from its number. How they are used (measured with Min
   ``.safetensors``.
 * Replicated parameters are in the file (tensor map all -1) and come out as equal copies. A parameter
   of the checkpoint that the strategy does not name is copied from the rank with the same number.
-* When the source names a strict subset of the target's parameters (a policy into a critic, which has a
-  score head more), MindSpore's output files are called ``{prefix}{rank}_part0.ckpt``.
+* When the source names a strict subset of the target's parameters (a policy into a critic, which also
+  has a score head), MindSpore's output files are called ``{prefix}{rank}_part0.ckpt``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Strategy:
 
 
 def write_strategy(layouts: Mapping[str, Layout], path: Path) -> None:
-    """Writes the strategy file of one model, whole or not at all.
+    """Writes the strategy file of one model atomically.
 
     Args:
         layouts: canonical parameter name -> layout; all on one mesh.
@@ -113,7 +113,7 @@ def read_strategy(path: Path) -> Strategy:
     """Mesh and split of every parameter, as :func:`write_strategy` wrote them.
 
     Raises:
-        CheckpointError: not there, damaged, or of a form that these files do not have (pipeline stages,
+        CheckpointError: it is missing, damaged, or of a form that these files do not have (pipeline stages,
             optimizer sharding, two split dimensions).
     """
     from google.protobuf.message import DecodeError
@@ -129,7 +129,7 @@ def read_strategy(path: Path) -> Strategy:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (DecodeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no strategy file of one model ({error}); write it again with "
+            f"{path} is damaged or is not a strategy file of one model ({error}); write it again with "
             "--only_save_strategy True"
         ) from error
 
@@ -140,7 +140,7 @@ def _as_strategy(strategies: Any) -> Strategy:
     for item in strategies.parallel_layout_item:
         name, parallel = item.param_name, item.parallel_layouts
         if not name or name in split_dims:
-            raise ValueError(f"parameter {name!r} stands twice" if name else "a parameter without name")
+            raise ValueError(f"parameter {name!r} occurs twice" if name else "a parameter has no name")
         grids, maps = (
             [list(entry.dim) for entry in part] for part in (parallel.dev_matrix, parallel.tensor_map)
         )
@@ -151,7 +151,7 @@ def _as_strategy(strategies: Any) -> Strategy:
         meshes.add(Mesh(*grids[0]))
         split_dims[name] = maps[0].index(_MP_AXIS) if _MP_AXIS in maps[0] else None
     if len(meshes) != 1:
-        raise ValueError(f"{len(meshes)} device matrices, one is wanted")
+        raise ValueError(f"{len(meshes)} device matrices, expected one")
     return Strategy(meshes.pop(), split_dims)
 
 

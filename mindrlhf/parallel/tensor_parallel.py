@@ -30,7 +30,7 @@ class RowsProduct(nn.Cell):
 
     Args:
         compute_dtype: type of the product.
-        matmul_dtype: ``"bfloat16"``: operands are rounded to it on CPU while all else is float32.
+        matmul_dtype: ``"bfloat16"``: operands are rounded to it on CPU while everything else is float32.
     """
 
     def __init__(self, compute_dtype: ms.dtype, matmul_dtype: str = "float32") -> None:
@@ -48,7 +48,7 @@ class RowsProduct(nn.Cell):
 
 
 class AddBias(nn.Cell):
-    """A bias added to each row; its gradient is a sum, which takes CPU a sixth of the time of BiasAddGrad.
+    """A bias added to each row; its gradient is a sum, in a sixth of the time of BiasAddGrad on CPU.
 
     Not by broadcasting, which keeps 16 bytes per element on CPU as long as the graph lives.
     """
@@ -170,7 +170,7 @@ class SamplingLogits(nn.Cell):
     Args:
         vocab_size: full number of logits, padded rows included.
         groups: the rank's groups.
-        valid_vocab_size: ids from here on are padding of the vocabulary: they have probability 0.
+        valid_vocab_size: ids from this one on pad the vocabulary: they have probability 0.
         temperature: divides the logits.
     """
 

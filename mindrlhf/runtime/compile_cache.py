@@ -37,7 +37,7 @@ from mindrlhf.utils.ranks import env_rank, env_world_size
 logger = get_logger(__name__)
 
 KEPT_BYTES = 2 << 30
-"""Bytes of a rank's graphs that stay when a run has stored new ones; the least recently used are removed."""
+"""Bytes of graphs kept per rank once a run has stored new ones; the least recently used are removed."""
 
 _FORCE = "MS_DEV_FORCE_USE_COMPILE_CACHE"  # without it MindSpore stops looking for graphs after a miss
 _NUMBERED = re.compile(r"(\w*compile_cache_)(\d+)(\.mindir)")
@@ -70,13 +70,13 @@ class GraphRecord:
 class CompileCache:
     """Makes MindSpore load graphs of cells from a directory, and stores there what had to be compiled.
 
-    It listens to the phases of a run and logs after the first iteration what the cache has gained.
+    It listens to the phases of a run and logs after the first iteration how much time the cache has saved.
 
     Args:
-        directory: of this rank; several processes may use it at a time.
+        directory: of this rank; several processes may use it at the same time.
         scratch: an empty directory of this process alone.
-        made_from: what graphs depend on beside their cells: configuration, code, versions.
-        last_phase: of an iteration; when it has ended for the first time, all graphs are there.
+        made_from: what graphs depend on besides their cells: configuration, code, versions.
+        last_phase: of an iteration; when it has ended for the first time, all graphs have been compiled.
 
     Attributes:
         records: every graph so far.
@@ -126,7 +126,7 @@ class CompileCache:
             os.environ[_FORCE] = self._forced
 
     def _compile(self, network: Any, *args: Any, **kwargs: Any) -> tuple[str, bool]:
-        """Replaces the executor's own method, which most often finds that there is nothing to do."""
+        """Replaces the executor's own method, which usually finds nothing to do."""
         self._call = (network, args, kwargs)
         started = time.perf_counter()
         try:
@@ -153,7 +153,7 @@ class CompileCache:
             self._provided = self._place, self._place.stat().st_mtime_ns
 
     def _after_compilation(self, network: Any, seconds: float) -> None:
-        """Finds out whether MindSpore has loaded the graph that was put there; stores the one it compiled."""
+        """Records whether MindSpore loaded the graph that was put there; stores one that it compiled."""
         assert self._entry is not None
         # MindSpore writes every graph that it compiles, over one that it could not read or beside it.
         written = [
@@ -173,7 +173,7 @@ class CompileCache:
         self.records.append(GraphRecord(_name(network), taken, seconds, stored))
 
     def summary(self) -> str:
-        """What the cache has gained so far, in one line."""
+        """How much time the cache has saved so far, in one line."""
         taken = [record for record in self.records if record.taken]
         compiled = [record for record in self.records if not record.taken]
         parts = []
@@ -196,7 +196,7 @@ class CompileCache:
         """Nothing to do."""
 
     def phase_ended(self, name: str) -> None:
-        """Logs after the first iteration, when all graphs are there, what the cache has gained."""
+        """Logs :meth:`summary` after the first iteration, when all graphs have been compiled."""
         if name == self._last_phase and not self._logged:
             self._logged = True
             logger.info("%s", self.summary())
@@ -210,7 +210,7 @@ def open_compile_cache(
     """The cache of this worker for a job, open.
 
     Args:
-        configuration: all keys of the job that may enter a graph; a job takes graphs of jobs with the same.
+        configuration: all keys of the job that may enter a graph; jobs that agree in them share graphs.
         runtime: this worker.
         scratch: scratch directory of this process; a directory in it is used.
         last_phase: of an iteration, see :class:`CompileCache`.
@@ -234,7 +234,7 @@ class _Entry:
         self.note = stem.with_name(stem.name + ".json")
 
     def is_whole(self) -> bool:
-        """Whether it is there, as it was stored."""
+        """Whether it exists, unchanged since it was stored."""
         try:
             return bool(self._read()["sha256"] == _digest(self.graph))
         except (OSError, ValueError, KeyError, TypeError):

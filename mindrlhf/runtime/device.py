@@ -41,7 +41,7 @@ def check_matmul_dtype(model: ModelConfig) -> None:
     """Compiles the operators that ``--cpu_matmul_dtype`` needs, before anything is built.
 
     Raises:
-        MindRLHFError: this machine cannot; names what it lacks.
+        MindRLHFError: names what this machine lacks.
     """
     if model.matmul_dtype == "bfloat16":
         product_library()
@@ -53,7 +53,7 @@ def start_runtime(context: ContextConfig, *, use_parallel: bool, scratch_dir: st
     Args:
         context: the YAML's ``context`` section.
         use_parallel: whether to initialise communication (HCCL on Ascend, MCCL on CPU).
-        scratch_dir: directory for the files that MindSpore writes unasked.
+        scratch_dir: directory for the files that MindSpore writes of its own accord.
     """
     ms.set_device(context.device_target)
     options: dict[str, object] = {"mode": ms.GRAPH_MODE, "save_graphs_path": scratch_dir}

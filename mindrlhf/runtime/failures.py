@@ -11,7 +11,7 @@ from mindrlhf.runtime.heartbeat import ENDED, FAILED, RUNNING, SCHEDULER, Heartb
 from mindrlhf.runtime.processes import ProcessState
 
 MESSAGE_START = "ERROR job failed: "
-"""Begins the one line; msrun shows the lines of a scheduler's log with ERROR when a job has failed."""
+"""Start of the one-line report; when a job has failed, msrun shows the ERROR lines of the scheduler's log."""
 
 _ASKED_TO_END = frozenset({0, 130, 143, -signal.SIGINT, -signal.SIGTERM})
 _LONGEST_CAUSE = 1500
@@ -42,7 +42,7 @@ class FailureReport:
 def find_failure(
     heartbeats: Heartbeats, states: States, failed_before: frozenset[int], *, out_of_memory: bool = False
 ) -> FailureReport | None:
-    """The first failure of a job, if there is one; to be called again and again.
+    """The first failure of a job, if any; to be called repeatedly.
 
     When a process has died silently and another that reported a failure is still alive, the death is the
     cause: other ranks see it as a communication error. A failure that was reported before the last call came
@@ -52,7 +52,7 @@ def find_failure(
         heartbeats: the last of every process, by rank.
         states: of these processes, not older than the heartbeats.
         failed_before: ranks that had reported a failure at the last call.
-        out_of_memory: whether the kernel has killed a process for lack of memory in the meantime.
+        out_of_memory: whether the kernel has killed a process for lack of memory since then.
     """
     workers_ended = all(b.state == ENDED for rank, b in heartbeats.items() if rank != SCHEDULER)
     silent = [
@@ -78,7 +78,8 @@ def find_stalled(heartbeats: Heartbeats, states: States, stacks: Mapping[int, st
     """The ranks that the other ranks wait for; several where they cannot be told apart.
 
     The first rule that tells ranks apart decides: the process is stopped; the rank is phases behind; its main
-    thread is not in a call of MindSpore while others' are, or elsewhere than most; it has done fewer units.
+    thread is outside MindSpore while others' are inside, or is at another line than most; it has done fewer
+    units.
 
     Args:
         heartbeats: of the ranks that have not ended.
@@ -142,7 +143,7 @@ def main_frames(stacks: str) -> tuple[str, ...]:
 
 def _cause_of_death(code: int | None, out_of_memory: bool) -> str:
     if code is None:
-        return "the process has ended without a word"
+        return "the process has ended without reporting a cause"
     if code >= 0:
         return f"the process has ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

@@ -1,4 +1,4 @@
-"""Heartbeats: small files, shared on a host, in which every process of a job says where it is.
+"""Heartbeats: small files, shared on a host, in which every process of a job reports where it is.
 
 A job has one directory per host, in the temporary directory. All processes of a host share one monotonic
 clock, so their times can be compared.
@@ -42,7 +42,7 @@ class Heartbeat:
     """Counted from 1; 0 before the first."""
     phase: str = "start"
     between: bool = False
-    """Whether the phase is over and no other has begun."""
+    """Whether the phase is over and the next has not begun."""
     steps: int = 0
     """Phases begun or ended so far: all ranks go through the same ones."""
     done: int = 0
@@ -53,7 +53,7 @@ class Heartbeat:
     timeout: float = 0.0
     """Seconds without progress after which the job has failed; 0: never."""
     may_idle: bool = True
-    """Whether the process may rightly wait without using the CPU, for example for a disk or a network."""
+    """Whether the process may legitimately wait without using the CPU, such as for a disk or a network."""
 
     @property
     def name(self) -> str:

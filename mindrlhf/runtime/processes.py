@@ -1,7 +1,7 @@
-"""What Linux tells about the processes of a host.
+"""What Linux reports about the processes of a host.
 
 This reads /proc itself: psutil gives neither the exit code of a process that is not a child, nor the states
-of threads, nor a start time that does not move with the clock.
+of threads, nor a start time that is independent of clock changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ProcessState:
     """The kernel's letter: R running, S asleep, D waiting for a disk or device, T stopped; or ``GONE``."""
     cpu_seconds: float = 0.0
     exit_code: int | None = None
-    """0 to 255, or minus the number of a signal; ``None`` while it runs and when nobody knows any more."""
+    """0 to 255, or minus the number of a signal; ``None`` while it runs and when it is no longer known."""
 
     @property
     def is_alive(self) -> bool:

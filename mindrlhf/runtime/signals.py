@@ -47,14 +47,14 @@ class StopRequest:
     def receive(self, number: int) -> None:
         """Notes a signal; a second SIGINT ends the process."""
         if number == signal.SIGINT and self.signal == signal.SIGINT:
-            sys.stderr.write("interrupted twice: ends without saving\n")
+            sys.stderr.write("interrupted twice: ending without saving\n")
             sys.stderr.flush()
             os._exit(EXIT_INTERRUPTED)
         if not self.signal:
             logger.warning(
                 "%s: the job saves its state at the end of this iteration or step and stops%s",
                 signal.Signals(number).name,
-                "; once more ends it at once" if number == signal.SIGINT else "",
+                "; another one ends it at once" if number == signal.SIGINT else "",
             )
         self.signal = max(self.signal, number)  # SIGTERM wins over SIGINT
 
@@ -151,6 +151,6 @@ class _Disposition:
 
 
 def _ask_for_sigterm_when_msrun_dies() -> None:
-    """A worker whose msrun has died saves and ends instead of running on alone; Linux only."""
+    """Makes a worker whose msrun has died save and end instead of running on alone; Linux only."""
     if os.environ.get("MS_ROLE") == "MS_WORKER" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

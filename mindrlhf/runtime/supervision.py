@@ -1,4 +1,4 @@
-"""How a process of a job is supervised: it joins, reports where it is, and leaves.
+"""How a process takes part in a supervised job: it joins, reports where it is, and leaves.
 
 Under msrun every process joins in :func:`run_worker`, the scheduler too; a job in one process joins when it
 has a watchdog. The first process of a host starts :mod:`mindrlhf.runtime.supervisor`.
@@ -55,9 +55,9 @@ class SupervisedProcess:
         return self.heartbeat.directory
 
     def end(self, code: int = 0, cause: str = "") -> None:
-        """Says that this process ends; a cause says that it has failed.
+        """Reports that this process ends; with a cause, that it has failed.
 
-        The supervisor ends all processes after a failure. Else the last process removes the directory.
+        The supervisor ends all processes after a failure. Otherwise the last process removes the directory.
         """
         if cause:
             self.heartbeat.update(state=FAILED, cause=cause, code=code)
@@ -177,7 +177,7 @@ def _start_supervisor(directory: Path) -> None:
     except OSError:
         return
     path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-    # In a session of its own: msrun kills the process group of a worker, Ctrl-C that of the terminal.
+    # In its own session: msrun kills the process group of a worker, Ctrl-C that of the terminal.
     subprocess.Popen(
         [sys.executable, "-m", "mindrlhf.runtime.supervisor", str(directory)],
         stdin=subprocess.DEVNULL,

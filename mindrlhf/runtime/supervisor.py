@@ -25,9 +25,9 @@ POLL_SECONDS = 0.2
 IDLE_SECONDS = 30.0
 """How long a job may neither make progress nor use the CPU while all of its processes should compute."""
 IDLE_CPU_SECONDS = 1.0
-"""CPU time that all processes together may use in that time, because their own threads tick on."""
+"""CPU time that all processes together may use in that time, because background threads keep running."""
 LATE_SECONDS = 5.0
-"""A poll that comes so late shows that the machine, or this process, was suspended."""
+"""A poll that is this late shows that the machine, or this process, was suspended."""
 GRACE_SECONDS = 5.0
 """For a failed process to write its traceback and to end."""
 NOTICE_SECONDS = 1.5

@@ -29,9 +29,9 @@ class Watchdog:
 
     Args:
         timeout: seconds without progress, on all ranks of a host, after which the job is ended; 0: never.
-        computing: phases in which a rank waits for nothing but the other ranks: not for a disk, a network or
-            a device. A job in which no rank uses the CPU for half a minute of such a phase hangs, too.
-        device_target: of the job; on another device than the CPU the host may rightly wait in every phase.
+        computing: phases in which a rank waits only for other ranks: not for a disk, a network or a device. A
+            job in which no rank uses the CPU for half a minute of such a phase counts as hanging, too.
+        device_target: of the job; off the CPU the host may legitimately wait in every phase.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Watchdog:
 
 @contextmanager
 def supervised(timeout: float) -> Iterator[None]:
-    """Has a job in one process supervised, unless it is supervised already or the watchdog is off."""
+    """Supervises a job in one process, unless it is supervised already or the watchdog is off."""
     if not timeout or supervision.current_process() is not None:
         yield
         return

@@ -93,7 +93,7 @@ def run_main(
         on_exit(f"it has ended with exit code {code}" if code else "", code)
         raise
     except BaseException as error:
-        # Messages of MindSpore have a hundred lines; the log holds all of them.
+        # MindSpore's messages have a hundred lines; the log holds all of them.
         on_exit(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 1)
         raise
     on_exit(f"it has ended with exit code {code}" if code else "", code)

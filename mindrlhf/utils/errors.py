@@ -27,7 +27,7 @@ class ConfigError(MindRLHFError):
 
 
 class DataError(MindRLHFError):
-    """A data file cannot be read, or one of its rows is not as it should be."""
+    """A data file cannot be read, or one of its rows is invalid."""
 
 
 class CheckpointError(MindRLHFError):

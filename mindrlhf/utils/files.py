@@ -33,7 +33,7 @@ def _remove(path: Path) -> None:
 
 
 def probe_directory(directory: Path) -> None:
-    """Finds out whether files can be made in ``directory``, which need not exist; leaves nothing behind.
+    """Checks that files can be created in ``directory``, which need not exist; leaves nothing behind.
 
     Raises:
         OSError: they cannot, for example because a file is in the way.

@@ -52,7 +52,7 @@ class ProgressBar:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Removes the bar; after plain lines there is a last one."""
+        """Removes the bar; after plain lines, writes a last one."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -78,7 +78,7 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None) 
     """Yields from ``iterable`` and shows progress as :class:`ProgressBar` does.
 
     Args:
-        iterable: any.
+        iterable: any iterable.
         description: of the work, in a few words.
         total: number of items; ``len(iterable)`` by default, where it has one.
     """

@@ -50,7 +50,7 @@ def env_rank() -> int:
 
 
 def env_world_size() -> int:
-    """Number of workers, 1 when not under msrun; the scheduler knows it, too.
+    """Number of workers, 1 when not under msrun; the scheduler knows it as well.
 
     Raises:
         MindRLHFError: the environment holds something that is not a number.

@@ -21,7 +21,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, width: 
 
     Args:
         columns: titles.
-        rows: as many cells each as there are columns; taken literally, line ends included.
+        rows: one cell per column in each; cells are taken literally, line ends included.
         width: of the whole table, in terminal columns.
     """
     table = Table(box=box.SQUARE, show_lines=True, expand=True)

@@ -247,7 +247,7 @@ class TestFiles:
             read_strategy(path)
         for content in (b"", b"\xff" * 20, b"\x0a\x05abc"):
             path.write_bytes(content)
-            with pytest.raises(CheckpointError, match="is damaged or no strategy file of one model"):
+            with pytest.raises(CheckpointError, match="is damaged or is not a strategy file of one model"):
                 read_strategy(path)
 
     def test_files_of_another_layout_are_not_mixed(self, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_death_is_the_cause_of_an_error_of_communication() -> None:
         (-9, False, "kill -9, or a memory limit"),
         (-11, True, "ended by SIGSEGV"),
         (3, False, "exit code 3"),
-        (None, False, "without a word"),
+        (None, False, "without reporting a cause"),
     ],
 )
 def test_causes_of_death(code: int | None, out_of_memory: bool, said: str) -> None:

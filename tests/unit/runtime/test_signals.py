@@ -134,7 +134,7 @@ def test_sigint_twice_ends_a_process_that_runs_no_python(repo_root: Path) -> Non
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "once more ends it at once" in said
+    assert "another one ends it at once" in said
     assert "interrupted twice" in said
 
 

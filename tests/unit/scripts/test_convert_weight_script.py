@@ -96,7 +96,7 @@ def test_bad_flags_exit_with_2(capsys, line, message):
 
 def test_config_is_only_for_the_way_back(hf_dir, tmp_path):
     line = f"--input_path {hf_dir} --output_path {tmp_path}/m.ckpt --config {hf_dir}"
-    with pytest.raises(MindRLHFError, match="go with --reversed"):
+    with pytest.raises(MindRLHFError, match="need --reversed"):
         main(line.split())
 
 
