@@ -56,7 +56,7 @@ def _check_port(host: str, port: str) -> None:
 
 
 def scratch_directory() -> str:
-    """A temporary directory, removed at exit, for what MindSpore and MindFormers write of their own accord."""
+    """A temporary directory, removed at exit, for files that MindSpore and MindFormers write unprompted."""
     process = current_process()  # its directory is removed even when this process is killed
     directory = tempfile.mkdtemp(prefix="mindrlhf_", dir=None if process is None else process.directory)
     atexit.register(shutil.rmtree, directory, ignore_errors=True)

@@ -14,7 +14,7 @@ from mindrlhf.utils.tables import markdown_table, text_table
 
 SUMMARY_FILE = "evaluation_summary.json"
 TABLE_FILE = "before_after.md"
-_SHOWN_CHARACTERS = 240  # of a text in the log; the file has all
+_SHOWN_CHARACTERS = 240  # of a text in the log; the file has the whole text
 _TABLE_WIDTH = 110
 
 Line = Mapping[str, Any]
@@ -67,7 +67,7 @@ def sample_rows(samples: Sequence[Line], summary: Line) -> list[tuple[str, str, 
 
 
 def user_text(prompt: Any) -> str:
-    """What the user said last in a ChatML prompt; any other prompt as it is."""
+    """The user's last message in a ChatML prompt; any other prompt unchanged."""
     text = str(prompt)
     _, found, turn = text.rpartition(f"{IM_START}user\n")
     return turn.partition(IM_END)[0] if found else text
@@ -77,7 +77,7 @@ def write_before_after(directory: Path, evaluations: Sequence[Line], samples: Se
     """Writes ``evaluation_summary.json`` and ``before_after.md``; returns the table of texts for the log.
 
     Args:
-        directory: where to.
+        directory: where to write them.
         evaluations: lines of ``evaluations.jsonl``, at least one.
         samples: lines of ``eval_samples.jsonl``.
     """
@@ -95,7 +95,7 @@ def write_before_after(directory: Path, evaluations: Sequence[Line], samples: Se
         file.write_text(f"# Before and after\n\n{_numbers(summary, columns[1:])}{texts}", encoding="utf-8")
     if not rows:
         return ""
-    terminal = shutil.get_terminal_size((_TABLE_WIDTH, 24)).columns  # of a log file: as wide as we like
+    terminal = shutil.get_terminal_size((_TABLE_WIDTH, 24)).columns  # a log file has no width of its own
     width = min(max(terminal, 60), _TABLE_WIDTH)
     return text_table(columns, [[_shortened(cell) for cell in row] for row in rows], width=width)
 

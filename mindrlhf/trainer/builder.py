@@ -18,7 +18,7 @@ from mindrlhf.parallel.layout import mesh_of
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 
-if TYPE_CHECKING:  # which family's classes they are is decided by the configuration
+if TYPE_CHECKING:  # the configuration decides which family's classes these are
     from mindrlhf.models.qwen2.generator import PPOModelInfer
     from mindrlhf.models.qwen2.networks import (
         CriticModel,
@@ -46,7 +46,7 @@ class WeightPaths:
     critic: Path | None = None
 
     def checked(self) -> WeightPaths:
-        """The paths with what is not given filled in; refuses paths that are not there.
+        """The paths with defaults for those not given; refuses paths that do not exist.
 
         The policy's two models stand in for each other, and the policy for the reference. A critic
         starts from the reward model (InstructGPT, arXiv 2203.02155). Reward model and critic stay ``None``
@@ -62,7 +62,7 @@ class WeightPaths:
         ]
         if missing:
             raise MindRLHFError(
-                "these checkpoints do not exist, give paths that are there:\n  " + "\n  ".join(missing)
+                "these checkpoints do not exist, give existing paths:\n  " + "\n  ".join(missing)
             )
         policy = self.train or self.infer
         if policy is None:
@@ -106,7 +106,7 @@ class PPOModels:
 def build_models(
     job: JobConfig, weights: WeightPaths, rank: int, *, with_reward_model: bool = True
 ) -> PPOModels:
-    """Builds and fills every model; every rank must call it, in step.
+    """Builds and fills every model; collective: every rank must call it.
 
     Args:
         job: the checked configuration.
@@ -148,7 +148,7 @@ def build_models(
 
 
 def policy_weights_for(config: RunConfig, job: JobConfig, weights: WeightPaths) -> Path | None:
-    """Which of the policy's two checkpoints a reward model or critic without its own starts from.
+    """Which of the policy's two checkpoints initialises a reward model or critic that has none.
 
     Both are the same model, but rank directories fit one layout only: the train one when ``config`` splits
     as the trained policy does, else the infer one.
@@ -201,7 +201,7 @@ def _policy(
 
 
 def fill_model(
-    model: SequenceModel, path: Path | None, seed: int, what: str, head: str = "", head_scale: float = 1.0
+    model: SequenceModel, path: Path | None, seed: int, label: str, head: str = "", head_scale: float = 1.0
 ) -> None:
     """Loads a model; a scalar head that the checkpoint lacks starts fresh, and that is logged.
 
@@ -209,24 +209,24 @@ def fill_model(
         model: to fill.
         path: its checkpoint.
         seed: of the job.
-        what: the model's name in messages.
-        head: purpose of a fresh head, so that those of two models differ.
+        label: the model's name in messages.
+        head: purpose of a fresh head, so that the heads of two models differ.
         head_scale: factor of its weights.
     """
-    shards = load_shards(path, model, what)
+    shards = load_shards(path, model, label)
     if model.layouts.keys() - shards.keys():  # nothing but the scalar head may be missing
         logger.log(
             logging.WARNING if model.groups.rank == 0 else logging.DEBUG,  # every rank does the same
             "%s: %s has no scalar head; a new one is initialised with N(0, 1/sqrt(H+1)) (head %r, seed %d%s)",
-            what, path, head, seed, "" if head_scale == 1 else f", scale {head_scale:g}",
+            label, path, head, seed, "" if head_scale == 1 else f", scale {head_scale:g}",
         )  # fmt: skip
         new_score_head = family_of(model.config).heads.new_score_head
         shards |= new_score_head(model.config.hidden_size, seed, head, scale=head_scale)
     model.load(shards)
 
 
-def load_shards(path: Path | None, model: SequenceModel | PPOModelInfer, what: str) -> dict[str, np.ndarray]:
-    """This rank's shards of ``model``, logged as ``what``; heads that only one side has are left out."""
+def load_shards(path: Path | None, model: SequenceModel | PPOModelInfer, label: str) -> dict[str, np.ndarray]:
+    """This rank's shards of ``model``, logged as ``label``; heads that only one side has are left out."""
     assert path is not None
     names, layouts = family_of(model.config).layouts, model.layouts
     has_score_head = names.SCORE_HEAD[0] in layouts
@@ -234,5 +234,5 @@ def load_shards(path: Path | None, model: SequenceModel | PPOModelInfer, what: s
     if has_score_head and names.LM_HEAD not in layouts:
         ignore = (names.LM_HEAD,)
     shards = load_shard(path, layouts, model.groups.rank, new=names.SCORE_HEAD, ignore=ignore)
-    logger.info("%s: %d of %d tensors loaded from %s", what, len(shards), len(layouts), path)
+    logger.info("%s: %d of %d tensors loaded from %s", label, len(shards), len(layouts), path)
     return shards

@@ -2,7 +2,7 @@
 
 ======================================  ==========================================================
 ``policy/``, ``critic/``, ``reward/``   weights and heads of what is trained, ``rank_0/ rank_1/ ...`` in each
-``policy_optimizer/``, ...              moments, and the step that the learning-rate schedule is at
+``policy_optimizer/``, ...              moments, and the step of the learning-rate schedule
 ``random/rank_i.json``                  Python's and NumPy's global generators of each rank
 ``state.json``                          step, layouts, what must not change, cursors, coefficients, moments
 ``config.json``                         the resolved configuration that made it
@@ -10,7 +10,7 @@
 ======================================  ==========================================================
 
 Rollouts, permutations and data orders need no random state: their streams are keyed by the seed, the
-iteration and the row (:mod:`mindrlhf.utils.seeds`), so cursor and step are all of it. A shared critic
+iteration and the row (:mod:`mindrlhf.utils.seeds`), so cursor and step suffice. A shared critic
 is in ``policy/``. The generating policy and the reference are not saved: the first equals the trained one
 after its sync, the other comes from its own file.
 """
@@ -46,7 +46,7 @@ STATE_FILE = "state.json"
 FORMAT = 2
 """Of the state file; checkpoints of another format are refused."""
 LEFT_PREFIX = "left_"
-"""Before the name of a checkpoint that is newer than the one a run was resumed from."""
+"""Prefix for checkpoints that are newer than the one a run was resumed from."""
 
 _FIXED_MODEL_KEYS = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "n_kv_heads", "intermediate_size", "rms_norm_eps",
@@ -73,14 +73,14 @@ class Trained(NamedTuple):
 
 
 class Stateful(Protocol):
-    """What is neither weight nor moment and must go on where it stood: a cursor, a controller."""
+    """State that is neither weight nor moment and must be restored on resuming: a cursor, a controller."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """What a checkpoint must keep, as plain numbers and texts."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         ...
 
 
@@ -131,8 +131,8 @@ def stored_meshes(directory: Path) -> dict[str, Mesh]:
 class TrainingCheckpoints:
     """Saves and loads the training state of one rank below a directory that all ranks share.
 
-    A checkpoint is written under a temporary name, every file and directory of it is brought to the disk,
-    the manifest comes last, and then it is renamed: a directory with the final name is whole.
+    A checkpoint is written under a temporary name, every file and directory of it is synced to disk, the
+    manifest is written last, and then the directory is renamed: one with the final name is whole.
 
     Args:
         directory: where checkpoints go; made when missing.
@@ -182,7 +182,7 @@ class TrainingCheckpoints:
             stateful: everything else, by name.
 
         Raises:
-            CheckpointError: a rank could not write its part; on all ranks, and nothing is left of it.
+            CheckpointError: on all ranks when one could not write its part; nothing is left behind.
         """
         final = self._directory(step)
         temporary = _hidden(final)
@@ -300,7 +300,7 @@ class TrainingCheckpoints:
         shutil.rmtree(replaced, ignore_errors=True)
         for number in checkpoint_numbers(self.directory, self.unit)[self.keep :] if self.keep else []:
             old = self._directory(number)
-            # Renamed first: one that is removed by half must not have a checkpoint's name.
+            # Renamed first: a half-removed directory must not have a checkpoint's name.
             shutil.rmtree(old.rename(_hidden(old)))
 
 

@@ -1,4 +1,4 @@
-"""The picture of a run: metrics over its steps, and what evaluations on held-out data gave."""
+"""The plot of a run: metrics over its steps, and the results of evaluations on held-out data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Curve(NamedTuple):
         metric: its name in the lines of ``metrics.jsonl`` or, when it starts with ``eval/``, of
             ``evaluations.jsonl``.
         title: above the plot.
-        band: name of a metric whose value is drawn as a band to both sides.
+        band: name of a metric whose value is drawn as a band above and below.
     """
 
     metric: str
@@ -37,7 +37,7 @@ def draw_curves(
     """Draws the curves that have values into a PNG, three in a row.
 
     Args:
-        path: the picture.
+        path: the PNG file.
         unit: what a step is called; the key of its number in the lines.
         curves: what to draw.
         metrics: lines of ``metrics.jsonl``, at least one.

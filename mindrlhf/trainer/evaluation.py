@@ -1,9 +1,9 @@
-"""Evaluation on held-out prompts: how the policy scores where it was not trained, and what it says there.
+"""Evaluation on held-out prompts: how the policy scores on prompts it was not trained on, with samples.
 
-All prompts are answered by ``ppo_model_infer`` with the settings of training. Each prompt has random
-numbers of its own, the same at every evaluation and in every run (common random numbers): what changes from
-one evaluation to the next is the policy. They are not those of training, so training is the same with and
-without evaluation.
+All prompts are answered by ``ppo_model_infer`` with the settings of training. Each prompt has its own random
+numbers, the same at every evaluation and in every run (common random numbers), so only the policy changes
+from one evaluation to the next. They are not those of training, so training is the same with and without
+evaluation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
     """Held-out prompts with their responses, global and equal on every rank."""
 
     rollout: Rollout  # N rows
-    scores: np.ndarray  # (N,) float32, reward model and/or function, nothing taken off
+    scores: np.ndarray  # (N,) float32, reward model and/or function, without penalties
     kl: np.ndarray  # (N,) float32, k1 estimate to the reference, summed over the response
 
     def metrics(self) -> dict[str, float]:
@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
 
 
 def held_out_prompts(path: Path, train_path: Path, job: JobConfig, exchange: HostExchange) -> PromptBatch:
-    """The held-out prompts of a job, looked for in its training data; collective.
+    """The held-out prompts of a job, checked against its training data; collective.
 
     Raises:
         DataError: the file does not fit the job.
@@ -93,7 +93,7 @@ def evaluate(
     extra_scores: ExtraScores | None = None,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Answers and scores all prompts, as many at a time as a rollout has, so that nothing is compiled again.
+    """Answers and scores all prompts in batches of a rollout's size, so that nothing is compiled again.
 
     Args:
         models: of this rank.
@@ -101,8 +101,8 @@ def evaluate(
             front, whose second answers are dropped.
         exchange: gathers the replicas' rows.
         config: batch sizes.
-        extra_scores: gives (N,) float32, added to the reward model's, or alone without one; called once.
-        on_prompts: told how many more are done.
+        extra_scores: gives (N,) float32, added to the reward model's, or used alone without one; called once.
+        on_prompts: called with the number of prompts just done.
     """
     total, size = len(prompts.sample_ids), config.rollout_batch_size
     parts: list[Evaluation] = []
@@ -127,7 +127,7 @@ def evaluate(
 
 
 def _stream(batch: PromptBatch, row: int) -> np.random.Generator:
-    """Keyed by the prompt's row in its file: neither batch size nor the job's seed matter."""
+    """Keyed by the prompt's row in its file: neither batch size nor the job's seed matters."""
     return random_stream("evaluation", int(batch.sample_ids[row]))
 
 
@@ -139,7 +139,7 @@ def evaluation_result(
     Args:
         evaluation: of all prompts.
         config: how many samples are kept.
-        tokenizer: makes samples readable; ids are kept without one.
+        tokenizer: decodes samples; ids are kept without one.
     """
     rollout = evaluation.rollout
     samples = [

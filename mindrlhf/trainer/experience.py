@@ -1,4 +1,4 @@
-"""What a rollout gives and what an update learns from, as arrays with a shape per field.
+"""What a rollout produces and what an update learns from, as arrays with a shape per field.
 
 All arrays are GLOBAL and live on the host: every rank holds the whole batch, bit for bit the same, and
 each model takes its own data-parallel rows. Layouts can therefore not change rewards, advantages or
@@ -40,7 +40,7 @@ def sequence_inputs(
         prompt_columns: P.
     """
     valid = attention_mask(prompt_lengths, response_lengths, prompt_columns, tokens.shape[1] - prompt_columns)
-    # Pads behind a text as long as the model's positions reach would have the next position.
+    # Pads after a text that fills all positions of the model would get a position beyond the last.
     positions = np.where(valid, position_ids(valid), 0).astype(np.int32)
     return SequenceInputs(tokens, valid.astype(np.int32), positions)
 
@@ -86,7 +86,7 @@ class Rollout(NamedTuple):
 
 
 class ScoredRollout(NamedTuple):
-    """A rollout and what the scoring models say of it."""
+    """A rollout with the outputs of the scoring models."""
 
     rollout: Rollout
     ref_logprobs: np.ndarray  # (B, R) float32
@@ -96,7 +96,7 @@ class ScoredRollout(NamedTuple):
 
 
 class TokenRewards(NamedTuple):
-    """What each token is paid."""
+    """The reward of each token."""
 
     kl: np.ndarray  # (B, R) float32, the estimator that the reward uses, 0 outside the mask
     kl_coef: float  # the coefficient in force for this rollout

@@ -1,4 +1,4 @@
-"""Where gradients add up: parameters that all graphs of an optimizer step refer to."""
+"""Where gradients accumulate: parameters that all graphs of an optimizer step refer to."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mindspore import Parameter, ParameterTuple, Tensor, ops
 class GradientBuffers:
     """One set of gradients for all models that are trained one after the other.
 
-    A compiled graph holds the tensors that it was given until it is given the next ones (measured on CPU),
-    and all its results are there at its end. To parameters it only refers, and a gradient that it has added
-    to one is free at once: beside this set there is never a second one.
+    A compiled graph holds its input tensors until its next call (measured on CPU), and all its results until
+    its end. Parameters it only refers to, and a gradient that it has added to one is freed at once: besides
+    this set there is never a second one.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[tuple[int, ...], ms.Type], list[Parameter]] = {}
 
     def matching(self, parameters: Sequence[Parameter]) -> ParameterTuple:
-        """A buffer for each parameter; other parameters of the same shape and type get the same ones."""
+        """One buffer per parameter; later calls reuse those of the same shape and type."""
         taken: Counter[tuple[tuple[int, ...], ms.Type]] = Counter()
         chosen = []
         for parameter in parameters:

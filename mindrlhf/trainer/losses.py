@@ -1,4 +1,4 @@
-"""Loss cells: a network and what PPO asks of it, scaled by global token counts.
+"""Loss cells: a network with PPO's loss, scaled by global token counts.
 
 Each returns ``(loss, statistics)`` for :class:`mindrlhf.trainer.train_step.TrainStep`. Losses are divided
 by the token count of the whole minibatch over all ranks and micro-batches, so that gradients add up.
@@ -35,7 +35,7 @@ VALUE_STATISTICS = (*VALUE_TERMS, "value")
 
 
 class PolicyLoss(nn.Cell):
-    """Clipped policy loss of a policy, less ``entropy_coef`` times the entropy when that is not 0.
+    """Clipped policy loss, minus ``entropy_coef`` times the entropy when that is not 0.
 
     Adds the value loss when the backbone is shared with the critic.
     """
@@ -65,7 +65,7 @@ class PolicyLoss(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         """One micro-batch, fields as in :class:`Experience`; ``inverse_count`` (1,) is 1 / global tokens.
 
-        ``value_targets``, old values and returns, are there when the backbone is shared with the critic.
+        ``value_targets``, old values and returns, are given when the backbone is shared with the critic.
 
         Returns:
             the loss, and the sums named in ``statistics``.

@@ -14,11 +14,11 @@ from mindrlhf.trainer.update import UpdateResult
 
 
 def rollout_metrics(scored: ScoredRollout, rewards: TokenRewards, experience: Experience) -> dict[str, float]:
-    """What is known before the update.
+    """Metrics that are known before the update.
 
     ``objective/kl``: per-sequence sum of the KL estimate, batch mean, in nats. ``objective/entropy``:
-    per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/scores``: as the reward model
-    or function gave them. ``objective/rlhf_reward``: sum of the token rewards, so
+    per-sequence sum of ``-logp`` of the sampled tokens, batch mean. ``objective/scores``: as returned by the
+    reward model or function. ``objective/rlhf_reward``: sum of the token rewards, so
     ``objective/non_score_reward`` plus the score after penalty, centring, scaling and clipping.
     ``value/explained_var``: of the returns, by the values before the update; only with a critic.
     """
@@ -42,14 +42,14 @@ def rollout_metrics(scored: ScoredRollout, rewards: TokenRewards, experience: Ex
 
 
 def update_metrics(result: UpdateResult, config: PPOConfig) -> dict[str, float]:
-    """What the minibatches report: token means over all minibatches of the iteration.
+    """Metrics of the minibatches: token means over all minibatches of the iteration.
 
     ``policy/ratio_var`` is the variance of the ratio over tokens. ``loss/*`` are means over minibatches, each
     a mean over its tokens; ``loss/pretrain`` is the cross-entropy before ``ptx_coef``, 0 without it.
     ``policy/steps``: optimizer steps of the policy, fewer than minibatches when ``target_kl`` ended them, 0
     while the critic warms up; ``lr`` and ``grad_norm`` are then 0 too. ``update/skipped``: minibatches whose
-    step was skipped because something was not finite; those do not count here, and all is 0 without others.
-    Without a critic there is no ``loss/value``, ``value/*`` and ``grad_norm/critic``.
+    step was skipped because something was not finite; these are excluded, and all is 0 without others.
+    Without a critic there are no ``loss/value``, ``value/*`` and ``grad_norm/critic``.
     """
     policy, value = result.policy, result.value
     tokens = max(result.tokens.sum(), 1.0)
@@ -89,7 +89,7 @@ def update_metrics(result: UpdateResult, config: PPOConfig) -> dict[str, float]:
 
 
 def ratio_histogram(result: UpdateResult) -> Histogram:
-    """Ratios of all response tokens in all minibatches of an iteration, which each measured before its step.
+    """Ratios of all response tokens in all minibatches of an iteration, each measured before its step.
 
     The bins are those of RATIO_EDGES; the last, which has no upper end, is drawn up to twice the last edge.
     """
@@ -112,5 +112,5 @@ def histograms(scored: ScoredRollout, rewards: TokenRewards, result: UpdateResul
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean, 0 of nothing."""
+    """Mean, 0 for no values."""
     return float(values.mean()) if len(values) else 0.0

@@ -22,7 +22,7 @@ Builder = Callable[..., Any]
 def load_builders() -> tuple[Builder, Builder]:
     """MindFormers' ``build_lr`` and ``build_optim``.
 
-    The code of the two packages above them does not run until something else is asked of them, such as by
+    The code of the two packages above them does not run until another name is imported from them, such as by
     ``from mindformers import AutoTokenizer``.
     """
     if _PACKAGES[0] not in sys.modules:

@@ -23,7 +23,7 @@ def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_st
     Norms and biases, which are the one-dimensional parameters, get no weight decay.
 
     Args:
-        config: the YAML; both sections are handed to MindFormers as they stand.
+        config: the YAML; both sections are passed to MindFormers unchanged.
         parameters: what is trained.
         total_steps: optimizer steps of the whole job, used where the schedule says -1.
 
@@ -60,10 +60,10 @@ def _build(
 
 
 class FusedAdamW(nn.Cell):
-    """A step of MindFormers' ``AdamW`` by one kernel a parameter, on its own state and schedule.
+    """A step of MindFormers' ``AdamW`` by one kernel per parameter, on its own state and schedule.
 
-    The kernel of ``ops.AdamWeightDecay`` corrects no bias, ``w -= lr (m / (sqrt(v) + eps) + decay w)``; with
-    ``c = sqrt(1 - beta2^t) / (1 - beta1^t)``, ``lr c`` for its ``lr``, ``eps sqrt(1 - beta2^t)`` for its
+    The kernel of ``ops.AdamWeightDecay`` does not correct bias, ``w -= lr (m / (sqrt(v) + eps) + decay w)``;
+    with ``c = sqrt(1 - beta2^t) / (1 - beta1^t)``, ``lr c`` for its ``lr``, ``eps sqrt(1 - beta2^t)`` for its
     ``eps`` and ``decay / c`` for its ``decay`` it is AdamW (Loshchilov and Hutter, arXiv 1711.05101), bias
     corrected.
 
@@ -95,7 +95,7 @@ class FusedAdamW(nn.Cell):
         )
 
     def construct(self, gradients: tuple[Tensor, ...], scale: Tensor) -> Tensor:
-        """One gradient a parameter, and the factor () of all -> something that depends on all of the step."""
+        """One gradient per parameter, and the factor () for all -> a value that depends on the whole step."""
         decays = self.optimizer.get_weight_decay()
         rate = self.optimizer.get_lr()
         step = ops.assign_add(self.optimizer.global_step, self.optimizer.global_step_increase_tensor)
@@ -124,7 +124,7 @@ class FusedAdamW(nn.Cell):
         second_moment: Parameter,
         gradient: Tensor,
     ) -> Tensor:
-        """One parameter's step; scalars are as the kernel wants them, but for ``decay``; ``scale`` clips."""
+        """One parameter's step; scalars are as the kernel takes them, except ``decay``; ``scale`` clips."""
         return self.kernel(
             parameter,
             first_moment,

@@ -1,4 +1,4 @@
-"""PPO-ptx: the pre-training loss that InstructGPT adds to the policy's, and the texts it is taken on."""
+"""PPO-ptx: the pre-training loss that InstructGPT adds to the policy's, and the texts it is computed on."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PretrainStream:
     """Draws batches of texts without end, each epoch in a fresh order; every rank draws the same.
 
     A batch has as many columns as the next power of two above its longest text, so that few graphs are
-    compiled and short texts cost little; columns behind a text's last target change nothing.
+    compiled and short texts cost little; columns after a text's last target change nothing.
 
     Args:
         path: MindRecord file with ``pretrain_ids`` and ``loss_mask`` (S,), see :mod:`mindrlhf.data.columns`.
@@ -54,7 +54,7 @@ class PretrainStream:
         seed: of the orders.
 
     Raises:
-        DataError: the file is missing, damaged or of another schema; a row has nothing to learn (the first
+        DataError: the file is missing, damaged or of another schema; a row has no target (the first
             rows are checked here, the others when they are drawn) or was made by another tokenizer.
     """
 
@@ -73,7 +73,7 @@ class PretrainStream:
         """The next B texts.
 
         Raises:
-            DataError: a row does not hold what it should; the message names the row.
+            DataError: a row is invalid; the message names it.
         """
         return self._batch(self._order.draw(self._batch_size))
 
@@ -122,7 +122,7 @@ class PretrainStream:
 
 
 def open_pretraining(path: Path, job: JobConfig) -> PretrainStream | None:
-    """The texts of a job, as many per optimizer step as a minibatch has prompts; ``None`` without ptx."""
+    """The texts of a job, one per prompt of a minibatch in each optimizer step; ``None`` without ptx."""
     if not job.ppo.ptx_coef:
         return None
     return PretrainStream(

@@ -27,8 +27,8 @@ logger = get_logger(__name__)
 def save_strategies(options: PPOOptions, directory: Path) -> list[Path]:
     """Writes the strategy files of every model; needs no device, data, weights or other worker.
 
-    Under msrun a worker writes its own rank's; alone, those of all ranks of ``--world_size``, or of as
-    many as the YAMLs ask for.
+    Under msrun a worker writes its own rank's; alone, those of all ranks of ``--world_size``, or of
+    the number that the YAMLs ask for.
     """
     under_msrun = env_world_size() > 1
     world_size = env_world_size() if under_msrun else options.world_size
@@ -62,7 +62,7 @@ def run_ppo(options: PPOOptions) -> Path:
 def run_sft(options: SFTOptions) -> Path:
     """Runs supervised fine-tuning on this worker and returns the directory of the last weights.
 
-    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+    When SIGTERM stops it, it returns the directory of the results, which holds the saved state.
 
     Raises:
         MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
@@ -79,7 +79,7 @@ def run_sft(options: SFTOptions) -> Path:
 def run_reward(options: RewardOptions) -> Path:
     """Trains a reward model on this worker and returns the directory of its weights.
 
-    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+    When SIGTERM stops it, it returns the directory of the results, which holds the saved state.
 
     Raises:
         MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
@@ -96,7 +96,7 @@ def run_reward(options: RewardOptions) -> Path:
 def _served_as_scheduler() -> bool:
     """In msrun's scheduler, serves the workers until they have ended.
 
-    It is checked like a worker before, so that it ends with them on a fault.
+    Flags and configuration are checked there first as in a worker, so that it ends with them on a fault.
     """
     os.environ.setdefault("GLOG_v", "3")
     if not is_scheduler():
@@ -117,7 +117,7 @@ def _stage_plan(options: StageOptions) -> StagePlan | None:
 def _check_flags(
     resume_from: Path | None, resume_training: bool, trackers: tuple[str, ...], *, unit: str
 ) -> None:
-    """Refuses trackers that are not installed, and two answers to where the run resumes from.
+    """Refuses trackers that are not installed, and two places to resume from.
 
     Raises:
         MindRLHFError: names the flags and the remedy.

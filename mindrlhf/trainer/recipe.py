@@ -1,4 +1,4 @@
-"""What the training loop asks of a recipe, and what a recipe gives back."""
+"""What the training loop asks of a recipe, and what a recipe returns."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mindrlhf.trainer.trackers.tracker import Histogram
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a run is and when it does what, in steps; an interval of 0 is off."""
+    """Length of a run and intervals of what it does, in steps; an interval of 0 turns it off."""
 
     total: int
     eval_interval: int = 0
-    """Beside the evaluations before the first step and after the last one."""
+    """In addition to the evaluations before the first step and after the last one."""
     save_interval: int = 0
     save_at_end: bool = True
     """Whether the last step is followed by a checkpoint."""
@@ -32,7 +32,7 @@ class Display:
     """Which metrics of a recipe people see, and how.
 
     Attributes:
-        summary, evaluation: metric and how it is written in the log line of a step or of an evaluation,
+        summary, evaluation: metric and its format in the log line of a step or of an evaluation,
             such as ``("objective/kl", "kl {:+.4f}")``; metrics that a line lacks are left out.
         columns: of the table on a terminal.
         status: metrics in the live drawing on a terminal.
@@ -49,7 +49,7 @@ class Display:
 
 
 class StepResult(NamedTuple):
-    """What one step of a recipe gives, global and equal on every rank but for ``samples``."""
+    """The result of one step of a recipe, global and equal on every rank except for ``samples``."""
 
     metrics: Mapping[str, float]
     tokens: int
@@ -60,7 +60,7 @@ class StepResult(NamedTuple):
     skipped: Sequence[Mapping[str, Any]] = ()
     """One entry per optimizer step that was skipped."""
     failure: str = ""
-    """Why training cannot go on; empty when it can."""
+    """Why training cannot continue; empty when it can."""
     experience: Mapping[str, np.ndarray] | None = None
     """Columns for ``--save_data_file``."""
 
@@ -76,7 +76,7 @@ class HeldOut(NamedTuple):
 
 
 class EvaluationResult(NamedTuple):
-    """What an evaluation on held-out data gives."""
+    """The result of an evaluation on held-out data."""
 
     metrics: Mapping[str, float]
     samples: Sequence[Mapping[str, Any]] = ()

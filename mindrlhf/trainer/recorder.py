@@ -1,4 +1,4 @@
-"""The recorder owns every file that a run leaves for people, and tells the trackers the same.
+"""The recorder owns every file of results that a run writes, and passes the same to the trackers.
 
 ======================================  ==========================================================
 ``config.json``                         resolved configuration, versions, machine
@@ -49,12 +49,12 @@ CURVES_FILE = "curves.png"
 
 
 class Recorder:
-    """Appends to the files of one directory; only the main rank makes one.
+    """Appends to the files of one directory; only the main rank has one.
 
     Args:
         directory: made by :meth:`begin` when missing.
         unit: what a step is called; the key of its number in every line.
-        trackers: receive all that is added.
+        trackers: receive everything that is added.
         experience_file: where the experience of each step goes; the step's number is added to its name.
 
     Attributes:
@@ -85,7 +85,7 @@ class Recorder:
         self._rewind(SKIPPED_FILE, done)
         self.metrics = self._rewind(METRICS_FILE, done)
         self.evaluations = self._rewind(EVALUATIONS_FILE, done)
-        # Samples without their evaluation's line belong to one that was cut short, and will be repeated.
+        # Samples without an evaluation line belong to an evaluation that was cut short and will be repeated.
         evaluated = {line[self.unit] for line in self.evaluations}
         self.eval_samples = self._rewind(EVAL_SAMPLES_FILE, evaluated.__contains__)
 
@@ -95,7 +95,7 @@ class Recorder:
         Args:
             configuration: resolved.
             step: steps that are done.
-            display: what people see.
+            display: which metrics are shown.
         """
         self._display = display
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ class Recorder:
         self.trackers.start(RunStart(self.directory, record, step + 1 if is_resumed else 0, is_resumed))
 
     def add_step(self, step: int, result: StepResult, times: Mapping[str, float], schedule: Schedule) -> None:
-        """Records all that a step gave, and logs one line unless a console shows it.
+        """Records the results of a step, and logs one line unless a console shows it.
 
         Args:
             step: its number, counted from 1.
@@ -151,7 +151,7 @@ class Recorder:
             step: steps that were done.
             result: of the evaluation.
             held_out: what was evaluated on.
-            seconds: that it took.
+            seconds: its duration.
         """
         lines = [self._append(EVAL_SAMPLES_FILE, {self.unit: step, **sample}) for sample in result.samples]
         self.eval_samples += lines
@@ -176,7 +176,7 @@ class Recorder:
         return any(line.get("held_out_digest") != held_out.digest for line in self.evaluations)
 
     def lacks_evaluation(self, step: int, *, is_time: bool) -> bool:
-        """Whether the evaluation after ``step`` is due: when it is time, or as the first of all."""
+        """Whether the evaluation after ``step`` is due: at its interval, or because it is the first."""
         is_new = all(line[self.unit] != step for line in self.evaluations)
         return is_new and (is_time or not self.evaluations)
 
@@ -202,9 +202,9 @@ class Recorder:
         return path
 
     def _redraw(self) -> None:
-        """Draws ``curves.png`` when that costs next to nothing of the time since the last drawing.
+        """Draws ``curves.png`` when that takes little compared with the time since the last drawing.
 
-        A picture that cannot be drawn is worth a warning, not the training.
+        A plot that cannot be drawn causes a warning and does not stop training.
         """
         if not self._redraw_timer.is_due():
             return
@@ -229,7 +229,7 @@ class Recorder:
         return plain
 
     def _rewind(self, name: str, stays: Callable[[float], bool]) -> list[dict[str, Any]]:
-        """Takes the lines of other steps out of one file and returns those that stay."""
+        """Removes the lines of other steps from one file and returns the remaining ones."""
         path = self.directory / name
         if not path.is_file():
             return []
@@ -248,7 +248,7 @@ class Recorder:
 
 
 def summary_line(metrics: Mapping[str, float], shown: Sequence[tuple[str, str]]) -> str:
-    """The few numbers a person watches, in one line; see :class:`Display`."""
+    """The metrics of ``shown`` in one line; see :class:`Display`."""
     return "  ".join(template.format(metrics[name]) for name, template in shown if name in metrics)
 
 
@@ -273,7 +273,7 @@ def check_fresh(directory: Path, unit: str, *also: str) -> None:
     Args:
         directory: ``--save_ckpt_dir``.
         unit: what a step is called.
-        also: further names that an earlier run leaves.
+        also: further names that an earlier run writes.
 
     Raises:
         MindRLHFError: it holds results.
@@ -288,7 +288,7 @@ def check_fresh(directory: Path, unit: str, *also: str) -> None:
 
 
 class RedrawTimer:
-    """When it is time to draw again: at most about 2 % of a run goes into pictures of its curves."""
+    """When to draw again: drawing curves takes at most about 2 % of a run."""
 
     least_seconds = 30.0
     share = 0.02
@@ -299,7 +299,7 @@ class RedrawTimer:
         self._entered = 0.0
 
     def is_due(self) -> bool:
-        """Whether the time since the last drawing is long against what it took."""
+        """Whether the time since the last drawing is long compared with its duration."""
         return time.monotonic() - self._last >= max(self.least_seconds, self._cost / self.share)
 
     def __enter__(self) -> None:

@@ -1,7 +1,7 @@
 """Which checkpoint a run is resumed from: the newest whole one, or the one that is named.
 
-Everything here comes before any model is built, and all ranks decide alike: each hashes its share of the
-files, and what one finds all know.
+All of this happens before any model is built, and all ranks decide alike: each hashes its share of the
+files, and they exchange what they find.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from mindrlhf.utils.provenance import CONFIG_FILE, plain
 
 logger = get_logger(__name__)
 
-# Checkpoints, and a stage's last weights, which are written under such names, too.
+# Checkpoints, and a stage's last weights, whose temporary names have the same form.
 _LEFTOVER = re.compile(r"\.(((iteration|step)_\d+|final)\.tmp|.+\.tmp-\d+)")
 _REPLACED = re.compile(r"\.((?:iteration|step)_\d+|final)\.old")
 
 
 _LAYOUT = re.compile(r"[\w.]+\.parallel\.\w+")
-# Paths may move, and what a flag puts into the plan of a stage is reported there.
+# Paths may change, and flags that enter the plan of a stage are reported with the plan.
 _UNIMPORTANT = re.compile(
     r"([\w.]+\.)?(path|ignored.*)"
     r"|options\.(\w+_(path|dir|checkpoint|ckpt)|resume_\w+|trackers|watchdog_timeout|use_parallel|device_target"
@@ -56,7 +56,7 @@ def choose_checkpoint(
         resume_training: ``--resume_training``.
 
     Raises:
-        CheckpointError: the named checkpoint, or every one of the directory, is damaged; or of another job.
+        CheckpointError: the named checkpoint, or every one in the directory, is damaged or is of another job.
     """
     save, unit, exchange = checkpoints.directory, checkpoints.unit, checkpoints.exchange
     if resume_training:
@@ -78,7 +78,7 @@ def choose_checkpoint(
 
 
 def report_changes(directory: Path, configuration: Any) -> None:
-    """Logs what else has changed since a checkpoint was written.
+    """Logs which other settings have changed since a checkpoint was written.
 
     Args:
         directory: the checkpoint.
@@ -153,9 +153,9 @@ def require_whole(directory: Path, exchange: HostExchange) -> None:
 
 
 def find_faults(directory: Path, exchange: HostExchange) -> list[str]:
-    """What is wrong with a checkpoint's files, nothing for a whole one; collective, the same on every rank.
+    """What is wrong with a checkpoint's files, empty for a whole one; collective, the same on every rank.
 
-    Every rank looks at all sizes and hashes its share of the files.
+    Every rank checks all sizes and hashes its share of the files.
     """
     files: dict[str, FileRecord] = {}
     faults: list[str] = []
@@ -180,7 +180,7 @@ def find_faults(directory: Path, exchange: HostExchange) -> list[str]:
 
 
 def tidy(save: Path, exchange: HostExchange) -> None:
-    """Removes what a killed run has left half-written, and brings back what it was replacing; collective."""
+    """Removes what a killed run left half-written, and restores what it was replacing; collective."""
     if exchange.runtime.is_main:
         for path in sorted(save.iterdir()) if save.is_dir() else []:
             if match := _REPLACED.fullmatch(path.name):

@@ -24,7 +24,7 @@ def load_reward_function(name: str) -> RewardFunction:
     """Imports ``package.module:function``; the working directory counts as a place to import from.
 
     Raises:
-        MindRLHFError: the name has another form, or there is no such module or function.
+        MindRLHFError: the name has another form, or the module or function does not exist.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -45,12 +45,12 @@ def function_scores(
 ) -> np.ndarray:
     """Scores (B,) float32 of a rollout, equal on every rank; collective.
 
-    The main rank alone calls ``function``, so that code which is not deterministic cannot drive ranks
-    apart, and all ranks stop together when it fails. Prompts keep their chat markup; responses are cut
-    after their stop token and are given without control tokens.
+    The main rank alone calls ``function``, so that ranks cannot diverge when it is not
+    deterministic, and all ranks stop together when it fails. Prompts keep their chat markup; responses are
+    cut after their stop token and are given without control tokens.
 
     Raises:
-        MindRLHFError: on every rank, when the function raises or returns something else than one finite
+        MindRLHFError: on every rank, when the function raises or returns anything other than one finite
             number per sample; the main rank's message names the sample.
     """
     count = len(rollout.tokens)
@@ -82,7 +82,7 @@ def _call(
         returned = [float(score) for score in function(prompts, responses)]
     except Exception as error:
         # Any failure of foreign code must reach all ranks; they would wait for this one in a collective.
-        return nothing, _blame(function, prompts, responses, sample_ids, error)
+        return nothing, _find_failing_sample(function, prompts, responses, sample_ids, error)
     if len(returned) != len(prompts):
         return nothing, f"--reward_fn returned {len(returned)} numbers for {len(prompts)} samples"
     for score, sample_id, response in zip(returned, sample_ids, responses, strict=True):
@@ -91,7 +91,7 @@ def _call(
     return np.array(returned, np.float32), ""
 
 
-def _blame(
+def _find_failing_sample(
     function: RewardFunction,
     prompts: list[str],
     responses: list[str],
@@ -103,6 +103,6 @@ def _blame(
         try:
             function([prompt], [response])
         except Exception as own:
-            what = f"{type(own).__name__}: {own}"
-            return f"--reward_fn raised {what} for sample {sample_id}, response {response!r}"
-    return f"--reward_fn raised {type(error).__name__}: {error} (for the whole batch, for no sample alone)"
+            fault = f"{type(own).__name__}: {own}"
+            return f"--reward_fn raised {fault} for sample {sample_id}, response {response!r}"
+    return f"--reward_fn raised {type(error).__name__}: {error} (for the whole batch, for no single sample)"

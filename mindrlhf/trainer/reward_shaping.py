@@ -20,14 +20,14 @@ from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import ScoredRollout, TokenRewards
 
 SMALLEST_STD = 1e-8
-"""Scores that vary less count as equal: there is no scale to bring them to."""
+"""Scores that vary less count as equal and are not scaled."""
 
 
 class ScoreShaping:
-    """Turns scores into what is paid at the last token.
+    """Turns scores into the reward at the last token.
 
-    1. ``missing_eos_penalty`` off the score of a response that never stopped;
-    2. ``center_rewards``: less the running mean; ``scale_rewards``: over the running standard deviation. The
+    1. ``missing_eos_penalty``: subtracted from the score of a response that never stopped;
+    2. ``center_rewards``: minus the running mean; ``scale_rewards``: over the running standard deviation. The
        moments are of all penalised scores so far, this batch included (trlX's ``scale_reward: running``;
        Engstrom et al., "Implementation Matters in Deep RL", arXiv 2005.12729, scale without centring);
     3. ``score_clip``: cut to ``-score_clip..score_clip`` (trlX's ``cliprange_reward``).
@@ -35,7 +35,7 @@ class ScoreShaping:
     Scores are of the global batch, so moments are equal on every rank and do not depend on the layout.
 
     Args:
-        config: which of these are on; with none, scores pass unchanged.
+        config: which of these apply; with none, scores pass unchanged.
     """
 
     def __init__(self, config: PPOConfig) -> None:
@@ -43,7 +43,7 @@ class ScoreShaping:
         self.moments = RunningMoments()
 
     def __call__(self, scores: np.ndarray, stopped: np.ndarray) -> np.ndarray:
-        """Takes the batch into the moments and shapes it.
+        """Adds the batch to the moments and shapes it.
 
         Args:
             scores: (B,) scores of the whole global batch.
@@ -69,7 +69,7 @@ class ScoreShaping:
         return self.moments.state_dict()
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Goes on from :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         self.moments.load_state_dict(state)
 
 
@@ -104,6 +104,6 @@ class RewardShaper:
         return {"kl_controller": self.kl_controller.state_dict(), "scores": self.shaping.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.shaping.load_state_dict(state["scores"])

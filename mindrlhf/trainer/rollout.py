@@ -51,11 +51,11 @@ def sample_responses(
     stream: Callable[[int], np.random.Generator],
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Rollout:
-    """One response per prompt, with random numbers of the caller's choice.
+    """One response per prompt, with random numbers from the caller.
 
     Args:
         model, batch, exchange: as for :func:`generate_rollout`.
-        stream: row of the global batch -> source of its random numbers; the same on every rank.
+        stream: row of the global batch -> generator of its random numbers; the same on every rank.
         on_tokens: see :meth:`PPOModelInfer.generate`.
     """
     mesh = model.groups.mesh

@@ -1,4 +1,4 @@
-"""All that surrounds the steps of a training job: resuming, evaluating, recording, saving, stopping."""
+"""Everything around the steps of a training job: resuming, evaluating, recording, saving, stopping."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Observers:
-    """Who may stop a job, and who is shown what it does."""
+    """What may stop a job, and what displays its progress."""
 
     stop: StopRequest
     console: RunState
@@ -67,7 +67,7 @@ def start_worker(config: RunConfig, scratch: str) -> HostExchange:
 
     Args:
         config: says which device, and what its products need.
-        scratch: directory for the files that MindSpore writes unasked.
+        scratch: directory for the files that MindSpore writes of its own accord.
 
     Raises:
         MindRLHFError: this machine does not have the device, or cannot do what ``--cpu_matmul_dtype`` asks.
@@ -79,13 +79,13 @@ def start_worker(config: RunConfig, scratch: str) -> HostExchange:
 
 
 class Run:
-    """One training job on this rank: where it is, and all that surrounds the steps of its recipe.
+    """One training job on this rank: its current step, and everything around the steps of its recipe.
 
     Args:
         checkpoints: of the whole training state.
         resume: the checkpoint to resume from; ``None`` for a fresh start.
-        rewinds: whether results of an earlier part of this run that wrote no checkpoint are dropped.
-        observers: who is told; nobody by default.
+        rewinds: whether to drop results of an earlier part of this run that wrote no checkpoint.
+        observers: none by default.
         listeners: of the phases, after the console.
         experience_file: ``--save_data_file``.
 
@@ -93,7 +93,7 @@ class Run:
         step: steps that are done.
         unit: what a step is called.
         timer: of the phases.
-        recorder: writes the files of the run; ``None`` on all ranks but the main one.
+        recorder: writes the files of the run; ``None`` on all ranks except the main one.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Run:
         return self.checkpoints.configuration
 
     def begin(self, recipe: Recipe) -> None:
-        """Restores the training state when there is one, and opens the records; collective.
+        """Restores the training state when resuming, and opens the files of results; collective.
 
         Raises:
             CheckpointError: the checkpoint does not fit the recipe's models.
@@ -154,7 +154,7 @@ class Run:
             self._console.columns, self._console.status = recipe.display.columns, recipe.display.status
         if self.recorder is not None:
             self.recorder.begin(self.configuration, self.step, recipe.display)
-        # MindSpore collects garbage before every compilation; what lives as long as the job is left out.
+        # MindSpore collects garbage before every compilation; skip the objects that live as long as the job.
         release_freed_memory()
         gc.freeze()
 
@@ -177,7 +177,7 @@ class Run:
     def evaluation_due(self, recipe: Recipe) -> bool:
         """Whether to evaluate now: before the first step, after the last, and every ``eval_interval`` steps.
 
-        What is recorded already is not repeated, so a resumed run continues where it was. Collective.
+        An evaluation that is already recorded is not repeated when a run resumes. Collective.
 
         Raises:
             MindRLHFError: the recorded evaluations are of other held-out data.
@@ -187,7 +187,7 @@ class Run:
         is_time = self.step == schedule.total or bool(interval and self.step % interval == 0)
         if recipe.held_out is None or not (is_time or self.step == self._first_step):
             return False
-        # Only the main rank has the records, and all ranks must do the same.
+        # Only the main rank has the records, and all ranks must agree.
         flags = np.zeros(2, np.int32)
         if self.recorder is not None:
             flags[0] = self.recorder.has_other_evaluations(recipe.held_out)
@@ -211,17 +211,17 @@ class Run:
 
     @contextmanager
     def timed_step(self) -> Iterator[None]:
-        """Around a step, whose phases and whole duration :meth:`record` reports."""
+        """Times a step and its phases for :meth:`record`."""
         self.timer.reset()
         self._running_step = self.step + 1
         self._step_started = time.perf_counter()
         yield
 
     def record(self, recipe: Recipe, result: StepResult) -> None:
-        """Counts a step and records what it gave; collective.
+        """Counts a step and records its result; collective.
 
         Raises:
-            MindRLHFError: the step says that training cannot go on; the state is saved first.
+            MindRLHFError: the result says that training cannot continue; the state is saved first.
         """
         seconds = time.perf_counter() - self._step_started
         self.step += 1
@@ -252,7 +252,7 @@ class Run:
         return directory
 
     def finish(self, recipe: Recipe) -> bool:
-        """Saves what is not saved yet, and says how the run ended; collective.
+        """Saves what is not saved yet, and logs how the run ended; collective.
 
         Returns:
             whether all steps are done.
@@ -274,5 +274,5 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """This run's checkpoint of the present step; ``None`` when it has not been saved."""
+        """This run's checkpoint of the current step; ``None`` when it has not been saved."""
         return self.checkpoints.find(self.step)

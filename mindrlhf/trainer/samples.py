@@ -1,4 +1,4 @@
-"""Sample texts: which prompts and responses of a rollout people read."""
+"""Sample texts: which prompts and responses of a rollout are recorded for reading."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def sample_texts(
     """``sample_id``, ``prompt`` and ``response`` of one row, as text when there is a tokenizer, else ids.
 
     Args:
-        rollout: has the row.
-        row: which.
-        tokenizer: decodes.
+        rollout: holds the row.
+        row: its number.
+        tokenizer: decodes it.
         skip_special: leave control tokens out of the response; the prompt keeps its markup.
     """
     columns = rollout.prompt_columns

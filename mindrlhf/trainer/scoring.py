@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., np.ndarray]
 ExtraScores = Callable[[Rollout], np.ndarray]
-"""Gives (B,) float32 that are added to the reward model's scores, or stand alone without one."""
+"""Gives (B,) float32 that are added to the reward model's scores, or used alone without one."""
 
 
 def score_rollout(
@@ -32,17 +32,17 @@ def score_rollout(
     extra_scores: ExtraScores | None = None,
     on_pass: Callable[[], None] = lambda: None,
 ) -> ScoredRollout:
-    """What the scoring models say of a global rollout; equal on every rank.
+    """The outputs of the scoring models for a global rollout; equal on every rank.
 
-    A single number that is not finite would reach every sample by whitening, so a rollout with one is not
-    learned from: it comes back with a fault, and with neutral numbers, for metrics alone, in place of those
-    (0, and the mean of the other scores).
+    Whitening would spread a single number that is not finite to every sample, so a rollout with one is not
+    learned from: it is returned with a fault, and with neutral numbers, for metrics only, in place of those
+    that are not finite (0, and the mean of the other scores).
 
     Args:
         models: of this rank.
         rollout: the global batch.
         exchange: gathers the replicas' rows.
-        rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
+        rows_per_pass: rows of one forward pass on a rank; 0 for all of its rows.
         extra_scores: reward function.
         on_pass: called after each of the :func:`count_passes` forward passes.
     """
@@ -82,7 +82,7 @@ def policy_logprobs(
 ) -> np.ndarray:
     """Log-probs (B, R) of a rollout's responses under a policy's training network, 0 after the end.
 
-    The check on the rollout's own log-probs: before the first update and after every sync the two agree.
+    A check of the rollout's own log-probs: before the first update and after every sync the two agree.
     """
     passes = _Passes(rollout, exchange, rows_per_pass)
     logprobs = passes.run(model.groups.mesh, lambda *arrays: policy_outputs(model, *arrays)[0])
@@ -111,7 +111,7 @@ def _reward_scores(models: PPOModels, passes: _Passes) -> np.ndarray:
 
 
 def _without_faults(scored: ScoredRollout) -> ScoredRollout:
-    """The same when all numbers are finite; else neutral numbers and what is wrong."""
+    """``scored`` itself when all numbers are finite; otherwise with neutral numbers and the fault."""
     rollout = scored.rollout
     faults = {
         "reward": ~np.isfinite(scored.scores),
@@ -146,12 +146,12 @@ def _any_not_finite(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 class _Passes:
-    """Forward passes over a global rollout, each on the replicas of its own model.
+    """Forward passes over a global rollout, each on the replicas of its model.
 
     Args:
         rollout: the global batch.
         exchange: gathers the replicas' rows.
-        rows_per_pass: rows of one forward pass on a rank; 0 for all it has.
+        rows_per_pass: rows of one forward pass on a rank; 0 for all of its rows.
         on_pass: called after each.
     """
 

@@ -23,7 +23,7 @@ class SkippedUpdate:
     """``policy`` or ``critic``; ``both`` when nothing can be learned from a rollout."""
     cause: str
     rows: np.ndarray
-    """Rows of the rollout that are at fault; the whole minibatch where it cannot be told."""
+    """Rows of the rollout that are at fault; the whole minibatch when they cannot be told apart."""
     minibatch: int = 0
     """Counted from 1 in an iteration; 0: all of them."""
     grad_norm: float | None = None
@@ -42,10 +42,10 @@ class SkippedUpdate:
 
 
 class SkippedUpdates:
-    """Counts updates that were skipped, in all and in a row; the same on every rank.
+    """Counts skipped updates, in total and in a row; the same on every rank.
 
     Args:
-        limit: how many in a row are too many.
+        limit: number in a row that stops training.
     """
 
     def __init__(self, limit: int) -> None:
@@ -84,8 +84,8 @@ class SkippedUpdates:
         return entries, (
             f"{self.in_a_row} updates in a row were skipped (max_skipped_updates), the last one for this: "
             f"{last.cause}, samples {shown_ids(sample_ids[last.rows])}; skipped_updates.jsonl lists them "
-            "all. Look at the samples and the rewards, lower the learning rate, and resume: that continues "
-            "with the data after these"
+            "all. Look at the samples and the rewards, lower the learning rate, and resume: training "
+            "then continues with the data after these"
         )
 
 

@@ -31,10 +31,10 @@ def load_model_tokenizer(path: Path, config: RunConfig) -> Tokenizer:
 
 
 def check_one_tokenizer(paths: Mapping[str, Path | None]) -> None:
-    """Refuses directories whose tokenizers differ: a reward model would read other words than were generated.
+    """Refuses directories whose tokenizers differ: a reward model would not read what was generated.
 
     Args:
-        paths: flag -> what it names; only directories with a tokenizer's files count.
+        paths: flag -> its path; only directories with a tokenizer's files count.
 
     Raises:
         MindRLHFError: names the flag, a token that differs, and both tokenizers.
@@ -57,7 +57,7 @@ def check_one_tokenizer(paths: Mapping[str, Path | None]) -> None:
 
 
 def find_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
-    """The first difference of two tokenizers, empty without one; added tokens may be missing at the end."""
+    """The first difference between two tokenizers, empty if none; added tokens may be missing at the end."""
     a, b = ours.encode_batch([_PROBE])[0], theirs.encode_batch([_PROBE])[0]
     if a != b:
         at = next(i for i, pair in enumerate(zip([*a, -1], [*b, -1], strict=False)) if pair[0] != pair[1])

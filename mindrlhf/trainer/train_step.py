@@ -24,15 +24,15 @@ class Backward(nn.Cell):
 
     Args:
         loss: the cell.
-        gradients: a buffer for each of its trainable parameters, in order.
+        gradients: one buffer per trainable parameter, in order.
     """
 
     def __init__(self, loss: nn.Cell, gradients: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.loss = loss  # else this cell lists no parameters, and a cached graph would get other ones
+        self.loss = loss  # otherwise this cell lists no parameters, and a cached graph would get other ones
         self.gradients = gradients
         self.value_and_grad = ops.value_and_grad(loss, None, loss.trainable_params(), has_aux=True)
-        # From the last layer on: a gradient is added as soon as it is there, and its memory is free again.
+        # From the last layer on: a gradient is added as soon as it is computed, which frees its memory.
         self.map = ops.HyperMap(reverse=True)
 
     def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ class Backward(nn.Cell):
 class GradientNorm(nn.Cell):
     """Sums gradients over replicas and takes the norm over all shards, before any weight is changed.
 
-    ``HyperMap`` goes over the gradients: a loop that appends to a tuple takes the compiler quadratic time
+    ``HyperMap`` visits the gradients: a loop that appends to a tuple takes the compiler quadratic time
     (364 tensors: 10 s against 0.6 s).
 
     Args:
@@ -68,7 +68,7 @@ class GradientNorm(nn.Cell):
             self.mp_sum = ops.AllReduce(group=groups.mp_group)
 
     def construct(self, fault: Tensor) -> Tensor:
-        """Puts the sums over the replicas, where there are some, into the buffers.
+        """Sums the buffers over the replicas, if any, in place, and takes the norm.
 
         Args:
             fault: (1,) float32, 0, or NaN when this rank's loss is not finite.
@@ -81,7 +81,7 @@ class GradientNorm(nn.Cell):
         return self.global_norm(self.map(self.square_sum, self.gradients), fault)
 
     def square_sum(self, gradient: Parameter) -> Tensor:
-        """Sum of squares, (1,) float32, after the sum over the replicas, where there are some."""
+        """Sum of squares, (1,) float32, after the sum over the replicas, if any."""
         if self.replicated_over_dp:
             gradient = ops.assign(gradient, self.dp_sum(gradient))
         # By rows first: on CPU one sum over everything takes six times as long.
@@ -98,7 +98,7 @@ class GradientNorm(nn.Cell):
             else:
                 whole_sum = whole_sum + squares[index]
         # Adds 0, or NaN when something is not finite here, so that all ranks see it. Not ``* 0.0``: the
-        # compiler takes that for 0.
+        # compiler folds that to 0.
         split_sum = split_sum + fault * (whole_sum + 1.0)
         if self.sharded_over_mp:
             split_sum = self.mp_sum(split_sum)
@@ -111,7 +111,7 @@ class Update(nn.Cell):
     Args:
         optimizer: over the parameters the gradients belong to, in order.
         gradients: their buffers.
-        max_grad_norm: bound of the global norm; 0 turns clipping off.
+        max_grad_norm: bound on the global norm; 0 turns clipping off.
     """
 
     def __init__(self, optimizer: Optimizer, gradients: ParameterTuple, max_grad_norm: float) -> None:
@@ -156,10 +156,10 @@ class TrainStep:
         optimizer: over ``loss.trainable_params()``.
         layouts: canonical name -> layout of those parameters.
         groups: this rank's groups.
-        max_grad_norm: bound of the global gradient norm.
+        max_grad_norm: bound on the global gradient norm.
         mixed_in: another loss cell over the same parameters, whose gradients :meth:`accumulate` can add to
             the same step; compiled when it is first used.
-        buffers: where gradients add up; shared by steps that never wait for their update at the same time.
+        buffers: where gradients accumulate; steps may share them if at most one holds gradients at a time.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class TrainStep:
         """Steps the optimizer with the gradients so far; returns their norm and the learning rate.
 
         The norm is taken first. When it is not finite, because a loss or a gradient of any rank is not, the
-        step is skipped on every rank: weights, moments and schedule stay as they are, and the rate is 0.
+        step is skipped on every rank: weights, moments and schedule do not change, and the rate is 0.
         """
         fault = np.zeros(1, np.float32) if np.isfinite(self._losses).all() else np.full(1, np.nan, np.float32)
         norm = self._norm(Tensor(fault))

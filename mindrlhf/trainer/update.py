@@ -38,11 +38,11 @@ logger = get_logger(__name__)
 MicroBatches = Sequence[tuple[np.ndarray, ...]]
 
 KL_MARGIN = 1.5
-"""How far ``policy/approxkl`` may go above ``target_kl``."""
+"""Largest ratio of ``policy/approxkl`` to ``target_kl``."""
 
 
 class UpdateResult(NamedTuple):
-    """What the optimizer steps of one iteration report; one entry per minibatch, sums over ALL ranks' tokens.
+    """Results of the optimizer steps of one iteration; one entry per minibatch, sums over ALL ranks' tokens.
 
     A minibatch whose sums are not finite has no entry.
     """
@@ -62,7 +62,7 @@ class UpdateResult(NamedTuple):
 
 @dataclass
 class _Log:
-    """What :class:`UpdateResult` is made of while steps are taken; sums over this replica's tokens."""
+    """Collects what :class:`UpdateResult` is computed from; sums over this replica's tokens."""
 
     tokens: list[float] = field(default_factory=list)
     policy: list[Statistics] = field(default_factory=list)
@@ -98,7 +98,7 @@ class PPOUpdate:
         self.skips = SkippedUpdates(config.max_skipped_updates)
         self.policy_mesh = self.critic_mesh = models.train.groups.mesh
         self.shared_critic = models.train.value_head
-        buffers = GradientBuffers()  # of both: the critic's turn comes when the policy has done its step
+        buffers = GradientBuffers()  # shared: the critic's step begins when the policy's is done
         self.policy_step = _train_step(
             PolicyLoss(models.train, config),
             job.train,
@@ -123,8 +123,8 @@ class PPOUpdate:
     def run(self, experience: Experience, iteration: int, on_step: Callable[[], None]) -> UpdateResult:
         """``ppo_epochs`` passes over the experience, a fresh permutation each.
 
-        In the first ``critic_warmup_iterations`` the policy is only measured. With a ``target_kl`` the steps
-        of policy and critic end before the first minibatch whose approxkl is above 1.5 times it, which is
+        In the first ``critic_warmup_iterations`` the policy is not updated. With a ``target_kl`` the steps of
+        policy and critic end before the first minibatch whose approxkl is above 1.5 times it, which is
         the rule of Spinning Up and Stable-Baselines3; the first minibatch of an iteration, where the policy
         has not moved yet, is always learned from. The sum is over all ranks, so all end together.
 
@@ -174,7 +174,7 @@ class PPOUpdate:
             return False
         total = self.exchange.sum(np.array([log.policy[-1]["approxkl"]]), self.policy_mesh)
         approxkl = float(total[0]) / log.tokens[-1]
-        if not approxkl > KL_MARGIN * target:  # NaN is for the update to skip
+        if not approxkl > KL_MARGIN * target:  # the update itself skips NaN
             return False
         logger.info(
             "optimizer steps end after %d: approxkl %.4g is above %g x target_kl %g",
@@ -234,7 +234,7 @@ class PPOUpdate:
         policy = self._summed(log.policy, POLICY_STATISTICS, self.policy_mesh)
         value_names = VALUE_STATISTICS if self.shared_critic or self.critic_step else ()
         value = self._summed(log.value, value_names, self.critic_mesh)
-        # Sums over all ranks: what is left out is the same everywhere.
+        # Sums over all ranks: the same minibatches are left out everywhere.
         finite = np.isfinite(policy).all(axis=1)
         finite[: len(value)] &= np.isfinite(value).all(axis=1)
         pretrain = np.zeros(0)
@@ -286,7 +286,7 @@ def _train_step(
 
 
 def minibatches(count: int, config: PPOConfig, iteration: int) -> Iterator[np.ndarray]:
-    """Global row numbers of each optimizer step of an iteration: every row once an epoch.
+    """Global row numbers of each optimizer step of an iteration: every row once per epoch.
 
     Args:
         count: rows of the rollout.

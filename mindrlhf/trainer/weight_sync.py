@@ -21,8 +21,8 @@ class WeightSync:
     """Copies the policy from ``ppo_model_train`` to ``ppo_model_infer``.
 
     Both live in the same ranks. Every rank receives what it lacks and no more, in the type in which ``infer``
-    stores it, in buckets; beside its shards it holds some of these and one parameter. On one rank nothing is
-    copied but into the parameters of ``infer``.
+    stores it, in buckets; besides its shards it holds some of these and one parameter. On one rank the only
+    copy is the one into the parameters of ``infer``.
 
     Args:
         train: the policy that is trained.
@@ -48,7 +48,7 @@ class WeightSync:
             on_parameter()
 
     def verify(self, exchange: HostExchange) -> None:
-        """Refuses to go on with a generating model that is not the trained one; collective over all ranks.
+        """Refuses to continue when the generating model differs from the trained one; collective.
 
         Full tensors are compared by 64-bit checksums, in the type in which the generating model stores them.
 
@@ -73,7 +73,7 @@ class WeightSync:
         def totals(
             shards: Iterable[tuple[str, np.ndarray]], model: PPOModelTrain | PPOModelInfer
         ) -> dict[str, int]:
-            # A group that finds unequal copies must go on to the exchange that the other groups wait in.
+            # A group that finds unequal copies must still join the exchange in which the other groups wait.
             try:
                 return checksums(shards, model.layouts, model.groups)
             except ReplicaMismatchError as error:

@@ -146,7 +146,7 @@ PPO_ROWS = [
     Bad("neither true nor false", PPO, lambda c: c.give(use_parallel="perhaps"),
         "--use_parallel", "'perhaps'", "expected True or False"),
     Bad("no weights", PPO, lambda c: c.give(load_sft_checkpoint_train="no.ckpt"),
-        r"train: no\.ckpt", "do not exist", "give paths that are there"),
+        r"train: no\.ckpt", "do not exist", "give existing paths"),
     Bad("no weights named", PPO, lambda c: c.give(load_sft_checkpoint_train=None),
         "no policy weights", "no policy weights", "pass --load_sft_checkpoint_train"),
     Bad("weights cut short", PPO, lambda c: c.cut("policy.ckpt", 0.7),

@@ -72,7 +72,7 @@ class LiveConsole(RunState):
         self._on_terminal(self.console.show_cursor)
 
     def shut(self) -> None:
-        """Draws for the last time and leaves the terminal as it was."""
+        """Draws for the last time and restores the terminal."""
         self.has_ended = True
         self._on_terminal(self._live.stop)
         logging.getLogger("mindrlhf").removeHandler(self._log_handler)
@@ -118,7 +118,7 @@ class LiveConsole(RunState):
         return Group(grid, self._status())
 
     def _bar(self, done: int, total: int | None) -> ProgressBar:
-        """Full, filled in part, or swaying when nobody knows how much there is."""
+        """Full, partly filled, or pulsing when the total is unknown."""
         width = min(max(self.console.width - 68, 6), _BAR_WIDTH)
         if total is None:
             return ProgressBar(width=width, pulse=True, animation_time=self.clock())

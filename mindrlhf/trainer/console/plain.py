@@ -15,10 +15,10 @@ logger = get_logger(__name__)
 
 
 class PlainConsole(RunState):
-    """Says every ten seconds which phase is running, how far it is and for how long it has run.
+    """Logs every ten seconds which phase is running, how far it is and for how long it has run.
 
-    What a finished step gave is not said here: :class:`mindrlhf.trainer.recorder.Recorder` logs it.
-    A thread looks at the clock, so that phases without any progress of their own are named, too.
+    The results of a finished step are not logged here but by :class:`mindrlhf.trainer.recorder.Recorder`.
+    A thread watches the clock, so that phases that report no progress are named, too.
     """
 
     def __init__(self, title: str, unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,23 +26,23 @@ class PlainConsole(RunState):
         self._last_line = self.started
 
     def open(self) -> None:
-        """Starts to look at the clock."""
+        """Starts the thread."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="console", daemon=True)
         self._thread.start()
 
     def shut(self) -> None:
-        """Says nothing more."""
+        """Stops the thread."""
         self._stop.set()
         self._thread.join()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """A step is done, and the recorder may log it: silence for ten seconds."""
+        """A step is done, which the recorder may log: the next line is due in ten seconds."""
         self._last_line = self.clock()
         super().scalars(step, values)
 
     def tick(self) -> None:
-        """Writes a line when it is time."""
+        """Logs a line when one is due."""
         phase, now = self.phase, self.clock()
         if phase is None or now - self._last_line < SECONDS_BETWEEN_LINES:
             return

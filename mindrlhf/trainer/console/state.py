@@ -1,4 +1,4 @@
-"""How far a run has come: its step, the phase it is in, its last metrics, and the time that is left."""
+"""The progress of a run: its step, the phase it is in, its last metrics, and the time that is left."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class RunState(Tracker):
     Args:
         title: what runs.
         unit: what a step is.
-        clock: seconds, rising.
+        clock: monotonic, in seconds.
 
     Attributes:
         total: steps of the run; 0 until they are known.
-        columns: of the line that a finished step leaves; no line without them.
+        columns: of the line per finished step; there is no line without them.
         status: metrics of the last step that are in the drawing.
     """
 
@@ -75,11 +75,11 @@ class RunState(Tracker):
 
     @property
     def current_step(self) -> int:
-        """The step that is being made, counted from 1."""
+        """The step in progress, counted from 1."""
         return min(self.step + 1, self.total) if self.total else self.step
 
     def start(self, run: RunStart) -> None:
-        """A resumed run begins behind the steps it has done."""
+        """A resumed run begins after the steps that are done."""
         self.step = max(run.first_step - 1, 0)
         self._ends.clear()
 
@@ -105,7 +105,7 @@ class RunState(Tracker):
             self.phases.pop()
 
     def seconds_left(self) -> float | None:
-        """From the last steps' times, saving and evaluating included; ``None`` before two are done.
+        """Estimated from the last steps, saving and evaluating included; ``None`` before two are done.
 
         The first step of a process is left out: it compiles.
         """

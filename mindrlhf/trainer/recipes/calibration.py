@@ -1,7 +1,7 @@
 """Scores of the SFT model with mean 0 and standard deviation 1, folded into the head.
 
 A gain and a bias after the head, ``gain * r + bias``, as in Ziegler et al., arXiv 1909.08593, section 2.2;
-here they become part of the head's own weight and bias, so nothing else has to know of them.
+here they become part of the head's own weight and bias, so nothing else has to know about them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ logger = get_logger(__name__)
 
 REPORT_FILE = "reward_model.json"
 GENERATED_AT_ONCE = 32
-"""Most rows of a generate call on one rank."""
+"""Maximum rows of a generate call on one rank."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was folded into the head, and the scores it was made from.
+    """What was folded into the head, and the scores it was computed from.
 
     Attributes:
         source: "sft" for sampled responses, "data" for the data set's preferred ones.
@@ -62,9 +62,9 @@ class Calibration:
 
 
 def gain_and_bias(scores: np.ndarray) -> tuple[float, float]:
-    """``gain = 1 / std``, ``bias = -mean / std``: what gives ``scores`` (n,) mean 0 and standard deviation 1.
+    """``gain = 1 / std``, ``bias = -mean / std``, which give ``scores`` (n,) mean 0 and standard deviation 1.
 
-    Scores that are all alike have no scale: they keep theirs and are only shifted.
+    Scores that are all equal have no spread to scale: they are only shifted.
     """
     wide = scores.astype(np.float64)
     mean, std = float(wide.mean()), float(wide.std())
@@ -96,7 +96,7 @@ def calibrate(
         model: the trained reward model.
         score: gives the scores (n,) of sequences; collective, equal on every rank.
         responses: n sequences.
-        options: say where the responses are from.
+        options: say where the responses come from.
     """
     before = score(responses).astype(np.float64)
     gain, bias = gain_and_bias(before)
@@ -120,7 +120,7 @@ def responses_to_calibrate(
     """
     if options.calibrate == "off":
         return None
-    # Drawn without repetition while there are enough.
+    # Drawn without repetition as long as there are enough.
     count = min(options.calibration_samples, len(rows.train))
     numbers = random_stream("calibration", options.seed).permutation(rows.train)[:count]
     if options.calibrate == "data":
@@ -183,7 +183,7 @@ def _sft_responses(
         rollout.response_lengths[: len(rows)].mean(),
         rollout.stopped[: len(rows)].mean(),
     )
-    # As wide as the data's rows, so that the reward model's graph serves both.
+    # As wide as the data set's rows, so that one graph of the reward model serves both.
     columns = data.prompt_columns + max(length, data.response_columns)
     tokens = np.full((len(rows), columns), config.model.pad_token_id, np.int32)
     tokens[:, : rollout.tokens.shape[1]] = rollout.tokens[: len(rows)]

@@ -165,7 +165,7 @@ class RewardTrainer(SupervisedTrainer):
 def train_reward(options: RewardOptions, plan: StagePlan) -> Path:
     """Trains a reward model on this worker and returns the directory of its weights.
 
-    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+    When SIGTERM stops it, it returns the directory of the results, which holds the saved state.
 
     Args:
         options: the flags.
@@ -176,7 +176,7 @@ def train_reward(options: RewardOptions, plan: StagePlan) -> Path:
     """
     with observed("reward model", "step", options.watchdog_timeout, options.trackers) as observers:
         run, rows = prepare("reward", options, plan, observers, pairs=True)
-        # Before training, so that the generating model is gone when the reward model is trained.
+        # Before training, so that the generating model is freed before the reward model is trained.
         responses = responses_to_calibrate(options, plan, rows, run)
         with run.timer.phase("load"):
             trainer = RewardTrainer(options, plan, rows, run)

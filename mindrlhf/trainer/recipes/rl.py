@@ -162,7 +162,7 @@ class PPOTrainer:
         weights: where the models' weights come from.
         data: the files that are read.
         run: this rank's run.
-        tokenizer: makes sample texts readable; ids are stored without one.
+        tokenizer: decodes samples; ids are stored without one.
         verify_sync: compare checksums of all parameters after each weight sync.
         reward_function: scores texts; needs a tokenizer. Added to the reward model's scores when
             ``weights.reward`` is given, else used alone, and no reward model is built.
@@ -215,7 +215,7 @@ class PPOTrainer:
         self.display = display(self.config)
 
     def begin(self) -> None:
-        """Makes the generating policy the trained one before the first rollout, so that the ratio is 1."""
+        """Copies the trained policy to the generating one before the first rollout: the ratio is then 1."""
         different = self.weight_sync.differences() if self.run.step == 0 else []
         if different:
             logger.warning(
@@ -225,7 +225,7 @@ class PPOTrainer:
                 len(different),
                 different[0],
             )
-        # All ranks take part whatever their own comparison said: the sync is collective.
+        # All ranks take part whatever their own comparison found: the sync is collective.
         self.sync()
 
     def step(self, step: int) -> StepResult:
@@ -246,7 +246,7 @@ class PPOTrainer:
         # 6. Update ppo_model_train, and a separate critic.
         with timer.phase("train", config.ppo_epochs * config.num_minibatches, "minibatches"):
             update = self.update(experience, step)
-        # 7. Bring the trained weights to ppo_model_infer.
+        # 7. Copy the trained weights to ppo_model_infer.
         with timer.phase("sync", len(self.ppo_model_infer.layouts), "parameters"):
             self.sync(self.timer.advance)
         return self._result(step, scored, rewards, experience, update)
@@ -294,7 +294,7 @@ class PPOTrainer:
         return self.ppo_update.run(experience, iteration, self.timer.advance)
 
     def sync(self, on_parameter: Callable[[], None] = lambda: None) -> None:
-        """Brings the trained weights to ``ppo_model_infer``; collective."""
+        """Copies the trained weights to ``ppo_model_infer``; collective."""
         self.weight_sync.sync(on_parameter)
         if self.verify_sync:
             self.weight_sync.verify(self.exchange)
@@ -309,7 +309,7 @@ class PPOTrainer:
 
     @property
     def _tokens_to_draw(self) -> int:
-        """Most tokens that this rank draws in a rollout."""
+        """Maximum number of tokens that this rank draws in a rollout."""
         rows = self.config.rollout_batch_size // self.ppo_model_infer.groups.mesh.dp
         return rows * self.config.max_response_length
 
@@ -321,7 +321,7 @@ class PPOTrainer:
         experience: Experience,
         update: UpdateResult,
     ) -> StepResult:
-        """What the run records of an iteration."""
+        """What the run records about an iteration."""
         rollout, config = scored.rollout, self.config
         skipped, failure = self.ppo_update.skips.report(rollout.sample_ids)
         tokens = int(rollout.response_lengths.sum())
@@ -453,7 +453,7 @@ def _prepare(
         graphs = graph_configuration(job)
         caches.append(open_compile_cache(graphs, exchange.runtime, Path(scratch), last_phase="sync"))
     checkpoints = open_checkpoints(job, save, exchange)
-    # A reward function of the user's may wait for a server.
+    # The user's reward function may wait for a server.
     waiting = frozenset({"score", "evaluate"}) if reward_function is not None else frozenset()
     run = Run(
         checkpoints,
@@ -484,7 +484,7 @@ def _prepare(
 
 
 def graph_configuration(job: JobConfig) -> dict[str, Any]:
-    """All of a configuration but what certainly enters no compiled graph."""
+    """A configuration without the keys that certainly enter no compiled graph."""
     described: dict[str, Any] = plain(job)
     for role in ("infer", "train", "reward", "critic"):
         for key in ("path", "ignored"):

@@ -139,7 +139,7 @@ class SFTTrainer(SupervisedTrainer):
 def train_sft(options: SFTOptions, plan: StagePlan) -> Path:
     """Runs supervised fine-tuning on this worker and returns the directory of the last weights.
 
-    Stopped by SIGTERM, it returns that of the results; the state is saved there.
+    When SIGTERM stops it, it returns the directory of the results, which holds the saved state.
 
     Args:
         options: the flags.

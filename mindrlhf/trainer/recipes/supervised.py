@@ -61,13 +61,13 @@ class StageRows:
 def prepare(
     recipe: str, options: StageOptions, plan: StagePlan, observers: Observers, *, pairs: bool
 ) -> tuple[Run, StageRows]:
-    """Checks all that can be checked without a model, takes the device and joins the other workers.
+    """Checks everything that needs no model, takes the device and joins the other workers.
 
     Args:
         recipe: ``sft`` or ``reward``.
         options, plan: of the job.
         observers: of the job.
-        pairs: whether rejected responses are wanted.
+        pairs: whether rejected responses are needed.
 
     Raises:
         MindRLHFError: paths, data or the number of rows do not fit; or the checkpoint to resume from.
@@ -92,7 +92,7 @@ def prepare(
         exchange,
         keep=options.keep_checkpoints,
         configuration={"stage": recipe, "options": options, "plan": plan, "rows": counts},
-        # Rows, their split and their order are what the place in the data is a place in.
+        # The place in the data refers to these rows in this split and order.
         fixed={
             "recipe": recipe,
             **model_identity(config),
@@ -124,7 +124,7 @@ def prepare(
 
 
 class SupervisedTrainer(ABC):
-    """A recipe whose step is one optimizer step on a batch of rows; every rank makes one.
+    """A recipe whose step is one optimizer step on a batch of rows; every rank creates one.
 
     Args:
         options, plan: of the job.
@@ -185,8 +185,8 @@ class SupervisedTrainer(ABC):
     def step(self, step: int) -> StepResult:
         """One optimizer step on a global batch.
 
-        A step whose loss or gradient is not a finite number is skipped, see :meth:`TrainStep.update`; what
-        is not finite is then left out of its metrics.
+        A step whose loss or gradient is not finite is skipped, see :meth:`TrainStep.update`; metrics that are
+        not finite are then left out.
         """
         mesh, size = self.model.groups.mesh, self.plan.micro_batch_size
         # 1. Draw a batch; this replica's part of it.
@@ -226,7 +226,7 @@ class SupervisedTrainer(ABC):
 
     @abstractmethod
     def count(self, rows: np.ndarray) -> int:
-        """What the loss of these rows is a mean over: tokens or pairs."""
+        """Number of tokens or pairs over which the loss of these rows is a mean."""
 
     @abstractmethod
     def tokens(self, rows: np.ndarray) -> int:
@@ -275,9 +275,9 @@ def over_rows(
     rows_per_pass: int,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """One number per row, for any number of rows; each replica works on its part, every rank gets all.
+    """One number per row, for any number of rows; each replica computes its part, every rank gets all.
 
-    Passes are all of one size, so that one graph serves them: the last is filled from the front.
+    All passes have one size, so that one graph serves them: the last is filled up with the first rows.
 
     Args:
         forward: ``rows_per_pass`` rows of every array -> (rows_per_pass,) numbers.
@@ -306,7 +306,7 @@ def over_rows(
 def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) -> Path:
     """``directory/rank_i/`` of every rank, which appears when all ranks have written; collective.
 
-    PPO reads it as it is where its YAML splits the model alike; scripts/transform_checkpoint.py changes that.
+    PPO reads it directly if its YAML splits the model alike, else after scripts/transform_checkpoint.py.
     """
     temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
     if exchange.runtime.is_main:

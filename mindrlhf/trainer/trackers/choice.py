@@ -30,5 +30,5 @@ def check_trackers(names: Collection[str]) -> None:
 
 
 def make_trackers(names: Collection[str]) -> list[Tracker]:
-    """One tracker of each name; nothing is opened before :meth:`Tracker.start`."""
+    """One tracker per name; nothing is opened before :meth:`Tracker.start`."""
     return [import_module(f"mindrlhf.trainer.trackers.{name}").TRACKER() for name in names]

@@ -14,7 +14,7 @@ PROJECT = "mindrlhf"
 class SwanLabTracker(Tracker):
     """One SwanLab experiment, named after the directory of results; SWANLAB_MODE chooses online or not.
 
-    A resumed run continues under its id: SwanLab takes no second point for a step that it has.
+    A resumed run continues under its id: SwanLab accepts no second point for a step.
     """
 
     name = "swanlab"
@@ -34,7 +34,7 @@ class SwanLabTracker(Tracker):
             resume="allow",
             log_dir=str(run.directory / "swanlab"),
             config=dict(run.configuration),
-            # It must not ask for a key on the terminal, where nobody may be, nor take over its output.
+            # It must not ask for a key on the terminal, which may be unattended, nor take over its output.
             settings=swanlab.Settings(interactive=False),
         )
 

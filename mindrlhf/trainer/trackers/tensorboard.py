@@ -18,7 +18,7 @@ from mindrlhf.trainer.trackers.tracker import SAMPLE_COLUMNS, Histogram, RunStar
 from mindrlhf.utils.tables import markdown_table
 
 DIRECTORY = "tensorboard"
-_SHOWN_CHARACTERS = 2000  # of a text; samples.jsonl has all
+_SHOWN_CHARACTERS = 2000  # of a text; samples.jsonl has the whole text
 
 
 class TensorBoardTracker(Tracker):
@@ -127,7 +127,7 @@ def _import_tensorboardx() -> None:
 
 
 def _file_name(directory: Path) -> str:
-    """TensorBoard reads files in the order of their names: later ones must sort behind."""
+    """TensorBoard reads files in the order of their names: later ones must sort last."""
     number = sum(1 for _ in directory.iterdir())
     return f"events.out.tfevents.{int(time.time()):010d}.{number:04d}"
 

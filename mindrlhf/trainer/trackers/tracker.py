@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 class Histogram(NamedTuple):
-    """Counts of values in bins; bin i reaches from ``edges[i]`` to ``edges[i + 1]``."""
+    """Counts of values in bins; bin i extends from ``edges[i]`` to ``edges[i + 1]``."""
 
     edges: np.ndarray  # (bins + 1,) rising
     counts: np.ndarray  # (bins,)
@@ -29,11 +29,11 @@ class Histogram(NamedTuple):
 
     @classmethod
     def of(cls, values: np.ndarray, bins: int = BINS) -> Histogram:
-        """Of finite values; others are left out.
+        """The histogram of the finite values; others are left out.
 
         Args:
             values: any shape, at least one finite value.
-            bins: how many, equally wide from the least to the greatest value.
+            bins: number of bins, equally wide from the lowest to the highest value.
         """
         finite = values[np.isfinite(values)].astype(np.float64)
         counts, edges = np.histogram(finite, bins)
@@ -47,7 +47,7 @@ class RunStart:
     Attributes:
         directory: results of the run.
         configuration: content of ``config.json``, secrets hidden.
-        first_step: the next that comes; what an earlier part of the run sent for it and later is void.
+        first_step: the next step; what an earlier part of the run sent for it and later steps is void.
         is_resumed: whether there is an earlier part.
     """
 
@@ -58,14 +58,14 @@ class RunStart:
 
 
 class Tracker:
-    """Follows a run on the main rank. Does nothing by itself; a subclass takes what it can show.
+    """Follows a run on the main rank. Does nothing by itself; a subclass overrides what it can show.
 
     Steps never fall between two calls of :meth:`start`. Whatever a method raises ends this tracker with
     one warning, not the training; see :class:`Trackers`.
 
     Attributes:
         name: for messages.
-        shows_metrics: a person sees the scalars as they come, so that no log line need say them.
+        shows_metrics: whether it displays the scalars live, so that no log line has to.
     """
 
     name = "tracker"
@@ -84,14 +84,14 @@ class Tracker:
         """Some prompts with their responses; keys ``prompt``, ``response``, ``score`` and ``kl``."""
 
     def close(self) -> None:
-        """Nothing more comes; called once, also when the run has failed."""
+        """The run is over; called once, also when it has failed."""
 
 
 class Trackers:
-    """Tells each tracker what comes; one that fails is dropped with a warning.
+    """Passes every call to each tracker; one that fails is dropped with a warning.
 
     Args:
-        trackers: told in this order.
+        trackers: called in this order.
 
     Attributes:
         seconds: spent in trackers so far.
@@ -103,7 +103,7 @@ class Trackers:
 
     @property
     def show_metrics(self) -> bool:
-        """Whether a person sees the scalars as they come."""
+        """Whether a tracker displays the scalars live."""
         return any(tracker.shows_metrics for tracker in self._trackers)
 
     @property

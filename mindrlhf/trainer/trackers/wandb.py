@@ -23,7 +23,7 @@ PROJECT = "mindrlhf"
 class WandbTracker(Tracker):
     """One W&B run, named after the directory of results, in the project of WANDB_PROJECT or ``mindrlhf``.
 
-    A resumed run continues under its id: W&B takes no second point for a step that it has.
+    A resumed run continues under its id: W&B accepts no second point for a step.
     """
 
     name = "wandb"
@@ -35,7 +35,7 @@ class WandbTracker(Tracker):
         """Joins or opens the W&B run.
 
         Raises:
-            RuntimeError: not logged in; W&B would ask on the terminal, where nobody may be.
+            RuntimeError: not logged in; W&B would ask on the terminal, which may be unattended.
         """
         import wandb
 
@@ -50,7 +50,7 @@ class WandbTracker(Tracker):
             resume="allow",
             dir=str(run.directory),
             config=dict(run.configuration),
-            # Its own handling of stdout and stderr would fight with the live console.
+            # Its own handling of stdout and stderr would interfere with the live console.
             settings=wandb.Settings(console="off", silent=True),
         )
 
