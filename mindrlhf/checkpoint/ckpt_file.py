@@ -23,7 +23,7 @@ from mindrlhf.utils.errors import CheckpointError
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_MARK, _CRC_LENGTH = b"crc_num", 17
 _TEXT_TYPE = "str"
-# Far above what a model has; nothing larger is read into memory.
+# Far above what a model needs; nothing larger is read into memory.
 _MAX_DIMS_BYTES, _MAX_TEXT_BYTES = 1024, 65536
 
 
@@ -31,7 +31,7 @@ def open_ckpt(path: Path) -> FileSource:
     """A source on one ``.ckpt`` file; tensor bytes are skipped, not read.
 
     Raises:
-        CheckpointError: not there, damaged, or with an element type we do not know.
+        CheckpointError: the file is missing or damaged, or has an unknown element type.
     """
     descriptor = open_for_reading(path)
     try:
@@ -45,11 +45,11 @@ def open_ckpt(path: Path) -> FileSource:
 
 
 class _DamagedError(Exception):
-    """The bytes are not what the format asks for."""
+    """The bytes do not follow the format."""
 
 
 class _Index:
-    """Walks the messages of a file and notes where each tensor's bytes are."""
+    """Walks the messages of a file and records where each tensor's bytes are."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -79,7 +79,7 @@ class _Index:
             elif field == 3:
                 raise _DamagedError(f"{tag} is a map parameter, which no model here has")
         if not tag or tensor is None:
-            raise _DamagedError(f"a value without name or tensor at byte {value.offset}")
+            raise _DamagedError(f"a value without a name or tensor at byte {value.offset}")
         self._add_tensor(tag, tensor)
 
     def _add_tensor(self, tag: str, tensor: Extent) -> None:
@@ -188,7 +188,7 @@ def encode_ckpt(source: WeightSource) -> Iterator[bytes]:
 
 
 def _value_head(name: str, info: TensorInfo, content_bytes: int) -> bytes:
-    """Everything of a value message before the tensor's bytes, which come last."""
+    """A value message up to the tensor's bytes, which come last."""
     dims = b"".join(b"\x08" + _encode(size) for size in info.shape)
     head = dims + _field(2, MINDSPORE_NAMES[info.dtype].encode()) + b"\x1a" + _encode(content_bytes)
     value = _field(1, name.encode()) + b"\x12" + _encode(len(head) + content_bytes) + head

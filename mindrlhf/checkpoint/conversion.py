@@ -123,7 +123,7 @@ def mindspore_to_hf(
         tokenizer_dir: where tokenizer files are copied from; defaults to ``config`` when that is a directory.
         dtype: type of all weights; ``None`` keeps each as it is.
         max_shard_bytes: larger models are written as several files with an index.
-        overwrite: whether a former export may be replaced.
+        overwrite: whether a previous export may be replaced.
 
     Raises:
         CheckpointError: as :func:`hf_to_mindspore`; no config.
@@ -167,7 +167,7 @@ def export_hf(
 
     Args:
         weights_path: a full file with canonical names, or rank directories split over ``mesh``.
-        output_dir: appears when whole; a former export there is replaced.
+        output_dir: appears when complete; a previous export there is replaced.
         model: sizes of the model.
         dtype: type of all weights ("fp32", "fp16", "bf16" or the long names); ``None`` keeps each as it is.
         tokenizer_dir: where tokenizer files are copied from.
@@ -175,7 +175,7 @@ def export_hf(
             describes the same model, else one is made from ``model``.
         mesh: the layout of the rank directories.
         max_shard_bytes: larger models are written as several files with an index.
-        overwrite: whether a former export may be replaced.
+        overwrite: whether a previous export may be replaced.
         leave_out: canonical names that are not exported, such as a policy's value head.
 
     Raises:
@@ -241,7 +241,7 @@ def _config_beside(tokenizer_dir: Path | None, input_path: Path) -> Path:
 
 
 def _inferred(source: WeightSource) -> str:
-    """What the shapes show, for the message."""
+    """What can be inferred from the shapes, for the message."""
     family = family_of_names(source.tensors)
     known = [f"layers {family.weight_names.count_layers(source.tensors)}"]
     embedding = source.tensors.get(family.layouts.EMBEDDING)
@@ -283,7 +283,7 @@ def parse_size(text: str) -> int:
 
 
 def plan_shards(source: WeightSource, max_shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensors, filled in order; a tensor larger than the limit gets a file of its own."""
+    """File name -> tensors, filled in order; a tensor larger than the limit gets its own file."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, info in source.tensors.items():

@@ -1,6 +1,6 @@
 """Element types of stored weights: numpy's, and bfloat16 from ``ml_dtypes``.
 
-MindSpore has a bfloat16 numpy type of its own. Arrays cross between the two by their bits, in
+MindSpore has its own bfloat16 numpy type. Arrays cross between the two by their bits, in
 :func:`from_mindspore` and :func:`to_mindspore`; only the latter imports MindSpore, and only for bfloat16.
 """
 
@@ -100,5 +100,5 @@ def cast(array: np.ndarray, target: DType) -> tuple[np.ndarray, bool]:
         if array.dtype.itemsize < target.itemsize:  # a wider float holds every value
             return result, False
         infinite = np.isinf(result)
-    # Looking at the source only when there is an infinity at all keeps the common case to one pass.
+    # Checking the source only when the result has an infinity keeps the common case to one pass.
     return result, bool(infinite.any() and np.isfinite(array[infinite]).any())

@@ -1,4 +1,4 @@
-"""``config.json`` of a Hugging Face model: reading it, and what its family says of it."""
+"""``config.json`` of a Hugging Face model: reading it, and what its family makes of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``manifest.json``: size and SHA-256 of every file of a checkpoint, so that a damaged one is seen at once.
+"""``manifest.json``: size and SHA-256 of every file of a checkpoint, so that damage is detected at once.
 
 It is written last. A checkpoint without one is half-written; one whose files differ from it is damaged.
 """
@@ -22,7 +22,7 @@ _DEEP_OR_HUGE = (RecursionError, OverflowError)  # JSON nested too deep; the siz
 
 
 class FileRecord(NamedTuple):
-    """What the manifest says of one file."""
+    """The manifest's record of one file."""
 
     size: int
     sha256: str
@@ -123,7 +123,7 @@ def find_damaged(directory: Path, files: Mapping[str, FileRecord], names: Iterab
 
 
 def _inside(name: str) -> str:
-    """``name``, unless it leads out of the checkpoint."""
+    """``name``, refused if it leads out of the checkpoint."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError(f"it names {name!r}, which is not in the checkpoint")

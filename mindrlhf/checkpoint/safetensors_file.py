@@ -26,7 +26,7 @@ def open_safetensors(path: Path) -> FileSource:
     """A source on one ``.safetensors`` file; only its header is read now.
 
     Raises:
-        CheckpointError: not there, damaged, or with an element type we do not know.
+        CheckpointError: the file is missing or damaged, or has an unknown element type.
     """
     header, data_start = _read_header(path)
     tensors: dict[str, TensorInfo] = {}

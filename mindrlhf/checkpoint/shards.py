@@ -56,7 +56,7 @@ def rank_directories(path: Path) -> dict[int, Path]:
 
 
 def rank_file_name(rank: int, prefix: str = FILE_PREFIX, suffix: str = CKPT) -> str:
-    """Where the weights of ``rank`` lie below the directory of all ranks."""
+    """Path of the weights of ``rank`` below the directory of all ranks."""
     return f"rank_{rank}/{prefix}{rank}{suffix}"
 
 
@@ -91,7 +91,7 @@ def save_shard(
     prefix: str = FILE_PREFIX,
     digest: Digest | None = None,
 ) -> Path:
-    """Writes ``directory/rank_{rank}/{prefix}{rank}.ckpt``, which appears when whole.
+    """Writes ``directory/rank_{rank}/{prefix}{rank}.ckpt``, which appears when complete.
 
     Args:
         directory: of all ranks.
@@ -104,7 +104,7 @@ def save_shard(
         the file.
 
     Raises:
-        CheckpointError: an array's type cannot be stored, or the disk refuses.
+        CheckpointError: an array's type cannot be stored, or writing fails.
     """
     path = Path(directory) / rank_file_name(rank, prefix)
     write_weights(path, ArraySource(params), digest=digest)
@@ -125,12 +125,12 @@ def load_shard(
     Args:
         path: a full ``.ckpt`` or ``.safetensors`` file, a Hugging Face directory (its names are mapped), or
             a directory with ``rank_0/ rank_1/ ...``, one per rank or one per model-parallel index.
-        layouts: canonical name -> layout of everything the model wants.
+        layouts: canonical name -> layout of everything the model has.
         rank: whose part.
         dtype: what to cast to; ``None`` keeps what is stored. bfloat16 is MindSpore's numpy type.
         new: names that the file may lack (fresh heads); they are then absent from the result.
-        ignore: names that the file may have unused. A tied model's ``lm_head.weight`` that equals the
-            embedding needs no mention.
+        ignore: names that the file may have and that are not used. A tied model's ``lm_head.weight`` that
+            equals the embedding need not be listed.
 
     Raises:
         CheckpointError: everything else that is missing, extra or misshapen, in one error; damaged files;
@@ -162,7 +162,7 @@ def load_resharded(
 
     Args:
         path: holds ``rank_0/ rank_1/ ...``.
-        layouts: canonical name -> layout of everything the model wants, over the present mesh.
+        layouts: canonical name -> layout of everything the model has, over the current mesh.
         rank: whose part.
         stored: the mesh of the rank directories.
 
@@ -281,8 +281,8 @@ def split_to_ranks(
         output_dir: appears when whole.
         prefix: of the file names.
         suffix: ``.ckpt`` or ``.safetensors``.
-        overwrite: whether rank directories that are there may be replaced.
-        description: what a progress bar should say; none is shown without.
+        overwrite: whether existing rank directories may be replaced.
+        description: text of the progress bar; no bar without it.
 
     Returns:
         the files, in rank order.

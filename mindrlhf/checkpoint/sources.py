@@ -90,7 +90,7 @@ class WeightSource(ABC):
             yield self.read_slice(name, (slice(start, start + rows),))
 
     def display(self, name: str) -> str:
-        """The tensor's name as its file has it, for messages."""
+        """The tensor's name in its file, for messages."""
         return name
 
     @property
@@ -99,7 +99,7 @@ class WeightSource(ABC):
         return sum(info.nbytes for info in self.tensors.values())
 
     def close(self) -> None:  # noqa: B027  only sources that hold files have something to close
-        """Releases what is held open."""
+        """Closes open files."""
 
     def __enter__(self) -> WeightSource:
         return self
@@ -341,7 +341,7 @@ class CastSource(_View):
         return result
 
     def check_overflow(self) -> None:
-        """To be called when everything was read.
+        """To be called when everything has been read.
 
         Raises:
             CheckpointError: values of some tensors do not fit the type.
@@ -382,7 +382,7 @@ class LocalSource(_View):
 
 
 class MergedSource(WeightSource):
-    """Full tensors put together from one source per model-parallel index.
+    """Full tensors assembled from one source per model-parallel index.
 
     The sources must already have been checked against ``layouts``.
     """

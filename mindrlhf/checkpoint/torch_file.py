@@ -44,7 +44,7 @@ class TorchSource(WeightSource):
 
     def _load(self, path: Path) -> dict[str, Any]:
         if path != self._open_path:
-            # Letting go first: pages of the file before would still count as memory in use.
+            # Unmap the previous file first: its pages would still count as memory in use.
             self.close()
             self._open_tensors, self._open_path = _load_file(path), path
         return self._open_tensors

@@ -22,7 +22,7 @@ def transform_checkpoint(
     suffix: str = CKPT,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Rewrites a checkpoint for another layout, bit by bit equal.
+    """Rewrites a checkpoint for another layout, bit for bit.
 
     Args:
         input_path: a full file or Hugging Face directory, or the directory of rank directories.

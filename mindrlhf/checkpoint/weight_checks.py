@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def expected_layouts(model: ModelConfig, mesh: Mesh, present: Collection[str]) -> dict[str, Layout]:
     """Layouts of the weights that a file holding the tensors ``present`` should have.
 
-    A file with a scalar head may lack the language-model head (a reward model), every other may not.
+    A file with a scalar head may lack the language-model head (a reward model), any other may not.
 
     Raises:
         CheckpointError: the sizes cannot be split over ``mesh``.
@@ -51,7 +51,7 @@ def find_faults(
 ) -> list[str]:
     """One line per missing, extra or misshapen tensor, or weight that is not a float, of ``source``.
 
-    A tied model's ``lm_head.weight`` that repeats the embedding is not a fault; it is just not used.
+    A tied model's ``lm_head.weight`` that repeats the embedding is not a fault; it is not used.
 
     Args:
         source: what is stored.

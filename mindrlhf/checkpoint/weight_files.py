@@ -1,4 +1,4 @@
-"""Opens any weights a user may name, under canonical names, and writes weights files that appear whole.
+"""Opens any weights a user may name, under canonical names, and writes weights files atomically.
 
 What can be opened: a ``.ckpt``, ``.safetensors`` or ``.bin`` file, a Hugging Face directory, or a directory
 with exactly one MindSpore weights file.
@@ -41,7 +41,7 @@ _HF_FILES = (HF_SAFETENSORS, HF_SAFETENSORS + INDEX_SUFFIX, HF_TORCH, HF_TORCH +
 """Where a Hugging Face directory has its weights, in order of preference."""
 
 _MAX_NAME = 255
-"""Longest file name of common file systems; asking for a longer one is an error of the system's."""
+"""Longest file name of common file systems; looking up a longer one raises an error."""
 
 _OPENERS: dict[str, Callable[[Path], WeightSource]] = {
     CKPT: open_ckpt,
@@ -58,7 +58,7 @@ def open_weights(path: Path) -> WeightSource:
             with exactly one ``.ckpt`` or ``.safetensors`` file. Hugging Face names are mapped.
 
     Raises:
-        CheckpointError: nothing there, several candidates, or damaged files.
+        CheckpointError: nothing is found, several candidates, or damaged files.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a weights file, or a directory that holds one")
@@ -190,11 +190,11 @@ def write_weights(
         path: the file; an older one is replaced when the new one is whole.
         source: what to write, one block at a time.
         producer: the ``format`` in a safetensors header: "ms", or "pt" as transformers expects.
-        description: what a progress bar should say; none is shown without.
+        description: text of the progress bar; no bar without it.
         digest: takes in what is written, so that a manifest needs no second reading.
 
     Raises:
-        CheckpointError: another suffix, the disk refuses, or values do not fit a :class:`CastSource`'s type.
+        CheckpointError: another suffix, writing fails, or values do not fit a :class:`CastSource`'s type.
     """
     check_suffix(path)
     chunks = encode_ckpt(source) if path.suffix == CKPT else encode_safetensors(source, {"format": producer})
@@ -214,7 +214,7 @@ def write_weights(
 
 
 def _tracked(chunks: Iterable[bytes], description: str, nbytes: int) -> Iterator[bytes]:
-    """Yields ``chunks`` and shows how many megabytes have gone by."""
+    """Yields ``chunks`` and shows how many megabytes have been written."""
     written = 0
     with ProgressBar(f"{description}, MB", nbytes // 10**6) as bar:
         for chunk in chunks:
@@ -244,9 +244,9 @@ def check_output_directory(path: Path, is_ours: Callable[[Path], bool], *, overw
 
     Args:
         path: the output directory.
-        is_ours: whether an entry of it is one that a former output would have; anything else would be
+        is_ours: whether an entry is one that a previous output would have; anything else would be
             lost with the directory, so it must be moved away first.
-        overwrite: whether a former output may be replaced.
+        overwrite: whether a previous output may be replaced.
     """
     _check_place(path)
     if not path.exists():
@@ -264,7 +264,7 @@ def check_output_directory(path: Path, is_ours: Callable[[Path], bool], *, overw
 
 
 def _check_place(path: Path) -> None:
-    """Finds out before any work whether ``path`` can be made."""
+    """Checks before any work that ``path`` can be created."""
     try:
         probe_directory(path.absolute().parent)
     except OSError as error:

@@ -1,6 +1,6 @@
 """Checks between values: within one YAML, within the PPO hyper-parameters, and across a job.
 
-Each check runs on the values that are there; a value with a fault of its own has been reported already.
+Each check runs on the valid values; a value with a fault has already been reported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_run(draft: RunDraft, faults: Faults) -> None:
 
 
 def _check_divides(size: int | None, by: int | None, by_name: str, where: str, faults: Faults) -> None:
-    """A fault when both sizes are there and ``by`` does not divide the first."""
+    """A fault when both sizes are given and ``by`` does not divide the first."""
     if size is not None and by is not None and size % by:
         faults.add(
             where, f"{size} is not divisible by {by_name} ({by})", f"choose a {by_name} that divides it"
@@ -148,7 +148,7 @@ def check_job(roles: Mapping[str, RunDraft], ppo: PPODraft, world_size: int | No
     Args:
         roles: draft of "infer", "train", "reward" and, when there is one, "critic".
         ppo: hyper-parameters.
-        world_size: ranks there are; ``None``: the files need only agree.
+        world_size: number of ranks; ``None``: the files need only agree.
         faults: collects what is wrong.
     """
     _check_trainable(roles["train"], faults, "the model that is trained needs this section")
@@ -158,7 +158,7 @@ def check_job(roles: Mapping[str, RunDraft], ppo: PPODraft, world_size: int | No
     _check_models_agree(roles, faults)
     _check_lengths_and_ids(roles, ppo, faults)
     for role, draft in roles.items():
-        if role != "critic" or ppo.get("critic") != ("shared",):  # whose head sits on the policy
+        if role != "critic" or ppo.get("critic") != ("shared",):  # a shared critic is a head on the policy
             _check_batches(role, draft, ppo, faults)
     _check_warm_up(roles, ppo, faults)
 
@@ -198,7 +198,7 @@ def _check_models_agree(roles: Mapping[str, RunDraft], faults: Faults) -> None:
         if None not in values and values[0] != values[1]:
             remedy = "all models of a job run on one kind of device; --device_target sets it for all"
             differs(draft, "context.device_target", infer, values, remedy)
-        # All models of a rank live in one process, which has the settings of the policy that is trained.
+        # All models of a rank live in one process, which has the settings of the trained policy.
         same_device = values[0] == train.context.get("device_target") != "CPU"
         for key in ("max_device_memory", "max_call_depth") if same_device else ():
             values = draft.context.get(key), train.context.get(key, getattr(ContextConfig, key))
@@ -240,14 +240,14 @@ def _check_batches(role: str, draft: RunDraft, ppo: PPODraft, faults: Faults) ->
             fault = f"a minibatch of {rows} rows is not divisible by {name} ({dp})"
             faults.add(ppo.where("num_minibatches"), fault, "change rollout_batch_size or num_minibatches")
         else:
-            what = f"minibatch rows per rank of {draft.path}"
-            _check_part(ppo, "micro_batch_size", rows // dp, what, faults)
+            whose = f"minibatch rows per rank of {draft.path}"
+            _check_part(ppo, "micro_batch_size", rows // dp, whose, faults)
 
 
-def _check_part(ppo: PPODraft, key: str, rows: int, what: str, faults: Faults) -> None:
+def _check_part(ppo: PPODraft, key: str, rows: int, whose: str, faults: Faults) -> None:
     part = ppo.values.get(key)
     if part and rows % part:
-        fault = f"{part} does not divide the {what} ({rows})"
+        fault = f"{part} does not divide the {whose} ({rows})"
         faults.add(ppo.where(key), fault, "choose a divisor, or 0 for all")
 
 

@@ -22,7 +22,7 @@ class Faults:
         self._lines[f"{where}: {fault} - {remedy}"] = None
 
     def include(self, others: Faults) -> None:
-        """Adds the faults of ``others`` behind those found so far."""
+        """Adds the faults of ``others`` after those found so far."""
         self._lines |= others._lines
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ def collected() -> Iterator[Faults]:
 
 
 def shown(value: object) -> str:
-    """``value`` as it stands in a message: its repr, cut when long."""
+    """``value`` as messages show it: its repr, cut when long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, nesting of thousands of levels

@@ -96,12 +96,12 @@ class Key:
         annotation: type and range, as pydantic reads them.
         default: ``...`` when there is none.
         help: what it is, in one sentence.
-        group: heading it stands under.
+        group: the heading that lists it.
         required: whether a YAML or command line must give it.
         nullable: whether null in a YAML stands for "not given".
         flag: on the command line, when it is not ``--`` and the name.
         parse: argparse type, when the annotation does not say it.
-        metavar: argparse's name of the value.
+        metavar: argparse's name for the value.
     """
 
     annotation: Any
@@ -140,7 +140,7 @@ class Key:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The only values allowed; empty: any of the type and range."""
+        """The only values allowed; empty: any value of the type and range."""
         if get_origin(self.base) is Literal:
             return get_args(self.base)
         return tuple(name for one in self._unwrapped[1] if isinstance(one, OneOf) for name in one.names())
@@ -154,7 +154,7 @@ class Key:
                 return entry.text
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
-        bounds = {}  # the innermost annotation stands first, the narrowest bound last
+        bounds = {}  # the innermost annotation comes first, the narrowest bound last
         for kind, sign, attribute in _BOUNDS:
             for entry in metadata:
                 if isinstance(entry, kind) and getattr(entry, attribute) != MAX_INT:
@@ -174,7 +174,7 @@ class Key:
 
 
 def _fault(error: ValidationError, value: object) -> str:
-    """Pydantic's first error in our words."""
+    """Pydantic's first error, reworded."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind = first["type"]
     if kind == "value_error":
@@ -198,7 +198,7 @@ def key(default: Any, text: str, **more: Any) -> Any:
 
 @cache
 def keys_of(declaration: type) -> dict[str, Key]:
-    """The keys that a dataclass declares, its own before its bases'; fields without help are none."""
+    """The keys that a dataclass declares, its own before its bases'; fields without help are not keys."""
     hints = get_type_hints(declaration, include_extras=True)
     declared = {one.name: one for one in fields(declaration)}
     names = (name for kind in declaration.__mro__ for name in vars(kind).get("__annotations__", ()))
@@ -225,12 +225,12 @@ def read_section(
     """The valid values of ``section`` by key; every other key adds a fault.
 
     Args:
-        section: the mapping as the YAML has it.
+        section: the mapping from the YAML.
         keys: the keys that are used.
         faults: collects what is wrong.
         where: ``file`` or ``file: key.path`` of the section.
-        accepted: further keys that may be there.
-        synonyms: names that other libraries have for some keys, with ours.
+        accepted: further keys that may be present.
+        synonyms: other libraries' names for some keys -> ours.
         sources: where a key was given, when not in ``section`` itself.
     """
 

@@ -36,7 +36,7 @@ def load_run_config(
         path: the YAML.
         device_target: replaces ``context.device_target``.
         single_process: replaces the split by data_parallel 1, model_parallel 1.
-        cpu_matmul_dtype: to what products round their operands on CPU.
+        cpu_matmul_dtype: type to which products round their operands on CPU.
 
     Raises:
         ConfigError: with every fault of the file.
@@ -63,7 +63,7 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
 
     Args:
         options: the flags of ``ppo_one_stage.py``.
-        world_size: ranks there are; ``None``: the files need only agree with each other.
+        world_size: number of ranks; ``None``: the files need only agree with each other.
 
     Raises:
         ConfigError: with every fault of all files and flags.
@@ -144,10 +144,10 @@ def load_job(
         ppo_config: YAML of the hyper-parameters; by default ``ppo_X.yaml`` beside ``finetune_X.yaml``, the
             YAML of the policy as it is trained.
         overrides: ``key=value`` in place of the hyper-parameters of the file.
-        world_size: ranks there are; ``None``: the files need only agree with each other.
+        world_size: number of ranks; ``None``: the files need only agree with each other.
         device_target: replaces ``context.device_target`` of every file.
         single_process: replaces the split of every file by data_parallel 1, model_parallel 1.
-        cpu_matmul_dtype: to what the products of every model round their operands on CPU.
+        cpu_matmul_dtype: type to which the products of every model round their operands on CPU.
 
     Raises:
         ConfigError: with every fault of all files.
@@ -173,7 +173,7 @@ def load_stage(options: StageOptions, world_size: int) -> StagePlan:
 
     Args:
         options: the flags.
-        world_size: ranks there are.
+        world_size: number of ranks.
 
     Raises:
         ConfigError: with every fault of the file and the flags.
@@ -202,7 +202,7 @@ def load_stage(options: StageOptions, world_size: int) -> StagePlan:
 
 
 def with_peak(schedule: Mapping[str, Any], learning_rate: float) -> dict[str, Any]:
-    """The schedule with another peak; where it starts and ends moves in proportion, so its shape stays."""
+    """The schedule with another peak; its start and end scale in proportion, so its shape is kept."""
     peak = "base_lr" if "base_lr" in schedule else "learning_rate"
     factor = learning_rate / schedule[peak]
     ends = ("warmup_lr_init", "lr_end", "lr_end1", "lr_end2", "eta_min")

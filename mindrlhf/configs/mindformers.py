@@ -1,9 +1,9 @@
 """MindFormers' other keys: no key of a YAML is swallowed.
 
-A key that :mod:`mindrlhf.configs.schema` declares is used. Any other key that MindFormers has may stand in a
-YAML while it asks for nothing (its *neutral* values). Another value is refused, with what to do instead,
+A key that :mod:`mindrlhf.configs.schema` declares is used. Any other key of MindFormers may appear in a YAML
+as long as it asks for nothing (its *neutral* values). Another value is refused, with what to do instead,
 where it would change numbers, memory or where work is done; it is named in one warning where it is
-harmless. ``test_mindformers_agreement.py`` holds these tables against the installed MindFormers.
+harmless. ``test_mindformers_agreement.py`` compares these tables with the installed MindFormers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Foreign(NamedTuple):
         """Whether ``value`` asks for nothing."""
         if self.neutral is None or (self.same_as and value == section.get(self.same_as)):
             return True
-        # False == 0 == 0.0 in Python, which is what is wanted here: any of them is neutral.
+        # False == 0 == 0.0 in Python, as intended here: any of them is neutral.
         return value in self.neutral
 
 
@@ -59,7 +59,7 @@ _SWAP = "set it to False: nothing is moved to the host to save device memory"
 
 MODEL = {
     **_describes_nothing(
-        "model_type", "model_name", "auto_map",  # what the section is of
+        "model_type", "model_name", "auto_map",  # what the section describes
         "use_past",  # generation always has a key/value cache, training never
         "multiple_of", "ffn_dim_multiplier",  # for models without intermediate_size
         "max_position_embedding", "offset", "ignore_token_id",
@@ -116,7 +116,7 @@ SYNONYMS = {
     "rotary_base": "theta",
     "layernorm_epsilon": "rms_norm_eps",
 }
-"""Keys of ``model_config`` by their names in newer model classes of MindFormers and in Hugging Face."""
+"""Names of ``model_config`` keys in newer model classes of MindFormers and in Hugging Face -> ours."""
 
 PARALLEL = {
     **_describes_nothing("context_parallel_algo", "mem_coeff"),
@@ -197,7 +197,7 @@ TOP = {
     "micro_batch_interleave_num": Foreign((1, None), "set it to 1: batches are not interleaved"),
 }  # fmt: skip
 
-# What sections that are not read must not ask for.
+# What must not be asked for in sections that are not read.
 WITHIN_IGNORED = {
     "recompute_config": {
         **_unsupported(
@@ -214,7 +214,7 @@ WITHIN_IGNORED = {
 def check_foreign(
     section: Mapping[Any, Any], foreign: Mapping[str, Foreign], where: str, faults: Faults
 ) -> Iterator[str]:
-    """Adds a fault for each key that asks for something that is not done.
+    """Adds a fault for each key that asks for something unsupported.
 
     Yields:
         ``key (value)`` for each that is harmless.

@@ -122,14 +122,14 @@ LR_ALIASES = {
 
 
 def read_optimizer(section: Mapping[Any, Any], where: str, faults: Faults) -> dict[str, Any]:
-    """The optimizer's ``type`` and arguments, in the types that MindFormers asks for."""
+    """The optimizer's ``type`` and arguments, in the types that MindFormers expects."""
     values = _read_typed(section, OPTIMIZERS, {}, where, faults)
     if "betas" in values:
         values["betas"] = list(values["betas"])
     return values
 
 
-# (steps, ratio) of which MindFormers wants one, since it defaults neither.
+# (steps, ratio) of which MindFormers needs one, since neither has a default.
 _STEPS_OR_RATIO = {
     name: [("warmup_steps", "warmup_ratio")]
     for name, keys in LR_SCHEDULES.items()

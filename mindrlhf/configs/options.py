@@ -20,7 +20,7 @@ from mindrlhf.configs.fields import Count, DeviceTarget, Natural, NotNegative, P
 from mindrlhf.configs.schema import TrainingSettings
 
 DEFAULT_TIMEOUT = 1800.0
-"""Seconds without progress; more than the first iteration of a large model compiles without a sign."""
+"""Seconds without progress; longer than the first iteration of a large model compiles silently."""
 
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
 """Name of each tracker -> the package that it needs."""
@@ -51,7 +51,7 @@ def tracker_names(text: str) -> tuple[str, ...]:
     """The argparse type of ``--trackers``.
 
     Raises:
-        argparse.ArgumentTypeError: a name that there is not.
+        argparse.ArgumentTypeError: a name is unknown.
     """
     names = dict.fromkeys(name for part in text.split(",") if (name := part.strip().lower()))
     unknown = [name for name in names if name not in TRACKERS and name != NO_TRACKER]
@@ -89,7 +89,7 @@ class RunOptions:
     )
     trackers: tuple[str, ...] = _run(
         DEFAULT_TRACKERS,
-        "where metrics go beside metrics.jsonl, comma-separated: tensorboard (in tensorboard/ of the "
+        "where metrics go besides metrics.jsonl, comma-separated: tensorboard (in tensorboard/ of the "
         "results), wandb, swanlab; none: nowhere (default: tensorboard)",
         parse=tracker_names,
     )
@@ -97,7 +97,7 @@ class RunOptions:
     device_target: DeviceTarget | None = _run(None, "override device_target of every YAML")
     cpu_matmul_dtype: Literal["float32", "bfloat16"] = _run(
         "float32",
-        "bfloat16: on CPU, round the operands of products to it; sums and all else stay float32; needs a "
+        "bfloat16: on CPU, round the operands of products to it; sums and the rest stay float32; needs a "
         "processor with avx512_bf16, and g++",
     )
     watchdog_timeout: NotNegative = _run(
@@ -140,7 +140,7 @@ class PPOOptions(RunOptions, ExportOptions):
     load_critic_checkpoint: Path | None = _weights(None, "critic; default: the reward model, else the policy")
     reward_fn: str | None = _weights(
         None,
-        "own reward of (prompts, responses) texts; added to --load_rm_checkpoint's, or alone without it",
+        "your own reward for (prompts, responses) texts; added to --load_rm_checkpoint's, or used alone",
         metavar="PACKAGE.MODULE:FUNCTION",
     )
     mind_dataset_dir: Path | None = _files(None, "MindRecord of prompts from rlhf_data.py")

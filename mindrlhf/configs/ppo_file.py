@@ -22,7 +22,7 @@ class PPODraft:
     sources: dict[str, str] = field(default_factory=dict)
 
     def where(self, name: str) -> str:
-        """The place a fault of a key is reported at."""
+        """Where a fault of a key is reported."""
         return self.sources.get(name, join(str(self.path), name))
 
     def get(self, *names: str) -> tuple[Any, ...] | None:
@@ -44,7 +44,7 @@ class PPODraft:
 def read_ppo(path: Path | None, overrides: Sequence[str], faults: Faults) -> PPODraft:
     """Reads the PPO YAML, puts the ``key=value`` overrides in its place, and checks each value by itself.
 
-    Without a path only the overrides are checked, and what they leave out is not missing.
+    Without a path only the overrides are checked, and keys that they leave out are not reported as missing.
     """
     draft = PPODraft(path or Path("--ppo_config"))
     root = None if path is None else read_mapping(path, faults)

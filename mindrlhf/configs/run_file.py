@@ -23,7 +23,7 @@ DTYPE_KEYS = tuple(name for name in keys_of(ModelConfig) if name.endswith(("dtyp
 
 @dataclass
 class RunDraft:
-    """The valid values of one YAML; keys with a fault are absent, so checks run on what is there."""
+    """The valid values of one YAML; keys with a fault are absent, so checks run on valid values."""
 
     path: Path
     readable: bool = False
@@ -37,7 +37,7 @@ class RunDraft:
     ignored: tuple[str, ...] = ()
 
     def where(self, key_path: str) -> str:
-        """The place a fault of a key is reported at."""
+        """Where a fault of a key is reported."""
         return join(str(self.path), key_path)
 
     @property
@@ -103,7 +103,7 @@ def read_run(path: Path, faults: Faults, *, device_target: str | None, single_pr
 
 
 class _SectionReader:
-    """Reads the sections of one file, and notes what has no effect."""
+    """Reads the sections of one file, and records what has no effect."""
 
     def __init__(self, path: Path, faults: Faults) -> None:
         self.path = path
@@ -122,7 +122,7 @@ class _SectionReader:
             return value
         if value is not None:
             self.faults.add(
-                self.place(key_path), f"wrong type ({shown(value)})", "must be a section with keys of its own"
+                self.place(key_path), f"wrong type ({shown(value)})", "must be a section with keys"
             )
         elif required:
             self.faults.add(self.place(key_path), "missing", "add this section")
@@ -145,7 +145,7 @@ class _SectionReader:
         return read_section(section, keys, self.faults, where, accepted=foreign, synonyms=synonyms)
 
     def check(self, section: Mapping[Any, Any], key_path: str, foreign: Mapping[str, Foreign]) -> None:
-        """Refuses or notes what MindFormers' other keys ask for."""
+        """Refuses or records what MindFormers' other keys ask for."""
         where = self.place(key_path) if key_path else str(self.path)
         prefix = f"{key_path}." if key_path else ""
         self.without_effect += [prefix + one for one in check_foreign(section, foreign, where, self.faults)]
@@ -179,7 +179,7 @@ def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, An
 
 
 def _fit_to_device(draft: RunDraft) -> None:
-    """Puts aside what has no kernels: on CPU all types but float32, off Ascend flash attention."""
+    """Replaces what has no kernels: on CPU all types except float32, off Ascend flash attention."""
     target = draft.context.get("device_target")
     changes: dict[str, Any] = {}
     if target == "CPU":

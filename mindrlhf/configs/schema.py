@@ -1,4 +1,4 @@
-"""What a run is configured with: frozen dataclasses, free of MindSpore; each key is declared here once.
+"""The configuration of a run: frozen dataclasses, free of MindSpore; each key is declared once, here.
 
 One :class:`RunConfig` per MindFormers YAML (sizes, split, optimizer of one model) and one
 :class:`PPOConfig` per job (every PPO hyper-parameter). They are read by :mod:`mindrlhf.configs.load`,
@@ -38,7 +38,7 @@ class ModelConfig:
     """Sizes and numerics of a Qwen2 model: section ``model.model_config`` (MindFormers' ``LlamaConfig``).
 
     A YAML must give every key whose MindFormers default is not Qwen2's value. ``matmul_dtype`` is
-    ``--cpu_matmul_dtype``: to what products round their float32 operands on CPU.
+    ``--cpu_matmul_dtype``: the type to which products round their float32 operands on CPU.
     """
 
     type: Text = key(
@@ -126,8 +126,8 @@ class RunnerConfig:
 class RunConfig:
     """One MindFormers YAML: a model, its split, device and optimizer.
 
-    ``optimizer`` and ``lr_schedule`` are handed to MindFormers' ``build_optim`` and ``build_lr`` as they
-    stand (empty when the YAML has none); ``ignored`` names the sections that are not read.
+    ``optimizer`` and ``lr_schedule`` are passed unchanged to MindFormers' ``build_optim`` and ``build_lr``
+    (empty when the YAML has none); ``ignored`` names the sections that are not read.
     """
 
     path: Path
@@ -188,7 +188,7 @@ class PPOConfig(TrainingSettings):
     """Every PPO hyper-parameter of a job; "rows" are sequences of one data-parallel rank.
 
     Defaults follow InstructGPT (arXiv 2203.02155) and Ziegler et al. (arXiv 1909.08593). A YAML must give
-    what depends on the tokenizer, and the size of the job.
+    whatever depends on the tokenizer, and the size of the job.
     """
 
     total_iterations: Count = _run(100, "rollouts of the whole job", required=True)
@@ -222,9 +222,9 @@ class PPOConfig(TrainingSettings):
     )
     decode_steps_per_call: Count = _sampling(8, "tokens per call of a compiled graph")
 
-    kl_controller: Literal["fixed", "adaptive"] = _reward("fixed", "whether kl_coef moves")
+    kl_controller: Literal["fixed", "adaptive"] = _reward("fixed", "whether kl_coef adapts")
     kl_coef: NotNegative = _reward(
-        0.02, "factor of the KL to the reference, per token; adaptive: where it starts"
+        0.02, "factor of the KL to the reference, per token; adaptive: its initial value"
     )
     kl_target: Positive = _reward(6.0, "KL that the adaptive controller aims at")
     kl_horizon: Count = _reward(10_000, "responses over which the adaptive controller corrects")
@@ -236,10 +236,10 @@ class PPOConfig(TrainingSettings):
         False, "whether scores are then divided by their running standard deviation"
     )
     center_rewards: Flag = _reward(False, "whether their running mean is then subtracted")
-    score_clip: NotNegative = _reward(0.0, "at last scores are clipped to -score_clip..score_clip; 0: off")
+    score_clip: NotNegative = _reward(0.0, "finally scores are clipped to -score_clip..score_clip; 0: off")
 
     advantage: Annotated[Text, OneOf(_estimators)] = _advantages(
-        "gae", "estimator; gae needs a critic, reinforce (returns less the batch mean) has critic: none"
+        "gae", "estimator; gae needs a critic, reinforce (returns minus the batch mean) takes critic: none"
     )
     critic: Literal["separate", "shared", "none"] = _advantages(
         "separate", "model of the values: its own, a head on the policy, or none"
@@ -249,7 +249,7 @@ class PPOConfig(TrainingSettings):
     whiten_advantages: Flag = _advantages(
         True, "whether advantages get mean 0 and variance 1 over the tokens of a rollout"
     )
-    whiten_rewards: Flag = _advantages(False, "whether rewards are scaled to variance 1; their mean stays")
+    whiten_rewards: Flag = _advantages(False, "whether rewards are scaled to variance 1; their mean is kept")
 
     cliprange: Annotated[Positive, Lt(1)] = _loss(
         0.2, "bound of the ratio, epsilon of PPO (arXiv 1707.06347)"
@@ -292,20 +292,20 @@ class PPOConfig(TrainingSettings):
 
     @property
     def policy_optimizer_steps(self) -> int:
-        """Optimizer steps of the policy: all but those of the critic's warm-up."""
+        """Optimizer steps of the policy: all except those of the critic's warm-up."""
         iterations = self.total_iterations - self.critic_warmup_iterations
         return iterations * self.ppo_epochs * self.num_minibatches
 
 
 CRITIC_KEYS = ("lam", "cliprange_value", "vf_coef", "value_head_init_scale", "critic_warmup_iterations")
-"""Keys of :class:`PPOConfig` that steer a critic or use its values; without one they must be left alone."""
+"""Keys of :class:`PPOConfig` that control a critic or use its values; without one they must not be set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """A PPO job; the reference has the sizes and split of ``infer``.
 
-    A critic YAML without ``optimizer`` or ``lr_schedule`` takes those of ``train``. With ``critic: none`` the
+    A critic YAML without ``optimizer`` or ``lr_schedule`` uses those of ``train``. With ``critic: none`` the
     critic YAML is not read, and ``critic`` is ``train``.
     """
 
@@ -318,7 +318,7 @@ class JobConfig:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What ``sft.py`` or ``reward_model.py`` trains, and in which portions.
+    """What ``sft.py`` or ``reward_model.py`` trains, for how long and in which batches.
 
     Attributes:
         config: the YAML, with the peak learning rate of the flags.
@@ -333,7 +333,7 @@ class StagePlan:
     micro_batch_size: int
 
     def total_steps(self, rows: int) -> int:
-        """Optimizer steps over ``rows`` training rows; what does not fill a batch waits for the next epoch.
+        """Optimizer steps over ``rows`` training rows; an epoch leaves out rows that do not fill a batch.
 
         Raises:
             ConfigError: fewer rows than a batch, or a warm-up that never ends.

@@ -16,7 +16,7 @@ _CONSTRUCTION_ERRORS = (ValueError, LookupError, TypeError, AttributeError, Arit
 
 
 _MAX_DEPTH = 50
-"""Nesting no configuration needs; the parser is recursive, and Python's own limit may have been raised."""
+"""More than any configuration needs; the parser is recursive, and Python's limit may have been raised."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -46,7 +46,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# YAML 1.1 takes 1e-6 for a string, since it has no dot; nobody who writes it means a string.
+# YAML 1.1 reads 1e-6 as a string, since it has no dot; nobody who writes it means a string.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),

@@ -13,7 +13,7 @@ rejected_mask  (seq_length,) int32  pairs only: 1 on the response tokens of ``re
 The first three are the same with and without pairs, so a file of pairs is a file of prompts too.
 The length of a prompt is the index of the first 1 in ``loss_mask``. A row without a response has no 1; its
 prompt is what follows the leading run of pads in ``prompt_ids``. No prompt starts with the pad token, so
-this is exact even where the pad token is a token of the text.
+this is exact even where the pad token occurs in the text.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_columns(path: str | Path, names: Sequence[str]) -> tuple[dict[str, int
     """Length of each of the columns ``names`` (-1 where rows may differ), and the number of rows.
 
     Raises:
-        DataError: the file is missing or damaged, lacks a column, or has one that is not a row of int32.
+        DataError: the file is missing or damaged, lacks a column, or has one whose rows are not 1-D int32.
     """
     columns, rows = read_schema(path)
     missing = [name for name in names if name not in columns]

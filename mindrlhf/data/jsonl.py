@@ -34,14 +34,14 @@ class Sample(NamedTuple):
 class CValuesReader:
     """Iterates over the samples of a CValues jsonl file.
 
-    A line has the strings ``prompt``, ``pos_resp`` and ``neg_resp``; other keys are left alone, blank
+    A line has the strings ``prompt``, ``pos_resp`` and ``neg_resp``; other keys are ignored, blank
     lines are skipped, a byte order mark at the start is tolerated.
 
     Args:
         path: the file.
         prompt_only: ask for ``prompt`` alone.
         pairs: read ``neg_resp`` too, which may then not be empty.
-        skip_bad_lines: count bad lines and go on, instead of raising.
+        skip_bad_lines: count bad lines and continue instead of raising.
 
     Raises:
         DataError: while iterating: the file cannot be read; or a line is bad and ``skip_bad_lines`` is
@@ -67,7 +67,7 @@ class CValuesReader:
         self.bad_lines = 0
         shown: list[str] = []
         try:
-            # Bytes, so that only \n ends a line and bad UTF-8 is a fault of its own line.
+            # Bytes, so that only \n ends a line and bad UTF-8 is a fault of its line alone.
             with self.path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     if not line.strip(b"\xef\xbb\xbf \t\r\n"):

@@ -1,4 +1,4 @@
-"""Writes MindRecord files that appear whole or not at all, and reads them with errors that say what to do."""
+"""Writes MindRecord files atomically, and reads them with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _check_batch(batch: Batch, schema: Mapping[str, Column]) -> int:
 
 
 def _move_pair(source: Path, path: Path) -> None:
-    """Moves file and index; an index is never next to a file that is not its own."""
+    """Moves file and index; an index is never beside another file than its own."""
     umask = os.umask(0)
     os.umask(umask)
     for file in (source, index_path(source)):
@@ -164,7 +164,7 @@ def _move_pair(source: Path, path: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """What MindSpore has to say, without the framework's own call stack."""
+    """MindSpore's message without the framework's call stack."""
     lines = [line.strip() for line in str(error).splitlines()]
     wanted = [
         line.removeprefix("[ERROR] ") for line in lines if line and not line.startswith(("-", "Exception "))

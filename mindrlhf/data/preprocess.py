@@ -33,16 +33,16 @@ Overlong = Literal["drop", "truncate"]
 
 @dataclass
 class RowCounts:
-    """What became of the samples.
+    """Counts of what was done with the samples.
 
     Attributes:
-        rows: rows made.
+        rows: rows written.
         dropped_prompts, truncated_prompts: prompts longer than P, left out or cut.
         truncated_responses: responses cut at seq_length; they end without a stop token.
         dropped_pairs: pairs left out because one of their responses does not fit in seq_length.
-        equal_pairs: pairs left out because both responses are the same, which says nothing.
-        prompt_tokens, response_tokens: tokens in the rows made, stop tokens included.
-        rejected_tokens: the same of the rejected responses.
+        equal_pairs: pairs left out because both responses are the same, which teaches nothing.
+        prompt_tokens, response_tokens: tokens in these rows, stop tokens included.
+        rejected_tokens: the same for the rejected responses.
     """
 
     rows: int = 0
@@ -202,13 +202,13 @@ class PreprocessOptions:
         chat_template: put prompts into ChatML; otherwise they are taken as they are.
         system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
         overlong: what to do with a prompt longer than P, and with a pair longer than ``seq_length``.
-        skip_bad_lines: count bad lines and go on.
+        skip_bad_lines: count bad lines and continue.
         prompt_only: the file has prompts alone.
         pairs: write the rejected responses too, for a reward model.
         overwrite: replace an existing output.
         eval_output_path: a second MindRecord file, for held-out prompts, which ``output_path`` then lacks.
         eval_fraction: of all different prompts, how many are held out; a hash of the text chooses them.
-        batch: lines encoded and rows written at a time.
+        batch: lines per encoding and rows per write.
     """
 
     file_path: Path
@@ -229,14 +229,14 @@ class PreprocessOptions:
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What came of it.
+    """Result of :func:`preprocess`.
 
     Attributes:
         counts: rows, drops, cuts and tokens.
-        bad_lines: lines passed over.
+        bad_lines: lines skipped.
         seconds: time for reading, encoding and writing.
         prompt_format: the tokens around the text of each prompt.
-        eval_counts: the same as ``counts`` of the held-out file, ``None`` without one.
+        eval_counts: ``counts`` of the held-out file, ``None`` without one.
     """
 
     counts: RowCounts
@@ -291,7 +291,7 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
     lines = count_lines(options.file_path)
     if lines == 0:
         raise DataError(f"{options.file_path}: is empty; give a file with one JSON object per line")
-    # The two seconds that MindSpore takes to import are not the speed of the work.
+    # The two seconds of importing MindSpore are not part of the speed.
     importlib.import_module("mindspore.mindrecord")
     started = time.perf_counter()
     written: list[Path] = []
@@ -323,7 +323,7 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
 def _outputs(options: PreprocessOptions) -> list[tuple[Path, bool | None]]:
     """Files to write; each with whether it takes the held-out prompts, the others, or (``None``) all.
 
-    Each is a pass of its own over the jsonl, so that memory does not grow with what is held out.
+    Each is a separate pass over the jsonl, so that memory does not grow with what is held out.
     """
     if options.eval_output_path is None:
         return [(options.output_path, None)]

@@ -168,7 +168,7 @@ class PromptStream:
         return self._data.read(self._rows.draw(self._batch_size))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as plain numbers that JSON can hold."""
+        """The position of the stream, as plain numbers that JSON can hold."""
         return self._rows.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -203,7 +203,7 @@ def read_held_out(
 def overlapping_rows(prompts: PromptBatch, train_path: Path) -> np.ndarray:
     """Row numbers of held-out prompts that a training data set has too; (n,) int64.
 
-    Goes through the training data once, a few thousand rows at a time, and keeps only hashes.
+    Reads the training data once, a few thousand rows at a time, and keeps only hashes.
 
     Args:
         prompts: the held-out prompts.
@@ -226,7 +226,7 @@ def overlapping_rows(prompts: PromptBatch, train_path: Path) -> np.ndarray:
 
 
 def prompts_digest(prompts: PromptBatch) -> str:
-    """A short name of these very prompts in this order."""
+    """A short digest of exactly these prompts in this order."""
     return hashlib.sha256(b"".join(_digests(prompts.prompt_ids))).hexdigest()[:16]
 
 

@@ -56,8 +56,8 @@ class SequenceData:
         path: MindRecord file with the columns of :mod:`mindrlhf.data.columns`.
         pad_token_id: what the file is padded with.
         vocab_size: every token must be below it.
-        max_length: most tokens of prompt and response, the model's ``seq_length``. A row may have one more,
-            as a file made for next-token labels has; it is cut.
+        max_length: maximum tokens of prompt and response, the model's ``seq_length``. A row may have one
+            more, as in a file made for next-token labels; it is cut.
         pairs: whether to read rejected responses.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The order in which rows of a data set are drawn: shuffled anew each epoch, resumable to the row."""
+"""The order in which rows of a data set are drawn: reshuffled each epoch, resumable to the row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RowStream:
         drop_last=True    r0 r1 | r2 r3 | s0 s1 | s2 s3 | ...   (supervised stages)
 
     Args:
-        rows: how many rows there are (0 .. rows - 1 are drawn), or (n,) the row numbers to draw from.
+        rows: number of rows (0 .. rows - 1 are drawn), or (n,) the row numbers to draw from.
         purpose: what the rows are drawn for.
         seed: of the permutations.
         source: the data set, for messages.
@@ -38,7 +38,7 @@ class RowStream:
         epoch: number of the epoch that the last drawn row belongs to, counted from 0.
 
     Raises:
-        DataError: there is no row.
+        DataError: there are no rows.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RowStream:
         return drawn
 
     def state_dict(self) -> dict[str, int | bool]:
-        """Where the stream stands, as plain numbers that JSON can hold."""
+        """The position of the stream, as plain numbers that JSON can hold."""
         return {
             "epoch": self.epoch,
             "cursor": self._cursor,

@@ -56,7 +56,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """Ids of each text, nothing added in front or behind.
+        """Ids of each text, with nothing added before or after.
 
         By default text that looks like a control token is encoded as ordinary text, so that no user
         text can open or close a turn; ``parse_special=True`` turns it into the control token.
@@ -68,7 +68,7 @@ class Tokenizer(ABC):
 
 
 def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a response: the turn's end (when there is one), then the end of text."""
+    """Ids that end a response: the turn's end (if the tokenizer has one), then the end of text."""
     special = tokenizer.special
     turn_end = () if special.turn_end is None else (special.turn_end,)
     return (*turn_end, special.end_of_text)

@@ -20,7 +20,7 @@ def load_tokenizer(
 
     Args:
         path: a directory with ``vocab.json`` + ``merges.txt`` (or only ``tokenizer.json``), with
-            ``tokenizer_config.json`` when it is there; or a sentencepiece ``.model`` file; or a
+            ``tokenizer_config.json`` if present; or a sentencepiece ``.model`` file; or a
             ``.tiktoken`` ranks file; or a directory with one of these two.
         vocab_path, merges_path: the two files of a byte-level BPE, in place of ``path``.
         config_path: a ``tokenizer_config.json`` for the added tokens; without one the tokens
@@ -45,10 +45,10 @@ def load_tokenizer(
     )
 
 
-def _existing(path: str | Path, what: str) -> Path:
+def _existing(path: str | Path, kind: str) -> Path:
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such {what}; give the path of an existing one")
+        raise DataError(f"{path}: no such {kind}; give the path of an existing one")
     return path
 
 

@@ -33,7 +33,7 @@ _LOOKS_SPECIAL = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The part of ``tokenizer_config.json`` that matters here.
+    """The part of ``tokenizer_config.json`` that is used.
 
     Attributes:
         added: text of each added token with its id, in id order.
@@ -50,7 +50,7 @@ class TokenizerConfig:
 class Qwen2Tokenizer(Tokenizer):
     """Byte-level BPE with NFC normalisation; the ids equal those of ``transformers``' Qwen2 tokenizer.
 
-    Make it with :meth:`from_vocab` or :meth:`from_json`.
+    Create it with :meth:`from_vocab` or :meth:`from_json`.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ def read_merges(path: Path, vocab: Mapping[str, int], added: Mapping[str, int]) 
 
     Raises:
         DataError: a line is not two tokens, a merge uses or makes a token that the vocabulary does not
-            have, or a token of the vocabulary is made by no merge (a cut or foreign merges file).
+            have, or no merge makes a token of the vocabulary (a truncated or foreign merges file).
     """
     merges: list[tuple[str, str]] = []
     faults: list[str] = []

@@ -1,8 +1,8 @@
 """Memory of the compiled graphs, from the structure of the networks in :mod:`mindrlhf.models`.
 
 Letters: m rows of a pass, T columns, n = m T, R response columns, P prompt columns; sizes are one rank's.
-A graph takes memory in two ways. What lives between two operations is given back to a pool that all graphs
-share (``activations``). What a kernel keeps for itself stays as long as its graph (``kernels``): on CPU the
+A graph takes memory in two ways. What lives between two operations is returned to a pool that all graphs
+share (``activations``). What a kernel keeps lives as long as its graph (``kernels``): on CPU the
 index tables of transposes (8 bytes per element), which only generation has, and of broadcasts (16).
 """
 
@@ -28,10 +28,10 @@ class DeviceTraits:
 
     Attributes:
         measured: whether the constants were measured (on this project's machine) or assumed.
-        process: bytes of the process, or of the device's runtime, before there is a model.
-        training_imports: more of it, once MindFormers' optimizer is imported.
+        process: bytes of the process, or of the device's runtime, before any model is built.
+        training_imports: additional bytes once MindFormers' optimizer is imported.
         transpose_index: bytes per element that a ``Transpose`` kernel keeps, as long as its graph lives.
-        broadcast_index: the same of an element-wise kernel that broadcasts.
+        broadcast_index: the same for an element-wise kernel that broadcasts.
         first_graph: bytes that compiling anything at all takes: threads, generated code.
         forward_layer, backward_layer, decode_layer: bytes of a compiled layer in a graph of each kind; the
             graphs of an optimizer step count with the backward pass.
@@ -169,8 +169,8 @@ class ParameterCount:
         largest: of the largest parameter.
         layer: of a decoder layer.
         embedding: of the embedding table, which is looked up and not multiplied unless it is tied.
-        shapes: how often each shape comes in the body.
-        head_shapes: the same of the scalar head.
+        shapes: how often each shape occurs in the body.
+        head_shapes: the same for the scalar head.
     """
 
     body: int
@@ -239,7 +239,7 @@ class Pass:
     Attributes:
         rows: m.
         columns: T.
-        responses: R, whose logits or values are wanted.
+        responses: R, whose logits or values are computed.
         logits: whether there is a language-model head.
         values: whether there is a scalar head.
         entropy: whether the entropy is computed.
@@ -270,7 +270,7 @@ class Pass:
 
 
 def scoring_graph(sizes: RankSizes, work: Pass, device: DeviceTraits) -> GraphMemory:
-    """A forward pass: what one layer needs at its widest, or the head, beside what all layers share."""
+    """A forward pass: what one layer needs at its widest, or the head, plus what all layers share."""
     widest = work.tokens * max(_attention_forward(sizes, work.columns), _feed_forward(sizes))
     activations = work.tokens * _shared(sizes, work.columns) + max(widest, _head_forward(sizes, work))
     kernels = device.broadcast_index * _broadcast_once(sizes, work)
@@ -283,7 +283,7 @@ def training_graph(
     """Forward and backward pass, which adds its gradients to buffers.
 
     The pool is fullest when the backward pass begins: all layers' activations and the head's gradients. Of
-    the parameters' gradients a layer's and the largest one are there before they are added (measured on CPU).
+    the parameters' gradients, one layer's and the largest one exist before they are added (measured on CPU).
     """
     layer = work.tokens * _kept_by_layer(sizes, work.columns)
     start = sizes.layers * layer + work.tokens * sizes.hidden * (sizes.norm + sizes.compute)
@@ -370,7 +370,7 @@ def _kept_by_layer(sizes: RankSizes, columns: int) -> int:
     if sizes.flash:
         weights = sizes.heads * FLASH_STATISTICS + sizes.queries * sizes.compute
     else:
-        # In another type than the products', the weights are kept in both.
+        # In a type other than the products', the weights are kept in both.
         cast = sizes.compute if sizes.compute != sizes.softmax else 0
         weights = sizes.heads * columns * (sizes.softmax + cast)
     return norms + by_head + weights + 3 * sizes.inner * sizes.compute

@@ -89,7 +89,7 @@ class ModelMemory:
 
     @property
     def resident(self) -> int:
-        """What stays on the device between phases, beside the gradients."""
+        """What stays on the device between phases, besides the gradients."""
         return self.weights + self.moments + self.kv_cache
 
 
@@ -119,9 +119,9 @@ def _sizes(config: RunConfig, *, lm_head: bool, score_head: bool) -> tuple[RankS
     return rank_sizes(config.model, mp), count
 
 
-def _scoring_pass(job: JobConfig, config: RunConfig, **what: bool) -> Pass:
+def _scoring_pass(job: JobConfig, config: RunConfig, **parts: bool) -> Pass:
     rows = job.ppo.score_batch_size or rollout_rows(job, config)
-    return Pass(rows=rows, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **what)
+    return Pass(rows=rows, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **parts)
 
 
 def _padded(job: JobConfig, config: RunConfig) -> bool:
@@ -162,7 +162,7 @@ def _policy(job: JobConfig, device: DeviceTraits) -> ModelMemory:
 
 def _critic(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     sizes, count = _sizes(job.critic, lm_head=False, score_head=True)
-    # What is trained is kept in float32 whatever its YAML says (trainer/builder.py).
+    # Trained weights are kept in float32 whatever the YAML says (trainer/builder.py).
     sizes = replace(sizes, param=FLOAT32)
     scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic, values=True), device)}
     return _trained("critic", job, job.critic, sizes, count, {"values": True}, scoring, device)
@@ -174,14 +174,14 @@ def _trained(
     config: RunConfig,
     sizes: RankSizes,
     count: ParameterCount,
-    what: dict[str, bool],
+    parts: dict[str, bool],
     graphs: dict[str, GraphMemory],
     device: DeviceTraits,
 ) -> ModelMemory:
     """A model with an optimizer; ``graphs`` are those of the phases before."""
     rows = minibatch_rows(job, config)
     micro = job.ppo.micro_batch_size or rows
-    work = Pass(rows=micro, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **what)
+    work = Pass(rows=micro, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **parts)
     moments = MOMENTS * FLOAT32 * count.total
     on_host = bool(config.optimizer.get("swap")) and not device.host_shared
     return ModelMemory(
@@ -232,7 +232,7 @@ PARTS = (
     "copies",
     "process",
 )
-"""What the memory of a phase is made of, in the order of the tables."""
+"""The parts of a phase's memory, in the order of the tables."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,8 @@ class MemoryPlan:
     Attributes:
         job: the configuration.
         device: constants of its device.
-        models: by model.
-        phases: by phase, in the order they run.
+        models: one entry per model.
+        phases: one entry per phase, in the order they run.
         host: bytes of the worker's host memory when the models live on a device; 0 when they live there.
     """
 
@@ -283,7 +283,7 @@ class MemoryPlan:
 
 
 def plan_memory(job: JobConfig, *, with_reward_model: bool = True) -> MemoryPlan:
-    """Works out the memory of every model and phase; needs neither device nor MindSpore."""
+    """Computes the memory of every model and phase; needs neither device nor MindSpore."""
     device = traits_of(job.train.context.device_target)
     models = tuple(job_models(job, device, with_reward_model=with_reward_model))
     phases = _cumulative(job, models, device) if device.host_shared else _pooled(job, models, device)
@@ -301,7 +301,7 @@ def plan_sync(job: JobConfig) -> SyncTraffic:
 
 
 def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTraits) -> tuple[PhaseMemory, ...]:
-    """On a device: what stays, and what the phase takes from the pool, which it gives back."""
+    """On a device: what stays, and what the phase takes from the pool and returns."""
     phases = []
     for name in PHASES:
         copies = _buckets(job) if name == SYNC else 0
@@ -312,11 +312,10 @@ def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTrait
 def _cumulative(
     job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTraits
 ) -> tuple[PhaseMemory, ...]:
-    """On CPU: what a phase takes from the system is not given back, so later phases have it too.
+    """On CPU: what a phase takes from the system is not returned, so later phases have it too.
 
-    Rollout and scoring are those of the first iteration, when of the moments, which are zeros, nobody has
-    touched more than what loading a model has left. From the second iteration on, all phases stand at the
-    peak.
+    Rollout and scoring are those of the first iteration, when the moments, which are zeros, take no more
+    memory than loading a model has left free. From the second iteration on, all phases are at the peak.
     """
     phases = []
     pool = kernels = graphs = 0
@@ -357,7 +356,7 @@ def _phase(
 
 
 def _gradient_buffers(models: tuple[ModelMemory, ...]) -> int:
-    """Gradients add up in buffers that all trained models share where shapes are equal."""
+    """Gradients accumulate in buffers that all trained models share where shapes are equal."""
     shared: Counter[tuple[tuple[int, ...], int]] = Counter()
     for model in models:
         shared |= model.gradient_kinds
@@ -367,7 +366,7 @@ def _gradient_buffers(models: tuple[ModelMemory, ...]) -> int:
 def _pool(models: tuple[ModelMemory, ...], phase: str) -> int:
     """What the pool holds at the fullest moment of a phase; models run one after another.
 
-    A backward pass adds each gradient to its buffer as soon as it is there, so no set of them is in the pool.
+    A backward pass adds each gradient to its buffer once it is computed, so the pool holds no set of them.
     """
     found = [model.graphs[phase].activations for model in models if phase in model.graphs]
     if phase == TRAINING:
@@ -395,9 +394,9 @@ class SyncTraffic:
     Attributes:
         received: by rank, what comes from other ranks.
         sent: by rank, what goes to other ranks.
-        needed: by rank, what its target slices hold that its source slices do not: the least that any way of
-            moving weights could bring.
-        pairs: of ranks that talk to each other, one way.
+        needed: by rank, what its target slices hold that its source slices do not: the minimum for any scheme
+            of moving weights.
+        pairs: of ranks that communicate, counted per direction.
         buckets: messages of all pairs.
     """
 
@@ -443,7 +442,7 @@ def sync_traffic(
 
 
 def _missing(held: Layout, wanted: Layout, rank: int) -> int:
-    """Elements of a rank's target slice that its source slice has not."""
+    """Elements of a rank's target slice that its source slice lacks."""
     sides = (
         max(0, min(a.stop, b.stop) - max(a.start, b.start))
         for a, b in zip(held.slices(rank), wanted.slices(rank), strict=True)

@@ -1,4 +1,4 @@
-"""A plan and everything that is said about it: as data, and as tables and sentences."""
+"""A plan and its report: as data, and as tables and sentences."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 
 @dataclass(frozen=True)
 class SplitCost:
-    """One split of one YAML file, everything else as it is.
+    """One split of one YAML file, with everything else unchanged.
 
     Attributes:
         file: its name.
         roles: the models that it splits.
         data_parallel, model_parallel: the split.
-        present: whether it is the plan's.
+        present: whether it is the split of the plan.
         resident: bytes per rank of its models' weights, moments and caches.
         peak: bytes per rank of the whole job.
         fits: whether that fits; ``None`` without a limit.
@@ -48,18 +48,18 @@ class SplitCost:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What scripts/plan.py says.
+    """What scripts/plan.py reports.
 
     Attributes:
         plan: memory of the job as it is planned.
         traffic: of a weight sync.
         limit: bytes per rank may take; ``None`` when none is given.
-        asked_world_size: workers that were asked for when they are not the YAMLs'.
+        asked_world_size: number of workers requested when it differs from the YAMLs'.
         yaml_world_size: workers of the YAMLs.
         splits: every split that divides, with its cost.
         suggestions: ways to fit when the plan does not.
         lowest: the lowest peak any of the settings can reach, when that does not fit either.
-        larger: workers on which something fits then, and what.
+        larger: a larger number of workers on which the job fits, and how.
     """
 
     plan: MemoryPlan
@@ -111,7 +111,7 @@ def make_report(
     """Plans a job and, when it does not fit, looks for what must change.
 
     Args:
-        job: as it shall run.
+        job: as it is to run.
         limit: bytes per rank may take.
         with_reward_model: False when rewards come from a function alone.
         yaml_job: as the YAMLs have it, when ``job`` is over another number of workers.
@@ -267,7 +267,7 @@ def _basis(plan: MemoryPlan) -> str:
             "with MindSpore 2.9.0 (scripts/benchmark/memory.py compares both)."
         )
     return (
-        "Computed from sizes, types and layouts, not measured: no such device was at hand. "
+        "Computed from sizes, types and layouts, not measured: no such device was available. "
         f"{gigabytes(plan.device.process)} per rank are assumed for runtime and communication; "
         "that a backward pass holds no second set of gradients was measured on CPU."
     )
@@ -391,7 +391,7 @@ def _sync_lines(report: PlanReport) -> Iterator[str]:
         f"A weight sync brings {_range(traffic.received)} to a rank, {gigabytes(traffic.total)} in total, in "
         f"{traffic.buckets} messages between {traffic.pairs} pairs; a rank sends {_range(traffic.sent)}."
     )
-    yield f"The least that any way of moving the weights could bring: {gigabytes(traffic.least)} in total."
+    yield f"The minimum for any scheme of moving the weights: {gigabytes(traffic.least)} in total."
 
 
 def _range(sizes: Sequence[int]) -> str:

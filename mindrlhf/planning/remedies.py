@@ -18,7 +18,7 @@ MAX_SUGGESTIONS = 3
 MIN_RESPONSE = 16
 """Tokens; shorter responses are not suggested."""
 GROWTH = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""How many times more workers are tried when nothing else fits."""
+"""Multiples of the number of workers that are tried when nothing else fits."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Change:
 
     Attributes:
         text: what to write where.
-        apply: the job with it.
+        apply: returns the job with the change.
     """
 
     text: str
@@ -48,9 +48,9 @@ class _Lever:
     """A setting that can be changed.
 
     Attributes:
-        cost: how much changing it hurts; the mildest settings have the least.
+        cost: how much changing it hurts; lowest for the mildest settings.
         ordered: whether later values always need less memory than earlier ones.
-        values: from mild to strong, given what else has been changed.
+        values: from mild to strong, given the other changes.
     """
 
     name: str
@@ -62,11 +62,11 @@ class _Lever:
 def smallest_changes(
     job: JobConfig, fits: Callable[[MemoryPlan], bool], *, with_reward_model: bool
 ) -> list[Suggestion]:
-    """Up to three ways to fit with as few settings changed as possible, the mildest first; else none.
+    """Up to three ways to fit with as few settings changed as possible, the mildest first; or none.
 
     Args:
-        job: that does not fit.
-        fits: whether a plan does.
+        job: a job that does not fit.
+        fits: tells whether a plan fits.
         with_reward_model: whether there is a reward model.
     """
     if not fits(lowest_peak(job, with_reward_model=with_reward_model)):
@@ -119,7 +119,7 @@ def _with_splits_named(suggestion: Suggestion) -> Suggestion:
 
 
 def split_text(file: str, split: ParallelConfig) -> str:
-    """A split as it stands in a YAML."""
+    """A split as written in a YAML."""
     return f"{file}: data_parallel {split.data_parallel}, model_parallel {split.model_parallel}"
 
 

@@ -17,7 +17,7 @@ ROWS = ("generation_batch_size", "score_batch_size", "micro_batch_size")
 
 
 def runs_of(job: JobConfig) -> dict[str, RunConfig]:
-    """The YAMLs of a job by role; that of a critic counts when the critic is a model of its own."""
+    """The YAMLs of a job by role; the critic's only when the critic is a separate model."""
     runs = {"infer": job.infer, "train": job.train, "reward": job.reward, "critic": job.critic}
     if job.ppo.critic != "separate":
         del runs["critic"]
@@ -63,7 +63,7 @@ def with_splits(job: JobConfig, splits: Mapping[Path, ParallelConfig]) -> JobCon
 
 
 def with_world_size(job: JobConfig, world_size: int) -> JobConfig:
-    """The job over another number of workers: model_parallel stays where it can, else the next smaller one.
+    """The job over another number of workers; model_parallel is kept, or becomes the next smaller one.
 
     Raises:
         ConfigError: a model has no split that divides; names every file.

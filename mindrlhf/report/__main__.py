@@ -50,7 +50,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
 
     Args:
         directories: one ``--save_ckpt_dir`` or several.
-        output: the page; by default ``report.html`` in the directory of the only run, or here.
+        output: the page; by default ``report.html`` in the directory of the only run, or in the current one.
 
     Raises:
         ReportError: a run cannot be read, or the page cannot be written.

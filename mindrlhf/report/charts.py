@@ -17,10 +17,10 @@ from mindrlhf.report.diagnostics import Finding
 from mindrlhf.report.run_data import Run, Series
 
 COLORS = ("#3b7de0", "#e0701a", "#159a78", "#c4479a", "#8062e6", "#a88400", "#2499bd", "#95654f")
-"""Of runs, or of phases; readable on light and on dark ground."""
+"""Of runs, or of phases; readable on a light and on a dark background."""
 LEVEL_COLORS = {"error": "#d6453b", "warning": "#c77700", "note": "#3b7de0"}
 MAX_POINTS = 3000
-"""Points of a curve: more than a screen has pixels."""
+"""Maximum points per curve: more than a screen has pixels."""
 MARKED_POINTS = 40
 """Maximum number of points that are marked one by one."""
 
@@ -40,7 +40,7 @@ class Chart(NamedTuple):
         low, high: values that the axis always shows.
         better: for the overview: 1 when high values are good, -1 when low ones are (held-out ones appear
             there, too), 0 when neither; ``None`` where it does not appear there.
-        columns: of the page's three that it takes.
+        columns: how many of the page's three it spans.
     """
 
     metric: str
@@ -54,7 +54,7 @@ class Chart(NamedTuple):
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a part of 1, read as per cent."""
+        """Whether it is a fraction of 1, shown in per cent."""
         return self.unit.startswith("of the ")
 
     @property
@@ -69,7 +69,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
               better=1, columns=2),
         Chart("objective/kl", "KL to the reference", "nats per response",
               "How far the policy has moved; should grow slowly and stay near the target.", 0.0, better=0),
-        Chart("objective/rlhf_reward", "Reward", help="What is maximised: the score less the KL penalty."),
+        Chart("objective/rlhf_reward", "Reward", help="What is maximised: the score minus the KL penalty."),
         Chart("objective/kl_coef", "KL coefficient", help="Weight of the KL penalty."),
         Chart("objective/scores_std", "Spread of the scores", "standard deviation",
               "Within one batch; 0 leaves nothing to learn from.", 0.0),
@@ -78,7 +78,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
               help="Exponential of the held-out loss: tokens it hesitates between.", better=-1),
         Chart("train/accuracy", "Accuracy", "of the pairs",
               "The preferred response scores higher; 0.5 is chance (a loss of 0.69).", 0.0, 1.0, better=1),
-        Chart("train/margin", "Margin", help="Score of the preferred response less that of the other."),
+        Chart("train/margin", "Margin", help="Score of the preferred response minus that of the other."),
         Chart("eval/scores", "Held-out score", "mean", "Before calibration."),
         Chart("eval/scores_std", "Spread of held-out scores", "standard deviation", "Before calibration."),
     ),
@@ -130,7 +130,7 @@ class Figure(NamedTuple):
         plot: ``data`` and ``layout`` for plotly. A trace's ``meta`` holds the place of its ``run``, whether
             to ``smooth`` it, and whether its first value is ``slow``.
         last: last value of each run, ``None`` where it has none.
-        notes: sentences about what is special.
+        notes: sentences about peculiarities.
         legend: names of the colours, in their order.
     """
 
@@ -161,10 +161,10 @@ def make_figures(runs: Sequence[Run], findings: Sequence[Sequence[Finding]]) -> 
 
 
 def charts_of(metrics: Iterable[str], evaluated: Iterable[str] = ()) -> dict[str, list[Chart]]:
-    """The charts that runs have something for by group, and under "Other" the metrics that have no place.
+    """The charts that runs have data for, by group, and under "Other" the metrics without a group.
 
     Args:
-        metrics: names of all runs; phases of an iteration (``time/...``) have a chart of their own.
+        metrics: names of all runs; phases of an iteration (``time/...``) have their own chart.
         evaluated: names of the metrics of evaluations.
     """
     metrics = dict.fromkeys(metrics)
@@ -180,12 +180,12 @@ def charts_of(metrics: Iterable[str], evaluated: Iterable[str] = ()) -> dict[str
 
 
 def drawn_metrics(run: Run) -> list[str]:
-    """Metrics of a run but for those that are 0 from end to end, such as a loss that is off."""
+    """Metrics of a run, except those that are always 0, such as a loss that is turned off."""
     return [name for name in run.metric_names() if run.series(name).values.any()]
 
 
 def phases_of(run: Run) -> dict[str, Series]:
-    """Seconds of each phase of an iteration, and of what is left of it, by metric name."""
+    """Seconds of each phase of an iteration, and of its remainder, by metric name."""
     found = {name: run.series(name) for name in drawn_metrics(run) if _is_phase(name)}
     timed = [line for line in run.metrics if line.get(_TOTAL_TIME)]
     if found and timed:
@@ -198,7 +198,7 @@ def phases_of(run: Run) -> dict[str, Series]:
 def thin(series: Series, most: int = MAX_POINTS) -> Series:
     """At most ``most`` entries, the lowest and the highest of each stretch, so that no spike is lost.
 
-    Entries that are not finite count as gaps and go with the rest of their stretch.
+    Entries that are not finite count as gaps and are dropped with the rest of their stretch.
     """
     count = len(series.values)
     if count <= most:
@@ -257,7 +257,7 @@ def _figure(chart: Chart, runs: Sequence[Run], findings: Sequence[Sequence[Findi
 
 
 def _curve(series: Series, name: str, meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line with gaps, and a mark below each gap, which plotly would pass over in silence."""
+    """A line with gaps, and a mark below each gap, which plotly would skip silently."""
     color = COLORS[meta["run"] % len(COLORS)]
     shown = thin(series)
     line = _trace(shown, name, meta, color) | {
@@ -315,12 +315,12 @@ def _trace(series: Series, name: str, meta: dict[str, Any], color: str) -> dict[
 
 
 def _marks(finding: Finding, end: int, place: int | None) -> list[dict[str, Any]]:
-    """Since when a warning holds, and its threshold.
+    """Marks since when a warning holds, and its threshold.
 
     Args:
         finding: the warning.
         end: the last iteration of its run.
-        place: of the run among several: areas would lie on each other, so a line in its colour is drawn.
+        place: of the run among several: areas would overlap, so a line in its colour is drawn.
     """
     level = LEVEL_COLORS[finding.level]
     since = {"x0": finding.since, "y0": 0, "y1": 1, "yref": "paper", "layer": "below"}
@@ -347,7 +347,7 @@ def _phase_figure(place: int, run: Run, several: bool) -> Figure:
         name = _PHASE_NAMES.get(metric, metric.removeprefix("time/"))
         for iteration, value in zip(series.iterations.tolist(), series.values.tolist(), strict=True):
             whole[iteration] = whole.get(iteration, 0.0) + value
-        # The same places in every phase, or the stack would not add up.
+        # The same iterations in every phase, or the stack would not add up.
         step = -(-len(series.values) // MAX_POINTS)
         shown = Series(series.iterations[::step], series.values[::step])
         trace = _trace(shown, name, {"run": place}, color) | {"hovertemplate": "%{y:.3~g} s"}
@@ -362,7 +362,7 @@ def _phase_figure(place: int, run: Run, several: bool) -> Figure:
     total = Series(np.array(list(whole)), np.array(list(whole.values()), dtype=np.float64))
     if _starts_slow(_TOTAL_TIME, total):
         layout["yaxis"]["autorangeoptions"] = {"clipmax": _top(total)}
-        notes.append(f"The first {run.unit} took {total.values[0]:.3g} s, beyond the top: it compiles.")
+        notes.append(f"The first {run.unit} took {total.values[0]:.3g} s, above the axis: it compiles.")
     title = f"Time per phase: {run.name}" if several else "Time per phase"
     chart = Chart("time/*", title, f"seconds per {run.unit}", columns=3)
     return Figure(chart, {"data": data, "layout": layout}, [], notes, legend)

@@ -17,7 +17,7 @@ import numpy as np
 from mindrlhf.report.run_data import PPO, Run, Series, recorded
 
 MEDIAN_WINDOW = 5
-"""Iterations of the running median: up to two outliers side by side do not count."""
+"""Iterations of the running median: up to two adjacent outliers do not count."""
 KL_TARGET = 6.0
 """Nats per sequence when the configuration is not recorded: the default ``kl_target``, the middle of the
 targets of Ziegler et al. 2019 (arXiv 1909.08593)."""
@@ -31,7 +31,7 @@ RATIO_RANGE = (0.5, 2.0)
 STOP_RATE_FALL = 0.2
 """Below the highest stop rate so far."""
 STOP_RATE_NEVER = 0.02
-"""Up to here, hardly any response stops."""
+"""At or below this, hardly any response stops."""
 ENTROPY_LEFT = 0.2
 """Of the first iterations' entropy. Collapse of the entropy, and what follows: Cui et al. 2025 (arXiv
 2505.22617), Yu et al. 2025 (DAPO, arXiv 2503.14476)."""
@@ -44,7 +44,7 @@ PROGRESS_ITERATIONS = 10
 PROGRESS_ERRORS = 2.0
 """Standard errors by which the last fifth's mean score must differ from the first fifth's."""
 RISE = 0.1
-"""Of what the held-out loss has fallen; a rise by that much is overfitting and not noise."""
+"""Fraction of the fall of the held-out loss; a rise by that much is overfitting, not noise."""
 CHANCE = 0.5
 """Accuracy of a reward model that knows nothing."""
 CHANCE_ERRORS = 2.0
@@ -237,7 +237,7 @@ def not_finite(metrics: Mapping[str, Series], unit: str = "iteration") -> Findin
     text = f"NaN or infinity in {_listed(first)} since {unit} {since}"
     detail = f"{len(bad)} metric(s) hold such values: {_listed(list(bad), 6)}."
     check = "the rewards for NaN." if unit == "iteration" else "the weights it started from."
-    remedy = f"Go on from a checkpoint before it with a lower learning rate; check {check}"
+    remedy = f"Resume from an earlier checkpoint with a lower learning rate; check {check}"
     return Finding("nan", "error", text, detail, remedy, since, first[0])
 
 
@@ -281,13 +281,13 @@ def score_falling(score: Series) -> Finding | None:
         return None
     since = int(iterations[best + part - 1])
     detail = f"Mean {top.mean():.3g} up to there, {last.mean():.3g} in the last fifth."
-    remedy = "Go back to a checkpoint from before; lower the learning rate or raise kl_coef."
+    remedy = "Resume from a checkpoint before that; lower the learning rate or raise kl_coef."
     text = f"Score falling since iteration {since}"
     return Finding("score_falling", "warning", text, detail, remedy, since, "objective/scores")
 
 
 def held_out_loss_rising(loss: Series) -> Finding | None:
-    """The held-out loss has been lower: the model learns its training rows by heart."""
+    """The held-out loss has been lower: the model memorises its training rows."""
     steps, values = loss.finite
     if len(values) < TREND_ITERATIONS:
         return None
@@ -322,7 +322,7 @@ def accuracy_near_chance(accuracy: Series, rows: Any) -> Finding | None:
 
     Args:
         accuracy: on the held-out pairs.
-        rows: how many there are, as recorded.
+        rows: their number, as recorded.
     """
     steps, values = accuracy.finite
     if not isinstance(rows, int) or rows < 1 or not len(values) or steps[-1] == 0:
@@ -342,7 +342,7 @@ def nothing_held_out(run: Run) -> Finding | None:
         return None
     since = int(run.iterations[0])
     text = f"Nothing held out since step {since}"
-    detail = "There is no evaluation, so only the training loss is there to judge by."
+    detail = "There is no evaluation, so the run can only be judged by its training loss."
     return Finding("not_held_out", "note", text, detail, "Set --eval_fraction.", since, "loss/train")
 
 
@@ -354,7 +354,7 @@ def running_median(values: np.ndarray, window: int = MEDIAN_WINDOW) -> np.ndarra
         window: odd.
 
     Returns:
-        (n,) float64, NaN where nothing finite is around.
+        (n,) float64, NaN where the window has no finite value.
     """
     medians = np.full(len(values), np.nan)
     if not len(values):

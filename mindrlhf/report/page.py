@@ -1,4 +1,4 @@
-"""Puts the page together: ``page.html.j2`` with numbers, settings and warnings, and data for ``page.js``."""
+"""Assembles the page: ``page.html.j2`` with numbers, settings and warnings, and data for ``page.js``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SAMPLE_BYTES = 8_000_000
 EVAL_SAMPLE_BYTES = 3_000_000
 """Budget of all evaluation samples of the page."""
 EXTREME_SAMPLES = 50
-"""Samples of the highest and of the lowest scores that are kept whatever else goes."""
+"""Samples with the highest and with the lowest scores that are always kept."""
 
 _MAX_SETTING = 300
-# HTML forbids them, and nobody can read them: control characters but for tab and line end.
+# HTML forbids control characters except for tab and line end.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -82,7 +82,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # The text of a sample stays as it is; what HTML could read as markup, tojson escapes in any case.
+    # The text of a sample is unchanged; tojson escapes what HTML could read as markup in any case.
     environment.policies["json.dumps_kwargs"] = {
         "ensure_ascii": False, "allow_nan": False, "separators": (",", ":"),
     }  # fmt: skip
@@ -108,15 +108,15 @@ def render(runs: Sequence[Run]) -> str:
         style=Markup((ASSETS / "page.css").read_text(encoding="utf-8")),
         plotly=Markup(plotly),
         script=Markup(script),
-        # Nothing is fetched and no script but the page's own two runs, whatever a sample says. Plotly sets
-        # styles of its own.
+        # Nothing is fetched and only the page's own two scripts run, whatever a sample contains. Plotly sets
+        # inline styles.
         policy="default-src 'none'; base-uri 'none'; style-src 'unsafe-inline'; "
         f"script-src '{_digest(plotly)}' '{_digest(script)}'",
     )
 
 
 def overview(runs: Sequence[Run], charts: Iterable[Chart]) -> list[OverviewRow]:
-    """First, last and best of the charts that have a place there, held-out results first."""
+    """First, last and best of the charts that belong to the overview, held-out results first."""
     found = []
     for held_out in (True, False):
         for chart in charts:
@@ -127,7 +127,7 @@ def overview(runs: Sequence[Run], charts: Iterable[Chart]) -> list[OverviewRow]:
             every = [run.evaluation_series(name) if held_out else run.series(name) for run in runs]
             cells = [summarize(series, chart.better) for series in every]
             lasts = [cell.last * chart.better for cell in cells if cell]
-            # max > min: where all are equal, none has won.
+            # max > min: where all are equal, none is the best.
             wins = bool(chart.better and lasts and max(lasts) > min(lasts))
             best = [wins and cell is not None and cell.last * chart.better == max(lasts) for cell in cells]
             title = f"{chart.title}, held-out" if held_out and name != chart.metric else chart.title
@@ -210,7 +210,7 @@ def flatten(value: Any, prefix: str = "", name: str = "value") -> dict[str, str]
 
 
 def page_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the page's script needs beside the figures, as JSON values.
+    """What the page's script needs besides the figures, as JSON values.
 
     ``samples`` and ``pairs`` are rows ``[run, iteration, place in prompts, response, score, KL]``.
     """
@@ -233,8 +233,8 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
 def fit_samples(samples: Sequence[Line], budget: int) -> tuple[list[Line], int]:
     """As many samples as fit into about ``budget`` bytes of JSON.
 
-    Long texts are cut first; then samples go, evenly over the run, but never the best, the worst, the
-    first or the last.
+    Long texts are cut first; then samples are dropped, evenly over the run, but never the best, the worst,
+    the first or the last.
 
     Returns:
         the samples in their order, and how many characters of a text were kept at most.
@@ -257,7 +257,7 @@ def fit_samples(samples: Sequence[Line], budget: int) -> tuple[list[Line], int]:
 
 
 def number(value: float | None) -> str:
-    """A number for people: three digits or so, no exponent unless it is needed."""
+    """A number for display: about three digits, no exponent unless it is needed."""
     if value is None or not math.isfinite(value):
         return "–" if value is None else {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
     size = abs(value)
@@ -295,7 +295,7 @@ def _rows(by_run: Sequence[Sequence[Line]], prompts: dict[str, int], budget: int
 
 
 def _json_number(value: float | None) -> float | str | None:
-    """A number as JSON takes it: rounded, or the name of what is not finite."""
+    """A number for JSON: rounded, or the name of what is not finite."""
     return None if value is None else rounded(value) if math.isfinite(value) else number(value)
 
 

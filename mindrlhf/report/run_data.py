@@ -1,6 +1,6 @@
-"""Reads what a run left in its ``--save_ckpt_dir``: tolerant of absent files, strict about broken lines.
+"""Reads what a run wrote to its ``--save_ckpt_dir``: tolerant of absent files, strict about broken lines.
 
-Runs of ``sft.py`` and ``reward_model.py`` count optimizer steps in place of iterations; they are brought into
+Runs of ``sft.py`` and ``reward_model.py`` count optimizer steps in place of iterations; they are converted to
 the form of a PPO run here.
 """
 
@@ -45,7 +45,7 @@ class Series(NamedTuple):
     """One metric over a run.
 
     Attributes:
-        iterations: (n,) int64, rising.
+        iterations: (n,) int64, ascending.
         values: (n,) float64; may hold NaN and infinities, as the run wrote them.
     """
 
@@ -61,16 +61,16 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """All that one run left.
+    """Everything that one run wrote.
 
     Attributes:
         name: short name, different from those of the other runs on the page.
         directory: as given.
-        metrics: one mapping per iteration, iterations rising.
+        metrics: one mapping per iteration, iterations ascending.
         samples: sampled responses to the training prompts.
         evaluations: like ``metrics``, of the iterations that were evaluated.
         eval_samples: responses to the evaluation prompts.
-        config: content of ``config.json``; empty when there is none.
+        config: content of ``config.json``; empty without one.
         state: content of the newest checkpoint's ``state.json``; empty when there is none.
         checkpoint: name of that checkpoint.
         kind: a key of :data:`TITLES`. For SFT and reward models, an iteration is an optimizer step.
@@ -228,7 +228,7 @@ def unit_of(kind: str) -> str:
 
 
 def kind_of(lines: Sequence[Line], config: Mapping[str, Any]) -> str:
-    """The kind of a run, from ``config.json`` where that says it, else from its metrics."""
+    """The kind of a run, from ``config.json`` if recorded there, else from its metrics."""
     if not any(_unit(line) == "step" for line in lines):
         return PPO
     stage = recorded(config, "configuration", "stage")
@@ -238,13 +238,13 @@ def kind_of(lines: Sequence[Line], config: Mapping[str, Any]) -> str:
 
 
 def _with_iterations(lines: Sequence[Line]) -> list[Line]:
-    """Lines of SFT or reward modelling with their steps for iterations."""
+    """Lines of SFT or reward modelling with their steps as iterations."""
     renamed = {"step": "iteration", "time/step": "time/iteration"}
     return [{renamed.get(name, name): value for name, value in line.items()} for line in lines]
 
 
 def recorded(config: Mapping[str, Any], *keys: str) -> Any:
-    """The value below nested keys of ``config.json``, ``None`` when it is not there."""
+    """The value below nested keys of ``config.json``, ``None`` when absent."""
     found: Any = config
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -293,7 +293,7 @@ def _check_rising(path: Path, lines: Sequence[Line]) -> None:
         if old != new or after[new] <= before[old]:
             raise ReportError(
                 f"{path}:{number}: {new} {after[new]} after {old} {before[old]}; "
-                "two runs have written here: give each run a --save_ckpt_dir of its own"
+                "two runs have written here: give each run its own --save_ckpt_dir"
             )
 
 

@@ -63,7 +63,7 @@ def test_a_slow_first_iteration_does_not_flatten_the_axis(make_run: MakeRun) -> 
         "clipmax": 2.12,
     }
     assert found["time/iteration"].plot["data"][0]["meta"] == {"run": 0, "smooth": True, "slow": True}
-    assert found["time/*"].notes == ["The first iteration took 50 s, beyond the top: it compiles."]
+    assert found["time/*"].notes == ["The first iteration took 50 s, above the axis: it compiles."]
 
 
 def test_the_axis_of_a_constant_starts_at_zero(make_run: MakeRun) -> None:
