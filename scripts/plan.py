@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plans a PPO job without a device: a rank's memory by model and phase, whether it fits, what must change.
+"""Plans a PPO job without a device: memory per rank by model and phase, whether it fits, what must change.
 
 python scripts/plan.py generate_X.yaml finetune_X.yaml ppo_X.yaml --device_memory 64GB
 python scripts/plan.py --sft_path_infer G.yaml --sft_path_train F.yaml --world_size 8 --device_memory 64GB
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "MINDRLHF_LOG" not in os.environ:
         logging.getLogger("mindrlhf").setLevel(
             logging.WARNING
-        )  # else lines on each YAML stand before the plan
+        )  # otherwise lines about each YAML precede the plan
     if args.world_size is not None and args.world_size < 1:
         raise ConfigError([f"--world_size: not a number of workers ({args.world_size}) - give 1 or more"])
     memory = None if args.device_memory is None else parse_bytes(args.device_memory)

@@ -1,8 +1,8 @@
 """Rule-based rewards for ``ppo_one_stage.py --reward_fn rewards:NAME``.
 
 A reward function takes prompts and responses as text, n of each, and returns n finite numbers. This module
-is found without installing because it lies beside ``ppo_one_stage.py``; one of your own may lie in the
-working directory or in any installed package.
+is found without installation because it is beside ``ppo_one_stage.py``; your own may be in the working
+directory or in any installed package.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def cheerful_reply(prompts: Sequence[str], responses: Sequence[str]) -> list[flo
     """How cheerful each reply sounds, if it has a sensible length.
 
     VADER's compound sentiment (Hutto and Gilbert, 2014) in [-1, 1], times :func:`length_factor`: neither a
-    single happy word nor an endless list of them is worth anything. A gloomy reply is never made better by
-    a bad length.
+    single happy word nor an endless list of them is worth anything. A bad length never improves a gloomy
+    reply.
 
     Args:
-        prompts: not looked at.
+        prompts: not used.
         responses: without control tokens.
     """
     return [_cheerfulness(response) for response in responses]

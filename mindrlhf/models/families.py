@@ -1,4 +1,4 @@
-"""The table of model families: where trainer, checkpoints and planner find all that is a family's own.
+"""The table of model families: where trainer, checkpoints and planner find everything specific to a family.
 
 A family is one folder of :mod:`mindrlhf.models` and one entry here. Its folder has the modules of
 :data:`MODULES`, with the names listed there. Importing this table imports none of them: a module is imported
@@ -39,7 +39,7 @@ class Family:
         layouts: how each parameter is split; canonical names.
         weight_names: canonical names <-> Hugging Face's.
         hf_keys: keys of ``config.json`` <-> :class:`ModelConfig`.
-        heads: what stands on top of a decoder.
+        heads: the heads on top of a decoder.
         networks: the networks over whole sequences.
         generator: the policy as a generator of responses.
     """
@@ -86,7 +86,7 @@ def family_of(model: ModelConfig) -> Family:
     """The family that a model belongs to.
 
     Raises:
-        ConfigError: there is none of this type.
+        ConfigError: no family has this type.
     """
     for family in FAMILIES.values():
         if family.config_type == model.type:
@@ -130,7 +130,7 @@ def family_of_hf(model_type: object, where: str) -> Family:
         where: the file, for the message.
 
     Raises:
-        CheckpointError: there is none of this type.
+        CheckpointError: no family has this type.
     """
     for family in FAMILIES.values():
         if family.hf_model_type == model_type:

@@ -1,6 +1,6 @@
-"""Drawing by inverse CDF from the tokens of a rank: softmax, and the token at a place of its cumulative sum.
+"""Sampling by inverse CDF from the tokens of a rank: softmax, and the token at a value of its cumulative sum.
 
-Two of a kind: :class:`PlainInverseCDF` in MindSpore's operations, and
+Two implementations: :class:`PlainInverseCDF` in MindSpore's operations, and
 :class:`mindrlhf.kernels.decoding.KernelInverseCDF` for CPU.
 """
 
@@ -12,8 +12,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-# Blocks with less mass are passed over when an interval is looked up. The floor is above that of ids by more
-# than the number of ids, so what is picked always has an id to pick.
+# Blocks with less mass are skipped when an interval is looked up. The floor exceeds that of ids by a factor
+# above the number of ids, so a chosen block always has an id to choose.
 BLOCK_FLOOR = 1.0e-33
 
 
@@ -31,7 +31,7 @@ class PlainInverseCDF(nn.Cell):
         self.row_sum = ops.ReduceSum()
 
     def construct(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Softmax and what it is made from.
+        """Softmax, and the logarithm of its normaliser.
 
         Args:
             logits: (B, V) float32.
@@ -81,7 +81,7 @@ class IntervalLookup(nn.Cell):
 
     The answer is the last interval that has mass and begins at or before the target. Rounding can put the
     target beyond the end or into an empty interval; the last one with mass before it is taken then, so
-    nothing without mass is ever picked.
+    nothing without mass is ever chosen.
 
     Args:
         batch_size: B.
@@ -98,7 +98,7 @@ class IntervalLookup(nn.Cell):
         self.row_max = ops.ReduceMax()
 
     def construct(self, probabilities: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``probabilities`` (B, n), ``target`` (B,) -> index (B,) int32, what is left of the target (B,)."""
+        """``probabilities`` (B, n), ``target`` (B,) -> index (B,) int32, remainder of the target (B,)."""
         begins = self.cumsum_before(probabilities, 1)
         possible = ops.logical_and(probabilities > self.floor, begins <= ops.expand_dims(target, 1))
         index = ops.cast(self.row_max(ops.cast(possible, ms.float32) * self.positions, 1), ms.int32)

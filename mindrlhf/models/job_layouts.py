@@ -10,7 +10,7 @@ from mindrlhf.parallel.layout import Layout, mesh_of
 def job_layouts(job: JobConfig) -> dict[str, dict[str, Layout]]:
     """Model name, as in the names of strategy files -> canonical parameter name -> layout.
 
-    With a shared backbone the value head belongs to ``train_policy``, and ``critic`` is listed all the same;
+    With a shared backbone the value head belongs to ``train_policy``, and ``critic`` is listed as well;
     with ``critic: none`` it is not.
     """
 

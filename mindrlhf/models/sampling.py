@@ -19,8 +19,8 @@ from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import SamplingLogits
 from mindrlhf.utils.sizes import exact_div
 
-# Ranks with less of the mass are passed over. The floor is above that of blocks by more than the number of
-# parts, so what is picked always has a part to pick.
+# Ranks with less of the mass are skipped. The floor exceeds that of blocks by a factor above the number of
+# parts, so a chosen rank always has a part to choose.
 _RANK_FLOOR = 1.0e-28
 
 # 28 halvings of [largest - 32, largest + 1]: to 1.2e-7, the relative precision of a float32 probability.
@@ -40,7 +40,7 @@ class VocabParallelSampler(nn.Cell):
 
     Args:
         vocab_size: V, full number of logits, padded rows included.
-        valid_vocab_size: ids from here on have probability 0.
+        valid_vocab_size: ids from this one on have probability 0.
         groups: the rank's groups.
         batch_size: B.
         do_sample: draw from the distribution; otherwise take the most likely id.
@@ -114,7 +114,7 @@ class VocabParallelSampler(nn.Cell):
     def _normalise(
         self, index: Tensor, largest: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What all ranks know of each row, by one exchange of three numbers per row.
+        """What all ranks need of each row, by one exchange of three numbers per row.
 
         Args:
             index, largest: (B,) place and number of this rank's largest scaled logit.
@@ -152,7 +152,7 @@ class VocabParallelSampler(nn.Cell):
                 totals = self._gather_one(self.inverse_cdf.totals(probabilities))
                 rank_probabilities = rank_probabilities * totals
             owner, target = self.in_ranks(rank_probabilities, uniforms * self.row_sum(rank_probabilities, 1))
-            # From here on in units of this rank's own softmax; the owner's share is above the floor.
+            # From now on in units of this rank's own softmax; the owner's share is above the floor.
             share = ops.reshape(ops.slice(shares, (0, self.rank), (count, 1)), (-1,))
             target = target / ops.maximum(share, _RANK_FLOOR)
         elif filtered:

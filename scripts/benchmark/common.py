@@ -63,7 +63,7 @@ def best_matmul(size: int = 2048) -> Callable[[], float]:
 
 
 def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes per second read and written by a copy with a thread for each core, best of 7."""
+    """Bytes per second read and written by a copy with one thread per core, best of 7."""
     workers = os.cpu_count() or 1
     size = megabytes * 2**20 // 4 // workers
     pairs = [(np.ones(size, np.float32), np.zeros(size, np.float32)) for _ in range(workers)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Prints the runs of compare.sh as one table, with ratios: how many times MindRLHF's figure TRL's is.
+"""Prints the runs of compare.sh as one table, with the ratios of TRL's figures to MindRLHF's.
 
-TRL's float32 stands beside our float32; its two kinds of bfloat16 beside our bfloat16 products, if there are.
+TRL's float32 is compared with our float32, its two kinds of bfloat16 with our bfloat16 products, if any.
 
 python scripts/benchmark/compare_table.py RUNS.jsonl
 """
@@ -20,7 +20,7 @@ GOALS = {"float32": 2.0, "autocast": 1.5, "bf16": 1.0}
 
 
 def grouped(runs: list[Steps]) -> list[Steps]:
-    """One entry for each thing that was run, in the order of the first runs."""
+    """One entry per kind of run, in the order of the first runs."""
     groups: dict[tuple[str, ...], list[Steps]] = defaultdict(list)
     for run in runs:
         key = (run.model, run.system, run.dtype, *map(str, (run.batch, run.prompt, run.response, run.layers)))
@@ -30,7 +30,7 @@ def grouped(runs: list[Steps]) -> list[Steps]:
 
 
 def ratios(run: Steps, ours: dict[tuple[str, str], Steps]) -> tuple[str, ...]:
-    """Which of ours it stands beside; iteration, rollout, scoring, training and memory over ours; goal."""
+    """Which of ours it is compared with; iteration, rollout, scoring, training and memory over ours; goal."""
     like = "float32" if run.dtype == "float32" else "bfloat16"
     base = ours.get((run.model, like)) or ours.get((run.model, "float32"))
     if run.system == OURS or base is None:

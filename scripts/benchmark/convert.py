@@ -1,6 +1,6 @@
 """Speed and memory of weight conversion on a synthetic model: convert.py [--gigabytes 1.5] [--work_dir DIR].
 
-Each conversion runs in a process of its own, whose peak resident memory is compared with the limit of
+Each conversion runs in its own process, whose peak resident memory is compared with the limit of
 "largest input shard + 1 GiB".
 """
 
@@ -34,7 +34,7 @@ LIMIT_ABOVE_SHARD = 1 << 30
 
 
 class RandomSource(WeightSource):
-    """Random bfloat16 weights under Hugging Face names, made as they are read."""
+    """Random bfloat16 weights under Hugging Face names, generated on reading."""
 
     def __init__(self, model: ModelConfig) -> None:
         names = canonical_to_hf(model.num_layers)
@@ -68,7 +68,7 @@ def make_model(directory: Path, gigabytes: float, shard_bytes: int) -> None:
 def measured(
     convert: Callable[..., object], args: tuple[Any, ...], options: dict[str, Any]
 ) -> dict[str, float]:
-    """Runs in the child: seconds, peak resident bytes, and what importing alone took of them."""
+    """Runs in the child: seconds, peak resident bytes, and how many of them the imports took."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start = time.perf_counter()
     convert(*args, **options)
@@ -116,7 +116,7 @@ def run(work_dir: Path, gigabytes: float, shard_bytes: int) -> bool:
         (back / name).read_bytes() == (work_dir / "back2" / name).read_bytes()
         for name in json.loads((source / "model.safetensors.index.json").read_text())["weight_map"].values()
     )
-    print(f"both ways back give the same files: {same}")
+    print(f"both conversions back give the same files: {same}")
     return within and same
 
 

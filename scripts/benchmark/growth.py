@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How iteration time and peak memory grow with batch, response length and layers: a table and a picture.
+"""How iteration time and peak memory grow with batch, response length and layers: a table and a plot.
 
     python scripts/benchmark/growth.py [--picture FILE.png]
 
-Each point is a run of ppo_iteration.py in a process of its own; one size varies, the others stay as in the
-base (small: batch 16, 64 + 64 tokens, 4 layers). The exponent is the slope of a straight line through the
-logarithms: 1 is linear, less is better. With fixed costs and quadratic attention in it, a straight line is a
+Each point is a run of ppo_iteration.py in its own process; one size varies, the others are those of
+the base (small: batch 16, 64 + 64 tokens, 4 layers). The exponent is the slope of a straight line through
+the logarithms: 1 is linear, less is better. With fixed costs and quadratic attention, a straight line is a
 summary; the last column is the slope between the two largest sizes.
 """
 
@@ -35,7 +35,7 @@ FIGURES: dict[str, Callable[[Steps], float]] = {
     "peak GiB": lambda steps: steps.peak_gib,
     "above start": lambda steps: steps.peak_gib - steps.notes["built_gib"],
 }
-"""What is drawn and fitted; ``above start``: peak less what the process held with its models loaded."""
+"""What is drawn and fitted; ``above start``: peak minus what the process held with its models loaded."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, flags: Sequence[str]) -> Steps | None:
-    """One run; says so and gives ``None`` when it fails or takes too long."""
+    """One run; prints so and returns ``None`` when it fails or takes too long."""
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as output:
         command = [*args.prefix.split(), sys.executable, str(Path(__file__).with_name("ppo_iteration.py"))]
         command += ["--model", args.model, "--steps", str(args.steps), *flags, "--json", output.name]
@@ -122,7 +122,7 @@ def print_sweep(result: Sweep) -> None:
 
 
 def draw(path: Path, results: Sequence[Sweep], model: str) -> None:
-    """A column a sweep: time above, memory below, both axes logarithmic, with a linear line to compare."""
+    """One column per sweep: time above, memory below, logarithmic axes, with a linear line for comparison."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Memory that PPO takes, phase by phase, beside what scripts/plan.py says it takes.
+"""Memory that PPO takes, phase by phase, beside the plan of scripts/plan.py.
 
     python scripts/benchmark/memory.py --model default large
 
-Each model runs in a process of its own, so that none sees what another has left: random weights are read
+Each model runs in its own process, so that none sees what another has left: random weights are read
 from a file, then the whole trainer runs two iterations (rollout, score, train, sync) and saves. What is
 compared is the resident set's high-water mark of each phase, which Linux lets a process reset
 (``/proc/self/clear_refs``).
@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def job_of(name: str, overrides: Sequence[str], iterations: int) -> JobConfig:
-    """One process; all models of the same sizes, and a separate critic, but for the quick start."""
+    """One process; all models of the same sizes, and a separate critic, except for the quick start."""
     if name == QUICK_START:
         generate = YAMLS / "generate_smollm2_135m.yaml"
         return load_job(

@@ -2,7 +2,7 @@
 
     python scripts/benchmark/preprocess.py --tokenizer_path TOKENIZER_DIR [--file_path DATA.jsonl]
 
-Without --file_path the text is made up, about as long as CValues' (prompt 23, response 155 characters).
+Without --file_path the text is generated, about as long as CValues' (prompt 23, response 155 characters).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def write_input(path: Path, rows: int, source: Path | None) -> float:
 
 
 def long_rows():  # type: ignore[no-untyped-def]
-    """Chinese demo rows whose response is that of several."""
+    """Chinese demo rows whose response joins several."""
     chinese = (row for number, row in enumerate(demo_rows(sys.maxsize, 0)) if number % 2 == 0)
     while group := list(islice(chinese, ANSWERS_PER_RESPONSE)):
         yield {**group[0], "pos_resp": "\n".join(row["pos_resp"] for row in group)}

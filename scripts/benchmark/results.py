@@ -1,4 +1,4 @@
-"""What a timed PPO iteration is described by, on both sides: sizes, columns, medians, JSON lines, tables.
+"""What describes a timed PPO iteration, on both sides: sizes, columns, medians, JSON lines, tables.
 
 Only the standard library: ``trl_baseline.py`` imports it in another environment.
 """
@@ -40,7 +40,7 @@ BATCH = {"small": 16, "default": 16, "large": 8, "smollm2": 16}
 
 LEARNING_RATE, CLIP_RANGE, VALUE_CLIP_RANGE, VALUE_COEF, KL_COEF = 3e-6, 0.2, 0.2, 0.1, 0.05
 GAMMA, LAMBDA, MAX_GRAD_NORM, TEMPERATURE = 1.0, 0.95, 1.0, 1.0
-"""What both sides are told."""
+"""Settings of both sides."""
 
 PHASES = ("rollout", "scoring", "training", "sync")
 
@@ -69,7 +69,7 @@ class Steps:
         return self.seconds[self.warm_up :]
 
     def median(self, name: str) -> float:
-        """Median seconds of the clean steps; 0 for a phase that there is not."""
+        """Median seconds of the clean steps; 0 for an absent phase."""
         return statistics.median(step.get(name, 0.0) for step in self.clean())
 
     def tokens_per_second(self) -> float:
@@ -131,7 +131,7 @@ def read_json(path: Path) -> list[Steps]:
 
 
 def pooled(runs: Sequence[Steps]) -> Steps:
-    """Runs of one thing as one: all clean steps together, the highest peak."""
+    """Runs of one kind as one: all clean steps together, the highest peak."""
     first = runs[0]
     return Steps(
         **{

@@ -4,9 +4,9 @@
     python scripts/benchmark/startup.py --model default
 
 Fresh processes do what ppo_one_stage.py does, with random weights from a file: imports, building and loading
-the models, then one iteration, in which every graph is made once. By turns a process has no compile cache
-(cold) and one that an earlier process has filled (warm). Graphs are timed network by network; what remains of
-a phase of the first iteration is its run.
+the models, then one iteration, in which every graph is compiled once. Alternately a process has no compile
+cache (cold) and one that an earlier process has filled (warm). Graphs are timed network by network; the
+remainder of a phase of the first iteration is its run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=MODELS, default="default", help="sizes by name (default: default)")
     parser.add_argument("--layers", type=int, default=0, help="0: the model's (default)")
-    parser.add_argument("--decode_steps", type=int, default=8, help="tokens a decode call (default: 8)")
+    parser.add_argument("--decode_steps", type=int, default=8, help="tokens per decode call (default: 8)")
     parser.add_argument("--repeats", type=int, default=2, help="processes of each kind (default: 2)")
     parser.add_argument("--json", type=Path, help="append every process to this file")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)  # the time of the launch
@@ -47,7 +47,7 @@ class Laps:
         self.seconds: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """What has passed since the lap before belongs to ``name``."""
+        """Attributes the time since the previous lap to ``name``."""
         now = time.time()
         self.seconds[name], self.last = now - self.last, now
 
@@ -99,7 +99,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="mindrlhf_") as directory:
         files = write_inputs(job, Path(directory))
         written = time.time()
-        laps.launched += written - laps.last  # inputs are there before a real launch
+        laps.launched += written - laps.last  # a real launch finds its inputs on disk
         laps.last = written
         if args.cached:
             compile_cache.open_compile_cache(
@@ -139,7 +139,7 @@ def launch(args: argparse.Namespace, cache: Path | None) -> dict[str, Any]:
 
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
-    """Laps and compilations, a column a process."""
+    """Laps and compilations, one column per process."""
     columns = ("", *(f"{run['kind']}, s" for run in runs))
     for title, key in (("from launch on", "laps"), ("graphs", "compiled")):
         rows = [(name, *(f"{run[key].get(name, float('nan')):.2f}" for run in runs)) for name in runs[0][key]]
@@ -149,7 +149,7 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """One process that fills a cache, then warm and cold ones by turns."""
+    """One process that fills a cache, then warm and cold ones alternately."""
     args = parse_args()
     if args.child:
         print(json.dumps(child(args)))

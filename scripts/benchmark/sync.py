@@ -11,7 +11,7 @@ Alone: for each pair (train layout -> infer layout) over --world ranks, all rank
   moved    bytes that the plan of the sync brings, and in how many messages between how many pairs of ranks
 
 and the time of a sync in one process, where nothing is moved, against that of copying the weights once: fused
-weights of the generating model are a change of layout, so one copy of each weight is what is needed.
+weights of the generating model are a change of layout, so one copy of each weight is needed.
 
 Under msrun: the time of the exchange itself for each pair of layouts of all workers, in the same table.
 """
@@ -76,7 +76,7 @@ def layout_pairs(name: str, world: int) -> Iterator[tuple[str, dict[str, Layout]
 
 
 def traffic_row(label: str, source: Mapping[str, Layout], target: Mapping[str, Layout]) -> tuple[str, ...]:
-    """One row of the table; the plan is that of the sync itself."""
+    """One row of the table, from the plan that the sync itself uses."""
     plan = Resharder(source, target, 0).plan
     moved = BYTES * sum(transfer.elements for transfer in plan.transfers)
     needed = bytes_needed(source, target)

@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 
 @dataclass
 class Case:
-    """A compiled training step and what to feed it."""
+    """A compiled training step and its inputs."""
 
     step: Any
     model: Any

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The PPO iteration of ppo_iteration.py by TRL's PPOTrainer, for comparison; in an environment of its own.
+"""The PPO iteration of ppo_iteration.py by TRL's PPOTrainer, for comparison; in its own environment.
 
     python3.11 -m venv trl_venv
     trl_venv/bin/pip install trl==1.12.0 transformers==5.23.0 torch==2.13.0
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0, help="sequences; 0: the model's (default)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: 64)")
     parser.add_argument("--response", type=int, default=64, help="tokens of a response (default: 64)")
-    parser.add_argument("--micro_batch", type=int, default=0, help="rows a backward pass; 0: all (default)")
+    parser.add_argument("--micro_batch", type=int, default=0, help="rows per backward pass; 0: all (default)")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="(default: sdpa)")
     parser.add_argument(
         "--optimizer", choices=("adamw_torch", "adamw_torch_fused"), default="adamw_torch_fused",
@@ -78,18 +78,18 @@ def parse_args() -> argparse.Namespace:
 
 @dataclass
 class Clock:
-    """Notes when the phases of TRL's loop begin and end, by wrapping what it calls at their borders."""
+    """Records when the phases of TRL's loop begin and end, by wrapping the calls at their boundaries."""
 
     steps: Steps
     marks: list[dict[str, float]] = field(default_factory=list)
 
     def mark(self, name: str, *, again: bool = False) -> None:
-        """Now, unless it was noted in this step before."""
+        """Records the time, unless it was already recorded in this step."""
         if again or name not in self.marks[-1]:
             self.marks[-1][name] = time.perf_counter()
 
     def start(self) -> None:
-        """A step begins where the one before ended."""
+        """A step begins where the previous one ended."""
         self.marks.append({})
         self.mark("start")
 
@@ -109,7 +109,7 @@ class Clock:
         self.start()
 
     def around(self, call: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
-        """``call`` with its beginning and end noted."""
+        """``call`` with its beginning and end recorded."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.mark(before)
@@ -271,7 +271,7 @@ def measure(args: argparse.Namespace) -> Steps:
         clock = Clock(steps)
         watch(trainer, clock)
         gc.collect()
-        gc.freeze()  # TRL collects garbage twice a step, which takes 0.3 s when it looks at all modules
+        gc.freeze()  # TRL collects garbage twice per step, which takes 0.3 s when it visits all modules
         clock.start()
         trainer.train()
         after = next(trainer.policy_model.model.layers[0].mlp.gate_proj.parameters())

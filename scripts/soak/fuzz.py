@@ -1,4 +1,4 @@
-"""Damages the files that MindRLHF reads; every reader must report the fault or read what is there.
+"""Damages the files that MindRLHF reads; every reader must report the fault or read the content.
 
     python scripts/soak/fuzz.py --cases 10000 --seed 1
     python scripts/soak/fuzz.py --seed 1 --only 4711 --keep /tmp/case    # one case again, its files kept

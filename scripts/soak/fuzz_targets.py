@@ -1,7 +1,7 @@
 """The targets of fuzzing: per reader, good files and a check of what it accepts.
 
 A target's ``read`` raises :class:`~mindrlhf.utils.errors.MindRLHFError`, or AssertionError when the reader
-accepted a file and read something else than is in it; any other exception is a defect, too.
+accepted a file and read something other than its content; any other exception is a defect, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tiny PPO job for the soak scripts: random weights, random prompts, and YAMLs of any split."""
+"""A tiny PPO job for the soak scripts: random weights, random prompts, and YAMLs for any split."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PPO: dict[str, Any] = {
     "pad_token_id": PAD,
     "valid_vocab_size": VOCAB,
     "decode_steps_per_call": 2,
-    # A state of its own, which a resumed run must restore.
+    # Has its own state, which a resumed run must restore.
     "kl_controller": "adaptive",
     "kl_target": 0.05,
     "kl_horizon": 200,

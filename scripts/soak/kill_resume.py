@@ -121,10 +121,10 @@ class Job:
         self._output.close()
         return code
 
-    def fail(self, what: str) -> MindRLHFError:
+    def fail(self, event: str) -> MindRLHFError:
         """An error with the end of the log."""
         tail = (self.logs / "launcher.log").read_text(errors="replace")[-3000:]
-        return MindRLHFError(f"{what}; logs in {self.logs}\n{tail}")
+        return MindRLHFError(f"{event}; logs in {self.logs}\n{tail}")
 
 
 def _process(pid: int) -> psutil.Process | None:
@@ -137,7 +137,7 @@ def _process(pid: int) -> psutil.Process | None:
 def run_undisturbed(
     inputs: JobInputs, directory: Path, overrides: Mapping[str, object]
 ) -> list[dict[str, Any]]:
-    """The metrics of a run that nobody kills."""
+    """The metrics of a run that is not killed."""
     shutil.rmtree(directory, ignore_errors=True)
     job = Job(inputs, directory / "save", directory / "logs", overrides)
     if job.finish(3600):
@@ -186,7 +186,7 @@ def run_killed(
             process.kill()
     job = Job(inputs, save, directory / "logs_last", overrides)
     if job.finish(3600):
-        raise job.fail("the last round, which nobody killed, failed")
+        raise job.fail("the last round, which was not killed, failed")
     return rounds, read_metrics(save)
 
 
@@ -274,10 +274,10 @@ def main() -> int:
     ]
     print(markdown_table(header, rows))
     noise, difference = largest_difference(straight, again), largest_difference(straight, killed)
-    for what, (size, name, iteration) in (("undisturbed twice", noise), ("killed and resumed", difference)):
-        print(f"{what}: metrics differ by at most {size:.2e} ({name}, iteration {iteration})")
+    for title, (size, name, iteration) in (("undisturbed twice", noise), ("killed and resumed", difference)):
+        print(f"{title}: metrics differ by at most {size:.2e} ({name}, iteration {iteration})")
     good = sum(item.is_good for item in rounds)
-    print(f"{good} of {len(rounds)} kills recovered by themselves; {time.monotonic() - started:.0f} s in all")
+    print(f"{good} of {len(rounds)} kills recovered by themselves; {time.monotonic() - started:.0f} s")
     return 0 if good == len(rounds) and difference[0] <= options.tolerance else 1
 
 

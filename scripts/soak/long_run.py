@@ -1,4 +1,4 @@
-"""Runs a small PPO job for long and checks whether memory, open files or compiled graphs grow.
+"""Runs a small PPO job for a long time and checks whether memory, open files or compiled graphs grow.
 
     python scripts/soak/long_run.py --workers 4 --iterations 200
 

@@ -83,7 +83,7 @@ class Attention(nn.Cell):
     def construct(
         self, x: Tensor, columns: Columns | None, attention_mask: Tensor, *tables: Tensor
     ) -> Tensor:
-        """Attends from the queries of all columns, or of some.
+        """Attention of the queries of all columns, or of some.
 
         Args:
             x: (B * T, H).
@@ -129,7 +129,7 @@ class Attention(nn.Cell):
         grouped = (-1, self.group_size * query_length, self.head_dim)
         keys = (-1, length, self.head_dim)
         scores = ops.BatchMatMul(transpose_b=True)(query.reshape(grouped), key.reshape(keys))
-        # Rows of one matrix: reductions of CPU are many times slower over more dimensions.
+        # Rows of one matrix: reductions on CPU are many times slower over more dimensions.
         rows = ops.cast(scores.reshape((-1, length)), self.softmax_dtype)
         attention_mask = attention_mask.reshape((-1, query_length, length))
         weights = ops.cast(self.softmax(rows, attention_mask), self.compute_dtype)
@@ -231,11 +231,11 @@ class Qwen2Decoder(nn.Cell):
             tokens: (B, T) int32 ids.
             valid: (B, T) int32, 1 on real tokens, 0 on padding (from lengths, never from ids).
             position_ids: (B, T) int32, 0 at a row's first real token.
-            columns: first and end of the Q columns that are wanted; ``None``: all T. The last layer then
-                computes keys and values of all columns, and everything else of these alone.
+            columns: first and end of the Q columns to return; ``None``: all T. The last layer then computes
+                keys and values of all columns, and everything else only for these.
 
         Returns:
-            (B, Q, H) in the compute type; what stands at pads is finite and meaningless.
+            (B, Q, H) in the compute type; values at pads are finite and meaningless.
         """
         shared = self.shared_inputs(valid, position_ids)
         x = ops.cast(self.tok_embeddings(tokens.reshape((-1,))), self.compute_dtype)

@@ -28,14 +28,14 @@ class GenerationConfig:
 
     Attributes:
         max_prompt_length: P, columns of a left-padded prompt.
-        max_response_length: R, most tokens of a response.
+        max_response_length: R, maximum tokens of a response.
         temperature: divides the logits, for sampling and for the log-probs.
         top_k: sample from the k most likely ids; 0: from all.
-        top_p: sample from the most likely ids that have this mass; 1: from all.
+        top_p: sample from the most likely ids that together have this mass; 1: from all.
         do_sample: draw; otherwise take the most likely id.
         stop_token_ids: a response ends with the first of these, which belongs to it.
         pad_token_id: fills the columns after the end.
-        valid_vocab_size: ids from here on have probability 0.
+        valid_vocab_size: ids from this one on have probability 0.
     """
 
     max_prompt_length: int
@@ -57,7 +57,7 @@ class GenerationOutput(NamedTuple):
         logprobs: (B, R) float32, log-prob of each token under the temperature-scaled distribution over
             the valid ids, before top-k and top-p; 0 after the end.
         lengths: (B,) int32, tokens of the response, the stop token included.
-        stopped: (B,) bool, whether a stop token came.
+        stopped: (B,) bool, whether a stop token was drawn.
     """
 
     response_ids: np.ndarray
@@ -72,14 +72,14 @@ class PPOModelInfer:
     All shapes are fixed by the constructor, loading weights writes in place, and the column is an input
     of the decode graph, so nothing is compiled again in later calls or iterations. The parameters are
     zeros until :meth:`load`. Ranks of one model-parallel group must call :meth:`generate` with the same
-    rows; data-parallel replicas do not talk to each other.
+    rows; data-parallel replicas do not communicate.
 
     Args:
         config: model sizes and types (on CPU everything is float32).
         groups: the rank's groups in the mesh of this model.
         generation: lengths and sampling.
         batch_size: rows of one pass on this rank; :meth:`generate` takes any multiple.
-        decode_steps_per_call: tokens per row that one run of the decode graph makes. More means less
+        decode_steps_per_call: tokens per row and call of the decode graph. More means less
             overhead per token, a longer compilation, and up to that many steps after the last row ended.
 
     Attributes:
@@ -104,7 +104,7 @@ class PPOModelInfer:
         self.layouts: dict[str, Layout] = parameter_layouts(config, groups.mesh)
         self.batch_size = batch_size
         self.timer = PhaseTimer()
-        # The first token comes from the prefill; the decode graph makes the others, a few at a time.
+        # The first token comes from the prefill; the decode graph draws the others, a few at a time.
         self._steps, self._calls, columns = decode_schedule(
             generation.max_prompt_length, generation.max_response_length, decode_steps_per_call
         )
@@ -140,7 +140,7 @@ class PPOModelInfer:
         self._weights.load(shards)
 
     def shards(self) -> Iterator[tuple[str, np.ndarray]]:
-        """This rank's canonical shards, equal to the bit to what was loaded (in the stored type)."""
+        """This rank's canonical shards, bit-identical to what was loaded (in the stored type)."""
         return self._weights.shards()
 
     def generate(
@@ -156,7 +156,7 @@ class PPOModelInfer:
             prompt_ids: (B, P) integers, left-padded; B any multiple of ``batch_size``.
             prompt_lengths: (B,) real tokens of each prompt, 1 .. P. What stands before them is never seen.
             uniforms: (B, R) in [0, 1), one for each token that may be drawn; not used when greedy.
-            on_tokens: told how many more of the B x R are done; rows that have ended count as they go along.
+            on_tokens: called with how many more of the B x R are done; rows that have ended count as well.
 
         Raises:
             ValueError: shapes or numbers are not as above.
@@ -267,7 +267,7 @@ class PPOModelInfer:
 
 
 class _TokenPicker(nn.Cell):
-    """Samples the next token of the rows that go on; rows that have ended get the pad and log-prob 0."""
+    """Samples the next token of unfinished rows; rows that have ended get the pad and log-prob 0."""
 
     def __init__(self, sampler: VocabParallelSampler, generation: GenerationConfig, batch_size: int) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ class _Decode(nn.Cell):
     def construct(
         self, token: Tensor, done: Tensor, column: Tensor, starts: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Goes on from ``token`` (B,), which stands at ``column`` (scalar int32).
+        """Continues from ``token`` (B,) at ``column`` (scalar int32).
 
         Args:
             done: (B,) bool, rows that have ended.

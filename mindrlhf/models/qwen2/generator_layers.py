@@ -105,9 +105,9 @@ class ColumnsProduct(nn.Cell):
 class Linear(nn.Cell):
     """``y = x W^T + b`` with ``W`` stored (out, in), for many rows or for few.
 
-    The few rows of a decode step stand as columns, with the weight as the left factor, ``W X``: measured
+    The few rows of a decode step are stored as columns, with the weight as the left factor, ``W X``: measured
     on CPU with 16 rows, that takes 3/4 of the time of ``x W`` with the weight stored (in, out), and 1/3 of
-    the time of ``x W^T``. With many rows all take the same.
+    the time of ``x W^T``. With many rows all take the same time.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class RMSNorm(nn.Cell):
     """``x / sqrt(mean(x^2) + eps) * g`` over the features (arXiv 1910.07467).
 
     Factors of a row and of a column are spelled out by an outer product: a broadcast operation is slower
-    on CPU and keeps 16 bytes an element as long as the graph lives.
+    on CPU and keeps 16 bytes per element as long as the graph lives.
     """
 
     def __init__(self, sizes: LocalSizes, name: str) -> None:
@@ -177,7 +177,7 @@ class RMSNorm(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """Looks ids up in this rank's rows of the vocabulary and adds up over the group."""
+    """Looks ids up in this rank's rows of the vocabulary and sums over the group."""
 
     def __init__(self, sizes: LocalSizes, groups: Groups, name: str) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Rotary(nn.Cell):
 
     ``x cos + (x R) sin`` with R the matrix that maps (a, b) to (-b, a) (arXiv 2104.09864). The tables
     hold, per position, cos and sin for every slot of a fused row: scaled by 1/sqrt(D) for queries (the
-    scale of the scores), plain for keys, and 1 and 0 for values, which stay as they are.
+    scale of the scores), plain for keys, and 1 and 0 for values, which do not change.
     """
 
     def __init__(self, sizes: LocalSizes, theta: float) -> None:
@@ -246,9 +246,9 @@ class KVCache(nn.Cell):
     """Keys and values of B sequences, N key/value heads of this rank and S columns, for one decoder layer.
 
     Entry ``(b * N + n, c)`` of either table is the vector of head ``n`` of sequence ``b`` at column ``c``.
-    ``(B * N, S, D)`` is what ``BatchMatMul`` wants, and one new column is one ``ScatterNdUpdate`` of B * N
+    ``(B * N, S, D)`` is what ``BatchMatMul`` takes, and one new column is one ``ScatterNdUpdate`` of B * N
     vectors. The shape must be the parameter's own: on CPU a reshape of an updated parameter copies the whole
-    table, at every step.
+    table at every step.
 
     Args:
         sequences: B.
@@ -273,11 +273,11 @@ class KVCache(nn.Cell):
         self.scatter = ops.ScatterNdUpdate()
 
     def entries(self, column: Tensor) -> Tensor:
-        """Where ``column`` (scalar int32) of each head is -> (B * N, 2) int32; the same for every layer."""
+        """Indices of ``column`` (scalar int32) of each head -> (B * N, 2) int32; the same for every layer."""
         return self.head_numbers + self.one_column * column
 
     def write(self, entries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one column and gives the caches with it in.
+        """Stores one column and returns the updated caches.
 
         Args:
             entries: (B * N, 2) int32 from :meth:`entries`.

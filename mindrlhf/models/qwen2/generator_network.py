@@ -1,7 +1,7 @@
-"""The Qwen2 decoder in the form generation wants: fused weights, KV cache, a few large operations.
+"""The Qwen2 decoder for generation: fused weights, KV cache, a few large operations.
 
-It computes what the training network computes, with another storage: the rows of query, key and value
-that belong to one key/value head lie together, ``[q .. q | k | v]`` (called slots: G + 2 of them for G
+It computes what the training network computes, with other storage: the rows of query, key and value
+that belong to one key/value head are adjacent, ``[q .. q | k | v]`` (called slots: G + 2 of them for G
 queries per key/value head), so that one product and one rotation serve all three; gate and up
 projection are one product. :mod:`mindrlhf.models.qwen2.generator_weights` maps the canonical
 parameters to this storage and back.
@@ -77,7 +77,7 @@ class FusedLayer(nn.Cell):
         steps: DecodeSteps,
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """One column of each sequence by the operators of :class:`DecodeSteps`, whose letters these are.
+        """One column of each sequence by the operators of :class:`DecodeSteps`, which defines the letters.
 
         Args:
             x: (B, H).
@@ -100,7 +100,7 @@ class FusedLayer(nn.Cell):
         """One column of each sequence.
 
         Args:
-            x: (H, B), a sequence a column, which is how :class:`Linear` likes few of them.
+            x: (H, B), one sequence per column, the fast form of :class:`Linear` for few of them.
             cos, sin: (B, qkv).
             entries: of the column in the cache, (B * N, 2).
             mask: 0 where a key may be seen, else a large negative number, (B * N, G, S).
@@ -177,7 +177,7 @@ class PrefillAttention(nn.Cell):
         return ops.logical_and(self.causal, ops.reshape(real, (self.sizes.rows, 1, 1, -1)))
 
     def construct(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """Attends.
+        """Attention.
 
         Args:
             queries: scaled, (B * N, G, P, D).
@@ -243,7 +243,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class FusedDecoder(nn.Cell):
-    """All parameters and caches, and the two passes over them; both give the last column's logits."""
+    """All parameters and caches, and the two passes over them; both return the last column's logits."""
 
     def __init__(self, config: ModelConfig, sizes: LocalSizes, groups: Groups) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ class FusedDecoder(nn.Cell):
         return self._logits(ops.transpose(x, (1, 0)))
 
     def decode(self, tokens: Tensor, ended: Tensor, column: Tensor, starts: Tensor) -> Tensor:
-        """``tokens`` (B,) stand at ``column`` (scalar int32) -> logits of the next token (B, V / mp).
+        """``tokens`` (B,) at ``column`` (scalar int32) -> logits of the next token (B, V / mp).
 
         Logits of sequences that have ``ended``, (B,) bool, are any finite numbers.
         """
@@ -322,7 +322,7 @@ class FusedDecoder(nn.Cell):
 
 
 def _steps(sizes: LocalSizes, groups: Groups) -> DecodeSteps | None:
-    """The operators for decode steps, where there are some: on a CPU that has them, in float32."""
+    """The operators for decode steps where available: on a CPU that supports them, in float32."""
     types = {sizes.param_dtype, sizes.compute_dtype, sizes.norm_dtype, sizes.softmax_dtype}
     if ms.get_context("device_target") != "CPU" or types != {ms.float32}:
         return None

@@ -1,7 +1,8 @@
 """Canonical parameters <-> the fused storage of the generation network.
 
-Every fused parameter is a permutation of the numbers of one or more canonical ones, so the way there and
-back is exact to the bit. Loading writes into the existing parameters: compiled graphs stay valid.
+Every fused parameter is a permutation of the numbers of one or more canonical ones, so the conversion
+is exact to the bit in both directions. Loading writes into the existing parameters, so compiled graphs stay
+valid.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Shards = Mapping[str, np.ndarray | Tensor] | Iterable[tuple[str, np.ndarray | Te
 
 @dataclass(frozen=True)
 class _Fused:
-    """A stored parameter, the canonical names it holds, and the way there and back."""
+    """A stored parameter, the canonical names it holds, and the conversion in both directions."""
 
     parameter: Parameter
     names: tuple[str, ...]
@@ -54,7 +55,7 @@ class FusedWeights:
 
         Raises:
             CheckpointError: names are missing, unknown, repeated or have the wrong shape; lists them all.
-                With a mapping nothing has been written then.
+                With a mapping, nothing has been written by then.
         """
         if isinstance(shards, Mapping):
             faults = self._faults({name: tuple(array.shape) for name, array in shards.items()})

@@ -1,4 +1,4 @@
-"""What stands on top of the decoder: the language-model head and the scalar head."""
+"""The heads on top of the decoder: the language-model head and the scalar head."""
 
 from __future__ import annotations
 

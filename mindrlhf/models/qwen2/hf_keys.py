@@ -35,7 +35,7 @@ SEQUENCE_CLASSIFICATION = "Qwen2ForSequenceClassification"
 
 
 def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """The sizes that a Hugging Face config states, with its own defaults for what it may leave out.
+    """The sizes that a Hugging Face config states, with Hugging Face's defaults for what it may leave out.
 
     Raises:
         CheckpointError: sizes are missing or do not fit; all of them at once.
@@ -105,7 +105,7 @@ def _token_ids(config: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
 
 
 def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
-    """A ``config.json`` for ``model``, with what only Hugging Face asks for at Qwen2's values."""
+    """A ``config.json`` for ``model``, with keys that only Hugging Face needs at Qwen2's values."""
     eos = model.eos_token_id
     return {
         "model_type": "qwen2",
@@ -126,7 +126,7 @@ def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
 
 
 def finish_hf_config(config: Mapping[str, Any], names: Collection[str], dtype: str) -> dict[str, Any]:
-    """``config`` with the architecture and dtype of the weights that stand beside it.
+    """``config`` with the architecture and dtype of the weights beside it.
 
     Args:
         config: a Hugging Face config.

@@ -26,7 +26,7 @@ from mindrlhf.utils.sizes import exact_div
 
 MASKED_SCORE = -1.0e9
 """Added to the attention score of a key that must not be seen. Finite, so that a row whose keys are all
-masked (a pad) gives a harmless average and not NaN; its exponential is exactly 0 beside any real score."""
+masked (a pad) gives a harmless average, not NaN; its exponential is exactly 0 beside any real score."""
 
 Columns = tuple[int, int]
 """First and end of a run of columns."""
@@ -54,7 +54,7 @@ class RMSNorm(nn.Cell):
 class _Normalise(nn.Cell):
     """RMSNorm of rows with its gradient written out, which takes a third of the operations.
 
-    With ``r = 1 / sqrt(mean(x^2) + eps)`` a row: ``y = x r w`` and
+    With ``r = 1 / sqrt(mean(x^2) + eps)`` per row: ``y = x r w`` and
     ``dx = dy r w - x r^3 sum(dy w x) / H``, ``dw = sum over rows (dy x r)``. Factors of a row or a column
     are spelled out by an outer product: on CPU that is far cheaper than broadcasting in the operation.
     """
@@ -121,7 +121,7 @@ class Rotary(nn.Cell):
 
 
 class SwiGLU(nn.Cell):
-    """``silu(gate) * up`` with its gradient written out; it keeps nothing but the two inputs."""
+    """``silu(gate) * up`` with its gradient written out; it keeps only the two inputs."""
 
     def construct(self, gate: Tensor, up: Tensor) -> Tensor:
         """``gate`` and ``up`` of equal shapes -> the same shape."""
@@ -148,7 +148,7 @@ class MaskedSoftmax(nn.Cell):
 class Softmax(nn.Cell):
     """Softmax of rows with its gradient ``dx = y (dy - sum(dy y))`` written out.
 
-    MindSpore's own broadcasts the sum, for which its CPU kernel keeps 16 bytes an element as long as the
+    MindSpore's own broadcasts the sum, for which its CPU kernel keeps 16 bytes per element as long as the
     graph lives.
     """
 
@@ -164,19 +164,19 @@ class Softmax(nn.Cell):
 
 
 def masked_softmax(dtype: ms.dtype) -> nn.Cell:
-    """That of this device: attention scores in ``dtype``."""
+    """The implementation for this device, with attention scores in ``dtype``."""
     library = layer_kernels(dtype)
     return KernelSoftmax(library) if library else MaskedSoftmax()
 
 
 def rotary(dtype: ms.dtype) -> nn.Cell:
-    """That of this device: rotary positions in ``dtype``."""
+    """The implementation for this device, with rotary positions in ``dtype``."""
     library = layer_kernels(dtype)
     return KernelRotary(library) if library else Rotary()
 
 
 def swiglu(dtype: ms.dtype) -> nn.Cell:
-    """That of this device: the feed-forward's inner features in ``dtype``."""
+    """The implementation for this device, with the feed-forward's inner features in ``dtype``."""
     library = layer_kernels(dtype)
     return KernelSwiGLU(library) if library else SwiGLU()
 
@@ -184,8 +184,8 @@ def swiglu(dtype: ms.dtype) -> nn.Cell:
 class Reorder(nn.Cell):
     """Rows of a matrix in another order; its gradient puts them back.
 
-    Heads change places with columns this way: a row is copied whole, while CPU's transpose goes by elements
-    and keeps 8 bytes for each as long as the graph lives.
+    It swaps heads with columns: a row is copied whole, while CPU's transpose copies elements and keeps 8
+    bytes for each as long as the graph lives.
     """
 
     def construct(self, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def transposed_rows(batch: int, first: int, second: int) -> Tensor:
 class SharedInputs(nn.Cell):
     """What all layers need of a batch: the attention mask, and cos and sin of the positions.
 
-    Spelled out in full, once a pass: on CPU, adding and multiplying equal shapes is far cheaper than
+    Spelled out in full, once per pass: on CPU, adding and multiplying equal shapes is far cheaper than
     broadcasting, and every layer does it.
     """
 
@@ -250,7 +250,7 @@ class SharedInputs(nn.Cell):
         )
 
     def of_queries(self, columns: Columns, attention_mask: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-        """What :meth:`construct` gives, with masks and tables of the queries cut to their ``columns``."""
+        """The results of :meth:`construct`, with masks and tables of the queries cut to their ``columns``."""
         length = attention_mask.shape[-1]
         if self.flash:
             attention_mask = attention_mask[:, :, columns[0] : columns[1]]

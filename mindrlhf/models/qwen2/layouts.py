@@ -31,7 +31,7 @@ def parameter_layouts(
     Args:
         config: model sizes.
         mesh: the grid of ranks that holds the model.
-        lm_head: whether the model predicts tokens; a tied model has no ``lm_head.weight`` of its own.
+        lm_head: whether the model predicts tokens; a tied model has no separate ``lm_head.weight``.
         score_head: whether it has the scalar head of a reward model or critic.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Networks over whole sequences: the policy that is trained, the critic, and the reward model.
+"""Networks over whole sequences: the trained policy, the critic, and the reward model.
 
 They all take a batch of prompt + response rows, T = P + R, prompts left-padded, and look at response
-columns only: the logits that predict response token ``t`` stand in column ``P - 1 + t``.
+columns only: the logits that predict response token ``t`` are in column ``P - 1 + t``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mindrlhf.parallel.tensor_parallel import RowsProduct, VocabParallelLogProbs
 
 
 class SequenceModel(nn.Cell):
-    """What the three networks share: sizes, layouts, loading and giving back this rank's shards."""
+    """What the three networks share: sizes, layouts, loading and returning this rank's shards."""
 
     def __init__(self, config: ModelConfig, groups: Groups, *, lm_head: bool, score_head: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SequenceModel(nn.Cell):
             self.score_head = ScoreHead(config)
 
     def load(self, shards: Mapping[str, np.ndarray]) -> None:
-        """Puts this rank's shards in place.
+        """Loads this rank's shards.
 
         Args:
             shards: canonical name -> array of the layout's local shape, exactly the model's names.
@@ -68,14 +68,14 @@ class SequenceModel(nn.Cell):
 
 
 class PPOModelTrain(SequenceModel):
-    """The policy under training: log-probs and entropy of responses, and values if it is the critic too.
+    """The policy under training: log-probs and entropy of responses, and values if it is also the critic.
 
     Args:
         config: model sizes; the layout comes from ``groups.mesh``.
         groups: this rank's groups in the train mesh.
         prompt_length: P.
         temperature: the rollout's; it divides the logits of old, new and reference log-probs alike.
-        valid_vocab_size: ids from here on have probability 0.
+        valid_vocab_size: ids from this one on have probability 0.
         value_head: whether the backbone is shared with a value head.
         with_entropy: whether to compute the entropy, which costs a pass over the logits; a reference
             needs none.

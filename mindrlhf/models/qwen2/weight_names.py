@@ -65,7 +65,7 @@ def canonical_to_hf(num_layers: int) -> dict[str, str]:
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """Number of decoder layers that ``names`` (of either form) speak of."""
+    """Number of decoder layers that occur in ``names`` (of either form)."""
     numbers = [int(match.group(1)) for name in names if (match := _LAYER_NUMBER.match(name))]
     return max(numbers, default=-1) + 1
 
