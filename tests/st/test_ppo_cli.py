@@ -17,7 +17,7 @@ CONFIGS = REPO_ROOT / "model_configs" / "qwen_ppo"
 MODELS = ("infer_policy", "train_policy", "ref", "reward", "critic")
 WORKERS = 4
 
-# The names of the correctness checklist, item 20, and when the numbers were taken.
+# Keys that every line of metrics.jsonl must have.
 METRICS = {
     *("iteration", "episode", "epoch", "lr", "grad_norm"),
     *("objective/kl", "objective/kl_coef", "objective/entropy", "objective/non_score_reward"),
