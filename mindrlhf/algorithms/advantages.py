@@ -79,7 +79,7 @@ def reinforce(
 
     Args:
         rewards: (B, R) per-token rewards.
-        values: not used; there is no critic.
+        values: not used: this estimator needs no critic.
         mask: (B, R) real response tokens, a prefix of True in each row; nothing outside it is used.
         gamma: discount.
         lam: not used.

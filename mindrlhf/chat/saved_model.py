@@ -100,11 +100,11 @@ def find_model(
         config: YAML, ``config.json`` or its directory, for a path that does not include the sizes.
         tokenizer_path: for a path that does not include a tokenizer.
         device_target: replaces that of a YAML; CPU without either.
-        fallback: the model whose sizes and tokenizer are used when there are no others.
+        fallback: provides sizes and tokenizer where ``path`` and the flags do not.
 
     Raises:
         CheckpointError: there is nothing at ``path``, or no sizes for it.
-        DataError: there is no tokenizer, or it has more tokens than the model.
+        DataError: no tokenizer was found, or it has more tokens than the model.
         ConfigError: the YAML has faults.
     """
     if not path.exists():

@@ -128,7 +128,7 @@ def start_workers(
 
 
 class Session:
-    """Talks until there are no more messages, on the main rank.
+    """Answers messages until the user or the input ends, on the main rank.
 
     Args:
         workers: all workers with the models.

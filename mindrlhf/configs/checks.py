@@ -12,7 +12,7 @@ from mindrlhf.configs.faults import Faults
 from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.ppo_file import PPODraft
 from mindrlhf.configs.run_file import RunDraft
-from mindrlhf.configs.schema import CRITIC_KEYS, ContextConfig, PPOConfig, RunnerConfig, unfinished_warm_up
+from mindrlhf.configs.schema import UNUSED_WITH, ContextConfig, PPOConfig, RunnerConfig, unfinished_warm_up
 
 MODEL = "model.model_config"
 
@@ -97,11 +97,12 @@ def check_ppo(ppo: PPODraft, faults: Faults) -> None:
         where, bound = ppo.where("stop_token_ids"), f"valid_vocab_size ({ids[1]})"
         _check_below(ids[0], ids[1], where, faults, fault="never sampled", bound=bound)
     _check_critic(ppo, faults)
+    _check_unused(ppo, faults)
     _check_critic_warm_up(ppo, faults)
 
 
 def _check_critic(ppo: PPODraft, faults: Faults) -> None:
-    """The estimator and the critic must go together; without a critic nothing may ask for one."""
+    """The estimator and the critic must go together, and without a critic there must be a baseline."""
     from mindrlhf.algorithms.advantages import ADVANTAGES  # numpy: only once a configuration is checked
 
     if settings := ppo.get("advantage", "critic"):
@@ -119,10 +120,22 @@ def _check_critic(ppo: PPODraft, faults: Faults) -> None:
                 f"a critic would be trained and never used ({advantage} with critic: {critic})",
                 "set critic: none",
             )
-    if ppo.without_critic:
-        for name in CRITIC_KEYS:
+        if not needs_critic and ppo.get("rollout_batch_size") == (1,):
+            faults.add(
+                ppo.where("rollout_batch_size"),
+                f"one response is its own baseline, so its score teaches nothing (1 with {advantage})",
+                "use at least 2",
+            )
+
+
+def _check_unused(ppo: PPODraft, faults: Faults) -> None:
+    """Keys that no part of the job would read must keep their defaults."""
+    for (key, chosen), unused in UNUSED_WITH.items():
+        if ppo.get(key) != (chosen,):
+            continue
+        for name in unused:
             if (value := ppo.get(name)) and value[0] != keys_of(PPOConfig)[name].default:
-                faults.add(ppo.where(name), f"without effect with critic: none ({value[0]})", "remove it")
+                faults.add(ppo.where(name), f"without effect with {key}: {chosen} ({value[0]})", "remove it")
 
 
 def _check_critic_warm_up(ppo: PPODraft, faults: Faults) -> None:

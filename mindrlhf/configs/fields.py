@@ -63,6 +63,12 @@ def _without_repeats(ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids
 
 
+def _not_zero(number: int) -> int:
+    if number == 0:
+        raise ValueError("out of range")
+    return number
+
+
 # bool is a subclass of int, but strict checks refuse it; strict floats take whole numbers, too.
 _Int = Annotated[int, Strict(), Le(MAX_INT)]
 _Float = Annotated[float, Strict(), AllowInfNan(False)]
@@ -71,7 +77,7 @@ Count = Annotated[_Int, Ge(1)]
 NotNegative = Annotated[_Float, Ge(0)]
 Positive = Annotated[_Float, Gt(0)]
 Fraction = Annotated[_Float, Ge(0), Le(1)]
-IntAtLeastMinusOne = Annotated[_Int, Ge(-1)]
+CountOrMinusOne = Annotated[_Int, AfterValidator(_not_zero), Ge(-1), Words("-1 or a whole number >= 1")]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 TokenIds = Annotated[

@@ -92,11 +92,9 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
         check_job({role: drafts[path] for role, path in paths.items()}, ppo, world_size, faults)
         kind = ppo.get("critic")
         if kind not in (None, ("separate",)) and options.load_critic_checkpoint is not None:
-            faults.add(
-                "--load_critic_checkpoint",
-                f"not used ({options.load_critic_checkpoint})",
-                f"there is no separate critic ({ppo.where('critic')}: {', '.join(kind or ())}): leave it out",
-            )
+            why = f"{ppo.where('critic')} is {', '.join(kind or ())}, so no separate critic is built"
+            fault = f"not used ({options.load_critic_checkpoint})"
+            faults.add("--load_critic_checkpoint", fault, f"{why}: remove the flag")
     runs = {role: drafts[path].build() for role, path in paths.items()}
     train, critic = runs["train"], runs.get("critic", runs["train"])
     critic = replace(

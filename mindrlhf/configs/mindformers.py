@@ -57,6 +57,12 @@ _SEQUENCE_PARALLEL = "set it to False: activations are not split along the seque
 _RECOMPUTE = "set it to False: activations are kept; a smaller micro_batch_size takes less memory"
 _SWAP = "set it to False: nothing is moved to the host to save device memory"
 
+_ARCHITECTURE = "LlamaForCausalLM"
+ARCH = _unsupported(
+    "type",
+    neutral=(_ARCHITECTURE, None),
+    instead=f"set it to {_ARCHITECTURE}, MindFormers' class for Qwen2; other architectures are not supported",
+)
 MODEL = {
     **_describes_nothing(
         "model_type", "model_name", "auto_map",  # what the section describes

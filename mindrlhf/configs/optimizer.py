@@ -16,9 +16,9 @@ from pydantic import BeforeValidator, Strict
 from mindrlhf.configs.faults import Faults, did_you_mean, shown
 from mindrlhf.configs.fields import (
     Count,
+    CountOrMinusOne,
     Flag,
     Fraction,
-    IntAtLeastMinusOne,
     Key,
     Natural,
     NotNegative,
@@ -32,7 +32,7 @@ from mindrlhf.configs.fields import (
 _RATE = Key(NotNegative)
 _REQUIRED_RATE = Key(NotNegative, required=True)
 _STEPS = Key(Natural, nullable=True)
-_TOTAL_STEPS = Key(IntAtLeastMinusOne, nullable=True)  # -1: the optimizer steps of the job
+_TOTAL_STEPS = Key(CountOrMinusOne, nullable=True)  # -1: the optimizer steps of the job
 _RATIO = Key(Fraction, nullable=True)
 _POSITIVE = Key(Positive)
 _FLAG = Key(Flag)

@@ -112,6 +112,13 @@ class RunOptions:
         """Whether the run may find results of its own."""
         return self.resume_training or self.resume_from is not None
 
+    def continues_in(self, directory: Path) -> bool:
+        """Whether the results in ``directory`` are those that the run continues."""
+        if self.resume_from is None:
+            return self.resume_training
+        checkpoint = self.resume_from.resolve()
+        return directory.resolve() in (checkpoint, checkpoint.parent)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:

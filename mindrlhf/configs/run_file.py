@@ -168,7 +168,9 @@ def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, An
     if outer is None:
         return {}
     read_section(outer, {}, reader.faults, reader.place("model"), accepted=("model_config", "arch"))
-    reader.section(outer, "model.arch")
+    if (arch := reader.section(outer, "model.arch")) is not None:
+        reader.check(arch, "model.arch", mindformers.ARCH)
+        read_section(arch, {}, reader.faults, reader.place("model.arch"), accepted=mindformers.ARCH)
     section = reader.section(outer, "model.model_config", required=True)
     values = reader.read(section, "model.model_config", ModelConfig, mindformers.MODEL)
     if section is None:

@@ -297,8 +297,14 @@ class PPOConfig(TrainingSettings):
         return iterations * self.ppo_epochs * self.num_minibatches
 
 
-CRITIC_KEYS = ("lam", "cliprange_value", "vf_coef", "value_head_init_scale", "critic_warmup_iterations")
-"""Keys of :class:`PPOConfig` that control a critic or use its values; without one they must not be set."""
+UNUSED_WITH: Mapping[tuple[str, object], tuple[str, ...]] = {
+    ("critic", "none"): (
+        *("lam", "cliprange_value", "vf_coef", "value_head_init_scale", "critic_warmup_iterations"),
+    ),
+    ("kl_controller", "fixed"): ("kl_target", "kl_horizon"),
+    ("do_sample", False): ("top_k", "top_p"),
+}
+"""A value of a key of :class:`PPOConfig` -> the keys that nothing reads then, which must not be set."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ class EncodedSample:
 
 
 def default_system_prompt(chat_template: str | None) -> str:
-    """The default system prompt of a model's own template; Qwen2's when there is no template.
+    """The default system prompt of a model's own template; without a template, Qwen2's.
 
     Raises:
         DataError: the template is not ChatML.

@@ -38,7 +38,7 @@ class RowStream:
         epoch: number of the epoch that the last drawn row belongs to, counted from 0.
 
     Raises:
-        DataError: there are no rows.
+        DataError: the data set is empty.
     """
 
     def __init__(

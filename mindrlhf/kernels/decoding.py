@@ -1,7 +1,7 @@
 """Decode steps on CPU as one operator per half layer; see ``decode_steps.cpp``.
 
-As vLLM and FasterTransformer do for GPUs: with one token per sequence, a layer takes as long as reading its
-weights, if nothing else gets in the way.
+The approach of vLLM and FasterTransformer on GPUs: with one token per sequence, a layer takes at least as
+long as reading its weights, so nothing else may slow it down.
 """
 
 from __future__ import annotations

@@ -241,6 +241,11 @@ class TrainingCheckpoints:
         wanted = self._directory(step)
         return self.last if self.last is not None and self.last.resolve() == wanted.resolve() else None
 
+    @property
+    def has_own(self) -> bool:
+        """Whether the last checkpoint that was saved or loaded is in this directory."""
+        return self.last is not None and self.last.resolve().parent == self.directory.resolve()
+
     def set_newer_aside(self, step: int) -> None:
         """Renames checkpoints that are newer than the one resumed from: they are not of this run."""
         for newer in checkpoint_numbers(self.directory, self.unit):

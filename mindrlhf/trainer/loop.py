@@ -14,7 +14,8 @@ def train(run: Run, recipe: Recipe) -> bool:
 
     Raises:
         KeyboardInterrupt: SIGINT stopped the run; the state has been saved.
-        MindRLHFError: training failed; the state has been saved.
+        MindRLHFError: a result says that training cannot continue, and the state has been saved; or a step
+            or an evaluation itself failed, and the last checkpoint is what is left.
     """
     run.begin(recipe)
     while True:

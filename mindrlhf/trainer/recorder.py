@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -171,9 +172,10 @@ class Recorder:
         summary = summary_line(line, self._display.evaluation)
         logger.info("held-out after %s %d: %s  %.1f s", self.unit, step, summary, seconds)
 
-    def has_other_evaluations(self, held_out: HeldOut) -> bool:
-        """Whether an evaluation of other held-out data is recorded."""
-        return any(line.get("held_out_digest") != held_out.digest for line in self.evaluations)
+    def has_other_evaluations(self, held_out: HeldOut, step: int) -> bool:
+        """Whether ``evaluations.jsonl`` has an evaluation of other held-out data, up to a step."""
+        lines = [json.loads(line) for at, line in self._lines(EVALUATIONS_FILE) if at <= step]
+        return any(line.get("held_out_digest") != held_out.digest for line in lines)
 
     def lacks_evaluation(self, step: int, *, is_time: bool) -> bool:
         """Whether the evaluation after ``step`` is due: at its interval, or because it is the first."""
@@ -224,8 +226,15 @@ class Recorder:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> dict[str, Any]:
         plain = {key: _plain(value) for key, value in line.items()}
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        path = self.directory / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise MindRLHFError(
+                f"cannot write {path}: {error.strerror}; make it writable, or free space, and "
+                "resume from the last checkpoint with --resume_training True"
+            ) from error
         return plain
 
     def _rewind(self, name: str, stays: Callable[[float], bool]) -> list[dict[str, Any]]:
@@ -233,14 +242,23 @@ class Recorder:
         path = self.directory / name
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: a sample may hold U+2028
-        kept = [line for line in lines if stays(self._step_of(line))]
+        steps = self._lines(name)
+        if damaged := sum(math.isinf(step) for step, _ in steps):
+            logger.warning("%s: %d damaged line(s) are left out from here on", path, damaged)
+        kept = [line for step, line in steps if stays(step)]
         with atomic_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         return [json.loads(line) for line in kept]
 
+    def _lines(self, name: str) -> list[tuple[float, str]]:
+        """The whole lines of a file with their steps; none when it does not exist."""
+        path = self.directory / name
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        lines = text.split("\n")[:-1]  # not splitlines: a sample may hold U+2028
+        return [(self._step_of(line), line) for line in lines]
+
     def _step_of(self, line: str) -> float:
-        """Step of a JSON line; infinite for one that a killed run left half-written."""
+        """Step of a JSON line; infinite for one that is damaged."""
         try:
             return float(json.loads(line)[self.unit])
         except (ValueError, KeyError, TypeError):
@@ -282,7 +300,7 @@ def check_fresh(directory: Path, unit: str, *also: str) -> None:
         if (directory / name).exists():
             raise MindRLHFError(
                 f"--save_ckpt_dir {directory} holds the results of an earlier run ({name}); give another "
-                "directory, or continue with --resume_training True or --resume_from one of its "
+                "directory, or continue with --resume_training True or --resume_from one of its own "
                 f"{unit}_NNNNNN"
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,10 +84,13 @@ def _call(
         return nothing, _find_failing_sample(function, prompts, responses, sample_ids, error)
     if len(returned) != len(prompts):
         return nothing, f"--reward_fn returned {len(returned)} numbers for {len(prompts)} samples"
-    for score, sample_id, response in zip(returned, sample_ids, responses, strict=True):
-        if not math.isfinite(score):
-            return nothing, f"--reward_fn returned {score} for sample {sample_id}, response {response!r}"
-    return np.array(returned, np.float32), ""
+    with np.errstate(over="ignore"):  # a number beyond float32 is refused below
+        scores = np.array(returned, np.float32)
+    for score, original, sample_id, response in zip(scores, returned, sample_ids, responses, strict=True):
+        if not np.isfinite(score):
+            fault = f"{original} for sample {sample_id}, response {response!r}: not a finite float32"
+            return nothing, f"--reward_fn returned {fault}"
+    return scores, ""
 
 
 def _find_failing_sample(

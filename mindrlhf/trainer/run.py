@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from mindrlhf.runtime.watchdog import Watchdog, supervised
 from mindrlhf.trainer.checkpoints import TrainingCheckpoints
 from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.state import RunState
-from mindrlhf.trainer.recipe import Recipe, StepResult
+from mindrlhf.trainer.recipe import HeldOut, Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers.choice import make_trackers
 from mindrlhf.trainer.trackers.tracker import Trackers
@@ -136,7 +136,7 @@ class Run:
         """Restores the training state when resuming, and opens the files of results; collective.
 
         Raises:
-            CheckpointError: the checkpoint does not fit the recipe's models.
+            MindRLHFError: see :meth:`resume`.
         """
         if self._resume is not None:
             self.resume(self._resume, recipe)
@@ -163,12 +163,28 @@ class Run:
 
         Raises:
             CheckpointError: it does not fit the recipe's models.
+            MindRLHFError: the recorded evaluations are of other held-out data.
         """
         self.step = self.checkpoints.load(checkpoint, recipe.trained, recipe.stateful)
+        self._check_held_out(recipe.held_out)  # before any result is changed
         if self.recorder is not None:
             self.recorder.rewind(self.step)
         self.checkpoints.set_newer_aside(self.step)
         logger.info("resumed from %s after %s %d", checkpoint, self.unit, self.step)
+
+    def _check_held_out(self, held_out: HeldOut | None) -> None:
+        if held_out is not None and self._main_decides(
+            lambda recorder: recorder.has_other_evaluations(held_out, self.step)
+        ):
+            raise MindRLHFError(
+                f"the evaluations in {self.directory} are of other held-out data; resume with the same "
+                "held-out data and the same number of prompts, or without evaluation"
+            )
+
+    def _main_decides(self, question: Callable[[Recorder], bool]) -> bool:
+        """The main rank's answer, on every rank: only the main one has the records; collective."""
+        mine = self.recorder is not None and question(self.recorder)
+        return bool(self.exchange.every_rank(np.array([mine], np.int32))[0, 0])
 
     def stop_agreed(self) -> bool:
         """Whether a signal has asked any rank to stop; collective, the same answer on every rank."""
@@ -178,27 +194,13 @@ class Run:
         """Whether to evaluate now: before the first step, after the last, and every ``eval_interval`` steps.
 
         An evaluation that is already recorded is not repeated when a run resumes. Collective.
-
-        Raises:
-            MindRLHFError: the recorded evaluations are of other held-out data.
         """
         schedule = recipe.schedule
         interval = schedule.eval_interval
         is_time = self.step == schedule.total or bool(interval and self.step % interval == 0)
         if recipe.held_out is None or not (is_time or self.step == self._first_step):
             return False
-        # Only the main rank has the records, and all ranks must agree.
-        flags = np.zeros(2, np.int32)
-        if self.recorder is not None:
-            flags[0] = self.recorder.has_other_evaluations(recipe.held_out)
-            flags[1] = self.recorder.lacks_evaluation(self.step, is_time=is_time)
-        has_other, is_due = self.exchange.every_rank(flags)[0]
-        if has_other:
-            raise MindRLHFError(
-                f"the evaluations in {self.directory} are of other held-out data; resume with the same "
-                "held-out data and the same number of prompts, or without evaluation"
-            )
-        return bool(is_due)
+        return self._main_decides(lambda recorder: recorder.lacks_evaluation(self.step, is_time=is_time))
 
     def record_evaluation(self, recipe: Recipe) -> None:
         """Evaluates the recipe and records the result; collective."""
@@ -254,13 +256,17 @@ class Run:
     def finish(self, recipe: Recipe) -> bool:
         """Saves what is not saved yet, and logs how the run ended; collective.
 
+        A run that has ever saved its state saves it at the end, too: resuming it would otherwise repeat
+        steps that are done.
+
         Returns:
             whether all steps are done.
 
         Raises:
             KeyboardInterrupt: SIGINT stopped the run.
         """
-        if (self.stop.agreed or recipe.schedule.save_at_end) and self.last_checkpoint is None:
+        saves = self.stop.agreed or recipe.schedule.save_at_end or self.checkpoints.has_own
+        if saves and self.last_checkpoint is None:
             self.save(recipe)
         for watchdog in self._watchdogs:
             watchdog.suspend("finish")

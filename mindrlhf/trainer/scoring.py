@@ -127,6 +127,8 @@ def _without_faults(scored: ScoredRollout) -> ScoredRollout:
     finite = scored.scores[np.isfinite(scored.scores)]
     neutral = float(finite.mean(dtype=np.float64)) if len(finite) else 0.0
 
+    model = "policy" if scored.values is None else "both"
+
     def zeroed(array: np.ndarray) -> np.ndarray:
         return np.where(bad[:, None], np.float32(0), array)
 
@@ -135,7 +137,7 @@ def _without_faults(scored: ScoredRollout) -> ScoredRollout:
         ref_logprobs=zeroed(scored.ref_logprobs),
         values=None if scored.values is None else zeroed(scored.values),
         scores=np.where(faults["reward"], np.float32(neutral), scored.scores),
-        fault=SkippedUpdate("both", f"not a finite number: {', '.join(names)}", np.flatnonzero(bad)),
+        fault=SkippedUpdate(model, f"not a finite number: {', '.join(names)}", np.flatnonzero(bad)),
     )
 
 

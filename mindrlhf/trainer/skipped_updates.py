@@ -20,7 +20,7 @@ class SkippedUpdate:
     """One optimizer step, or a whole iteration's, that was not taken."""
 
     model: str
-    """``policy`` or ``critic``; ``both`` when nothing can be learned from a rollout."""
+    """``policy`` or ``critic``; ``both`` when neither can learn from a rollout."""
     cause: str
     rows: np.ndarray
     """Rows of the rollout that are at fault; the whole minibatch when they cannot be told apart."""

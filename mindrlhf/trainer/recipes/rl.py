@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
+from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig, PPOConfig
 from mindrlhf.data.prompts import PromptBatch, PromptStream, prompts_digest
 from mindrlhf.data.tokenizer import Tokenizer
-from mindrlhf.models.families import family_of
 from mindrlhf.runtime.compile_cache import open_compile_cache
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.runtime.launching import scratch_directory
@@ -36,6 +35,7 @@ from mindrlhf.trainer.console.state import Column
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.evaluation import evaluate, evaluation_result, held_out_prompts
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
+from mindrlhf.trainer.export import export_policy
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.metrics import histograms, rollout_metrics, update_metrics
 from mindrlhf.trainer.pretraining import open_pretraining
@@ -417,10 +417,12 @@ def train_ppo(options: PPOOptions, job: JobConfig, data: Path, save: Path) -> Pa
     """
     with observed("PPO", "iteration", options.watchdog_timeout, options.trackers) as observers:
         run, trainer = _prepare(options, job, data, save, observers)
-        if train(run, trainer) and options.export_hf_dir is not None:
-            _export(options, trainer)
-    assert run.last_checkpoint is not None
-    return run.last_checkpoint
+        finished, last = train(run, trainer), run.last_checkpoint
+        assert last is not None
+        if finished and options.export_hf_dir is not None:
+            mesh = stored_meshes(last)["policy"]  # a run that had nothing left to do kept its layout
+            export_policy(last / "policy", job.train.model, mesh, options, run.exchange)
+    return last
 
 
 def _prepare(
@@ -435,7 +437,7 @@ def _prepare(
         reward=options.load_rm_checkpoint,
         critic=options.load_critic_checkpoint,
     ).checked()
-    if not options.resumes:
+    if not options.continues_in(save):
         check_fresh(save, "iteration")
     tokenizer = _tokenizer(options, job)
     check_one_tokenizer({flag: getattr(options, flag) for flag in _WITH_TOKENIZER})
@@ -515,23 +517,3 @@ def _reward_function(options: PPOOptions) -> RewardFunction | None:
     if options.tokenizer_path is None:
         raise MindRLHFError("--reward_fn reads texts: pass --tokenizer_path too")
     return load_reward_function(options.reward_fn)
-
-
-def _export(options: PPOOptions, trainer: PPOTrainer) -> None:
-    """The final policy in Hugging Face format, merged from all ranks' shards by the main rank."""
-    checkpoint = trainer.run.last_checkpoint
-    assert options.export_hf_dir is not None
-    assert checkpoint is not None
-    if trainer.runtime.is_main:
-        tokenizer_dir = options.tokenizer_path
-        export_hf(
-            checkpoint / "policy",
-            options.export_hf_dir,
-            trainer.job.train.model,
-            mesh=stored_meshes(checkpoint)["policy"],  # a run that had nothing left to do kept its layout
-            tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
-            # The value head of a shared critic is not part of the language model.
-            leave_out=family_of(trainer.job.train.model).layouts.SCORE_HEAD,
-        )
-        logger.info("final policy in Hugging Face format: %s", options.export_hf_dir)
-    trainer.exchange.barrier()

@@ -10,13 +10,14 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
-from mindrlhf.checkpoint.conversion import check_hf_output, export_hf
+from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.options import SFTOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.families import family_of
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.experience import sequence_inputs
+from mindrlhf.trainer.export import export_policy
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.supervised import (
     StageRows,
@@ -160,22 +161,6 @@ def train_sft(options: SFTOptions, plan: StagePlan) -> Path:
             return options.save_ckpt_dir
         final = trainer.save_weights()
         if options.export_hf_dir is not None:
-            _export(options, trainer, final)
+            export_policy(final, plan.config.model, trainer.model.groups.mesh, options, run.exchange)
     logger.info("weights: %s (for --load_sft_checkpoint_train and the reward model)", final)
     return final
-
-
-def _export(options: SFTOptions, trainer: SFTTrainer, final: Path) -> None:
-    """The policy in Hugging Face format, merged from all ranks' shards by the main rank."""
-    assert options.export_hf_dir is not None
-    if trainer.exchange.runtime.is_main:
-        tokenizer_dir = options.tokenizer_path
-        export_hf(
-            final,
-            options.export_hf_dir,
-            trainer.plan.config.model,
-            mesh=trainer.model.groups.mesh,
-            tokenizer_dir=tokenizer_dir if tokenizer_dir and tokenizer_dir.is_dir() else None,
-        )
-        logger.info("policy in Hugging Face format: %s", options.export_hf_dir)
-    trainer.exchange.barrier()

@@ -335,7 +335,7 @@ def check_paths(options: StageOptions) -> None:
             f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name existing weights"
         )
     save, resumes = options.save_ckpt_dir, options.resumes
-    if not resumes:
+    if not options.continues_in(save):
         check_fresh(save, "step", FINAL)
     if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
         raise MindRLHFError(

@@ -360,9 +360,47 @@ def test_without_a_critic_its_file_is_not_read_and_its_settings_are_refused(job:
     with pytest.raises(ConfigError) as caught:
         load_ppo_job(options, 4)
     (fault,) = caught.value.faults
-    assert fault.startswith(
-        f"--load_critic_checkpoint: not used ({tmp_path}) - there is no separate critic (--set "
+    assert fault.startswith(f"--load_critic_checkpoint: not used ({tmp_path}) - --set critic")
+    assert fault.endswith(" is none, so no separate critic is built: remove the flag")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "unused", "value"),
+    [
+        ("kl_controller: fixed", "kl_target", 3.0),
+        ("kl_controller: fixed", "kl_horizon", 7),
+        ("do_sample: False", "top_k", 5),
+        ("do_sample: False", "top_p", 0.5),
+    ],
+)
+def test_ppo_keys_that_nothing_would_read_are_refused(job: Any, chosen: str, unused: str, value: Any) -> None:
+    overrides = [chosen.replace(": ", "="), f"{unused}={value}"]
+    assert job.faults(overrides=overrides) == [
+        f"--set {unused}: without effect with {chosen} ({value}) - remove it"
+    ]
+
+
+def test_a_single_response_has_no_baseline(job: Any) -> None:
+    one = ["rollout_batch_size=1", "num_minibatches=1", "critic=none", "advantage=reinforce"]
+    assert any(
+        fault.startswith("--set rollout_batch_size: one response is its own baseline")
+        for fault in job.faults(overrides=one)
     )
+
+
+def test_another_architecture_is_refused(job: Any) -> None:
+    job.edit("train", "model.arch", {"type": "GPT2LMHeadModel", "mine": 1})
+    faults = job.faults()
+    assert any(
+        "model.arch.type: not supported ('GPT2LMHeadModel') - set it to Llama" in one for one in faults
+    )
+    assert any("model.arch.mine: unknown key" in one for one in faults)
+
+
+def test_no_steps_at_all_are_refused_in_a_schedule(job: Any) -> None:
+    job.edit("train", "lr_schedule.total_steps", 0)
+    (fault,) = job.faults()
+    assert "lr_schedule.total_steps: out of range (0) - must be -1 or a whole number >= 1" in fault
 
 
 def test_what_is_harmless_is_named_in_one_warning_per_file(job: Any, log: pytest.LogCaptureFixture) -> None:

@@ -187,7 +187,7 @@ def test_other_prompts_than_those_recorded_are_refused(
     assert held is not None
     monkeypatch.setattr(runs.trainer, "held_out", held._replace(digest="another"))
     with pytest.raises(MindRLHFError, match="are of other held-out data"):
-        runs.run.evaluation_due(runs.trainer)
+        runs.run.resume(runs.save / "iteration_000001", runs.trainer)
 
 
 def test_a_failing_reward_function_says_that_it_was_in_evaluation(

@@ -83,7 +83,8 @@ def checkpoints(directory: Path, fixed: Mapping[str, Any] | None = None) -> Trai
 def counting(directory: Path, total: int = 5, **options: Any) -> Counting:
     recipe = {name: options.pop(name) for name in ("held_out", "stop_in", "fail_in") if name in options}
     saved = checkpoints(directory)
-    resume = choose_checkpoint(saved, None, resume_training=True)
+    named = options.pop("resume_from", None)
+    resume = choose_checkpoint(saved, named and directory / named, resume_training=named is None)
     run = Run(saved, resume=resume, rewinds=True)
     return Counting(run, Schedule(total=total, **options), **recipe)
 
@@ -173,15 +174,39 @@ def test_a_failure_in_the_last_step_says_that_resuming_alone_trains_nothing(tmp_
 def test_evaluations_of_other_data_are_not_mixed(tmp_path: Path) -> None:
     recipe = counting(tmp_path, total=1, held_out=HELD_OUT)
     train(recipe.run, recipe)
-    other = counting(tmp_path, total=2, held_out=HELD_OUT._replace(digest="other"))
+    (tmp_path / "step_000002").mkdir()  # not whole, and newer: a refused run must leave even that alone
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "sum": 1}\n')
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    other = counting(tmp_path, total=2, held_out=HELD_OUT._replace(digest="other"), resume_from="step_000001")
     with pytest.raises(MindRLHFError, match="are of other held-out data"):
         train(other.run, other)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_that_has_saved_its_state_saves_it_at_the_end_too(tmp_path: Path) -> None:
+    """Or resuming a finished run would start from the older state and repeat what is done."""
+    first = counting(tmp_path, total=3, save_at_end=False, stop_in=0)
+    assert not train(first.run, first)
+    second = counting(tmp_path, total=3, save_at_end=False)
+    assert train(second.run, second)
+    third = counting(tmp_path, total=3, save_at_end=False)
+    assert train(third.run, third)
+    assert third.asked == ["begin"]
+
+
+def test_results_that_cannot_be_written_end_the_run_with_one_line(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, total=3, save_interval=1)
+    full = tmp_path / "metrics.jsonl"
+    full.symlink_to("/dev/full")
+    with pytest.raises(MindRLHFError, match=rf"cannot write {full}: No space left on device; .*resume"):
+        train(recipe.run, recipe)
 
 
 def test_other_ranks_do_what_the_main_rank_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 has no records: whether an evaluation is due, it hears from rank 0."""
     exchange = HostExchange(Runtime(1, 2))
-    answers = {"due": np.array([[0, 1], [0, 0]], np.int32), "not due": np.zeros((2, 2), np.int32)}
+    answers = {"due": np.array([[1], [0]], np.int32), "not due": np.zeros((2, 1), np.int32)}
     saved = checkpoints(tmp_path)
     saved.exchange = exchange
     run = Run(saved)

@@ -184,3 +184,20 @@ def test_a_configuration_that_graphs_know_is_another_one(tiny_job: JobConfig) ->
     assert graph_configuration(replace(tiny_job, train=elsewhere)) == before
     theta = replace(tiny_job.train, model=replace(tiny_job.train.model, theta=3.0))
     assert graph_configuration(replace(tiny_job, train=theta)) != before
+
+
+def test_only_a_runs_own_checkpoint_continues_its_results(configs: Path, tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for start, expected in ((mine / "iteration_000001", True), (mine, True), (other, False)):
+        assert options(configs, tmp_path, resume_from=start).continues_in(mine) is expected
+    assert options(configs, tmp_path, resume_training=True).continues_in(mine)
+    assert not options(configs, tmp_path).continues_in(mine)
+
+
+def test_two_runs_are_not_mixed_by_resuming(configs: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "other" / "iteration_000001").mkdir(parents=True)
+    given = {"resume_from": tmp_path / "other" / "iteration_000001", "save_ckpt_dir": tmp_path / "mine"}
+    with pytest.raises(MindRLHFError, match=r"mine holds the results of an earlier run \(metrics.jsonl\)"):
+        run_ppo(options(configs, tmp_path, **given))

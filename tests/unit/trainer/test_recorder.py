@@ -131,6 +131,14 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> N
     assert [json.loads(line)["response"] for line in samples] == ["1\u2028\u0085", "2\u2028\u0085"]
 
 
+def test_damaged_lines_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n{"iter\n{"iteration": 2}\n')
+    records = recorder(tmp_path)
+    records.rewind(2)
+    assert records.metrics == [{"iteration": 1}, {"iteration": 2}]
+    assert f"{tmp_path / 'metrics.jsonl'}: 1 damaged line(s) are left out from here on" in caplog.text
+
+
 def test_a_used_directory_is_refused(tmp_path: Path) -> None:
     check_fresh(tmp_path, "iteration")
     check_fresh(tmp_path / "not there yet", "iteration")
@@ -239,8 +247,9 @@ def test_when_an_evaluation_is_due(tmp_path: Path) -> None:
     assert not records.lacks_evaluation(3, is_time=True), "it is recorded already"
     assert not records.lacks_evaluation(4, is_time=False)
     assert records.lacks_evaluation(4, is_time=True)
-    assert records.has_other_evaluations(HELD_OUT._replace(digest="y"))
-    assert not records.has_other_evaluations(HELD_OUT)
+    assert records.has_other_evaluations(HELD_OUT._replace(digest="y"), 3)
+    assert not records.has_other_evaluations(HELD_OUT._replace(digest="y"), 2), "it will be dropped"
+    assert not records.has_other_evaluations(HELD_OUT, 3)
 
 
 def test_curves_without_values_are_left_out(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_exception_names_the_sample() -> None:
     [
         ([1.0, float("nan")], "returned nan for sample 71"),
         ([float("-inf"), 1.0], "returned -inf for sample 70"),
+        ([1e39, 1.0], r"returned 1e\+39 for sample 70.*: not a finite float32"),
         ([1.0], "returned 1 numbers for 2 samples"),
     ],
 )

@@ -1,0 +1,46 @@
+"""The trained policy in Hugging Face format, at the end of a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mindrlhf.checkpoint.conversion import export_hf
+from mindrlhf.configs.options import ExportOptions
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.families import family_of
+from mindrlhf.parallel.layout import Mesh
+from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def export_policy(
+    weights: Path, model: ModelConfig, mesh: Mesh, options: ExportOptions, exchange: HostExchange
+) -> None:
+    """Merges all ranks' shards into ``--export_hf_dir`` on the main rank; collective.
+
+    Args:
+        weights: rank directories.
+        model: sizes of the policy.
+        mesh: over which ``weights`` are split.
+        options: name the directory, and where the tokenizer files are copied from.
+        exchange: between the ranks.
+
+    Raises:
+        CheckpointError: see :func:`mindrlhf.checkpoint.conversion.export_hf`.
+    """
+    assert options.export_hf_dir is not None
+    if exchange.runtime.is_main:
+        tokenizer = options.tokenizer_path
+        export_hf(
+            weights,
+            options.export_hf_dir,
+            model,
+            mesh=mesh,
+            tokenizer_dir=tokenizer if tokenizer and tokenizer.is_dir() else None,
+            # The value head of a shared critic is not part of the language model.
+            leave_out=family_of(model).layouts.SCORE_HEAD,
+        )
+        logger.info("policy in Hugging Face format: %s", options.export_hf_dir)
+    exchange.barrier()
