@@ -159,7 +159,7 @@ class TrainingSettings:
     save_interval: Natural = _run(
         0,
         "steps between checkpoints of the training state; 0: PPO only at the end, the others only when a "
-        "signal stops them",
+        "signal stops them, and at the end once they have been resumed",
     )
     keep_checkpoints: Natural = _run(2, "number of newest checkpoints to keep; 0: all")
     eval_interval: Natural = _run(
