@@ -11,7 +11,7 @@ from mindrlhf.configs import mindformers
 from mindrlhf.configs.faults import Faults, did_you_mean, shown
 from mindrlhf.configs.fields import join, keys_of, read_section
 from mindrlhf.configs.mindformers import Foreign, check_foreign
-from mindrlhf.configs.optimizer import read_lr_schedule, read_optimizer
+from mindrlhf.configs.optimizer_section import read_lr_schedule, read_optimizer
 from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, RunConfig, RunnerConfig
 from mindrlhf.configs.yaml_file import read_mapping
 from mindrlhf.utils.logging import get_logger

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from mindrlhf.algorithms.kl import sequence_kl
-from mindrlhf.algorithms.metrics import explained_variance
+from mindrlhf.algorithms.statistics import explained_variance
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Experience, ScoredRollout, TokenRewards
-from mindrlhf.trainer.losses import RATIO_EDGES, RATIOS_ABOVE
+from mindrlhf.trainer.loss_cells import RATIO_EDGES, RATIOS_ABOVE
 from mindrlhf.trainer.trackers.tracker import Histogram
 from mindrlhf.trainer.update import UpdateResult
 

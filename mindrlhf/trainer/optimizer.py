@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.nn import Optimizer
 
-from mindrlhf.configs.optimizer import with_total_steps
+from mindrlhf.configs.optimizer_section import with_total_steps
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.trainer.mindformers_builders import load_builders
 from mindrlhf.utils.errors import ConfigError

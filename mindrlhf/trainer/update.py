@@ -14,7 +14,7 @@ from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
 from mindrlhf.trainer.gradients import GradientBuffers
-from mindrlhf.trainer.losses import (
+from mindrlhf.trainer.loss_cells import (
     POLICY_STATISTICS,
     VALUE_STATISTICS,
     PolicyLoss,

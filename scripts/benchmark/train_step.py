@@ -79,7 +79,7 @@ def build(args: argparse.Namespace) -> Case:
     from mindrlhf.models.qwen2.networks import PPOModelTrain
     from mindrlhf.parallel.groups import Groups
     from mindrlhf.parallel.layout import Mesh
-    from mindrlhf.trainer.losses import PolicyLoss
+    from mindrlhf.trainer.loss_cells import PolicyLoss
     from mindrlhf.trainer.optimizer import build_optimizer
     from mindrlhf.trainer.train_step import TrainStep
 

@@ -20,7 +20,7 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
-from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES, VALUE_STATISTICS
+from mindrlhf.trainer.loss_cells import POLICY_STATISTICS, RATIO_EDGES, VALUE_STATISTICS
 from mindrlhf.trainer.pretraining import PretrainBatch
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult, minibatches
 from tests.parity.ppo_update_case import (

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIOS_ABOVE, VALUE_STATISTICS
+from mindrlhf.trainer.loss_cells import POLICY_STATISTICS, RATIOS_ABOVE, VALUE_STATISTICS
 from mindrlhf.trainer.update import UpdateResult
 from tests.parity.ppo_update_case import EXTRAS, PPO, PROMPT, hugging_face, random_texts, rollout_of
 from tests.parity.ppo_update_sides import Both, both_sides, our_side, schedule_rates

@@ -15,7 +15,7 @@ from mindrlhf.configs import mindformers as foreign
 from mindrlhf.configs import schema
 from mindrlhf.configs.fields import Count, keys_of
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.optimizer import (
+from mindrlhf.configs.optimizer_section import (
     LR_ALIASES,
     LR_SCHEDULES,
     OPTIMIZERS,

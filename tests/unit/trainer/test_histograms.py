@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindrlhf.trainer.losses import POLICY_STATISTICS, RATIO_EDGES, RATIOS_ABOVE
+from mindrlhf.trainer.loss_cells import POLICY_STATISTICS, RATIO_EDGES, RATIOS_ABOVE
 from mindrlhf.trainer.metrics import ratio_histogram
 from mindrlhf.trainer.trackers.tracker import Histogram
 from mindrlhf.trainer.update import UpdateResult

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from mindrlhf.algorithms.advantages import gae, reinforce, whiten
 from mindrlhf.algorithms.masks import value_mask
-from mindrlhf.algorithms.metrics import explained_variance, masked_var
+from mindrlhf.algorithms.statistics import explained_variance, masked_var
 
 COLUMNS = 5
 MATRIX = arrays(np.float32, (3, COLUMNS), elements=st.floats(-8, 8, width=32))
