@@ -13,12 +13,12 @@ from typing import Any
 from mindrlhf.checkpoint.element_types import DType, parse_dtype
 from mindrlhf.checkpoint.hf_config import (
     CONFIG_NAME,
+    differences,
     finish_hf_config,
     hf_config_from_model,
     model_config_from_hf,
     read_hf_config,
     read_json,
-    size_fields,
 )
 from mindrlhf.checkpoint.shards import open_full, rank_directories
 from mindrlhf.checkpoint.sources import CastSource, RenamedSource, WeightSource, select
@@ -52,8 +52,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "tokenizer.model",
-    "generation_config.json",
 )
+_GENERATION_NAME = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
@@ -170,7 +171,7 @@ def export_hf(
         output_dir: appears when complete; a previous export there is replaced.
         model: sizes of the model.
         dtype: type of all weights ("fp32", "fp16", "bf16" or the long names); ``None`` keeps each as it is.
-        tokenizer_dir: where tokenizer files are copied from.
+        tokenizer_dir: where tokenizer files and ``generation_config.json`` are copied from.
         hf_config: base of the written ``config.json``; defaults to the one in ``tokenizer_dir`` if it
             describes the same model, else one is made from ``model``.
         mesh: the layout of the rank directories.
@@ -188,6 +189,7 @@ def export_hf(
         raise CheckpointError(f"{output_dir} holds the input {weights_path}: write elsewhere")
     _check_tokenizer_dir(tokenizer_dir)
     base = _base_config(model, hf_config, tokenizer_dir)
+    generation = _generation_config(model, base, hf_config, tokenizer_dir)
     stored, _ = open_full(weights_path, model, mesh)
     with stored:
         family = family_of(model)
@@ -197,7 +199,12 @@ def export_hf(
         stored_type = stored.tensors[family.layouts.EMBEDDING].dtype
         config = finish_hf_config(base, names, stored_type if wanted is None else wanted)
         files = write_hf_directory(
-            output_dir, source, config, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir
+            output_dir,
+            source,
+            config,
+            max_shard_bytes=max_shard_bytes,
+            tokenizer_dir=tokenizer_dir,
+            generation=generation,
         )
         return _report(source, files)
 
@@ -217,15 +224,25 @@ def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path
     return hf_config_from_model(model)
 
 
+def _generation_config(
+    model: ModelConfig, base: Mapping[str, Any], hf_config: Path | None, tokenizer_dir: Path | None
+) -> Mapping[str, Any]:
+    """``generation_config.json``: the one beside the tokenizer or the config, else one of the token ids."""
+    for place in filter(None, (tokenizer_dir, hf_config)):
+        path = (place if place.is_dir() else place.parent) / _GENERATION_NAME
+        if path.is_file():
+            return read_json(path)
+    ids = {key: base[key] for key in _TOKEN_IDS if base.get(key) is not None}
+    return {"pad_token_id": model.pad_token_id, **ids} if "eos_token_id" in ids else ids
+
+
 def _describes(config: Mapping[str, Any], model: ModelConfig) -> bool:
     if config.get("model_type") != family_of(model).hf_model_type:
         return False
     try:
-        stated = model_config_from_hf(config, CONFIG_NAME)
+        return not differences(model_config_from_hf(config, CONFIG_NAME), model)
     except CheckpointError:
         return False
-    fields = (*size_fields(model), "tie_word_embeddings", "rms_norm_eps", "theta")
-    return all(getattr(stated, field) == getattr(model, field) for field in fields)
 
 
 def _config_beside(tokenizer_dir: Path | None, input_path: Path) -> Path:
@@ -309,7 +326,7 @@ def is_weights_name(name: str) -> bool:
 
 
 def _is_ours(entry: Path) -> bool:
-    known = entry.name == CONFIG_NAME or entry.name in TOKENIZER_FILES
+    known = entry.name in (CONFIG_NAME, _GENERATION_NAME, *TOKENIZER_FILES)
     return entry.is_file() and (known or is_weights_name(entry.name))
 
 
@@ -320,6 +337,7 @@ def write_hf_directory(
     *,
     max_shard_bytes: int,
     tokenizer_dir: Path | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> tuple[Path, ...]:
     """Writes a whole Hugging Face directory, which appears when it is complete.
 
@@ -329,6 +347,7 @@ def write_hf_directory(
         config: content of ``config.json``.
         max_shard_bytes: larger models are written as several files with an index.
         tokenizer_dir: where tokenizer files are copied from.
+        generation: content of ``generation_config.json``.
 
     Returns:
         the weights files.
@@ -349,6 +368,8 @@ def write_hf_directory(
                 index = {"metadata": {"total_size": source.nbytes}, "weight_map": weight_map}
                 _write_json(temporary / (HF_SAFETENSORS + INDEX_SUFFIX), index)
             _write_json(temporary / CONFIG_NAME, config)
+            if generation is not None:
+                _write_json(temporary / _GENERATION_NAME, generation)
             if tokenizer_dir is not None:
                 for file in TOKENIZER_FILES:
                     if (tokenizer_dir / file).is_file():

@@ -11,9 +11,10 @@ from mindrlhf.checkpoint.element_types import DType
 from mindrlhf.configs.faults import shown
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.families import family_of, family_of_hf
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 CONFIG_NAME = "config.json"
+_ADAPTER_NAME = "adapter_config.json"
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -22,10 +23,64 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, not a JSON object, or not of a known family of models.
     """
+    check_no_adapter(path)
     file = path / CONFIG_NAME if path.is_dir() else path
     config = read_json(file)
     family_of_hf(config.get("model_type"), str(file))
     return config
+
+
+def check_no_adapter(path: Path) -> None:
+    """Refuses a directory with a LoRA adapter: its tensors, or those beside it, are not the model alone.
+
+    Raises:
+        CheckpointError: says how to make a model of it.
+    """
+    if (path / _ADAPTER_NAME).is_file():
+        raise CheckpointError(
+            f"{path} holds a LoRA adapter ({_ADAPTER_NAME}): merge it into its base model with peft's "
+            "merge_and_unload(), save that with save_pretrained(), and give the new directory"
+        )
+
+
+def check_described(path: Path, model: ModelConfig, where: str = "the YAML") -> None:
+    """Refuses a directory of weights whose ``config.json``, if it has one, describes another model.
+
+    Args:
+        path: a directory, or a file of weights, which describes nothing.
+        model: what the weights are loaded into.
+        where: what says so, for the message.
+
+    Raises:
+        CheckpointError: names every value that differs; or as :func:`model_config_from_hf`.
+    """
+    check_no_adapter(path)
+    if (path / CONFIG_NAME).is_file():
+        stated = model_config_from_hf(read_hf_config(path), str(path / CONFIG_NAME))
+        check_same_model(stated, model, str(path / CONFIG_NAME), where)
+
+
+def check_same_model(first: ModelConfig, second: ModelConfig, where_first: str, where_second: str) -> None:
+    """Refuses two descriptions of different models.
+
+    Raises:
+        CheckpointError: names every value that differs.
+    """
+    if faults := differences(first, second):
+        raise CheckpointError(
+            f"{where_first} and {where_second} describe different models, give files of one model:"
+            + bullet_list(faults)
+        )
+
+
+def differences(first: ModelConfig, second: ModelConfig) -> list[str]:
+    """``field: value and value`` for everything in which two models differ, however they are computed."""
+    fields = (*size_fields(first), "rms_norm_eps", "theta", "qkv_has_bias", "tie_word_embeddings")
+    return [
+        f"{field}: {getattr(first, field)} and {getattr(second, field)}"
+        for field in fields
+        if getattr(first, field) != getattr(second, field)
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,7 +117,7 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The sizes that a ``config.json`` states, with its family's defaults for what it may leave out.
 
     Raises:
-        CheckpointError: sizes are missing or do not fit; all of them at once.
+        CheckpointError: sizes are missing or do not fit, or the numerics are not supported; all at once.
     """
     keys = family_of_hf(config.get("model_type"), where).hf_keys
     model: ModelConfig = keys.model_config_from_hf(config, where)

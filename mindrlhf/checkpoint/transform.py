@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mindrlhf.checkpoint.hf_config import size_fields
+from mindrlhf.checkpoint.hf_config import check_same_model
 from mindrlhf.checkpoint.shards import open_full, rank_directories, split_to_ranks
 from mindrlhf.checkpoint.weight_files import CKPT, check_output_file, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig, RunConfig
 from mindrlhf.parallel.layout import mesh_of
-from mindrlhf.utils.errors import CheckpointError, bullet_list
+from mindrlhf.utils.errors import CheckpointError
 
 
 def transform_checkpoint(
@@ -71,16 +71,5 @@ def _common_model(source: RunConfig | None, target: RunConfig | None) -> ModelCo
     runs = [run for run in (source, target) if run is not None]
     if not runs:
         raise CheckpointError("full to full changes nothing: give --input_config, --output_config or both")
-    first, last = runs[0].model, runs[-1].model
-    sizes = (*size_fields(first), "qkv_has_bias", "tie_word_embeddings")
-    faults = [
-        f"{size}: {getattr(first, size)} and {getattr(last, size)}"
-        for size in sizes
-        if getattr(first, size) != getattr(last, size)
-    ]
-    if faults:
-        raise CheckpointError(
-            f"{runs[0].path} and {runs[-1].path} describe different models, give two YAMLs of one model:"
-            + bullet_list(faults)
-        )
-    return first
+    check_same_model(runs[0].model, runs[-1].model, str(runs[0].path), str(runs[-1].path))
+    return runs[0].model

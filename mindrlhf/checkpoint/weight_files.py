@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from mindrlhf.checkpoint.ckpt_file import encode_ckpt, open_ckpt
-from mindrlhf.checkpoint.hf_config import read_json
+from mindrlhf.checkpoint.hf_config import check_no_adapter, read_json
 from mindrlhf.checkpoint.manifest import Digest
 from mindrlhf.checkpoint.safetensors_file import encode_safetensors, open_safetensors
 from mindrlhf.checkpoint.sources import (
@@ -62,6 +62,7 @@ def open_weights(path: Path) -> WeightSource:
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name a weights file, or a directory that holds one")
+    check_no_adapter(path)
     if path.is_dir():
         source = open_hf_directory(path) if has_hf_weights(path) else _open_file(only_weights_file(path))
     else:

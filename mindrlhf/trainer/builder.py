@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mindrlhf.checkpoint.hf_config import check_described
 from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.configs.schema import JobConfig, RunConfig
 from mindrlhf.models.families import family_of
@@ -228,6 +229,7 @@ def fill_model(
 def load_shards(path: Path | None, model: SequenceModel | PPOModelInfer, label: str) -> dict[str, np.ndarray]:
     """This rank's shards of ``model``, logged as ``label``; heads that only one side has are left out."""
     assert path is not None
+    check_described(path, model.config)
     names, layouts = family_of(model.config).layouts, model.layouts
     has_score_head = names.SCORE_HEAD[0] in layouts
     ignore = () if has_score_head else names.SCORE_HEAD

@@ -19,7 +19,8 @@ class ConfigError(MindRLHFError):
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults: tuple[str, ...] = tuple(faults)
         noun = "error" if len(self.faults) == 1 else "errors"
-        super().__init__(f"{len(self.faults)} configuration {noun}:" + bullet_list(self.faults))
+        # None is left out: each is a key of its own to be mended.
+        super().__init__(f"{len(self.faults)} configuration {noun}:" + bullet_list(self.faults, most=None))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
         """Pickles the faults; the default would pass the message as the faults."""
@@ -34,6 +35,8 @@ class CheckpointError(MindRLHFError):
     """Weights are missing, left over, of the wrong shape, or cannot be read or written."""
 
 
-def bullet_list(lines: Iterable[str]) -> str:
-    """The lines below a message that lists faults."""
-    return "".join(f"\n  - {line}" for line in lines)
+def bullet_list(lines: Iterable[str], most: int | None = 10) -> str:
+    """The lines below a message that lists faults: ``most`` of them, and how many more there are."""
+    every = list(lines)
+    more = [f"and {len(every) - most} more"] if most is not None and len(every) > most else []
+    return "".join(f"\n  - {line}" for line in [*every[:most], *more])

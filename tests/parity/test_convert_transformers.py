@@ -22,6 +22,7 @@ def small_config(**changes):
         "num_key_value_heads": 2,
         "intermediate_size": 40,
         "max_position_embeddings": 64,
+        "eos_token_id": 7,
     }
     return Qwen2Config(**{**sizes, **changes})
 
@@ -55,7 +56,7 @@ def there_and_back(directory: Path, model, suffix: str, **save) -> Path:
     ids=str,
 )
 def test_a_language_model_comes_back_identical(tmp_path, tied, dtype, suffix, save):
-    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     model = randomized(Qwen2ForCausalLM(small_config(tie_word_embeddings=tied))).to(dtype)
@@ -64,6 +65,7 @@ def test_a_language_model_comes_back_identical(tmp_path, tied, dtype, suffix, sa
     assert not any(info.values()), info
     assert type(again) is Qwen2ForCausalLM
     assert again.dtype == dtype
+    assert GenerationConfig.from_pretrained(back).eos_token_id == 7
     expected, loaded = model.state_dict(), again.state_dict()
     assert set(expected) == set(loaded)
     assert all(torch.equal(expected[name], loaded[name]) for name in expected)

@@ -7,9 +7,10 @@ from typing import Any
 
 from mindrlhf.configs.faults import shown
 from mindrlhf.configs.fields import MAX_INT
+from mindrlhf.configs.mindformers import Foreign
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import LM_HEAD, SCORE_HEAD_WEIGHT
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 # Hugging Face key -> field of ModelConfig.
 SIZE_KEYS = {
@@ -30,6 +31,21 @@ _VALUES: dict[str, tuple[str, Any]] = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 
+_ROPE = "remove it, unless the model was trained with it: positions are not scaled here"
+# Hugging Face key that changes the logits -> the values with which they are what is computed here. A key that
+# matters only beside another one, such as sliding_window beside use_sliding_window, is not listed.
+NUMERICS: dict[str, Foreign] = {
+    "hidden_act": Foreign(("silu", "swish", None), "give a model whose activation is silu"),
+    "rope_scaling": Foreign((None,), _ROPE),
+    "rope_parameters": Foreign((None,), _ROPE),
+    "partial_rotary_factor": Foreign((1, None), "give a model that rotates whole heads"),
+    "use_mrope": Foreign((False, None), "give a model of texts alone"),
+    "use_sliding_window": Foreign((False, None), "set it to false: every token attends to all before it"),
+    "layer_types": Foreign((None,), "give a model whose layers are all of type full_attention"),
+    "attention_dropout": Foreign((0, None), "set it to 0: dropout would make old and new log-probs differ"),
+    "quantization_config": Foreign((None, {}), "give the model before it was quantized"),
+}
+
 CAUSAL_LM = "Qwen2ForCausalLM"
 SEQUENCE_CLASSIFICATION = "Qwen2ForSequenceClassification"
 
@@ -38,7 +54,7 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The sizes that a Hugging Face config states, with Hugging Face's defaults for what it may leave out.
 
     Raises:
-        CheckpointError: sizes are missing or do not fit; all of them at once.
+        CheckpointError: sizes are missing or do not fit, or the numerics are not supported; all at once.
     """
     sizes: dict[str, Any] = {field: config.get(key) for key, field in SIZE_KEYS.items()}
     faults = [
@@ -50,11 +66,26 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
         faults = _misfits(config, sizes)
     values = {field: _value(config, field, faults) for field in _VALUES}
     ids = _token_ids(config, faults)
+    faults += [
+        f"{key}: {shown(value)} is not supported; {foreign.instead}"
+        for key, foreign in NUMERICS.items()
+        if not foreign.is_neutral(value := None if _is_default(key, config) else config[key], config)
+    ]
     if faults:
-        raise CheckpointError(
-            f"{where}: fix it, or take the model's own:" + "".join(f"\n  - {fault}" for fault in faults)
-        )
+        raise CheckpointError(f"{where}: fix it, or take the model's own:" + bullet_list(faults))
     return ModelConfig(**sizes, **values, **ids, qkv_has_bias=True)
+
+
+def _is_default(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a config states nothing for a key of ``NUMERICS``, or states the default in many words."""
+    value = config.get(key)
+    if key == "layer_types" and isinstance(value, list):
+        return all(kind == "full_attention" for kind in value)
+    if key.startswith("rope_") and isinstance(value, Mapping):  # transformers 5 always writes rope_parameters
+        kind, rotated = value.get("rope_type", value.get("type")), value.get("partial_rotary_factor")
+        nested = any(isinstance(entry, Mapping) for entry in value.values())
+        return kind in ("default", None) and rotated in (1, None) and not nested
+    return value is None
 
 
 def _value(config: Mapping[str, Any], field: str, faults: list[str]) -> Any:
@@ -62,7 +93,10 @@ def _value(config: Mapping[str, Any], field: str, faults: list[str]) -> Any:
     key, default = _VALUES[field]
     rope = config.get("rope_parameters")
     places = [config, rope] if field == "theta" and isinstance(rope, Mapping) else [config]
-    value = next((place[key] for place in places if place.get(key) is not None), default)
+    stated = [place[key] for place in places if place.get(key) is not None]
+    value = stated[0] if stated else default
+    if stated[1:] not in ([], [value]):  # transformers 4 would take the first, transformers 5 the second
+        faults.append(f"{key}: {shown(value)}, but {shown(stated[1])} in rope_parameters: keep one of them")
     if isinstance(default, bool):
         wanted, good = "true or false", isinstance(value, bool)
     elif isinstance(default, int):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,10 @@ def test_integers_are_no_weights(tmp_path, hf):
     weights = hf.weights(hf.config, "F32", 0)
     hf.make(tmp_path / "hf", tensors=weights)
     hf.write_safetensors(tmp_path / "hf" / "model.safetensors", weights, "I32")
-    with pytest.raises(CheckpointError, match=r"wrong type: lm_head\.weight is int32"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)27 fault\(s\).*wrong type: .* is int32.*and 17 more",
+    ):
         hf_to_mindspore(tmp_path / "hf", tmp_path / "m.ckpt")
 
 
@@ -174,10 +178,25 @@ def test_tokenizer_files_come_along(tmp_path, converted):
     mindspore_to_hf(converted, tmp_path / "back", config=tmp_path / "hf")
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer_config.json",
         "vocab.json",
     ]
+
+
+def test_a_generation_config_is_copied_or_made(tmp_path, converted, hf):
+    """A model YAML has a pad_token_id, too; of a config.json that states none the end token is it."""
+    source, written = tmp_path / "hf" / "generation_config.json", tmp_path / "back" / "generation_config.json"
+    model = replace(model_config_from_hf(hf.config, "x"), eos_token_id=(3, 5), pad_token_id=4)
+    export_hf(converted, tmp_path / "back", model)
+    assert json.loads(written.read_text()) == {"bos_token_id": 3, "eos_token_id": [3, 5], "pad_token_id": 4}
+    mindspore_to_hf(converted, tmp_path / "back", config=tmp_path / "hf" / "config.json", overwrite=True)
+    assert json.loads(written.read_text()) == {"eos_token_id": 3, "pad_token_id": 3}
+    source.write_text('{"eos_token_id": [3, 1], "temperature": 0.7}')
+    for config in (tmp_path / "hf", tmp_path / "hf" / "config.json"):
+        mindspore_to_hf(converted, tmp_path / "back", config=config, overwrite=True)
+        assert json.loads(written.read_text()) == json.loads(source.read_text())
 
 
 def test_config_beside_the_tokenizer_is_used(tmp_path, converted, hf):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mindrlhf.checkpoint.element_types import BFLOAT16
 from mindrlhf.checkpoint.hf_config import (
+    check_described,
     finish_hf_config,
     hf_config_from_model,
     model_config_from_hf,
@@ -35,6 +38,53 @@ def test_all_config_faults_at_once(hf):
     config = {**hf.config, "num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 8}
     with pytest.raises(CheckpointError, match=r"(?s)hidden_size 16 .* 3.*heads 3 .* 2.*head_dim 8"):
         model_config_from_hf(config, "x")
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", YARN),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e6}),
+        ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("partial_rotary_factor", 0.5),
+        ("use_mrope", True),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("hidden_act", "gelu"),
+        ("attention_dropout", 0.1),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+    ],
+)
+def test_numerics_that_are_not_computed_here_are_refused(hf, key, value):
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*\n  - {key}: .* is not supported; \w"):
+        model_config_from_hf({**hf.config, key: value}, "config.json")
+
+
+def test_numerics_that_are_computed_here_pass(hf):
+    """Keys that matter only beside another one; what transformers 5 writes."""
+    neutral = {
+        "rope_scaling": None, "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1,
+        "attention_dropout": 0.0, "layer_types": ["full_attention"] * 2, "quantization_config": None,
+    }  # fmt: skip
+    assert model_config_from_hf({**hf.config, **neutral}, "x") == model_config_from_hf(hf.config, "x")
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    assert model_config_from_hf({**hf.config, "rope_theta": None, **rope}, "x").theta == 5e4
+    with pytest.raises(CheckpointError, match=r"rope_theta: 1000000\.0, but 50000\.0 in rope_parameters"):
+        model_config_from_hf({**hf.config, **rope}, "x")
+
+
+def test_weights_beside_another_config_are_refused(tmp_path, hf):
+    hf.make(tmp_path)
+    model = model_config_from_hf(hf.config, "x")
+    check_described(tmp_path, model)
+    check_described(tmp_path / "model.safetensors", model)
+    with pytest.raises(CheckpointError, match=r"json and the YAML .*\n  - theta: 1000000\.0 and 10000\.0"):
+        check_described(tmp_path, replace(model, theta=10000.0))
 
 
 def test_other_models_are_refused(tmp_path):
