@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Le
 
 from mindrlhf.configs.faults import collected, shown
-from mindrlhf.configs.fields import Count, DeviceTarget, Natural, Positive, Words, key, keys_of
+from mindrlhf.configs.fields import Count, DeviceTarget, Natural, Positive, Temperature, Words, key, keys_of
 
 GROUPS = ("model", "conversation", "file of prompts", "sampling")
 """Headings of the flags in ``--help``, in order."""
@@ -56,8 +56,8 @@ class ChatOptions:
     batch_size: Count = _prompts(8, "prompts per batch")
     skip_bad_lines: bool = _prompts(False, "skip bad lines of the file instead of stopping")
     max_tokens: Count = _sampling(256, "maximum tokens of a reply")
-    temperature: Annotated[Positive, Words("a number > 0; --greedy takes the likeliest token")] = _sampling(
-        0.7, "divides the logits: below 1 likelier tokens, above 1 more surprising ones"
+    temperature: Annotated[Temperature, Words("a number >= 1e-06; --greedy takes the likeliest token")] = (
+        _sampling(0.7, "divides the logits: below 1 likelier tokens, above 1 more surprising ones")
     )
     top_p: Annotated[Positive, Le(1)] = _sampling(
         0.9, "draw from the likeliest tokens that together have this probability; 1: from all"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from mindrlhf.chat.conversation import Conversation, Reply
-from mindrlhf.data.jsonl import CValuesReader
+from mindrlhf.data.jsonl import CValuesReader, open_regular
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.progress import ProgressBar
@@ -30,7 +30,7 @@ def read_prompts(path: Path, *, skip_bad_lines: bool = False) -> list[str]:
         DataError: the file cannot be read, is not UTF-8, holds no prompt, or has bad lines (all are named).
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             first = file.readline().strip(b"\xef\xbb\xbf \t\r\n")
         if path.suffix == ".jsonl" or first.startswith(b"{"):
             reader = CValuesReader(path, prompt_only=True, skip_bad_lines=skip_bad_lines)

@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     files = parser.add_argument_group("files")
     add = files.add_argument
-    lines = "jsonl with the strings prompt, pos_resp and neg_resp on each line"
+    lines = "jsonl with the strings prompt and pos_resp on each line, with --pairs neg_resp too"
     add("--file_path", type=Path, required=True, help=lines)
     written = "MindRecord file to write; its index goes to <output_path>.db"
     add("--output_path", type=Path, required=True, help=written)

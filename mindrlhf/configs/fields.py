@@ -77,6 +77,8 @@ Count = Annotated[_Int, Ge(1)]
 NotNegative = Annotated[_Float, Ge(0)]
 Positive = Annotated[_Float, Gt(0)]
 Fraction = Annotated[_Float, Ge(0), Le(1)]
+# A float32 logit has 7 digits; divided by less, its rounding error alone is worth several nats.
+Temperature = Annotated[_Float, Ge(1e-6)]
 CountOrMinusOne = Annotated[_Int, AfterValidator(_not_zero), Ge(-1), Words("-1 or a whole number >= 1")]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]

@@ -25,6 +25,7 @@ from mindrlhf.configs.fields import (
     NotNegative,
     OneOf,
     Positive,
+    Temperature,
     Text,
     TokenIds,
     key,
@@ -215,7 +216,7 @@ class PPOConfig(TrainingSettings):
     pad_token_id: Natural = _sequences(0, "fills empty columns", required=True)
 
     do_sample: Flag = _sampling(True, "whether tokens are sampled; False: the most likely one is taken")
-    temperature: Positive = _sampling(1.0, "divides the logits, in sampling and in all log-probs")
+    temperature: Temperature = _sampling(1.0, "divides the logits, in sampling and in all log-probs")
     top_k: Natural = _sampling(0, "sample from this many most likely tokens; biases ratio and KL; 0: off")
     top_p: Annotated[Positive, Le(1)] = _sampling(
         1.0, "sample from the most likely tokens with this total probability; biases ratio and KL; 1: off"

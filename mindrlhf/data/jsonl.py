@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from mindrlhf.utils.errors import DataError
 
-PROMPT_KEY = "prompt"
-PAIR_KEYS = (PROMPT_KEY, "pos_resp", "neg_resp")
+KEYS = ("prompt", "pos_resp", "neg_resp")
 _SHOWN_FAULTS = 10
 _READ_SIZE = 1 << 20
 
@@ -34,18 +34,19 @@ class Sample(NamedTuple):
 class CValuesReader:
     """Iterates over the samples of a CValues jsonl file.
 
-    A line has the strings ``prompt``, ``pos_resp`` and ``neg_resp``; other keys are ignored, blank
-    lines are skipped, a byte order mark at the start is tolerated.
+    A line has the strings ``prompt`` and ``pos_resp``, which may not be empty; other keys are ignored,
+    blank lines are skipped, a byte order mark at the start is tolerated.
 
     Args:
         path: the file.
         prompt_only: ask for ``prompt`` alone.
-        pairs: read ``neg_resp`` too, which may then not be empty.
+        pairs: ask for ``neg_resp`` too.
         skip_bad_lines: count bad lines and continue instead of raising.
 
     Raises:
-        DataError: while iterating: the file cannot be read; or a line is bad and ``skip_bad_lines`` is
-            off, in which case the rest of the file is checked too and all bad lines are named at once.
+        DataError: while iterating: the file cannot be read or is empty; no line is good; or a line is bad
+            and ``skip_bad_lines`` is off, in which case the rest of the file is checked too and all bad
+            lines are named at once.
     """
 
     def __init__(
@@ -58,17 +59,17 @@ class CValuesReader:
     ) -> None:
         self.path = Path(path)
         self.bad_lines = 0
-        self._keys = PAIR_KEYS[:1] if prompt_only else PAIR_KEYS
-        self._pairs = pairs
+        self._keys = KEYS[: 1 if prompt_only else 3 if pairs else 2]
         self._skip_bad_lines = skip_bad_lines
 
     def __iter__(self) -> Iterator[Sample]:
         """Yields the good lines in order."""
         self.bad_lines = 0
+        is_any_good = False
         shown: list[str] = []
         try:
             # Bytes, so that only \n ends a line and bad UTF-8 is a fault of its line alone.
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 for number, line in enumerate(file, start=1):
                     if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                         continue
@@ -79,19 +80,22 @@ class CValuesReader:
                         if len(shown) < _SHOWN_FAULTS:
                             shown.append(f"{self.path}:{number}: {fault}")
                         continue
+                    is_any_good = True
                     if self._skip_bad_lines or not self.bad_lines:
                         yield sample
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        if self.bad_lines and not self._skip_bad_lines:
-            raise DataError(self._message(shown))
+        if self.bad_lines and not (self._skip_bad_lines and is_any_good):
+            raise DataError(self._message(shown, is_any_good))
+        if not is_any_good:
+            raise DataError(f"{self.path}: is empty; give a file with one JSON object per line")
 
-    def _message(self, shown: list[str]) -> str:
+    def _message(self, shown: list[str], is_any_good: bool) -> str:
         more = f"\n  ... and {self.bad_lines - len(shown)} more" if self.bad_lines > len(shown) else ""
         listed = "".join(f"\n  {fault}" for fault in shown)
         noun = "line" if self.bad_lines == 1 else "lines"
-        remedy = "fix the file, or skip bad lines with --skip_bad_lines"
-        return f"{self.bad_lines} bad {noun}:{listed}{more}\n{remedy}"
+        remedy = "or skip bad lines with --skip_bad_lines" if is_any_good else "which has no good line"
+        return f"{self.bad_lines} bad {noun}:{listed}{more}\nfix the file, {remedy}"
 
     def _parse(self, line: bytes, number: int) -> Sample:
         try:
@@ -105,19 +109,18 @@ class CValuesReader:
             raise ValueError(f"not JSON ({error}){hint}") from error
         if not isinstance(row, dict):
             raise ValueError(f"a JSON {type(row).__name__}, expected an object")
-        # An answer that is not used may be empty.
-        values = [_string(row, key, self._pairs or key != PAIR_KEYS[2]) for key in self._keys]
-        response = values[1] if len(values) > 1 else None
-        return Sample(values[0], response, number, values[2] if self._pairs else None)
+        prompt, response, rejected = [*(_string(row, key) for key in self._keys), None, None][:3]
+        assert prompt is not None
+        return Sample(prompt, response, number, rejected)
 
 
-def _string(row: dict[str, object], key: str, is_used: bool) -> str:
+def _string(row: dict[str, object], key: str) -> str:
     if key not in row:
         raise ValueError(f"key {key!r} is missing (the line has {', '.join(map(repr, row)) or 'none'})"[:300])
     value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is {type(value).__name__}, expected a string")
-    if is_used and not value.strip():
+    if not value.strip():
         raise ValueError(f"{key!r} is empty")
     try:
         value.encode()
@@ -130,6 +133,19 @@ def _unreadable(path: str | Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read ({error.strerror}); give the path of a jsonl file")
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file that is read more than once; a pipe would be empty, or would block, the second time.
+
+    Raises:
+        DataError: it is a pipe or a device.
+        OSError: it cannot be read.
+    """
+    mode = Path(path).stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(f"{path}: is a pipe or a device, but is read more than once; give a regular file")
+    return Path(path).open("rb")
+
+
 def count_lines(path: str | Path) -> int:
     """Number of lines of a file, a last one without its line end included.
 
@@ -138,7 +154,7 @@ def count_lines(path: str | Path) -> int:
     """
     lines, last = 0, b"\n"
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(_READ_SIZE):
                 lines += block.count(b"\n")
                 last = block[-1:]

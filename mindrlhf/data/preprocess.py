@@ -289,8 +289,6 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
         skip_bad_lines=options.skip_bad_lines,
     )
     lines = count_lines(options.file_path)
-    if lines == 0:
-        raise DataError(f"{options.file_path}: is empty; give a file with one JSON object per line")
     # The two seconds of importing MindSpore are not part of the speed.
     importlib.import_module("mindspore.mindrecord")
     started = time.perf_counter()

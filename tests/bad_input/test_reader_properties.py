@@ -61,6 +61,7 @@ def expected(line: bytes, number: int) -> tuple[str, ...] | bool | None:
 @given(st.lists(lines, max_size=14))
 def test_jsonl_gives_the_good_lines_and_names_the_bad_ones(directory: Path, content: list[bytes]) -> None:
     path = directory / "data.jsonl"
+    content = [*content, b'{"prompt": "p", "pos_resp": "yes", "neg_resp": "no"}']  # without one it is refused
     path.write_bytes(b"\n".join(content))
     wanted = {number: expected(line, number) for number, line in enumerate(content, start=1)}
     good = [(number, found) for number, found in wanted.items() if isinstance(found, tuple)]

@@ -208,7 +208,7 @@ def test_every_flag_that_is_wrong_is_named() -> None:
         max_tokens=0,
         max_context=-1,
         batch_size=0,
-        temperature=0.0,
+        temperature=1e-39,
         top_p=1.5,
         top_k=-1,
         output_file=Path("y"),
@@ -218,7 +218,9 @@ def test_every_flag_that_is_wrong_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         wrong.checked()
     assert len(error.value.faults) == 8
-    assert "--temperature: out of range (0.0) - must be a number > 0; --greedy takes" in str(error.value)
+    assert "--temperature: out of range (1e-39) - must be a number >= 1e-06; --greedy takes" in str(
+        error.value
+    )
     assert "--top_p: out of range (1.5) - must be a number > 0 and <= 1" in str(error.value)
     good = ChatOptions(checkpoint=Path("x"))
     assert good.checked() is good
@@ -238,6 +240,7 @@ def test_prompts_come_from_json_lines_or_lines_of_text(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b'{"prompt": "a"}\n{"prompt": 3}\nno json\n', "2 bad lines"),
+        (b'{"prompt": 3}\n', "no good line"),
         (b"\xff\xfe", "not UTF-8"),
         (b"\n \n", "holds no prompts"),
     ],
@@ -249,7 +252,7 @@ def test_bad_prompt_files_are_refused(tmp_path: Path, content: bytes, message: s
         read_prompts(path)
     with pytest.raises(DataError, match="cannot be read"):
         read_prompts(tmp_path / "gone")
-    if b"prompt" in content:
+    if b"a" in content:
         assert read_prompts(path, skip_bad_lines=True) == ["a"]
 
 

@@ -184,7 +184,7 @@ RANGES = {
     "log_samples": [-1], "eval_interval": [-1], "eval_prompts": [-1], "eval_samples": [-1],
     "rollout_batch_size": [0], "generation_batch_size": [-1], "score_batch_size": [-1], "ppo_epochs": [0],
     "num_minibatches": [0], "micro_batch_size": [-1], "max_prompt_length": [0], "max_response_length": [0],
-    "stop_token_ids": [[-1]], "pad_token_id": [-1], "valid_vocab_size": [-1], "temperature": [0, -1.0],
+    "stop_token_ids": [[-1]], "pad_token_id": [-1], "valid_vocab_size": [-1], "temperature": [0, -1.0, 9e-7],
     "top_k": [-1], "top_p": [0, 1.01], "decode_steps_per_call": [0], "kl_coef": [-0.1], "kl_target": [0],
     "kl_horizon": [0], "gamma": [-0.01, 1.01], "lam": [-0.01, 1.01], "missing_eos_penalty": [-0.1],
     "score_clip": [-0.1], "entropy_coef": [-0.1], "ptx_coef": [-0.1], "target_kl": [-0.1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,9 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "null": (b"null", "JSON NoneType"),
     "missing prompt": (b'{"pos_resp": "y", "neg_resp": "n"}', "'prompt' is missing .*'pos_resp', 'neg_resp'"),
     "missing pos_resp": (b'{"prompt": "p", "neg_resp": "n"}', "'pos_resp' is missing"),
-    "missing neg_resp": (b'{"prompt": "p", "pos_resp": "y"}', "'neg_resp' is missing"),
     "prompt a number": (b'{"prompt": 1, "pos_resp": "y", "neg_resp": "n"}', "'prompt' is int"),
     "response null": (b'{"prompt": "p", "pos_resp": null, "neg_resp": "n"}', "'pos_resp' is NoneType"),
-    "response a list": (b'{"prompt": "p", "pos_resp": "y", "neg_resp": ["n"]}', "'neg_resp' is list"),
+    "response a list": (b'{"prompt": "p", "pos_resp": ["n"]}', "'pos_resp' is list"),
     "empty prompt": (b'{"prompt": "", "pos_resp": "y", "neg_resp": "n"}', "'prompt' is empty"),
     "blank prompt": (rb'{"prompt": " \n\u3000", "pos_resp": "y", "neg_resp": "n"}', "'prompt' is empty"),
     "empty response": (b'{"prompt": "p", "pos_resp": "", "neg_resp": "n"}', "'pos_resp' is empty"),
@@ -76,18 +76,31 @@ def test_prompt_only(tmp_path: Path) -> None:
     assert list(CValuesReader(path, prompt_only=True)) == [Sample("p", None, 1), Sample("q", None, 2)]
 
 
-def test_reader_gives_and_checks_the_rejected_response(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    lines = [
-        {"prompt": "p", "pos_resp": "yes", "neg_resp": "no"},
-        {"prompt": "p", "pos_resp": "yes", "neg_resp": " "},
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [sample.rejected for sample in CValuesReader(path)] == [None, None]
-    with pytest.raises(DataError, match=r"pairs\.jsonl:2: 'neg_resp' is empty"):
+def test_the_rejected_response_is_asked_for_with_pairs_alone(tmp_path: Path) -> None:
+    without = '{"prompt": "p", "pos_resp": "yes"}'
+    path = write(tmp_path / "pairs.jsonl", GOOD, without, without[:-1] + ', "neg_resp": " "}')
+    assert [sample.rejected for sample in CValuesReader(path)] == [None, None, None]
+    with pytest.raises(
+        DataError, match=r"(?s)pairs\.jsonl:2: key 'neg_resp' is missing.*:3: 'neg_resp' is empty"
+    ):
         list(CValuesReader(path, pairs=True))
-    (sample,) = CValuesReader(path, pairs=True, skip_bad_lines=True)
-    assert (sample.prompt, sample.response, sample.rejected, sample.line) == ("p", "yes", "no", 1)
+    assert list(CValuesReader(path, pairs=True, skip_bad_lines=True)) == [Sample("p", "yes", 1, "no")]
+
+
+@pytest.mark.parametrize(("lines", "fault"), [
+    (("{", "3"), r"2 bad lines:\n.*data\.jsonl:1: not JSON.*\n.*data\.jsonl:2: a JSON int.*\n.*no good line"),
+    (("", " "), r"data\.jsonl: is empty; give"),
+])  # fmt: skip
+def test_a_file_without_a_good_line_is_refused(tmp_path: Path, lines: tuple[str, ...], fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        list(CValuesReader(write(tmp_path / "data.jsonl", *lines), skip_bad_lines=True))
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for use in (lambda path: list(CValuesReader(path)), count_lines):
+        with pytest.raises(DataError, match=r"pipe: is a pipe or a device.*give a regular file"):
+            use(tmp_path / "pipe")
 
 
 def test_real_files(shared_data: Path) -> None:
@@ -117,11 +130,11 @@ def test_any_text_comes_through(
         json.dumps(dict(zip(keys, (*row, "n"), strict=True)), ensure_ascii=i % 2 == 0)
         for i, row in enumerate(rows)
     ]
-    write(path, *lines)
+    write(path, *lines, GOOD)
     reader = CValuesReader(path, skip_bad_lines=True)
-    wanted = [row for row in rows if row[0].strip() and row[1].strip()]
+    wanted = [*(row for row in rows if row[0].strip() and row[1].strip()), ("p", "yes")]
     assert [(sample.prompt, sample.response) for sample in reader] == wanted
-    assert reader.bad_lines == len(rows) - len(wanted)
+    assert reader.bad_lines == len(rows) + 1 - len(wanted)
 
 
 @pytest.mark.parametrize(("content", "lines"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\nb", 2), (b"\n\n", 2)])

@@ -269,7 +269,7 @@ def test_prompt_only_rows_reach_the_stream(demo_tokenizer: Tokenizer, tmp_path: 
     ("make", "options", "message"),
     [
         (lambda path: write_pairs(path, [("a", "b")] * 600, "{"), {}, r"data\.jsonl:601: not JSON"),
-        (lambda path: path.write_text("{\n"), {"skip_bad_lines": True}, "no row is left .*1 bad lines"),
+        (lambda path: path.write_text("{\n"), {"skip_bad_lines": True}, "no good line"),
     ],
 )
 def test_failure_leaves_no_output(

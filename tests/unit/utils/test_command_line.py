@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
+import subprocess
+import sys
 from typing import NoReturn
 
 import pytest
@@ -71,3 +74,38 @@ def test_run_main_says_and_reports_how_it_ends(
     assert getattr(stop.value, "code", 1) == code
     assert reports == [(cause, code)]
     assert capsys.readouterr() == ("", said)
+
+
+WRITES = "from mindrlhf.utils.command_line import run_main; run_main(lambda: print('long ' * 99999))"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        ("{} | :; exit ${{PIPESTATUS[0]}}", 141, ""),
+        ("{} > /dev/full", 2, "error: standard output cannot be written (No space left on device)"),
+        ("{} >&-", 2, "error: standard output is closed; send it to"),
+        ("PYTHONUTF8=0 LC_ALL=POSIX {}", 2, "ascii here, not UTF-8 (PYTHONUTF8=0, LC_ALL=POSIX)"),
+        ("PYTHONIOENCODING=latin-1 {}", 2, "iso8859-1 here, not UTF-8 (PYTHONIOENCODING=latin-1)"),
+    ],
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_one_line_at_most(
+    shell: str, code: int, said: str, unbuffered: str
+) -> None:
+    env = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    done = subprocess.run(
+        ["bash", "-c", shell.format('"$0" -c "$1"'), sys.executable, WRITES],
+        capture_output=True, text=True, check=False, env=env | {"PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    assert done.returncode == code
+    assert said in done.stderr
+    assert done.stderr.count("\n") == bool(said)
+
+
+def test_other_faults_of_files_keep_their_traceback() -> None:
+    def main() -> NoReturn:
+        raise ConnectionResetError("by a server")
+
+    with pytest.raises(ConnectionResetError):
+        run_main(main)
