@@ -32,7 +32,7 @@ COMMANDS = {
     "data": "mindrlhf.cli.data",
     "ppo": "mindrlhf.cli.ppo",
     "report": "mindrlhf.report.__main__",
-    "reward": "mindrlhf.cli.reward",
+    "reward": "mindrlhf.cli.reward_model",
     "sft": "mindrlhf.cli.sft",
 }
 

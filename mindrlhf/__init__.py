@@ -11,23 +11,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mindrlhf.algorithms.advantages import gae, whiten
     from mindrlhf.algorithms.kl import AdaptiveKLController, FixedKLController
-    from mindrlhf.algorithms.rewards import token_rewards
-    from mindrlhf.chat.options import ChatOptions
+    from mindrlhf.algorithms.token_rewards import token_rewards
     from mindrlhf.chat.session import run_chat
     from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf
     from mindrlhf.checkpoint.shards import load_shard, merge_shards, save_shard
     from mindrlhf.checkpoint.transform import transform_checkpoint
     from mindrlhf.configs.load import load_job, load_ppo_config, load_run_config
-    from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions
+    from mindrlhf.configs.options import ChatOptions, PPOOptions, RewardOptions, SFTOptions
     from mindrlhf.configs.schema import JobConfig, ModelConfig, PPOConfig, RunConfig
     from mindrlhf.data.preprocess import PreprocessOptions, preprocess
     from mindrlhf.data.prompts import PromptBatch, PromptStream
     from mindrlhf.data.sequences import SequenceData
     from mindrlhf.data.tokenizer import Tokenizer
     from mindrlhf.data.tokenizer_loading import load_tokenizer
-    from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
+    from mindrlhf.models.generator import GenerationConfig, GenerationOutput, PPOModelInfer
+    from mindrlhf.models.networks import CriticModel, PPOModelTrain, RewardModel
     from mindrlhf.models.qwen2.layouts import parameter_layouts
-    from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel
     from mindrlhf.parallel.groups import Groups, create_groups
     from mindrlhf.parallel.layout import Layout, Mesh
     from mindrlhf.parallel.reshard import Resharder
@@ -100,23 +99,22 @@ __all__ = [
 _MODULES = {
     "algorithms.advantages": "gae whiten",
     "algorithms.kl": "AdaptiveKLController FixedKLController",
-    "algorithms.rewards": "token_rewards",
-    "chat.options": "ChatOptions",
+    "algorithms.token_rewards": "token_rewards",
     "chat.session": "run_chat",
     "checkpoint.conversion": "export_hf hf_to_mindspore mindspore_to_hf",
     "checkpoint.shards": "load_shard merge_shards save_shard",
     "checkpoint.transform": "transform_checkpoint",
     "configs.load": "load_job load_ppo_config load_run_config",
-    "configs.options": "PPOOptions RewardOptions SFTOptions",
+    "configs.options": "ChatOptions PPOOptions RewardOptions SFTOptions",
     "configs.schema": "JobConfig ModelConfig PPOConfig RunConfig",
     "data.preprocess": "PreprocessOptions preprocess",
     "data.prompts": "PromptBatch PromptStream",
     "data.sequences": "SequenceData",
     "data.tokenizer": "Tokenizer",
     "data.tokenizer_loading": "load_tokenizer",
-    "models.qwen2.generator": "GenerationConfig GenerationOutput PPOModelInfer",
+    "models.generator": "GenerationConfig GenerationOutput PPOModelInfer",
     "models.qwen2.layouts": "parameter_layouts",
-    "models.qwen2.networks": "CriticModel PPOModelTrain RewardModel",
+    "models.networks": "CriticModel PPOModelTrain RewardModel",
     "parallel.groups": "Groups create_groups",
     "parallel.layout": "Layout Mesh",
     "parallel.reshard": "Resharder",

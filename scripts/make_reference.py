@@ -35,7 +35,7 @@ SCRIPTS = {
     "convert_weight.py": ("mindrlhf.cli.convert", "mindrlhf-convert"),
     "rlhf_data.py": ("mindrlhf.cli.data", "mindrlhf-data"),
     "sft.py": ("mindrlhf.cli.sft", "mindrlhf-sft"),
-    "reward_model.py": ("mindrlhf.cli.reward", "mindrlhf-reward"),
+    "reward_model.py": ("mindrlhf.cli.reward_model", "mindrlhf-reward"),
     "ppo_one_stage.py": ("mindrlhf.cli.ppo", "mindrlhf-ppo"),
     "chat.py": ("mindrlhf.cli.chat", "mindrlhf-chat"),
     "python -m mindrlhf.report": ("mindrlhf.report.__main__", "mindrlhf-report"),

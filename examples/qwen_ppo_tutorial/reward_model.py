@@ -1,8 +1,11 @@
-"""Reward model on pairs of responses, the second stage of RLHF; its flags are in mindrlhf/cli/reward.py."""
+"""The reward model, trained on pairs of responses: the second stage of RLHF.
+
+Its flags are those of mindrlhf/cli/reward_model.py.
+"""
 
 from __future__ import annotations
 
-from mindrlhf.cli.reward import command
+from mindrlhf.cli.reward_model import command
 
 if __name__ == "__main__":
     command()

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.saved_model import SavedModel
+from mindrlhf.configs.options import ChatOptions
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.tokenizer import chat_stop_ids
-from mindrlhf.models.families import family_of
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.timers import Timer
 
 if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.generator import PPOModelInfer
+    from mindrlhf.models.generator import PPOModelInfer
 
 SMALLEST_BUCKET = 64
 """Prompt columns of the first graph; they double when a prompt does not fit."""
@@ -95,9 +94,10 @@ class ReplyGenerator:
         return self._built
 
     def _build(self, columns: int) -> PPOModelInfer:
+        from mindrlhf.models.generator import GenerationConfig, PPOModelInfer  # takes seconds to import
+
         options, tokenizer = self.options, self.model.tokenizer
-        family = family_of(self.model.sizes.model).generator
-        generation = family.GenerationConfig(
+        generation = GenerationConfig(
             max_prompt_length=columns,
             max_response_length=options.max_tokens,
             temperature=options.temperature,
@@ -108,7 +108,7 @@ class ReplyGenerator:
             pad_token_id=tokenizer.special.pad,
             valid_vocab_size=tokenizer.size,
         )
-        generator: PPOModelInfer = family.PPOModelInfer(
+        generator = PPOModelInfer(
             self.model.sizes.model,
             self._groups,
             generation,

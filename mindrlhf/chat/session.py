@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from mindrlhf.chat.conversation import Conversation, Reply
 from mindrlhf.chat.display import PlainDisplay, new_display, short_names
-from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.prompt_file import answer_file, encode_prompts, read_prompts
 from mindrlhf.chat.saved_model import SavedModel, find_model
+from mindrlhf.configs.faults import collected
+from mindrlhf.configs.flags import check_options
+from mindrlhf.configs.options import ChatOptions
 from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.logging import get_logger
@@ -38,7 +40,7 @@ def run_chat(options: ChatOptions) -> None:
         MindRLHFError: anything the user can fix; all except the weights is checked before a model is built.
     """
     os.environ.setdefault("GLOG_v", "3")
-    options = options.checked()
+    _check(options)
     count_workers(use_parallel=True)
     if is_scheduler():
         serve_as_scheduler()
@@ -63,6 +65,20 @@ def run_chat(options: ChatOptions) -> None:
         for model in models
     ]
     (_talk if options.prompt_file is None else _answer_file)(options, models, conversations)
+
+
+def _check(options: ChatOptions) -> None:
+    """Refuses flags that are out of their range or need another one.
+
+    Raises:
+        ConfigError: names every one.
+    """
+    with collected() as faults:
+        check_options(options, faults)
+        if options.output_file is not None and options.prompt_file is None:
+            faults.add("--output_file", "there is no --prompt_file", "give both, or neither")
+        if options.no_chat_template and options.system_prompt:
+            faults.add("--system_prompt", "needs the chat template", "leave --no_chat_template out")
 
 
 def _talk(options: ChatOptions, models: Sequence[SavedModel], conversations: Sequence[Conversation]) -> None:

@@ -11,6 +11,7 @@ from mindrlhf.checkpoint.element_types import FLOAT32, WEIGHT_TYPES
 from mindrlhf.checkpoint.sources import CastSource, WeightSource
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.families import family_of, family_of_names
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 
@@ -26,7 +27,7 @@ def expected_layouts(model: ModelConfig, mesh: Mesh, present: Collection[str]) -
         CheckpointError: the sizes cannot be split over ``mesh``.
     """
     names = family_of(model).layouts
-    score_head = any(name in present for name in names.SCORE_HEAD)
+    score_head = any(name in present for name in SCORE_HEAD)
     try:
         layouts: dict[str, Layout] = names.parameter_layouts(
             model, mesh, lm_head=names.LM_HEAD in present or not score_head, score_head=score_head

@@ -26,6 +26,7 @@ from mindrlhf.checkpoint.sources import (
 from mindrlhf.checkpoint.torch_file import TorchSource
 from mindrlhf.configs.faults import shown
 from mindrlhf.models.families import Family, family_of_names
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import atomic_file, probe_directory
 from mindrlhf.utils.progress import ProgressBar
@@ -101,7 +102,7 @@ def _canonical(source: WeightSource, family: Family) -> WeightSource:
     known = set(names.values())
     others = [name for name in source.tensors if name not in known and not weight_names.is_derived(name)]
     renamed = RenamedSource(source, names | {name: name for name in others})
-    weight, bias = family.layouts.SCORE_HEAD
+    weight, bias = SCORE_HEAD
     if weight not in renamed.tensors or bias in renamed.tensors:
         return renamed
     # Hugging Face's score head has no bias, which is a bias of zero.

@@ -15,15 +15,16 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mindrlhf.chat.options import ChatOptions, add_chat_flags
+from mindrlhf.configs.flags import add_flags
+from mindrlhf.configs.options import CHAT_GROUPS, ChatOptions
 from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.command_line import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of :class:`mindrlhf.chat.options.ChatOptions`."""
+    """The flags of :class:`mindrlhf.configs.options.ChatOptions`."""
     parser = new_parser(__doc__)
-    add_chat_flags(parser)
+    add_flags(parser, ChatOptions, CHAT_GROUPS)
     return parser
 
 

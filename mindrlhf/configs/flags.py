@@ -9,16 +9,20 @@ from typing import Any, get_origin
 
 from mindrlhf.configs.faults import Faults, shown
 from mindrlhf.configs.fields import Key, keys_of
-from mindrlhf.configs.options import GROUPS, RunOptions, run_directory
+from mindrlhf.configs.options import GROUPS, ChatOptions, RunOptions, run_directory
 from mindrlhf.configs.schema import TrainingSettings
 from mindrlhf.utils.command_line import str_to_bool
 
 
-def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
-    """Adds a flag for each key of ``options``, under the heading of its group."""
+def add_flags(parser: argparse.ArgumentParser, options: type, groups: Sequence[str] = GROUPS) -> None:
+    """Adds a flag for each key of ``options``, under the heading of its group.
+
+    A boolean ``--flag`` may stand alone, which means True.
+    """
     keys = keys_of(options)
-    shared = keys_of(TrainingSettings)  # whose groups are those of ppo_X.yaml
-    for title in GROUPS:
+    # Groups of these are those of ppo_X.yaml.
+    shared = keys_of(TrainingSettings) if issubclass(options, TrainingSettings) else {}
+    for title in groups:
         names = [name for name, key in keys.items() if ("training" if name in shared else key.group) == title]
         if names:
             group = parser.add_argument_group(title)
@@ -38,6 +42,8 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, key: Key) -> None:
         settings |= {"action": "append", "default": []}
     else:
         settings["type"] = key.parse or _parser_of(key)
+        if key.base is bool:
+            settings |= {"nargs": "?", "const": True}
     if name == "save_ckpt_dir":  # or its short form, --run_name
         results = group.add_mutually_exclusive_group(required=key.required)
         results.add_argument("--save_ckpt_dir", **settings)
@@ -65,7 +71,7 @@ def optional_path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
-def check_options(options: RunOptions, faults: Faults) -> dict[str, Any]:
+def check_options(options: RunOptions | ChatOptions, faults: Faults) -> dict[str, Any]:
     """The options that are in their range; each other one adds a fault."""
     declaration: Any = type(options)
     valid = {}

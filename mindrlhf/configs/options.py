@@ -1,7 +1,7 @@
-"""The command-line options of ``ppo_one_stage.py``, ``sft.py`` and ``reward_model.py``; each declared once.
+"""The command-line options of ``ppo_one_stage.py``, ``sft.py``, ``reward_model.py`` and ``chat.py``.
 
-:mod:`mindrlhf.configs.flags` makes the flags from them, :mod:`mindrlhf.configs.load` checks them together
-with the YAMLs that they name.
+Each is declared once. :mod:`mindrlhf.configs.flags` makes the flags from them,
+:mod:`mindrlhf.configs.load` checks them together with the YAMLs that they name.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 
-from mindrlhf.configs.fields import Count, DeviceTarget, Natural, NotNegative, Positive, key
+from mindrlhf.configs.fields import (
+    Count,
+    DeviceTarget,
+    Natural,
+    NotNegative,
+    Positive,
+    Temperature,
+    Words,
+    key,
+)
 from mindrlhf.configs.schema import TrainingSettings
 
 DEFAULT_TIMEOUT = 1800.0
 """Seconds without progress; longer than the first iteration of a large model compiles silently."""
-
-TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
-"""Name of each tracker -> the package that it needs."""
 
 DEFAULT_TRACKERS = ("tensorboard",)
 NO_TRACKER = "none"
@@ -48,16 +54,12 @@ def run_directory(name: str) -> Path:
 
 
 def tracker_names(text: str) -> tuple[str, ...]:
-    """The argparse type of ``--trackers``.
+    """The argparse type of ``--trackers``; :mod:`mindrlhf.trainer.trackers.table` knows which there are.
 
     Raises:
-        argparse.ArgumentTypeError: a name is unknown.
+        argparse.ArgumentTypeError: ``none`` does not stand alone.
     """
     names = dict.fromkeys(name for part in text.split(",") if (name := part.strip().lower()))
-    unknown = [name for name in names if name not in TRACKERS and name != NO_TRACKER]
-    if unknown:
-        known = ", ".join([*TRACKERS, NO_TRACKER])
-        raise argparse.ArgumentTypeError(f"no tracker {', '.join(map(repr, unknown))}; there are {known}")
     if NO_TRACKER in names and len(names) > 1:
         raise argparse.ArgumentTypeError(f"{NO_TRACKER} stands alone, got {text!r}")
     return tuple(name for name in names if name != NO_TRACKER)
@@ -232,3 +234,61 @@ class RewardOptions(StageOptions):
     )
     calibration_samples: Annotated[Natural, Ge(2)] = _reward(256, "number of responses for the calibration")
     max_response_length: Natural = _reward(0, "maximum tokens of a sampled response; 0: the data's longest")
+
+
+CHAT_GROUPS = ("model", "conversation", "file of prompts", "sampling")
+"""Headings of the flags in the ``--help`` of ``chat.py``, in order."""
+
+_chat_model, _chat_conversation, _chat_prompts, _chat_sampling = (
+    partial(key, group=group) for group in CHAT_GROUPS
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """The flags of ``chat.py``; see its ``--help``."""
+
+    checkpoint: Path = _chat_model(
+        ...,
+        "Hugging Face directory; full .ckpt/.safetensors file; directory with rank_0/ rank_1/ ...; "
+        "iteration_NNNNNN of a PPO run (stands for its policy), or the run itself (its last weights)",
+    )
+    compare: Path | None = _chat_model(
+        None, "a second one: both get the same messages and are shown side by side"
+    )
+    config: Path | None = _chat_model(
+        None,
+        "generate_X.yaml or finetune_X.yaml (for rank directories: the one that split them), or a "
+        "config.json, for weights without sizes",
+    )
+    tokenizer_path: Path | None = _chat_model(None, "tokenizer for weights without one: directory or file")
+    device_target: DeviceTarget | None = _chat_model(
+        None, "overrides the YAML's device_target (default: the YAML's, else CPU)"
+    )
+    system_prompt: str | None = _chat_conversation(
+        None, "text of the system turn (default: the model's own; '' leaves the turn out)"
+    )
+    no_chat_template: bool = _chat_conversation(
+        False, "take each message as it is, without ChatML around it and without history"
+    )
+    max_context: Natural = _chat_conversation(
+        0, "maximum tokens of prompt and reply together; older turns are forgotten; 0: the model's maximum"
+    )
+    prompt_file: Path | None = _chat_prompts(
+        None, "answer these: jsonl with the string prompt, or one text per line"
+    )
+    output_file: Path | None = _chat_prompts(
+        None, "jsonl with prompt, response, tokens, stopped (default: the screen)"
+    )
+    batch_size: Count = _chat_prompts(8, "prompts per batch")
+    skip_bad_lines: bool = _chat_prompts(False, "skip bad lines of the file instead of stopping")
+    max_tokens: Count = _chat_sampling(256, "maximum tokens of a reply")
+    temperature: Annotated[Temperature, Words("a number >= 1e-06; --greedy takes the likeliest token")] = (
+        _chat_sampling(0.7, "divides the logits: below 1 likelier tokens, above 1 more surprising ones")
+    )
+    top_p: Annotated[Positive, Le(1)] = _chat_sampling(
+        0.9, "draw from the likeliest tokens that together have this probability; 1: from all"
+    )
+    top_k: Natural = _chat_sampling(0, "draw from this number of likeliest tokens; 0: from all")
+    greedy: bool = _chat_sampling(False, "take the likeliest token, do not draw")
+    seed: int = _chat_sampling(1, "of the draws: same seed, same replies")

@@ -17,12 +17,12 @@ from mindrlhf.configs.schema import ModelConfig, RunConfig
 from mindrlhf.utils.errors import CheckpointError, ConfigError
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "layouts": ("EMBEDDING", "LM_HEAD", "SCORE_HEAD", "layer_prefix", "parameter_layouts"),
+    "layouts": ("EMBEDDING", "LM_HEAD", "layer_prefix", "parameter_layouts"),
     "weight_names": ("canonical_to_hf", "count_layers", "is_derived", "is_hf"),
     "hf_keys": ("SIZE_KEYS", "finish_hf_config", "hf_config_from_model", "model_config_from_hf"),
-    "heads": ("new_score_head",),
-    "networks": ("CriticModel", "PPOModelTrain", "PolicyValues", "RewardModel"),
-    "generator": ("GenerationConfig", "PPOModelInfer"),
+    "decoder": ("Decoder",),
+    "generator_network": ("FusedDecoder",),
+    "generator_weights": ("FusedWeights",),
 }
 """Module of a family's folder -> names that the rest of the library uses, with the meanings they have in
 :mod:`mindrlhf.models.qwen2`."""
@@ -39,9 +39,9 @@ class Family:
         layouts: how each parameter is split; canonical names.
         weight_names: canonical names <-> Hugging Face's.
         hf_keys: keys of ``config.json`` <-> :class:`ModelConfig`.
-        heads: the heads on top of a decoder.
-        networks: the networks over whole sequences.
-        generator: the policy as a generator of responses.
+        decoder: token ids to final hidden states, for training and scoring.
+        generator_network: the same with a cache, for generation.
+        generator_weights: canonical shards <-> the stored parameters of the generator's network.
     """
 
     config_type: str
@@ -61,16 +61,16 @@ class Family:
         return self._module("hf_keys")
 
     @property
-    def heads(self) -> ModuleType:
-        return self._module("heads")
+    def decoder(self) -> ModuleType:
+        return self._module("decoder")
 
     @property
-    def networks(self) -> ModuleType:
-        return self._module("networks")
+    def generator_network(self) -> ModuleType:
+        return self._module("generator_network")
 
     @property
-    def generator(self) -> ModuleType:
-        return self._module("generator")
+    def generator_weights(self) -> ModuleType:
+        return self._module("generator_weights")
 
     def _module(self, name: str) -> ModuleType:
         return import_module(f"{self.package}.{name}")

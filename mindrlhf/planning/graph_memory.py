@@ -16,6 +16,7 @@ from math import prod
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.decode_schedule import QUERY_BLOCK, DecodeSchedule
 from mindrlhf.models.families import family_of
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.sizes import exact_div
 
@@ -207,7 +208,7 @@ def count_parameters(config: ModelConfig, mp: int, *, lm_head: bool, score_head:
     names = family_of(config).layouts
     layouts = names.parameter_layouts(config, Mesh(1, mp), lm_head=lm_head, score_head=score_head)
     numbers = {name: prod(layout.local_shape) for name, layout in layouts.items()}
-    head = [name for name in names.SCORE_HEAD if name in layouts]
+    head = [name for name in SCORE_HEAD if name in layouts]
     return ParameterCount(
         body=sum(numbers.values()) - sum(numbers[name] for name in head),
         head=sum(numbers[name] for name in head),

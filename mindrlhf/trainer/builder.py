@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,20 +13,13 @@ from mindrlhf.checkpoint.hf_config import check_described
 from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.configs.schema import JobConfig, RunConfig
 from mindrlhf.models.families import family_of
+from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.networks import CriticModel, PolicyValues, PPOModelTrain, RewardModel, SequenceModel
+from mindrlhf.models.score_head import SCORE_HEAD, new_score_head
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import mesh_of
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
-
-if TYPE_CHECKING:  # the configuration decides which family's classes these are
-    from mindrlhf.models.qwen2.generator import PPOModelInfer
-    from mindrlhf.models.qwen2.networks import (
-        CriticModel,
-        PolicyValues,
-        PPOModelTrain,
-        RewardModel,
-        SequenceModel,
-    )
 
 logger = get_logger(__name__)
 
@@ -100,8 +92,7 @@ class PPOModels:
         """
         if not self.train.value_head:
             return self.critic
-        values: PolicyValues = family_of(self.train.config).networks.PolicyValues(self.train)
-        return values
+        return PolicyValues(self.train)
 
 
 def build_models(
@@ -124,14 +115,14 @@ def build_models(
     ref = _policy(job, job.infer, rank, with_entropy=False)
     reward = critic = None
     if with_reward_model:
-        reward = family_of(job.reward.model).networks.RewardModel(
+        reward = RewardModel(
             job.reward.model, create_groups(mesh_of(job.reward), rank), prompt_length=ppo.max_prompt_length
         )
     if ppo.critic == "separate":
         # Its YAML may be one for inference, with bfloat16 weights; steps of a small learning rate would be
         # lost in their rounding, so what is trained is kept in float32.
         trained = replace(job.critic.model, param_init_type="float32")
-        critic = family_of(trained).networks.CriticModel(
+        critic = CriticModel(
             trained, create_groups(mesh_of(job.critic), rank), prompt_length=ppo.max_prompt_length
         )
 
@@ -159,8 +150,8 @@ def policy_weights_for(config: RunConfig, job: JobConfig, weights: WeightPaths) 
 
 def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:
     """The generating policy, without weights."""
-    ppo, generator = job.ppo, family_of(job.infer.model).generator
-    generation = generator.GenerationConfig(
+    ppo = job.ppo
+    generation = GenerationConfig(
         max_prompt_length=ppo.max_prompt_length,
         max_response_length=ppo.max_response_length,
         temperature=ppo.temperature,
@@ -171,14 +162,13 @@ def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:
         pad_token_id=ppo.pad_token_id,
         valid_vocab_size=valid_vocab_size(job),
     )
-    model: PPOModelInfer = generator.PPOModelInfer(
+    return PPOModelInfer(
         job.infer.model,
         groups,
         generation,
         batch_size=ppo.generation_batch_size or ppo.rollout_batch_size // groups.mesh.dp,
         decode_steps_per_call=ppo.decode_steps_per_call,
     )
-    return model
 
 
 def valid_vocab_size(job: JobConfig) -> int:
@@ -189,7 +179,7 @@ def valid_vocab_size(job: JobConfig) -> int:
 def _policy(
     job: JobConfig, config: RunConfig, rank: int, *, value_head: bool = False, with_entropy: bool = True
 ) -> PPOModelTrain:
-    model: PPOModelTrain = family_of(config.model).networks.PPOModelTrain(
+    return PPOModelTrain(
         config.model,
         create_groups(mesh_of(config), rank),
         prompt_length=job.ppo.max_prompt_length,
@@ -198,7 +188,6 @@ def _policy(
         value_head=value_head,
         with_entropy=with_entropy,
     )
-    return model
 
 
 def fill_model(
@@ -221,7 +210,6 @@ def fill_model(
             "%s: %s has no scalar head; a new one is initialised with N(0, 1/sqrt(H+1)) (head %r, seed %d%s)",
             label, path, head, seed, "" if head_scale == 1 else f", scale {head_scale:g}",
         )  # fmt: skip
-        new_score_head = family_of(model.config).heads.new_score_head
         shards |= new_score_head(model.config.hidden_size, seed, head, scale=head_scale)
     model.load(shards)
 
@@ -230,11 +218,12 @@ def load_shards(path: Path | None, model: SequenceModel | PPOModelInfer, label: 
     """This rank's shards of ``model``, logged as ``label``; heads that only one side has are left out."""
     assert path is not None
     check_described(path, model.config)
-    names, layouts = family_of(model.config).layouts, model.layouts
-    has_score_head = names.SCORE_HEAD[0] in layouts
-    ignore = () if has_score_head else names.SCORE_HEAD
-    if has_score_head and names.LM_HEAD not in layouts:
-        ignore = (names.LM_HEAD,)
-    shards = load_shard(path, layouts, model.groups.rank, new=names.SCORE_HEAD, ignore=ignore)
+    lm_head, layouts = family_of(model.config).layouts.LM_HEAD, model.layouts
+    ignore: tuple[str, ...] = ()
+    if SCORE_HEAD[0] not in layouts:
+        ignore = SCORE_HEAD
+    elif lm_head not in layouts:
+        ignore = (lm_head,)
+    shards = load_shard(path, layouts, model.groups.rank, new=SCORE_HEAD, ignore=ignore)
     logger.info("%s: %d of %d tensors loaded from %s", label, len(shards), len(layouts), path)
     return shards

@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -31,6 +31,7 @@ from mindspore.nn import Optimizer
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
 from mindrlhf.checkpoint.shards import load_resharded, rank_file_name, save_shard
 from mindrlhf.configs.schema import RunConfig
+from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import CheckpointError, bullet_list
@@ -38,9 +39,6 @@ from mindrlhf.utils.files import atomic_file, probe_directory, sync_to_disk
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, plain, provenance, write_provenance
 from mindrlhf.utils.seeds import generator_states, restore_generators
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import SequenceModel
 
 STATE_FILE = "state.json"
 FORMAT = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from mindrlhf.checkpoint.conversion import export_hf
 from mindrlhf.configs.options import ExportOptions
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.families import family_of
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.logging import get_logger
@@ -40,7 +40,7 @@ def export_policy(
             mesh=mesh,
             tokenizer_dir=tokenizer if tokenizer and tokenizer.is_dir() else None,
             # The value head of a shared critic is not part of the language model.
-            leave_out=family_of(model).layouts.SCORE_HEAD,
+            leave_out=SCORE_HEAD,
         )
         logger.info("policy in Hugging Face format: %s", options.export_hf_dir)
     exchange.barrier()

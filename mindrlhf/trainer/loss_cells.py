@@ -6,8 +6,6 @@ by the token count of the whole minibatch over all ranks and micro-batches, so t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -19,10 +17,8 @@ from mindrlhf.algorithms.losses import (
     value_loss_terms,
 )
 from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.trainer.experience import Experience
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
 
 RATIO_EDGES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
 """Inner edges of the bins in which ratios are counted. None at 1: rounding would choose the bin there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -15,13 +15,11 @@ from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, check_columns, check_tokens
 from mindrlhf.data.mindrecord import read_rows
 from mindrlhf.data.stream import RowStream
+from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.parallel.tensor_parallel import VocabParallelLogProbs
 from mindrlhf.trainer.builder import valid_vocab_size
 from mindrlhf.trainer.experience import SequenceInputs
 from mindrlhf.utils.errors import DataError
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import PPOModelTrain
 
 FEWEST_COLUMNS = 16
 _CHECKED_AT_START = 64

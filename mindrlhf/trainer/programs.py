@@ -16,7 +16,7 @@ from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.strategy import write_strategies
 from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
 from mindrlhf.runtime.signals import ignore_signals
-from mindrlhf.trainer.trackers.choice import check_trackers
+from mindrlhf.trainer.trackers.table import check_trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
@@ -88,7 +88,7 @@ def run_reward(options: RewardOptions) -> Path:
     plan = _stage_plan(options)
     if plan is None:
         return options.save_ckpt_dir
-    from mindrlhf.trainer.recipes.reward import train_reward
+    from mindrlhf.trainer.recipes.reward_model import train_reward
 
     return train_reward(options, plan)
 

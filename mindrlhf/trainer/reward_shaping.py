@@ -15,7 +15,7 @@ from mindrlhf.algorithms.kl import (
     token_kl,
 )
 from mindrlhf.algorithms.moments import RunningMoments
-from mindrlhf.algorithms.rewards import penalize_missing_stop, token_rewards
+from mindrlhf.algorithms.token_rewards import penalize_missing_stop, token_rewards
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import ScoredRollout, TokenRewards
 

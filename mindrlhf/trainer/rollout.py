@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mindrlhf.data.prompts import PromptBatch
+from mindrlhf.models.generator import PPOModelInfer
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.experience import Rollout
 from mindrlhf.utils.seeds import random_stream
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.generator import PPOModelInfer
 
 
 def generate_rollout(

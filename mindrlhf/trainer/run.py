@@ -23,7 +23,7 @@ from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.state import RunState
 from mindrlhf.trainer.recipe import HeldOut, Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
-from mindrlhf.trainer.trackers.choice import make_trackers
+from mindrlhf.trainer.trackers.table import make_trackers
 from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor
 
 from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Rollout, ScoredRollout
 from mindrlhf.trainer.skipped_updates import SkippedUpdate
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import SequenceModel
 
 Forward = Callable[..., np.ndarray]
 ExtraScores = Callable[[Rollout], np.ndarray]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
+from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
@@ -29,9 +30,6 @@ from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import SequenceModel
 
 logger = get_logger(__name__)
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mindrlhf.models.generator import PPOModelInfer
+from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
 from mindrlhf.parallel.reshard import Resharder
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import MindRLHFError
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.generator import PPOModelInfer
-    from mindrlhf.models.qwen2.networks import PPOModelTrain
 
 
 class WeightSync:

@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 def build(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, int]:
     """A loaded model and the bytes of its weights that a decode step reads."""
-    from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+    from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
     from mindrlhf.models.qwen2.layouts import EMBEDDING, parameter_layouts
     from mindrlhf.parallel.groups import Groups
     from mindrlhf.parallel.layout import Mesh

@@ -149,8 +149,8 @@ def time_exchanges(name: str, repeats: int) -> None:
 
 def build_sync(name: str) -> tuple[Any, dict[str, np.ndarray]]:
     """A sync between two models in one process, and the weights of the trained one."""
-    from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
-    from mindrlhf.models.qwen2.networks import PPOModelTrain
+    from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
+    from mindrlhf.models.networks import PPOModelTrain
     from mindrlhf.parallel.groups import Groups
     from mindrlhf.trainer.weight_sync import WeightSync
 

@@ -75,8 +75,8 @@ def build(args: argparse.Namespace) -> Case:
     from mindspore import Tensor
 
     from mindrlhf.configs.schema import ContextConfig, ParallelConfig, PPOConfig, RunConfig
+    from mindrlhf.models.networks import PPOModelTrain
     from mindrlhf.models.qwen2.layouts import EMBEDDING, LM_HEAD
-    from mindrlhf.models.qwen2.networks import PPOModelTrain
     from mindrlhf.parallel.groups import Groups
     from mindrlhf.parallel.layout import Mesh
     from mindrlhf.trainer.loss_cells import PolicyLoss

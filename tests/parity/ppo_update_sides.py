@@ -12,7 +12,7 @@ import pytest
 from mindspore import Tensor
 
 from mindrlhf.configs.schema import ContextConfig, JobConfig, ParallelConfig, RunConfig
-from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
+from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

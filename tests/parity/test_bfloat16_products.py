@@ -15,8 +15,8 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindrlhf.algorithms.masks import attention_mask, position_ids
+from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.models.qwen2.layouts import parameter_layouts
-from mindrlhf.models.qwen2.networks import PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.gradients import GradientBuffers
@@ -155,7 +155,7 @@ def test_rounding_costs_little(
 
 def test_log_probs_of_a_rollout_are_those_of_the_trained_network() -> None:
     """Generation must round what training rounds: else the ratio is not 1 before the first update."""
-    from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+    from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 
     groups = Groups(Mesh(), 0)
     weights = hugging_face(seed=1)

@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel
+from mindrlhf.models.networks import CriticModel, PPOModelTrain, RewardModel
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
+from mindrlhf.models.generator import GenerationConfig, GenerationOutput, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

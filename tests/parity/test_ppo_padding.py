@@ -24,7 +24,7 @@ from mindrlhf.configs.schema import (
     PPOConfig,
     RunConfig,
 )
-from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel, SequenceModel
+from mindrlhf.models.networks import CriticModel, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime

@@ -11,13 +11,13 @@ from mindspore import nn
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.qwen2.networks import PPOModelTrain, RewardModel
+from mindrlhf.models.networks import PPOModelTrain, RewardModel
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.experience import sequence_inputs
 from mindrlhf.trainer.gradients import GradientBuffers
-from mindrlhf.trainer.recipes.reward import PairLoss
+from mindrlhf.trainer.recipes.reward_model import PairLoss
 from mindrlhf.trainer.recipes.sft import SFTLoss
 from mindrlhf.trainer.train_step import Backward
 

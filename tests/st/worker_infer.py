@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.reply_generator import ReplyGenerator
 from mindrlhf.chat.worker_group import WorkerGroup
+from mindrlhf.configs.options import ChatOptions
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.tokenizer import SpecialIds
-from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Mesh

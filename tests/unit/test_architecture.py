@@ -206,7 +206,7 @@ def test_a_family_of_models_is_reached_through_the_table_alone() -> None:
     for path in LIBRARY:
         module = _module(path)
         if module != "mindrlhf" and not any(module.startswith(family) for family in inside):
-            found = run_time_imports(path.read_text(encoding="utf-8"), _package(path))
+            found = [name for _, name, _ in _imports(path.read_text(encoding="utf-8"), _package(path))]
             assert not [name for name in found if any(name.startswith(family) for family in inside)], module
 
 
@@ -225,7 +225,7 @@ def test_importing_the_packages_stays_light() -> None:
     [
         ("utils", "from mindrlhf.configs.schema import ModelConfig", "must not import"),
         ("configs", "from mindrlhf.parallel import layout", "must not import"),
-        ("parallel", "def f():\n    import mindrlhf.models.qwen2.generator", "must not import"),
+        ("parallel", "def f():\n    import mindrlhf.models.generator", "must not import"),
         ("data", "from mindrlhf import models", "must not import"),
         ("checkpoint", "import mindrlhf.trainer.loop as m", "must not import"),
         ("models", "from ..checkpoint import load", "must not import"),

@@ -2,7 +2,8 @@
 
 Grouped-query attention with rotary positions, RMSNorm and a SwiGLU feed-forward (Qwen2 technical
 report, arXiv 2407.10671). Cells are nested so that parameter names are the canonical ones of
-:mod:`mindrlhf.models.qwen2.layouts`. Generation has its own network, :mod:`mindrlhf.models.qwen2.generator`.
+:mod:`mindrlhf.models.qwen2.layouts`. Generation has its own network in
+:mod:`mindrlhf.models.qwen2.generator_network`.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class DecoderLayer(nn.Cell):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class Qwen2Decoder(nn.Cell):
+class Decoder(nn.Cell):
     """Token ids to final hidden states.
 
     Args:

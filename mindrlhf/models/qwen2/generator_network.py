@@ -27,6 +27,7 @@ from mindrlhf.models.qwen2.generator_layers import (
     LocalSizes,
     RMSNorm,
     Rotary,
+    local_sizes,
 )
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import empty_parameter
@@ -243,11 +244,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class FusedDecoder(nn.Cell):
-    """All parameters and caches, and the two passes over them; both return the last column's logits."""
+    """All parameters and caches, and the two passes over them; both return the last column's logits.
 
-    def __init__(self, config: ModelConfig, sizes: LocalSizes, groups: Groups) -> None:
+    Args:
+        config: model sizes and types.
+        groups: this rank's groups in the mesh of the generating model.
+        batch_size: rows of one pass.
+        prompt_length: columns of a prompt.
+        columns: of the cache: the prompt and all tokens that are drawn.
+    """
+
+    def __init__(
+        self, config: ModelConfig, groups: Groups, *, batch_size: int, prompt_length: int, columns: int
+    ) -> None:
         super().__init__()
-        self.sizes = sizes
+        self.sizes = sizes = local_sizes(config, groups, batch_size, prompt_length, columns)
         self.tied = config.tie_word_embeddings
         self.embedding = Embedding(sizes, groups, "infer.embedding")
         self.rotary = Rotary(sizes, config.theta)

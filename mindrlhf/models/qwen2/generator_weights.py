@@ -7,20 +7,19 @@ valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Parameter, Tensor, get_context
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.generator import Shards
 from mindrlhf.models.qwen2.generator_layers import LocalSizes
 from mindrlhf.models.qwen2.generator_network import FusedDecoder, FusedLayer
 from mindrlhf.models.qwen2.layouts import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.utils.errors import CheckpointError
-
-Shards = Mapping[str, np.ndarray | Tensor] | Iterable[tuple[str, np.ndarray | Tensor]]
 
 
 @dataclass(frozen=True)

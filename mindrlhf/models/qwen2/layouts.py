@@ -8,14 +8,12 @@ projections back to the hidden size by input columns, embeddings by vocabulary r
 from __future__ import annotations
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.score_head import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
 
 EMBEDDING = "model.tok_embeddings.embedding_weight"
 FINAL_NORM = "model.norm_out.weight"
 LM_HEAD = "lm_head.weight"
-SCORE_HEAD_WEIGHT = "score_head.weight"
-SCORE_HEAD_BIAS = "score_head.bias"
-SCORE_HEAD = (SCORE_HEAD_WEIGHT, SCORE_HEAD_BIAS)
 
 
 def layer_prefix(layer: int) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from mindrlhf.configs.options import RewardOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.families import family_of
+from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.networks import RewardModel
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.trainer.builder import load_shards
 from mindrlhf.trainer.recipes.supervised import StageRows, stage_groups
 from mindrlhf.trainer.rollout import generate_rollout
@@ -28,10 +30,6 @@ from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
 from mindrlhf.utils.timers import Timer
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.generator import PPOModelInfer
-    from mindrlhf.models.qwen2.networks import RewardModel
 
 logger = get_logger(__name__)
 
@@ -77,7 +75,7 @@ def gain_and_bias(scores: np.ndarray) -> tuple[float, float]:
 def fold(model: RewardModel, gain: float, bias: float) -> None:
     """Makes every score ``gain * score + bias``, by the head's weight and bias; the same on every rank."""
     shards = dict(model.shards())
-    weight_name, bias_name = family_of(model.config).layouts.SCORE_HEAD
+    weight_name, bias_name = SCORE_HEAD
     weight, offset = (shards[name].astype(np.float64) for name in (weight_name, bias_name))
     shards[weight_name] = (gain * weight).astype(np.float32)
     shards[bias_name] = (gain * offset + bias).astype(np.float32)
@@ -155,11 +153,10 @@ def _sft_responses(
     at_once = min(GENERATED_AT_ONCE, -(-len(rows) // dp))
     unit = dp * at_once
     filled = np.resize(rows, -(-len(rows) // unit) * unit)  # every call has the same number of rows
-    generator = family_of(config.model).generator
-    model: PPOModelInfer = generator.PPOModelInfer(
+    model = PPOModelInfer(
         config.model,
         groups,
-        generator.GenerationConfig(
+        GenerationConfig(
             max_prompt_length=data.prompt_columns,
             max_response_length=length,
             stop_token_ids=config.model.eos_token_id,

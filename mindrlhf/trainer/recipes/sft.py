@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -13,7 +12,7 @@ from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.options import SFTOptions
 from mindrlhf.configs.schema import StagePlan
-from mindrlhf.models.families import family_of
+from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.experience import sequence_inputs
@@ -30,9 +29,6 @@ from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.tokenizer_checks import load_model_tokenizer
 from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import PPOModelTrain
 
 logger = get_logger(__name__)
 
@@ -86,7 +82,7 @@ class SFTTrainer(SupervisedTrainer):
 
     def __init__(self, options: SFTOptions, plan: StagePlan, rows: StageRows, run: Run) -> None:
         config = plan.config.model
-        self.policy: PPOModelTrain = family_of(config).networks.PPOModelTrain(
+        self.policy = PPOModelTrain(
             config,
             stage_groups(run, plan),
             prompt_length=rows.data.prompt_columns,

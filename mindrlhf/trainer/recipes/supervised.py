@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import nn
@@ -19,6 +18,7 @@ from mindrlhf.configs.options import StageOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import SequenceData
 from mindrlhf.data.stream import RowStream
+from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
@@ -36,9 +36,6 @@ from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import SequenceModel
 
 logger = get_logger(__name__)
 

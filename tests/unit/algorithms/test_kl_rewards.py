@@ -15,7 +15,7 @@ from mindrlhf.algorithms.kl import (
     sequence_kl,
     token_kl,
 )
-from mindrlhf.algorithms.rewards import penalize_missing_stop, token_rewards
+from mindrlhf.algorithms.token_rewards import penalize_missing_stop, token_rewards
 
 TRUE = np.ones((1, 2), dtype=bool)
 

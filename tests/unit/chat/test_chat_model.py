@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from mindrlhf.chat.conversation import printable
-from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.reply_generator import bucket, mesh_for_workers, prompt_limit
 from mindrlhf.chat.session import run_chat
 from mindrlhf.chat.worker_group import Broadcast, WorkerGroup
 from mindrlhf.checkpoint.shards import save_shard
+from mindrlhf.configs.options import ChatOptions
 from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
-from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
+from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime import device

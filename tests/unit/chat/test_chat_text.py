@@ -15,9 +15,9 @@ from rich.console import Console
 
 from mindrlhf.chat.conversation import Conversation, Reply, printable
 from mindrlhf.chat.display import ColumnsDisplay, PlainDisplay, short_names
-from mindrlhf.chat.options import ChatOptions
 from mindrlhf.chat.prompt_file import encode_prompts, read_prompts
-from mindrlhf.chat.session import _sigterm_interrupts
+from mindrlhf.chat.session import _sigterm_interrupts, run_chat
+from mindrlhf.configs.options import ChatOptions
 from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.utils.errors import ConfigError, DataError
 
@@ -216,14 +216,12 @@ def test_every_flag_that_is_wrong_is_named() -> None:
         system_prompt="s",
     )
     with pytest.raises(ConfigError) as error:
-        wrong.checked()
+        run_chat(wrong)
     assert len(error.value.faults) == 8
     assert "--temperature: out of range (1e-39) - must be a number >= 1e-06; --greedy takes" in str(
         error.value
     )
     assert "--top_p: out of range (1.5) - must be a number > 0 and <= 1" in str(error.value)
-    good = ChatOptions(checkpoint=Path("x"))
-    assert good.checked() is good
 
 
 def test_prompts_come_from_json_lines_or_lines_of_text(tmp_path: Path) -> None:

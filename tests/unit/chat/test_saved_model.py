@@ -16,7 +16,8 @@ from mindrlhf.chat.saved_model import SavedModel, find_model
 from mindrlhf.checkpoint.shards import save_shard
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT, parameter_layouts
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.score_head import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError, DataError
 from mindrlhf.utils.provenance import plain

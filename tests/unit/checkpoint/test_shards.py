@@ -23,8 +23,9 @@ from mindrlhf.checkpoint.shards import (
 from mindrlhf.checkpoint.sources import FileSource
 from mindrlhf.checkpoint.weight_checks import expected_layouts
 from mindrlhf.checkpoint.weight_files import open_weights
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
+from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError
 

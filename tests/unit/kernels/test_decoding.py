@@ -10,8 +10,8 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.models.generator import GenerationConfig, GenerationOutput, PPOModelInfer
 from mindrlhf.models.inverse_cdf import PlainInverseCDF
-from mindrlhf.models.qwen2.generator import GenerationConfig, GenerationOutput, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

@@ -11,7 +11,7 @@ from mindspore import Tensor
 from mindspore.common.np_dtype import bfloat16
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.generator import GenerationConfig, PPOModelInfer
+from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

@@ -6,7 +6,8 @@ import numpy as np
 from mindspore import Tensor
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.heads import ScoreHead, last_token, new_score_head
+from mindrlhf.models.heads import ScoreHead, last_token
+from mindrlhf.models.score_head import new_score_head
 
 
 def test_a_fresh_score_head_is_normal_with_variance_1_over_h_plus_1_and_bias_0() -> None:

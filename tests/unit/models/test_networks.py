@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain, RewardModel, SequenceModel
+from mindrlhf.models.networks import CriticModel, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 

@@ -20,14 +20,13 @@ from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.options import RewardOptions, SFTOptions
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
-from mindrlhf.models.qwen2 import networks
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer import run as run_module
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.programs import run_reward, run_sft
-from mindrlhf.trainer.recipes import reward, sft, supervised
+from mindrlhf.trainer.recipes import reward_model, sft, supervised
 from mindrlhf.trainer.train_step import TrainStep
 
 VOCAB, PAD, ROWS = 32, 2, 20
@@ -80,7 +79,8 @@ class Compiled:
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module, name in (
-            *((networks, "PPOModelTrain"), (sft, "SFTLoss"), (networks, "RewardModel"), (reward, "PairLoss")),
+            *((sft, "PPOModelTrain"), (sft, "SFTLoss")),
+            *((reward_model, "RewardModel"), (reward_model, "PairLoss")),
         ):
             monkeypatch.setattr(module, name, partial(self.once, name, getattr(module, name)))
         monkeypatch.setattr(supervised, "build_optimizer", self.optimizer)

@@ -10,7 +10,8 @@ import pytest
 
 from mindrlhf.checkpoint.shards import save_shard
 from mindrlhf.configs.schema import JobConfig, ParallelConfig, RunConfig
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD, parameter_layouts
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import mesh_of
 from mindrlhf.trainer.builder import WeightPaths, build_models, policy_weights_for
 from mindrlhf.utils.errors import MindRLHFError

@@ -17,7 +17,7 @@ from mindspore import Tensor
 
 from mindrlhf.checkpoint.manifest import read_manifest
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.models.qwen2.networks import CriticModel, PPOModelTrain
+from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime

@@ -14,7 +14,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.data.mindrecord import read_columns
-from mindrlhf.models.qwen2.layouts import EMBEDDING, SCORE_HEAD_WEIGHT
+from mindrlhf.models.qwen2.layouts import EMBEDDING
+from mindrlhf.models.score_head import SCORE_HEAD_WEIGHT
 from mindrlhf.runtime.signals import StopRequest
 from mindrlhf.trainer import scoring
 from mindrlhf.trainer.experience import Rollout

@@ -16,15 +16,15 @@ from mindrlhf.configs.load import load_stage, with_peak
 from mindrlhf.configs.options import RewardOptions, StageOptions
 from mindrlhf.configs.schema import JobConfig, StagePlan
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.qwen2.heads import new_score_head
-from mindrlhf.models.qwen2.networks import RewardModel
+from mindrlhf.models.networks import RewardModel
+from mindrlhf.models.score_head import new_score_head
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.experience import sequence_inputs
 from mindrlhf.trainer.recipes.calibration import calibrate, fold, gain_and_bias
-from mindrlhf.trainer.recipes.reward import PairLoss
+from mindrlhf.trainer.recipes.reward_model import PairLoss
 from mindrlhf.trainer.recipes.sft import SFTLoss
 from mindrlhf.trainer.recipes.supervised import check_paths, over_rows
 from mindrlhf.utils.errors import ConfigError, MindRLHFError

@@ -16,8 +16,8 @@ import pytest
 from mindrlhf.configs.options import tracker_names
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut
 from mindrlhf.trainer.recorder import Recorder
-from mindrlhf.trainer.trackers import choice
-from mindrlhf.trainer.trackers.choice import check_trackers, make_trackers
+from mindrlhf.trainer.trackers import table
+from mindrlhf.trainer.trackers.table import check_trackers, make_trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
 from mindrlhf.utils.errors import MindRLHFError
@@ -188,14 +188,14 @@ def test_names() -> None:
     assert tracker_names("tensorboard") == ("tensorboard",)
     assert tracker_names(" wandb, TensorBoard,wandb") == ("wandb", "tensorboard")
     assert tracker_names("none") == tracker_names("") == ()
-    with pytest.raises(argparse.ArgumentTypeError, match="no tracker 'mlflow'; there are tensorboard, wandb"):
-        tracker_names("wandb,mlflow")
+    with pytest.raises(MindRLHFError, match="no tracker 'mlflow'; there are tensorboard, wandb"):
+        check_trackers(tracker_names("wandb,mlflow"))
     with pytest.raises(argparse.ArgumentTypeError, match="none stands alone"):
         tracker_names("none,wandb")
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: None if name == "swanlab" else object())
+    monkeypatch.setattr(table, "find_spec", lambda name: None if name == "swanlab" else object())
     check_trackers(("tensorboard", "wandb"))
     with pytest.raises(MindRLHFError, match="not installed: swanlab; pip install swanlab, or leave it out"):
         check_trackers(("tensorboard", "swanlab"))

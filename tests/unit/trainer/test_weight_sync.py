@@ -7,7 +7,7 @@ import pytest
 from mindspore import Tensor
 
 from mindrlhf.configs.schema import JobConfig
-from mindrlhf.models.qwen2.networks import PPOModelTrain
+from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.data.mindrecord import read_columns, read_schema
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.trainer.checkpoints import check_fixed, read_state
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.rl import fixed_settings

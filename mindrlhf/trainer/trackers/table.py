@@ -1,7 +1,6 @@
-"""``--trackers``: whether they are installed, and one object per name.
+"""The table of trackers, which names what ``--trackers`` takes.
 
-A tracker is a module of this package, named as in :data:`mindrlhf.configs.options.TRACKERS`, whose
-``TRACKER`` is the class.
+A tracker is a module of this package whose ``TRACKER`` is the class, and one entry here.
 """
 
 from __future__ import annotations
@@ -10,17 +9,25 @@ from collections.abc import Collection
 from importlib import import_module
 from importlib.util import find_spec
 
-from mindrlhf.configs.options import TRACKERS
 from mindrlhf.trainer.trackers.tracker import Tracker
 from mindrlhf.utils.errors import MindRLHFError
 
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
+"""Module of each tracker -> the package that it needs."""
+
 
 def check_trackers(names: Collection[str]) -> None:
-    """Refuses trackers that are not installed.
+    """Refuses trackers that are unknown or not installed.
 
     Raises:
-        MindRLHFError: names them all and says how to install them.
+        MindRLHFError: names them all, and what there is or how to install them.
     """
+    unknown = [name for name in names if name not in TRACKERS]
+    if unknown:
+        known = ", ".join(TRACKERS)
+        raise MindRLHFError(
+            f"--trackers: no tracker {', '.join(map(repr, unknown))}; there are {known}, or none"
+        )
     missing = [TRACKERS[name] for name in names if find_spec(TRACKERS[name]) is None]
     if missing:
         raise MindRLHFError(

@@ -12,9 +12,8 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.qwen2.decoder import Qwen2Decoder
-from mindrlhf.models.qwen2.heads import LMHead, ScoreHead, last_token
-from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.families import family_of
+from mindrlhf.models.heads import LMHead, ScoreHead, last_token
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
@@ -28,10 +27,11 @@ class SequenceModel(nn.Cell):
         super().__init__()
         self.config = config
         self.groups = groups
-        self.layouts: dict[str, Layout] = parameter_layouts(
+        family = family_of(config)
+        self.layouts: dict[str, Layout] = family.layouts.parameter_layouts(
             config, groups.mesh, lm_head=lm_head, score_head=score_head
         )
-        self.model = Qwen2Decoder(config, groups)
+        self.model = family.decoder.Decoder(config, groups)
         if lm_head and not config.tie_word_embeddings:
             self.lm_head = LMHead(config, groups)
         if score_head:

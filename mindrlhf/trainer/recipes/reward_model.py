@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -13,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindrlhf.configs.options import RewardOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.families import family_of
+from mindrlhf.models.networks import RewardModel
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.experience import sequence_inputs
@@ -29,9 +28,6 @@ from mindrlhf.trainer.recipes.supervised import (
 from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
-
-if TYPE_CHECKING:
-    from mindrlhf.models.qwen2.networks import RewardModel
 
 logger = get_logger(__name__)
 
@@ -108,9 +104,7 @@ class RewardTrainer(SupervisedTrainer):
         # Steps of a small learning rate would be lost in bfloat16's rounding; see build_models.
         config = replace(plan.config.model, param_init_type="float32")
         groups = stage_groups(run, plan)
-        self.reward: RewardModel = family_of(config).networks.RewardModel(
-            config, groups, prompt_length=rows.data.prompt_columns
-        )
+        self.reward = RewardModel(config, groups, prompt_length=rows.data.prompt_columns)
         fill_model(self.reward, options.load_sft_checkpoint, options.seed, "reward model", "reward")
         super().__init__(options, plan, rows, run, self.reward, PairLoss(self.reward, options.center_coef))
 

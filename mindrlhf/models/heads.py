@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.dtypes import ms_dtype
-from mindrlhf.models.qwen2.layouts import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import RowsProduct, empty_parameter
-from mindrlhf.utils.seeds import random_stream
 from mindrlhf.utils.sizes import exact_div
 
 
@@ -45,24 +42,6 @@ class ScoreHead(nn.Cell):
     def construct(self, hidden: Tensor) -> Tensor:
         """``hidden`` (..., H) -> (...) float32."""
         return (self.product(hidden, self.weight) + self.bias).squeeze(-1)
-
-
-def new_score_head(hidden_size: int, seed: int, purpose: str, *, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """A fresh scalar head: weight ``N(0, 1 / sqrt(H + 1))``, bias 0 (Ziegler et al., arXiv 1909.08593).
-
-    Args:
-        hidden_size: H.
-        seed: seed of the job.
-        purpose: which head it is ("reward", "critic"), so that they differ.
-        scale: factor of the weights.
-
-    Returns:
-        canonical name -> float32 array; equal on every rank.
-    """
-    weight = scale * random_stream(seed, "score_head", purpose).normal(
-        0.0, (hidden_size + 1) ** -0.5, (1, hidden_size)
-    )
-    return {SCORE_HEAD_WEIGHT: weight.astype(np.float32), SCORE_HEAD_BIAS: np.zeros(1, np.float32)}
 
 
 def last_token(hidden: Tensor, index: Tensor) -> Tensor:

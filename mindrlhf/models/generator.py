@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,15 +11,14 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.decode_schedule import decode_schedule
-from mindrlhf.models.qwen2.generator_layers import local_sizes
-from mindrlhf.models.qwen2.generator_network import FusedDecoder
-from mindrlhf.models.qwen2.generator_weights import FusedWeights, Shards
-from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.models.families import family_of
 from mindrlhf.models.sampling import VocabParallelSampler
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.utils.sizes import exact_div
 from mindrlhf.utils.timers import PhaseTimer
+
+Shards = Mapping[str, np.ndarray | Tensor] | Iterable[tuple[str, np.ndarray | Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +100,17 @@ class PPOModelInfer:
     ) -> None:
         _check(config, generation, batch_size, decode_steps_per_call)
         self.config, self.groups, self.generation = config, groups, generation
-        self.layouts: dict[str, Layout] = parameter_layouts(config, groups.mesh)
+        family = family_of(config)
+        self.layouts: dict[str, Layout] = family.layouts.parameter_layouts(config, groups.mesh)
         self.batch_size = batch_size
         self.timer = PhaseTimer()
         # The first token comes from the prefill; the decode graph draws the others, a few at a time.
         self._steps, self._calls, columns = decode_schedule(
             generation.max_prompt_length, generation.max_response_length, decode_steps_per_call
         )
-        sizes = local_sizes(config, groups, batch_size, generation.max_prompt_length, columns)
-        decoder = FusedDecoder(config, sizes, groups)
+        decoder = family.generator_network.FusedDecoder(
+            config, groups, batch_size=batch_size, prompt_length=generation.max_prompt_length, columns=columns
+        )
         sampler = VocabParallelSampler(
             config.vocab_size,
             groups,
@@ -121,7 +122,7 @@ class PPOModelInfer:
             top_p=generation.top_p,
         )
         picker = _TokenPicker(sampler, generation, batch_size)
-        self._weights = FusedWeights(decoder, config, self.layouts)
+        self._weights = family.generator_weights.FusedWeights(decoder, config, self.layouts)
         self._prefill = _Prefill(decoder, picker, batch_size)
         self._decode = _Decode(decoder, picker, self._steps)
         self._prefill.set_train(False)
@@ -141,7 +142,8 @@ class PPOModelInfer:
 
     def shards(self) -> Iterator[tuple[str, np.ndarray]]:
         """This rank's canonical shards, bit-identical to what was loaded (in the stored type)."""
-        return self._weights.shards()
+        shards: Iterator[tuple[str, np.ndarray]] = self._weights.shards()
+        return shards
 
     def generate(
         self,
@@ -289,7 +291,7 @@ class _TokenPicker(nn.Cell):
 class _Prefill(nn.Cell):
     """The graph that reads the prompts, fills the cache and draws the first tokens."""
 
-    def __init__(self, decoder: FusedDecoder, picker: _TokenPicker, batch_size: int) -> None:
+    def __init__(self, decoder: nn.Cell, picker: _TokenPicker, batch_size: int) -> None:
         super().__init__()
         self.decoder = decoder
         self.picker = picker
@@ -306,7 +308,7 @@ class _Prefill(nn.Cell):
 class _Decode(nn.Cell):
     """The graph that draws the next ``steps`` tokens."""
 
-    def __init__(self, decoder: FusedDecoder, picker: _TokenPicker, steps: int) -> None:
+    def __init__(self, decoder: nn.Cell, picker: _TokenPicker, steps: int) -> None:
         super().__init__()
         self.decoder = decoder
         self.picker = picker
