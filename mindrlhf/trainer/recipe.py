@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mindrlhf.trainer.checkpoints import Stateful, Trained
-from mindrlhf.trainer.console.state import Column
-from mindrlhf.trainer.curves import Curve
+from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.trackers.tracker import Histogram
 
 
@@ -25,27 +24,6 @@ class Schedule:
     save_at_end: bool = True
     """Whether the last step is followed by a checkpoint."""
     log_interval: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Display:
-    """Which metrics of a recipe people see, and how.
-
-    Attributes:
-        summary, evaluation: metric and its format in the log line of a step or of an evaluation,
-            such as ``("objective/kl", "kl {:+.4f}")``; metrics that a line lacks are left out.
-        columns: of the table on a terminal.
-        status: metrics in the live drawing on a terminal.
-        curves: of ``curves.png``; those without a value are left out.
-        before_after: whether the evaluations have responses to compare.
-    """
-
-    summary: Sequence[tuple[str, str]] = ()
-    evaluation: Sequence[tuple[str, str]] = ()
-    columns: Sequence[Column] = ()
-    status: Sequence[Column] = ()
-    curves: Sequence[Curve] = ()
-    before_after: bool = False
 
 
 class StepResult(NamedTuple):
@@ -91,7 +69,7 @@ class Recipe(Protocol):
         ...
 
     @property
-    def display(self) -> Display:
+    def shown(self) -> ShownMetrics:
         """Which of its metrics people see, and how."""
         ...
 

@@ -31,7 +31,8 @@ from mindrlhf.data.mindrecord import Column as RecordColumn
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.curves import draw_curves
-from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
+from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
+from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.skipped_updates import shown_ids
 from mindrlhf.trainer.trackers.tracker import RunStart, Trackers
 from mindrlhf.utils.errors import MindRLHFError
@@ -73,7 +74,7 @@ class Recorder:
         self.directory, self.unit = directory, unit
         self.trackers = Trackers() if trackers is None else trackers
         self._experience_file = experience_file
-        self._display = Display()
+        self._shown = ShownMetrics()
         self._redraw_timer = RedrawTimer()
         self.metrics: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -90,15 +91,15 @@ class Recorder:
         evaluated = {line[self.unit] for line in self.evaluations}
         self.eval_samples = self._rewind(EVAL_SAMPLES_FILE, evaluated.__contains__)
 
-    def begin(self, configuration: Any, step: int, display: Display) -> None:
+    def begin(self, configuration: Any, step: int, shown: ShownMetrics) -> None:
         """Writes ``config.json`` and opens the trackers of a run that starts or is resumed.
 
         Args:
             configuration: resolved.
             step: steps that are done.
-            display: which metrics are shown.
+            shown: which metrics are shown.
         """
-        self._display = display
+        self._shown = shown
         self.directory.mkdir(parents=True, exist_ok=True)
         record = provenance(configuration)
         write_provenance(self.directory, record)
@@ -129,7 +130,7 @@ class Recorder:
         if self._experience_file is not None and result.experience is not None:
             write_experience(self._experience_file, self.unit, step, result.experience)
         if not self.trackers.show_metrics and (step % schedule.log_interval == 0 or step == schedule.total):
-            summary = summary_line(self.metrics[-1], self._display.summary)
+            summary = summary_line(self.metrics[-1], self._shown.summary)
             logger.info("%s %d/%d  %s", self.unit, step, schedule.total, summary)
         self._redraw()
 
@@ -169,7 +170,7 @@ class Recorder:
         self.evaluations.append(line)
         self.trackers.scalars(step, self._scalars(line))
         self.trackers.samples(step, "held-out samples", lines)
-        summary = summary_line(line, self._display.evaluation)
+        summary = summary_line(line, self._shown.evaluation)
         logger.info("held-out after %s %d: %s  %.1f s", self.unit, step, summary, seconds)
 
     def has_other_evaluations(self, held_out: HeldOut, step: int) -> bool:
@@ -185,7 +186,7 @@ class Recorder:
     def finish(self) -> None:
         """Draws the curves for the last time; writes and logs the first evaluation against the last."""
         try:
-            if self._display.before_after and self.evaluations:
+            if self._shown.before_after and self.evaluations:
                 table = write_before_after(self.directory, self.evaluations, self.eval_samples)
                 if table:
                     logger.info("held-out samples, scores in brackets:\n%s", table)
@@ -200,7 +201,7 @@ class Recorder:
         if not self.metrics:
             return None
         path = self.directory / CURVES_FILE
-        draw_curves(path, self.unit, self._display.curves, self.metrics, self.evaluations)
+        draw_curves(path, self.unit, self._shown.curves, self.metrics, self.evaluations)
         return path
 
     def _redraw(self) -> None:
@@ -266,7 +267,7 @@ class Recorder:
 
 
 def summary_line(metrics: Mapping[str, float], shown: Sequence[tuple[str, str]]) -> str:
-    """The metrics of ``shown`` in one line; see :class:`Display`."""
+    """The metrics of ``shown`` in one line; see :class:`ShownMetrics`."""
     return "  ".join(template.format(metrics[name]) for name, template in shown if name in metrics)
 
 

@@ -151,9 +151,10 @@ class Run:
         self._first_step = self.step
         if self._console is not None:
             self._console.total = recipe.schedule.total
-            self._console.columns, self._console.status = recipe.display.columns, recipe.display.status
+            self._console.log_interval = recipe.schedule.log_interval
+            self._console.columns, self._console.status = recipe.shown.columns, recipe.shown.status
         if self.recorder is not None:
-            self.recorder.begin(self.configuration, self.step, recipe.display)
+            self.recorder.begin(self.configuration, self.step, recipe.shown)
         # MindSpore collects garbage before every compilation; skip the objects that live as long as the job.
         release_freed_memory()
         gc.freeze()

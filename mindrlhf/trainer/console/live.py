@@ -80,7 +80,8 @@ class LiveConsole(RunState):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A finished step's line, above the drawing."""
         super().scalars(step, values)
-        if self.columns and self.metrics is values:
+        is_due = step % self.log_interval == 0 or step == self.total
+        if self.columns and self.metrics is values and is_due:
             columns = self._fitting()
             if self._rows % _ROWS_BETWEEN_TITLES == 0:
                 self._print(_GAP.join([self.unit, *(column.title.rjust(column.width) for column in columns)]))
@@ -137,9 +138,10 @@ class LiveConsole(RunState):
     def _status(self) -> Text:
         """Last metrics, how those with a sign have changed, and memory."""
         parts = []
+        values = {**self.evaluation, **self.metrics}
         for column in self.status:
-            if column.metric in self.metrics:
-                text = f"{column.title} {_cell(self.metrics, column)}"
+            if column.metric in values:
+                text = f"{column.title} {_cell(values, column)}"
                 if column.metric in self.previous and column.format.startswith("+"):
                     change = self.metrics[column.metric] - self.previous[column.metric]
                     text += f" ({change:{column.format}})"

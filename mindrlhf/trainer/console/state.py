@@ -49,8 +49,9 @@ class RunState(Tracker):
 
     Attributes:
         total: steps of the run; 0 until they are known.
-        columns: of the line per finished step; there is no line without them.
-        status: metrics of the last step that are in the drawing.
+        log_interval: steps between lines of finished steps.
+        columns: of such a line; there is none without them.
+        status: metrics of the last step and the last evaluation that are in the drawing.
     """
 
     name = "console"
@@ -60,11 +61,13 @@ class RunState(Tracker):
     def __init__(self, title: str, unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.title, self.unit, self.clock = title, unit, clock
         self.total = 0
+        self.log_interval = 1
         self.step = 0
         self.started = clock()
         self.phases: list[Phase] = []
         self.metrics: Mapping[str, float] = {}
         self.previous: Mapping[str, float] = {}
+        self.evaluation: Mapping[str, float] = {}
         self._ends: deque[tuple[int, float]] = deque(maxlen=_STEPS_AVERAGED + 1)
 
     @property
@@ -86,6 +89,7 @@ class RunState(Tracker):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of a step that is done. Evaluations are not steps."""
         if not any(name.startswith(("objective/", "loss/")) for name in values):
+            self.evaluation = values
             return
         self.step, self.previous, self.metrics = step, self.metrics, values
         self._ends.append((step, self.clock()))

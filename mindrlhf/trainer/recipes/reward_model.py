@@ -14,7 +14,6 @@ from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.networks import RewardModel
 from mindrlhf.trainer.builder import fill_model
-from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.experience import sequence_inputs
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.calibration import calibrate, responses_to_calibrate, write_report
@@ -26,6 +25,7 @@ from mindrlhf.trainer.recipes.supervised import (
     stage_groups,
 )
 from mindrlhf.trainer.run import Run, observed
+from mindrlhf.trainer.shown_metrics import REWARD_MODEL_METRICS
 from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
 
@@ -84,21 +84,7 @@ class RewardTrainer(SupervisedTrainer):
     """
 
     name = "reward"
-    shown = (
-        ("loss/train", "loss"),
-        ("train/accuracy", "accuracy"),
-        ("eval/loss", "held-out loss"),
-        ("eval/accuracy", "held-out accuracy"),
-        ("eval/margin", "held-out margin"),
-    )
-    curves = (
-        Curve("loss/train", "training loss"),
-        Curve("train/accuracy", "training accuracy"),
-        Curve("train/margin", "training margin"),
-        Curve("eval/loss", "held-out loss"),
-        Curve("eval/accuracy", "held-out accuracy"),
-        Curve("eval/margin", "held-out margin"),
-    )
+    shown = REWARD_MODEL_METRICS
 
     def __init__(self, options: RewardOptions, plan: StagePlan, rows: StageRows, run: Run) -> None:
         # Steps of a small learning rate would be lost in bfloat16's rounding; see build_models.

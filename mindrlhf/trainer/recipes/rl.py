@@ -16,7 +16,7 @@ import numpy as np
 
 from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.options import PPOOptions
-from mindrlhf.configs.schema import JobConfig, PPOConfig
+from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.prompts import PromptBatch, PromptStream, prompts_digest
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.runtime.compile_cache import open_compile_cache
@@ -31,15 +31,13 @@ from mindrlhf.trainer.checkpoints import (
     model_identity,
     stored_meshes,
 )
-from mindrlhf.trainer.console.state import Column
-from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.evaluation import evaluate, evaluation_result, held_out_prompts
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
 from mindrlhf.trainer.export import export_policy
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.metrics import histograms, rollout_metrics, update_metrics
 from mindrlhf.trainer.pretraining import open_pretraining
-from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
+from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_fresh
 from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.reward_function import RewardFunction, function_scores, load_reward_function
@@ -48,6 +46,7 @@ from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.run import Observers, Run, observed, start_worker
 from mindrlhf.trainer.samples import choose_rows, sample_texts
 from mindrlhf.trainer.scoring import ExtraScores, count_passes, score_rollout
+from mindrlhf.trainer.shown_metrics import ppo_metrics
 from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
@@ -67,57 +66,6 @@ _IN_NO_GRAPH = (
     "eval_samples", "shuffle",
 )  # fmt: skip
 _COMPUTING_PHASES = frozenset({"rollout", "score", "train", "sync", "evaluate"})
-
-_COLUMNS = (
-    Column("objective/scores", "score", "+.4f", 8),
-    Column("objective/kl", "KL", "+.4f", 8),
-    Column("response/length", "length", ".1f", 6),
-    Column("response/eos_rate", "stop", ".2f", 4),
-    Column("loss/policy", "pi loss", "+.4f", 7),
-    Column("loss/value", "v loss", ".4f", 6),
-    Column("tokens_per_second", "tok/s", ".0f", 5),
-    Column("time/iteration", "seconds", ".1f", 7),
-)  # fit 80 characters, with the iteration before them
-
-
-def display(config: PPOConfig) -> Display:
-    """Which metrics of the job people see; those of a critic only where there is one."""
-    return Display(
-        summary=(
-            ("objective/scores", "score {:+.4f}"),
-            ("objective/kl", "kl {:+.4f}"),
-            ("response/length", "length {:.1f}"),
-            ("response/eos_rate", "stop rate {:.2f}"),
-            ("loss/policy", "policy loss {:+.5f}"),
-            ("loss/value", "value loss {:.5f}"),
-            ("policy/ratio", "ratio {:.4f}"),
-            ("tokens_per_second", "{:.0f} tok/s"),
-            ("time/iteration", "{:.1f} s"),
-        ),
-        evaluation=(
-            ("eval/scores", "score {:+.4f}"),
-            ("eval/scores_std", "std {:.4f}"),
-            ("eval/kl", "kl {:+.4f}"),
-            ("eval/length", "length {:.1f}"),
-            ("eval/eos_rate", "stop rate {:.2f}"),
-            ("prompts", "{} prompts"),
-        ),
-        columns=[column for column in _COLUMNS if config.critic != "none" or column.metric != "loss/value"],
-        status=(*_COLUMNS[:3], _COLUMNS[6]),
-        curves=(
-            Curve("objective/scores", "score"),
-            Curve("objective/kl", "KL to the reference (nats per sequence)"),
-            Curve("response/length", "response length (tokens)"),
-            Curve("loss/policy", "policy loss"),
-            Curve("loss/value", "value loss"),
-            Curve("policy/entropy", "entropy (nats per token)"),
-            Curve("eval/scores", "held-out score (band: \N{PLUS-MINUS SIGN}1 std)", band="eval/scores_std"),
-            Curve("eval/kl", "held-out KL (nats per sequence)"),
-            Curve("eval/length", "held-out length (tokens)"),
-            Curve("eval/eos_rate", "held-out stop rate"),
-        ),
-        before_after=True,
-    )
 
 
 def fixed_settings(job: JobConfig) -> dict[str, Any]:
@@ -212,7 +160,7 @@ class PPOTrainer:
             eval_interval=self.config.eval_interval,
             save_interval=self.config.save_interval,
         )
-        self.display = display(self.config)
+        self.shown = ppo_metrics(self.config)
 
     def begin(self) -> None:
         """Copies the trained policy to the generating one before the first rollout: the ratio is then 1."""

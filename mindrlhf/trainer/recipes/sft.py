@@ -14,7 +14,6 @@ from mindrlhf.configs.options import SFTOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.trainer.builder import fill_model
-from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.experience import sequence_inputs
 from mindrlhf.trainer.export import export_policy
 from mindrlhf.trainer.loop import train
@@ -26,6 +25,7 @@ from mindrlhf.trainer.recipes.supervised import (
     stage_groups,
 )
 from mindrlhf.trainer.run import Run, observed
+from mindrlhf.trainer.shown_metrics import SFT_METRICS
 from mindrlhf.trainer.tokenizer_checks import load_model_tokenizer
 from mindrlhf.trainer.train_step import Statistics
 from mindrlhf.utils.logging import get_logger
@@ -66,19 +66,7 @@ class SFTTrainer(SupervisedTrainer):
     """
 
     name = "policy"
-    shown = (
-        ("loss/train", "loss"),
-        ("eval/loss", "held-out loss"),
-        ("eval/perplexity", "held-out perplexity"),
-    )
-    curves = (
-        Curve("loss/train", "training loss (nats per token)"),
-        Curve("eval/loss", "held-out loss (nats per token)"),
-        Curve("eval/perplexity", "held-out perplexity"),
-        Curve("lr", "learning rate"),
-        Curve("grad_norm", "gradient norm before clipping"),
-        Curve("tokens_per_second", "tokens per second"),
-    )
+    shown = SFT_METRICS
 
     def __init__(self, options: SFTOptions, plan: StagePlan, rows: StageRows, run: Run) -> None:
         config = plan.config.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,12 @@ from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.runtime.launching import scratch_directory
 from mindrlhf.runtime.watchdog import Watchdog
 from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, model_identity
-from mindrlhf.trainer.console.state import Column
-from mindrlhf.trainer.curves import Curve
 from mindrlhf.trainer.optimizer import build_optimizer
-from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
+from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_fresh
 from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.run import Observers, Run, start_worker
+from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.errors import MindRLHFError
@@ -132,13 +131,11 @@ class SupervisedTrainer(ABC):
 
     Attributes:
         name: of what is trained, and of its directory in a checkpoint.
-        shown: metric and title, for the log and the console.
-        curves: for ``curves.png``.
+        shown: which of its metrics people see.
     """
 
     name: str
-    shown: Sequence[tuple[str, str]]
-    curves: Sequence[Curve]
+    shown: ShownMetrics
 
     def __init__(
         self,
@@ -167,13 +164,6 @@ class SupervisedTrainer(ABC):
             save_interval=options.save_interval,
             save_at_end=options.save_interval > 0,
             log_interval=max(1, total // _LOG_LINES),
-        )
-        lines = [(metric, title + " {:.4f}") for metric, title in self.shown]
-        self.display = Display(
-            summary=lines,
-            evaluation=lines,
-            status=[Column(metric, title, ".4f", 0) for metric, title in self.shown],
-            curves=self.curves,
         )
 
     def begin(self) -> None:  # noqa: B027

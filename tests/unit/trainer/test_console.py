@@ -18,7 +18,7 @@ from mindrlhf.trainer.console.live import LiveConsole
 from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.plain import PlainConsole
 from mindrlhf.trainer.console.state import RunState, clock_text
-from mindrlhf.trainer.recipes.rl import display
+from mindrlhf.trainer.shown_metrics import REWARD_MODEL_METRICS, ppo_metrics
 from mindrlhf.trainer.trackers.tracker import RunStart
 from mindrlhf.utils.timers import PhaseTimer
 
@@ -54,7 +54,7 @@ def live(clock: Callable[[], float], total: int = 3, width: int = 100, **options
     """A console that draws into memory."""
     terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console = LiveConsole("PPO", "iteration", console=terminal, clock=clock)
-    shown = display(PPOConfig(**options))
+    shown = ppo_metrics(PPOConfig(**options))
     console.total, console.columns, console.status = total, shown.columns, shown.status
     return console
 
@@ -111,6 +111,21 @@ def test_finished_iterations_scroll_above_the_drawing_and_evaluations_do_not(clo
     assert " ".join(title.split()) == "iteration score KL length stop pi loss"
     assert len(row.split()) == 6
     assert max(map(len, drawing(narrow))) <= 59
+
+
+def test_a_stage_shows_every_so_many_steps_and_the_last_evaluation(clock: Clock) -> None:
+    console = live(clock, total=5)
+    console.columns, console.status = REWARD_MODEL_METRICS.columns, REWARD_MODEL_METRICS.status
+    console.log_interval = 2
+    console.scalars(0, {"eval/loss": 0.75, "eval/accuracy": 0.5, "eval/margin": 0.0})
+    for step in range(1, 6):
+        console.scalars(step, {"loss/train": 0.5, "train/accuracy": 0.75, "lr": 1e-5, "grad_norm": 1.0})
+    assert isinstance(console.console.file, io.StringIO)
+    _, *rows = console.console.file.getvalue().splitlines()
+    assert [row.split()[:4] for row in rows] == [
+        [str(step), "0.5000", "0.7500", "1.00e-05"] for step in (2, 4, 5)
+    ]
+    assert drawing(console)[-1].startswith("loss 0.5000  accuracy 0.7500  held-out loss 0.7500  held-out acc")
 
 
 def test_time_left_leaves_the_first_iteration_out(clock: Clock) -> None:

@@ -16,9 +16,10 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints
 from mindrlhf.trainer.loop import train
-from mindrlhf.trainer.recipe import Display, EvaluationResult, HeldOut, Schedule, StepResult
+from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.run import Run
+from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 
 
@@ -42,7 +43,7 @@ class Counting:
     run: Run
     schedule: Schedule
     held_out: HeldOut | None = None
-    display: Display = field(default_factory=Display)
+    shown: ShownMetrics = field(default_factory=ShownMetrics)
     trained: list[Trained] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     stop_in: int = -1
