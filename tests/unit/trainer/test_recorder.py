@@ -13,13 +13,13 @@ from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.trainer import recorder as recorder_module
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
-from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.trainer.recorder import Recorder, RedrawTimer, check_fresh, write_experience
 from mindrlhf.trainer.samples import choose_rows
+from mindrlhf.trainer.shown_metrics import ppo_metrics
 from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 
-SHOWN = display(PPOConfig())
+SHOWN = ppo_metrics(PPOConfig())
 EVALUATED = {f"eval/{name}": 0.5 for name in ("scores", "scores_std", "kl", "length", "eos_rate")}
 HELD_OUT = HeldOut("x", 8, "prompts")
 SCHEDULE = Schedule(total=5)
