@@ -10,9 +10,9 @@ import pytest
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Rollout, ScoredRollout, make_experience
 from mindrlhf.trainer.metrics import rollout_metrics, update_metrics
-from mindrlhf.trainer.recipes.rl import display
 from mindrlhf.trainer.recorder import summary_line
 from mindrlhf.trainer.reward_shaping import RewardShaper
+from mindrlhf.trainer.shown_metrics import ppo_metrics
 from mindrlhf.trainer.update import UpdateResult
 
 NAMES = {
@@ -77,7 +77,7 @@ def test_every_name_is_there_and_is_json() -> None:
     metrics = metrics_of(SCORED, config) | update_metrics(RESULT, config)
     assert metrics.keys() == NAMES | NAMES_OF_A_CRITIC
     json.dumps({name: float(value) for name, value in metrics.items()}, allow_nan=False)
-    line = summary_line(metrics, display(config).summary)
+    line = summary_line(metrics, ppo_metrics(config).summary)
     assert line.startswith("score +2.5000  kl +1.5000  length 2.0  stop rate 0.50  policy loss +3.00000  ")
     assert "value loss 2.00000" in line
 
@@ -87,8 +87,8 @@ def test_without_a_critic_nothing_is_said_of_one() -> None:
     metrics = metrics_of(SCORED._replace(values=None), config) | update_metrics(NO_CRITIC, config)
     assert metrics.keys() == NAMES
     assert metrics["loss/total"] == metrics["loss/policy"] == pytest.approx(3.0)
-    assert "value" not in summary_line(metrics, display(config).summary)
-    assert [column.metric for column in display(config).columns if "value" in column.metric] == []
+    assert "value" not in summary_line(metrics, ppo_metrics(config).summary)
+    assert [column.metric for column in ppo_metrics(config).columns if "value" in column.metric] == []
 
 
 def test_rollout_metrics_by_hand() -> None:

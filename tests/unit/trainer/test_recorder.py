@@ -28,7 +28,7 @@ TIMES = {"time/iteration": 2.0, "tokens_per_second": 9.0}
 
 def recorder(directory: Path, *trackers: Tracker, experience: Path | None = None) -> Recorder:
     made = Recorder(directory, "iteration", Trackers(trackers), experience)
-    made._display = SHOWN
+    made._shown = SHOWN
     directory.mkdir(exist_ok=True)  # as begin() does, which not every test calls
     return made
 
