@@ -118,8 +118,8 @@ class RunOptions:
         """Whether the results in ``directory`` are those that the run continues."""
         if self.resume_from is None:
             return self.resume_training
-        checkpoint = self.resume_from.resolve()
-        return directory.resolve() in (checkpoint, checkpoint.parent)
+        checkpoint, parent = self.resume_from.resolve(), self.resume_from.absolute().parent.resolve()
+        return directory.resolve() in (checkpoint, checkpoint.parent, parent)  # or it is a link there
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,6 +159,11 @@ class PromptStream:
         """Number of the epoch that the last drawn prompt belongs to, counted from 0."""
         return self._rows.epoch
 
+    @property
+    def drawn(self) -> int:
+        """Prompts drawn since the run began, whatever the sizes of its batches were."""
+        return self._rows.drawn
+
     def next_batch(self) -> PromptBatch:
         """The next B prompts.
 

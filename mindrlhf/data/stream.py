@@ -65,6 +65,11 @@ class RowStream:
         """Rows of an epoch."""
         return len(self._rows)
 
+    @property
+    def drawn(self) -> int:
+        """Rows drawn so far, over all epochs and resumptions; with ``drop_last``, and those left out."""
+        return self.epoch * len(self._rows) + self._cursor
+
     def draw(self, count: int) -> np.ndarray:
         """The next ``count`` row numbers; (count,) int64.
 

@@ -172,7 +172,8 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         raise ReportError(
             f"{metrics_file} is empty: the run has finished no {unit_of(kind)} yet; try again later"
         )
-    checkpoints = sorted(directory.glob(f"{unit_of(kind)}_*/{STATE_FILE}"))
+    named = directory.glob(f"{unit_of(kind)}_??????*/{STATE_FILE}")  # iteration_3 is no checkpoint
+    checkpoints = sorted(named, key=lambda path: (len(path.parent.name), path))
     return Run(
         name=name or directory.resolve().name,
         directory=directory,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,7 +34,7 @@ from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import CheckpointError, bullet_list
-from mindrlhf.utils.files import atomic_file, probe_directory, sync_to_disk
+from mindrlhf.utils.files import atomic_file, probe_directory, remove, swap_in, sync_to_disk
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, plain, provenance, write_provenance
 from mindrlhf.utils.seeds import generator_states, restore_generators
@@ -83,8 +82,11 @@ class Stateful(Protocol):
 
 
 def checkpoint_numbers(directory: Path, unit: str) -> list[int]:
-    """Iterations or steps of the checkpoints below ``directory``, whole or not, newest first."""
-    name = re.compile(rf"{unit}_(\d+)")
+    """Iterations or steps of the checkpoints below ``directory``, whole or not, newest first.
+
+    Only names that :func:`checkpoint_directory` gives count: ``iteration_3`` is no checkpoint.
+    """
+    name = re.compile(rf"{unit}_([0-9]{{6}}|[1-9][0-9]{{6,17}})")  # fits an int64
     found = (name.fullmatch(path.name) for path in directory.glob(f"{unit}_*") if path.is_dir())
     return sorted((int(match.group(1)) for match in found if match), reverse=True)
 
@@ -92,6 +94,20 @@ def checkpoint_numbers(directory: Path, unit: str) -> list[int]:
 def checkpoint_directory(directory: Path, number: int, unit: str) -> Path:
     """The checkpoint after an iteration or step, below ``directory``."""
     return directory / f"{unit}_{number:06d}"
+
+
+def discard(path: Path) -> None:
+    """Removes what is no longer needed; a failure is a warning, because it must not end a job.
+
+    A link is removed, and what it names stays.
+    """
+    try:
+        if not path.name.startswith("."):
+            # Renamed first: a half-removed directory must not have a checkpoint's name.
+            path = path.rename(_hidden(path))
+        remove(path)
+    except OSError as error:
+        logger.warning("%s cannot be removed (%s); remove it yourself", path, error.strerror or error)
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -185,7 +201,7 @@ class TrainingCheckpoints:
         final = self._directory(step)
         temporary = _hidden(final)
         if self.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            discard(temporary)
         self.exchange.barrier()
         mine: dict[str, FileRecord] = {}
         fault: Exception | None = None
@@ -241,8 +257,8 @@ class TrainingCheckpoints:
 
     @property
     def has_own(self) -> bool:
-        """Whether the last checkpoint that was saved or loaded is in this directory."""
-        return self.last is not None and self.last.resolve().parent == self.directory.resolve()
+        """Whether the last checkpoint that was saved or loaded is in this directory, perhaps as a link."""
+        return self.last is not None and self.last.absolute().parent.resolve() == self.directory.resolve()
 
     def set_newer_aside(self, step: int) -> None:
         """Renames checkpoints that are newer than the one resumed from: they are not of this run."""
@@ -250,7 +266,7 @@ class TrainingCheckpoints:
             if newer > step and self.rank == 0:
                 path = self._directory(newer)
                 aside = path.with_name(LEFT_PREFIX + path.name)
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 path.rename(aside)
                 logger.warning("%s is newer than the checkpoint resumed from: it is now %s", path, aside.name)
 
@@ -295,16 +311,10 @@ class TrainingCheckpoints:
         for directory in sorted({path.parent for path in temporary.rglob("*")}):
             sync_to_disk(directory)
         replaced = final.with_name(f".{final.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
-        sync_to_disk(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
+        swap_in(temporary, final, replaced)
+        discard(replaced)
         for number in checkpoint_numbers(self.directory, self.unit)[self.keep :] if self.keep else []:
-            old = self._directory(number)
-            # Renamed first: a half-removed directory must not have a checkpoint's name.
-            shutil.rmtree(old.rename(_hidden(old)))
+            discard(self._directory(number))
 
 
 def model_identity(config: RunConfig) -> dict[str, Any]:
@@ -321,15 +331,19 @@ def check_fixed(directory: Path, before: Mapping[str, Any], now: Mapping[str, An
         before, now: the ``fixed`` settings of the checkpoint and of this job.
 
     Raises:
-        CheckpointError: names every setting that differs, with both values.
+        CheckpointError: names every setting that differs, with both values; those that only one of the two
+            has are named when there is no other.
     """
-    missing = "(not there)"
-    different = [
-        f"{key}: {before.get(key, missing)} in the checkpoint, {now.get(key, missing)} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing)
+    changes = [
+        f"{key}: {before[key]} in the checkpoint, {now[key]} now"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key]
     ]
-    if different:
+    # What only one of the jobs has follows from a setting that differs: another kind of critic, or recipe.
+    if different := changes or [
+        f"{key}: {'' if key in before else 'not '}in the checkpoint, {'' if key in now else 'not '}now"
+        for key in sorted(before.keys() ^ now.keys())
+    ]:
         raise CheckpointError(
             f"{directory} cannot be resumed by this job, {len(different)} difference(s); give the "
             f"configuration that made it ({CONFIG_FILE} in it), or start over in another --save_ckpt_dir:"
@@ -368,7 +382,7 @@ def _raise_together(fault: Exception | None, temporary: Path, exchange: HostExch
     if not len(failed):
         return
     if exchange.runtime.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
     exchange.barrier()
     if fault is None:
         raise CheckpointError(f"{temporary}: rank {failed[0]} could not write its part; its log says why")

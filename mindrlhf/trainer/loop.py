@@ -14,18 +14,20 @@ def train(run: Run, recipe: Recipe) -> bool:
 
     Raises:
         KeyboardInterrupt: SIGINT stopped the run; the state has been saved.
-        MindRLHFError: a result says that training cannot continue, and the state has been saved; or a step
-            or an evaluation itself failed, and the last checkpoint is what is left.
+        MindRLHFError: a result says that training cannot continue, or a reward function failed, and the
+            state after the last whole step has been saved; or a step or an evaluation failed otherwise, and
+            the last checkpoint is what is left.
     """
     run.begin(recipe)
     while True:
         stopped = run.stop_agreed()
-        if not stopped and run.evaluation_due(recipe):
-            run.record_evaluation(recipe)
-        if stopped or run.step >= recipe.schedule.total:
-            break
-        with run.timed_step():
-            result = recipe.step(run.step)
+        with run.saved_when_rewards_fail(recipe):
+            if not stopped and run.evaluation_due(recipe):
+                run.record_evaluation(recipe)
+            if stopped or run.step >= recipe.schedule.total:
+                break
+            with run.timed_step():
+                result = recipe.step(run.step)
         run.record(recipe, result)
         if run.save_due(recipe):
             run.save(recipe)

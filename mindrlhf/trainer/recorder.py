@@ -261,9 +261,12 @@ class Recorder:
     def _step_of(self, line: str) -> float:
         """Step of a JSON line; infinite for one that is damaged."""
         try:
-            return float(json.loads(line)[self.unit])
+            content = json.loads(line)
+            if "held_out_digest" in content and not any(name.startswith("eval/") for name in content):
+                return math.inf  # an evaluation without a result
+            return float(content[self.unit])
         except (ValueError, KeyError, TypeError):
-            return float("inf")
+            return math.inf
 
 
 def summary_line(metrics: Mapping[str, float], shown: Sequence[tuple[str, str]]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from mindrlhf.trainer.checkpoints import (
     check_fixed,
     checkpoint_directory,
     checkpoint_numbers,
+    discard,
     read_state,
 )
 from mindrlhf.utils.errors import CheckpointError, bullet_list
@@ -186,12 +186,12 @@ def tidy(save: Path, exchange: HostExchange) -> None:
             if match := _REPLACED.fullmatch(path.name):
                 final = path.with_name(match.group(1))
                 if final.exists():
-                    shutil.rmtree(path)
+                    discard(path)
                 else:
                     path.rename(final)
                     sync_to_disk(save)
             elif _LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                discard(path)
     exchange.barrier()
 
 
@@ -201,9 +201,9 @@ def _numbers_of_main(save: Path, exchange: HostExchange, unit: str) -> Sequence[
     count = int(exchange.every_rank(np.array([len(mine)], np.int32))[0, 0])
     if not count:
         return []
-    numbers = np.zeros(count, np.int32)
+    numbers = np.zeros(count, np.int64)
     numbers[: len(mine)] = mine
-    return [int(number) for number in exchange.every_rank(numbers)[0]]
+    return [int(number) for number in exchange.every_rank(numbers.view(np.int32))[0].view(np.int64)]
 
 
 def _listed(faults: Sequence[str], shown: int = 5) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.experience import Rollout
-from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.errors import MindRLHFError, RewardError
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """Prompts and responses as text, n of each, to n finite numbers."""
@@ -49,7 +49,7 @@ def function_scores(
     cut after their stop token and are given without control tokens.
 
     Raises:
-        MindRLHFError: on every rank, when the function raises or returns anything other than one finite
+        RewardError: on every rank, when the function raises or returns anything other than one finite
             number per sample; the main rank's message names the sample.
     """
     count = len(rollout.tokens)
@@ -58,7 +58,7 @@ def function_scores(
         scores, fault = _call(function, *_texts(tokenizer, rollout), rollout.sample_ids)
     packet = exchange.every_rank(np.append(scores, np.float32(bool(fault))).astype(np.float32))[0]
     if packet[-1]:
-        raise MindRLHFError(fault or "--reward_fn failed on rank 0; its log names the sample")
+        raise RewardError(fault or "--reward_fn failed on rank 0; its log names the sample")
     return packet[:-1].astype(np.float32)
 
 

@@ -25,9 +25,10 @@ from mindrlhf.trainer.recipe import HeldOut, Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers.table import make_trackers
 from mindrlhf.trainer.trackers.tracker import Trackers
-from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.errors import MindRLHFError, RewardError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_world_size
+from mindrlhf.utils.seeds import generator_states, restore_generators
 from mindrlhf.utils.timers import PhaseListener, PhaseTimer
 
 logger = get_logger(__name__)
@@ -219,6 +220,29 @@ class Run:
         self._running_step = self.step + 1
         self._step_started = time.perf_counter()
         yield
+
+    @contextmanager
+    def saved_when_rewards_fail(self, recipe: Recipe) -> Iterator[None]:
+        """Saves the state of before the block when a reward function fails in it; collective.
+
+        Raises:
+            RewardError: that of the block, with the place of the state that holds all steps done.
+        """
+        states = {name: dict(part.state_dict()) for name, part in recipe.stateful.items()}
+        generators = generator_states()
+        try:
+            yield
+        except RewardError as error:
+            if self.step == self._first_step:
+                raise  # nothing has been done since the start
+            for name, state in states.items():
+                recipe.stateful[name].load_state_dict(state)
+            restore_generators(generators)
+            saved = self.last_checkpoint or self.save(recipe)
+            raise RewardError(
+                f"{error}. The state after {self.unit} {self.step} is saved in {saved}: mend the function, "
+                "then resume"
+            ) from error
 
     def record(self, recipe: Recipe, result: StepResult) -> None:
         """Counts a step and records its result; collective.

@@ -35,6 +35,10 @@ class CheckpointError(MindRLHFError):
     """Weights are missing, left over, of the wrong shape, or cannot be read or written."""
 
 
+class RewardError(MindRLHFError):
+    """A reward function has failed: on every rank, and before anything was trained on its scores."""
+
+
 def bullet_list(lines: Iterable[str], most: int | None = 10) -> str:
     """The lines below a message that lists faults: ``most`` of them, and how many more there are."""
     every = list(lines)

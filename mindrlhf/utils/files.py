@@ -25,7 +25,8 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file, a directory with all that is in it, or a link but not what it names."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -100,13 +101,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     with parents_of(path):
-        _remove(temporary)
+        remove(temporary)
         try:
             yield temporary
             sync_to_disk(temporary)
             temporary.replace(path)
         except BaseException:
-            _remove(temporary)
+            remove(temporary)
             raise
     sync_to_disk(path.parent)
 
@@ -121,30 +122,33 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary, old = _temporary(path), _temporary(path, "old")
     with parents_of(path):
-        _remove(temporary)
+        remove(temporary)
         try:
             temporary.mkdir()
             yield temporary
             for entry in [*temporary.rglob("*"), temporary]:
                 if not entry.is_symlink():
                     sync_to_disk(entry)
-            _swap_in(temporary, path, old)
+            swap_in(temporary, path, old)
         except BaseException:
-            _remove(temporary)
+            remove(temporary)
             raise
-    _remove(old)
-    sync_to_disk(path.parent)
+    remove(old)
 
 
-def _swap_in(new: Path, path: Path, old: Path) -> None:
-    """Moves ``new`` to ``path``, via ``old`` because a directory cannot be renamed over a non-empty one."""
-    if not path.exists():
-        new.replace(path)
-        return
-    _remove(old)
-    path.replace(old)
+def swap_in(new: Path, path: Path, old: Path) -> None:
+    """Moves ``new`` to ``path``, and what was there, if anything, to ``old``.
+
+    A directory cannot be renamed over a non-empty one. A link is moved, never what it names. After a failure
+    all is as before.
+    """
+    remove(old)
+    if os.path.lexists(path):
+        path.replace(old)
     try:
         new.replace(path)
     except BaseException:
-        old.replace(path)
+        if os.path.lexists(old):
+            old.replace(path)
         raise
+    sync_to_disk(path.parent)

@@ -50,7 +50,7 @@ from mindrlhf.trainer.shown_metrics import ppo_metrics
 from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
-from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.errors import MindRLHFError, RewardError
 from mindrlhf.utils.files import check_experience_place
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import plain
@@ -197,7 +197,7 @@ class PPOTrainer:
         # 7. Copy the trained weights to ppo_model_infer.
         with timer.phase("sync", len(self.ppo_model_infer.layouts), "parameters"):
             self.sync(self.timer.advance)
-        return self._result(step, scored, rewards, experience, update)
+        return self._result(scored, rewards, experience, update)
 
     def evaluate(self) -> EvaluationResult:
         """Answers and scores the held-out prompts with the policy as it is; collective."""
@@ -211,8 +211,8 @@ class PPOTrainer:
                 self._extra_scores,
                 on_prompts=self.timer.advance,
             )
-        except MindRLHFError as error:
-            raise MindRLHFError(f"evaluation on held-out prompts: {error}") from error
+        except RewardError as error:
+            raise RewardError(f"evaluation on held-out prompts: {error}") from error
         return evaluation_result(evaluation, self.config, self.tokenizer)
 
     def rollout(self, batch: PromptBatch, iteration: int) -> Rollout:
@@ -263,7 +263,6 @@ class PPOTrainer:
 
     def _result(
         self,
-        step: int,
         scored: ScoredRollout,
         rewards: TokenRewards,
         experience: Experience,
@@ -274,7 +273,7 @@ class PPOTrainer:
         skipped, failure = self.ppo_update.skips.report(rollout.sample_ids)
         tokens = int(rollout.response_lengths.sum())
         metrics: dict[str, float] = {
-            "episode": (step + 1) * len(rollout.tokens),
+            "episode": self.prompts.drawn,
             "epoch": self.prompts.epoch,
             **rollout_metrics(scored, rewards, experience),
             **update_metrics(update, config),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.runtime.launching import scratch_directory
 from mindrlhf.runtime.watchdog import Watchdog
-from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, model_identity
+from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, discard, model_identity
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_fresh
@@ -34,6 +33,7 @@ from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.files import swap_in
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -297,16 +297,13 @@ def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) ->
     """
     temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
     if exchange.runtime.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
     exchange.barrier()
     save_shard(temporary, exchange.runtime.rank, dict(model.shards()))
     exchange.barrier()
     if exchange.runtime.is_main:
-        shutil.rmtree(replaced, ignore_errors=True)
-        if directory.exists():
-            directory.rename(replaced)
-        temporary.rename(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
+        swap_in(temporary, directory, replaced)
+        discard(replaced)
     exchange.barrier()
     return directory
 

@@ -69,6 +69,7 @@ def test_resuming_gives_the_same_batches(data: Path) -> None:
     draw(source, 2)
     resumed = stream(data)
     resumed.load_state_dict(source.state_dict())
+    assert resumed.drawn == source.drawn == 8
     for _ in range(3):
         for mine, theirs in zip(resumed.next_batch(), source.next_batch(), strict=True):
             np.testing.assert_array_equal(mine, theirs)

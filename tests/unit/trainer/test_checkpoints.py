@@ -23,7 +23,13 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints, read_state, stored_meshes
+from mindrlhf.trainer.checkpoints import (
+    Trained,
+    TrainingCheckpoints,
+    checkpoint_numbers,
+    read_state,
+    stored_meshes,
+)
 from mindrlhf.trainer.recipes.rl import fixed_settings, trained_models
 from mindrlhf.trainer.resume import find_faults, newest_whole
 from mindrlhf.trainer.update import PPOUpdate
@@ -142,6 +148,59 @@ def test_keep_0_keeps_all(training: Training, tmp_path: Path) -> None:
     for iteration in (1, 2, 3):
         save(training, checkpoints, iteration)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_only_names_of_our_own_form_are_checkpoints(training: Training, tmp_path: Path) -> None:
+    checkpoints = training.checkpoints(tmp_path, 1)
+    save(training, checkpoints, 3)
+    foreign = (
+        "iteration_3",
+        "iteration_0000009",
+        "iteration_" + 19 * "9",
+        "iteration_00000\N{BENGALI DIGIT FIVE}",
+    )
+    for name in (*foreign, "iteration_99999999999"):
+        (tmp_path / name).mkdir()
+    assert checkpoint_numbers(tmp_path, "iteration") == [99999999999, 3]
+    (tmp_path / "iteration_99999999999").rmdir()
+    save(training, checkpoints, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {*foreign, "iteration_000004"}
+
+
+def test_a_checkpoint_moved_behind_a_link_is_read_replaced_and_pruned_as_a_link(
+    training: Training, tmp_path: Path
+) -> None:
+    save_dir, disk = tmp_path / "save", tmp_path / "disk"
+    checkpoints = training.checkpoints(save_dir, 2)
+    for iteration in (1, 2):
+        moved = save(training, checkpoints, iteration).rename(
+            disk.mkdir(exist_ok=True) or disk / f"{iteration}"
+        )
+        (save_dir / f"iteration_{iteration:06d}").symlink_to(moved)
+    chosen = newest_whole(save_dir, EXCHANGE, "iteration")
+    assert chosen is not None
+    resumed = training.checkpoints(save_dir, 2)
+    assert resumed.load(chosen, training.trained(), {}) == 2
+    assert resumed.has_own
+    assert not save(training, resumed, 2).is_symlink()
+    save(training, resumed, 3)
+    assert sorted(path.name for path in save_dir.iterdir()) == ["iteration_000002", "iteration_000003"]
+    assert [find_faults(disk / name, EXCHANGE) for name in ("1", "2")] == [[], []], "as they were moved"
+
+
+def test_what_cannot_be_pruned_is_a_warning(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = training.checkpoints(tmp_path, 1)
+    save(training, checkpoints, 1)
+
+    def busy(path: Path) -> None:
+        if path.name == ".iteration_000001.tmp":
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr("mindrlhf.trainer.checkpoints.remove", busy)
+    assert save(training, checkpoints, 2) == tmp_path / "iteration_000002"
+    assert ".iteration_000001.tmp cannot be removed (Device or resource busy)" in caplog.text
 
 
 # Each step of a save, and whether the new checkpoint is there when the process ends in it.

@@ -20,7 +20,7 @@ from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepRes
 from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.run import Run
 from mindrlhf.trainer.shown_metrics import ShownMetrics
-from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError, RewardError
 
 
 class Counter:
@@ -48,6 +48,8 @@ class Counting:
     asked: list[str] = field(default_factory=list)
     stop_in: int = -1
     fail_in: int = -1
+    no_reward: str = ""
+    """``step N`` or ``evaluation N``, steps done before it: its reward function fails."""
 
     def __post_init__(self) -> None:
         self.sum = Counter()
@@ -60,6 +62,8 @@ class Counting:
         self.asked.append(f"step {step}")
         with self.run.timer.phase("work"):
             self.sum.value += step
+            if self.no_reward == f"step {step}":
+                raise RewardError("no score")
         if step == self.stop_in:
             self.run.stop.receive(signal.SIGTERM)
         failure = "it cannot go on" if step == self.fail_in else ""
@@ -68,9 +72,12 @@ class Counting:
 
     def evaluate(self) -> EvaluationResult:
         self.asked.append("evaluate")
+        if self.no_reward == f"evaluation {self.run.step}":
+            raise RewardError("no score")
         return EvaluationResult({"eval/sum": self.sum.value})
 
 
+RECIPE = ("held_out", "stop_in", "fail_in", "no_reward")
 HELD_OUT = HeldOut("digest", 3, "rows")
 
 
@@ -82,7 +89,7 @@ def checkpoints(directory: Path, fixed: Mapping[str, Any] | None = None) -> Trai
 
 
 def counting(directory: Path, total: int = 5, **options: Any) -> Counting:
-    recipe = {name: options.pop(name) for name in ("held_out", "stop_in", "fail_in") if name in options}
+    recipe = {name: options.pop(name) for name in RECIPE if name in options}
     saved = checkpoints(directory)
     named = options.pop("resume_from", None)
     resume = choose_checkpoint(saved, named and directory / named, resume_training=named is None)
@@ -170,6 +177,24 @@ def test_a_failure_in_the_last_step_says_that_resuming_alone_trains_nothing(tmp_
     recipe = counting(tmp_path, total=2, fail_in=1)
     with pytest.raises(MindRLHFError, match="It was the last step: to train on, raise their number"):
         train(recipe.run, recipe)
+
+
+def test_rewards_that_fail_cost_no_whole_step(tmp_path: Path) -> None:
+    recipe = counting(tmp_path, no_reward="step 2")
+    with pytest.raises(
+        RewardError, match=r"no score\. The state after step 2 is saved in .*step_000002: mend"
+    ):
+        train(recipe.run, recipe)
+    again = counting(tmp_path, held_out=HELD_OUT, eval_interval=3, no_reward="evaluation 3")
+    with pytest.raises(RewardError, match="after step 3"):  # in the evaluation
+        train(again.run, again)
+    last = counting(tmp_path)
+    assert train(last.run, last)
+    assert [line["sum"] for line in lines(tmp_path, "metrics")] == [0, 1, 3, 6, 10]
+    at_once = counting(tmp_path / "new", no_reward="step 0")
+    with pytest.raises(RewardError, match=r"^no score$"):
+        train(at_once.run, at_once)
+    assert not list((tmp_path / "new").glob("step_*"))
 
 
 def test_evaluations_of_other_data_are_not_mixed(tmp_path: Path) -> None:

@@ -188,7 +188,10 @@ def test_a_configuration_that_graphs_know_is_another_one(tiny_job: JobConfig) ->
 
 def test_only_a_runs_own_checkpoint_continues_its_results(configs: Path, tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
-    for start, expected in ((mine / "iteration_000001", True), (mine, True), (other, False)):
+    moved = mine / "iteration_000002"
+    mine.mkdir()
+    moved.symlink_to(other / "iteration_000002")
+    for start, expected in ((mine / "iteration_000001", True), (mine, True), (other, False), (moved, True)):
         assert options(configs, tmp_path, resume_from=start).continues_in(mine) is expected
     assert options(configs, tmp_path, resume_training=True).continues_in(mine)
     assert not options(configs, tmp_path).continues_in(mine)

@@ -139,6 +139,16 @@ def test_damaged_lines_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert f"{tmp_path / 'metrics.jsonl'}: 1 damaged line(s) are left out from here on" in caplog.text
 
 
+def test_an_evaluation_without_a_result_is_damaged_and_due_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "evaluations.jsonl").write_text('{"iteration": 2, "held_out_digest": "x"}\n')
+    records = recorder(tmp_path)
+    records.rewind(2)
+    assert records.lacks_evaluation(2, is_time=True)
+    assert f"{tmp_path / 'evaluations.jsonl'}: 1 damaged line(s) are left out" in caplog.text
+
+
 def test_a_used_directory_is_refused(tmp_path: Path) -> None:
     check_fresh(tmp_path, "iteration")
     check_fresh(tmp_path / "not there yet", "iteration")

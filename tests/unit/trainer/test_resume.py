@@ -156,6 +156,7 @@ def test_ranks_follow_the_main_rank_and_one_that_sees_damage(tmp_path: Path, tin
         make(save, 6, tiny_job)
     (bad / "iteration_000006" / FILES[0]).unlink()
     make(bad, 8, tiny_job)  # the main rank has no such one
+    (good / "iteration_99999999999").mkdir()  # beyond an int32, and damaged
 
     found = on_ranks(
         3, lambda exchange: newest_whole((good, good, bad)[exchange.runtime.rank], exchange, "iteration")
@@ -199,6 +200,7 @@ def test_what_a_killed_run_leaves_is_tidied(tmp_path: Path, tiny_job: JobConfig)
         make(tmp_path, 1, tiny_job).rename(tmp_path / name)
     make(tmp_path, 2, tiny_job).rename(tmp_path / ".iteration_000002.old")
     make(tmp_path, 2, tiny_job)
+    (tmp_path / ".iteration_000004.tmp").symlink_to(tmp_path / "iteration_000002")
     for name in (".metrics.jsonl.tmp-123", "metrics.jsonl", ".hidden", ".tmp-notes"):
         (tmp_path / name).touch()
     tidy(tmp_path, ALONE)
@@ -243,12 +245,19 @@ def test_all_differences_come_in_one_error(tmp_path: Path, tiny_job: JobConfig) 
     with pytest.raises(CheckpointError) as caught:
         check_fixed(directory, read_state(directory)["fixed"], fixed_settings(job))
     lines = str(caught.value).splitlines()[1:]
-    assert lines == [
-        *(line for line in lines if line.startswith("  - critic.")),  # a shared critic has no YAML
+    assert lines == [  # that a shared critic has no YAML follows from the first of them
         "  - ppo.critic: separate in the checkpoint, shared now",
         "  - ppo.seed: 3 in the checkpoint, 4 now",
         "  - train.model.vocab_size: 24 in the checkpoint, 32 now",
     ]
+
+
+def test_a_setting_that_only_one_job_has_is_named_when_there_is_no_other(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="2 difference") as caught:
+        check_fixed(tmp_path, {"a": 1, "b": 2}, {"a": 1, "c": 3})
+    assert str(caught.value).splitlines()[1:] == [
+        "  - b: in the checkpoint, not now", "  - c: not in the checkpoint, now"
+    ]  # fmt: skip
 
 
 def test_harmless_changes_pass_and_are_said(
