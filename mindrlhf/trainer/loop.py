@@ -21,13 +21,12 @@ def train(run: Run, recipe: Recipe) -> bool:
     run.begin(recipe)
     while True:
         stopped = run.stop_agreed()
-        with run.saved_when_rewards_fail(recipe):
-            if not stopped and run.evaluation_due(recipe):
-                run.record_evaluation(recipe)
-            if stopped or run.step >= recipe.schedule.total:
-                break
-            with run.timed_step():
-                result = recipe.step(run.step)
+        if not stopped and run.evaluation_due(recipe):
+            run.record_evaluation(recipe)
+        if stopped or run.step >= recipe.schedule.total:
+            break
+        with run.timed_step(recipe):
+            result = recipe.step(run.step)
         run.record(recipe, result)
         if run.save_due(recipe):
             run.save(recipe)

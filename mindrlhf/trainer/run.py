@@ -205,29 +205,35 @@ class Run:
         return self._main_decides(lambda recorder: recorder.lacks_evaluation(self.step, is_time=is_time))
 
     def record_evaluation(self, recipe: Recipe) -> None:
-        """Evaluates the recipe and records the result; collective."""
+        """Evaluates the recipe and records the result; collective.
+
+        Raises:
+            RewardError: a reward function failed; the state after the last whole step is saved first.
+        """
         started, held_out = time.perf_counter(), recipe.held_out
         assert held_out is not None
-        with self.timer.phase("evaluate", held_out.size, held_out.unit):
+        phase = self.timer.phase("evaluate", held_out.size, held_out.unit)
+        with self._saved_when_rewards_fail(recipe), phase:
             result = recipe.evaluate()
         if self.recorder is not None:
             self.recorder.add_evaluation(self.step, result, held_out, time.perf_counter() - started)
 
     @contextmanager
-    def timed_step(self) -> Iterator[None]:
-        """Times a step and its phases for :meth:`record`."""
+    def timed_step(self, recipe: Recipe) -> Iterator[None]:
+        """Times a step and its phases for :meth:`record`; collective.
+
+        Raises:
+            RewardError: a reward function failed; the state after the last whole step is saved first.
+        """
         self.timer.reset()
         self._running_step = self.step + 1
         self._step_started = time.perf_counter()
-        yield
+        with self._saved_when_rewards_fail(recipe):
+            yield
 
     @contextmanager
-    def saved_when_rewards_fail(self, recipe: Recipe) -> Iterator[None]:
-        """Saves the state of before the block when a reward function fails in it; collective.
-
-        Raises:
-            RewardError: that of the block, with the place of the state that holds all steps done.
-        """
+    def _saved_when_rewards_fail(self, recipe: Recipe) -> Iterator[None]:
+        """Saves the state of before the block when a reward function fails in it."""
         states = {name: dict(part.state_dict()) for name, part in recipe.stateful.items()}
         generators = generator_states()
         try:
