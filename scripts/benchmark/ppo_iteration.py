@@ -154,7 +154,7 @@ def build_trainer(job: JobConfig, directory: Path, inputs: tuple[Path, Path]) ->
 def timed_step(trainer: PPOTrainer) -> dict[str, float]:
     """Seconds of one iteration and its phases."""
     start = time.perf_counter()
-    with trainer.run.timed_step():
+    with trainer.run.timed_step(trainer):
         result = trainer.step(trainer.run.step)
     trainer.run.record(trainer, result)
     whole = time.perf_counter() - start

@@ -116,7 +116,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
             return result
 
         trainer.rollout = rollout
-        with trainer.run.timed_step():
+        with trainer.run.timed_step(trainer):
             trainer.step(0)
         laps.lap("rest of iteration 1")
     laps.seconds["to end of iteration 1"] = laps.total()

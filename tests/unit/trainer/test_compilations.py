@@ -77,7 +77,7 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Compil
         for _ in range(ITERATIONS):
             counts.clear()
             result.decode_calls.append(0)
-            with training.timed_step():
+            with training.timed_step(trainer):
                 done = trainer.step(training.step)
             training.record(trainer, done)
             result.compiled.append(counts.copy())

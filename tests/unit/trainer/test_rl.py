@@ -296,7 +296,7 @@ def test_rewards_that_are_not_finite_cost_an_iteration_each_and_then_the_job(
     start = job.step
     monkeypatch.setattr(scoring, "_reward_scores", broken)
     for skipped in (1, 2, 3):
-        with job.timed_step():
+        with job.timed_step(trainer):
             result = trainer.step(job.step)
         assert all(np.isfinite(value) for value in result.metrics.values())
         assert (result.metrics["update/skipped"], result.metrics["policy/steps"]) == (1, 0)
