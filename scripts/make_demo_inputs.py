@@ -25,7 +25,7 @@ from mindrlhf.checkpoint.element_types import BY_NAME
 from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.data.prompt_format import QWEN2_SYSTEM_PROMPT
+from mindrlhf.data.prompt_format import CHATML_TEMPLATE, QWEN2_SYSTEM_PROMPT
 from mindrlhf.data.tokenizer import IM_END, IM_START, QWEN2_SPECIAL_TOKENS, QWEN_SPLIT_PATTERN
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf
@@ -38,14 +38,6 @@ from mindrlhf.utils.seeds import random_stream
 ORDINARY_TOKENS = 1021
 TOKENIZER_TEXT_ROWS = 1200
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json")
-
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
-    + QWEN2_SYSTEM_PROMPT
-    + "<|im_end|>\n{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def write_rows(path: Path, rows: int, seed: int) -> None:
@@ -99,7 +91,7 @@ def write_tokenizer(directory: Path) -> None:
     write_json(directory / "vocab.json", vocab, indent=None)
     write_merges(directory / "merges.txt", (f"{left} {right}" for left, right in merges))
     config = tokenizer_config(
-        special, CHAT_TEMPLATE, max_length=32768, additional_special_tokens=[IM_START, IM_END]
+        special, CHATML_TEMPLATE, max_length=32768, additional_special_tokens=[IM_START, IM_END]
     )
     write_json(directory / "tokenizer_config.json", config)
 

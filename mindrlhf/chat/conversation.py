@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from mindrlhf.data.prompt_format import chatml_format, raw_format
-from mindrlhf.data.tokenizer import Tokenizer
+from mindrlhf.data.prompt_format import PromptFormat
+from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.utils.errors import DataError
 
 _REPLACEMENT = "\ufffd"
@@ -14,28 +14,30 @@ _CONTROL = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(co
 
 
 class Conversation:
-    """The turns so far, in ChatML with replies exactly as they were sampled, and the next prompt.
+    """The turns so far, and the next prompt: all of them in the tokenizer's chat template.
 
     A message that looks like a control token is ordinary text: it cannot close its turn.
 
     Args:
         tokenizer: of the model.
-        system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
+        system_prompt: text of the system turn; ``None`` is the template's default, ``""`` leaves it out.
         chat_template: False takes each message as it is, for a model that continues text; then there is no
             history.
 
+    Attributes:
+        stop_ids: end a reply.
+
     Raises:
-        DataError: the tokenizer has no ChatML tokens.
+        DataError: the template cannot be used.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, system_prompt: str | None = None, chat_template: bool = True
     ) -> None:
-        self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._format = chatml_format(tokenizer, system_prompt) if chat_template else raw_format(tokenizer)
-        self._newline = tokenizer.encode_batch(["\n"])[0]
-        self._turns: list[tuple[list[int], list[int]]] = []  # message and reply, without markup
+        self._format = PromptFormat(tokenizer, chat_template=chat_template, system_prompt=system_prompt)
+        self.stop_ids = tuple(dict.fromkeys((self._format.stop, *chat_stop_ids(tokenizer))))
+        self._turns: list[tuple[str, str]] = []  # message and reply
 
     def __len__(self) -> int:
         """Turns that precede the message in the next prompt."""
@@ -53,37 +55,32 @@ class Conversation:
         Raises:
             DataError: the message alone does not fit, or is empty.
         """
-        ids = self._encode(message)
-        while len(joined := self._joined(ids)) > limit and self._turns:
+        while len(ids := self._encode(message)) > limit and self._turns:
             del self._turns[0]
-        if len(joined) > limit:
+        if len(ids) > limit:
             raise DataError(
-                f"the message makes a prompt of {len(joined)} tokens, only {limit} fit; shorten it, or lower "
+                f"the message makes a prompt of {len(ids)} tokens, only {limit} fit; shorten it, or lower "
                 "--max_tokens or raise --max_context as far as the model allows"
             )
-        if not joined:
+        if not ids:
             raise DataError("the message is empty")
-        return joined
+        return ids
 
-    def add(self, message: str, reply: list[int]) -> None:
-        """Adds a finished turn; ``reply`` without its stop token."""
+    def add(self, message: str, reply: str) -> None:
+        """Adds a finished turn."""
         if self._chat_template:
-            self._turns.append((self._encode(message), list(reply)))
+            self._turns.append((message, reply))
 
     def reset(self) -> None:
         """Forgets all turns."""
         self._turns.clear()
 
     def _encode(self, message: str) -> list[int]:
-        return self._tokenizer.encode_batch([self._format.lead + message])[0]
-
-    def _joined(self, message: list[int]) -> list[int]:
-        form = self._format
-        ids = list(form.prefix)
-        for earlier, reply in self._turns:
-            # The prefix ends with the start of a user's turn, and so does what follows a reply.
-            ids += [*earlier, *form.suffix, *reply, form.stop, *self._newline, form.prefix[-1]]
-        return [*ids, *message, *form.suffix]
+        turns = [*(text for turn in self._turns for text in turn), message]
+        roles = ("user", "assistant")
+        return self._format.encode_prompt(
+            [{"role": roles[number % 2], "content": text} for number, text in enumerate(turns)]
+        )
 
 
 class Reply:

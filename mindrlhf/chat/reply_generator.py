@@ -11,7 +11,6 @@ import numpy as np
 from mindrlhf.chat.saved_model import SavedModel
 from mindrlhf.configs.options import ChatOptions
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.data.tokenizer import chat_stop_ids
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError
@@ -34,12 +33,12 @@ class ReplyGenerator:
         model: whose weights are used.
         groups: this rank's.
         options: sampling and lengths.
+        stop_ids: end a reply.
         rows: prompts per call.
         notice: called with a line when a model has been built.
 
     Attributes:
         limit: maximum number of ids of a prompt.
-        stop_ids: end a reply.
 
     Raises:
         MindRLHFError: the model has no room for a reply of ``--max_tokens``.
@@ -50,12 +49,12 @@ class ReplyGenerator:
         model: SavedModel,
         groups: Groups,
         options: ChatOptions,
+        stop_ids: Sequence[int],
         *,
         rows: int = 1,
         notice: Callable[[str], None],
     ) -> None:
-        self.model, self.options, self.rows = model, options, rows
-        self.stop_ids = chat_stop_ids(model.tokenizer)
+        self.model, self.options, self.stop_ids, self.rows = model, options, tuple(stop_ids), rows
         self.limit = prompt_limit(model, options)
         self._groups, self._notice = groups, notice
         self._built: PPOModelInfer | None = None

@@ -83,7 +83,7 @@ def _check(options: ChatOptions) -> None:
 
 def _talk(options: ChatOptions, models: Sequence[SavedModel], conversations: Sequence[Conversation]) -> None:
     display = new_display(short_names(model.name for model in models))
-    workers = start_workers(options, models, rows=1, longest=1, notice=display.notice)
+    workers = start_workers(options, models, conversations, rows=1, longest=1, notice=display.notice)
     if not workers.is_main:
         workers.serve()
         return
@@ -104,7 +104,7 @@ def _answer_file(
     encoded = encode_prompts(prompts, conversations, [prompt_limit(model, options) for model in models])
     longest = max(len(ids) for of_model in encoded for ids in of_model)
     rows = min(options.batch_size, len(prompts))
-    workers = start_workers(options, models, rows=rows, longest=longest, notice=logger.info)
+    workers = start_workers(options, models, conversations, rows=rows, longest=longest, notice=logger.info)
     if not workers.is_main:
         workers.serve()
         return
@@ -115,6 +115,7 @@ def _answer_file(
 def start_workers(
     options: ChatOptions,
     models: Sequence[SavedModel],
+    conversations: Sequence[Conversation],
     *,
     rows: int,
     longest: int,
@@ -131,13 +132,15 @@ def start_workers(
     check_device(context)
     runtime = start_runtime(context, use_parallel=env_world_size() > 1, scratch_dir=scratch_directory())
     generators = []
-    for model in models:
+    for model, conversation in zip(models, conversations, strict=True):
         mesh = mesh_for_workers(model.sizes.model, runtime.world_size)
         logger.info("%s: %s on %s", model.name, mesh, context.device_target)
         # Other ranks do the same as the main rank; one notice is enough.
         on_main = notice if runtime.is_main else logger.debug
         groups = create_groups(mesh, runtime.rank)
-        generators.append(ReplyGenerator(model, groups, options, rows=rows, notice=on_main))
+        generators.append(
+            ReplyGenerator(model, groups, options, conversation.stop_ids, rows=rows, notice=on_main)
+        )
     for generator in generators:
         generator.prepare(longest)
     return WorkerGroup(generators, HostExchange(runtime), options.seed)
@@ -193,7 +196,7 @@ class Session:
             for place, reply in enumerate(replies):
                 self._display.piece(place, reply.finish())
         for conversation, reply in zip(self._conversations, replies, strict=True):
-            conversation.add(message, reply.ids)
+            conversation.add(message, reply.text)
         if not all(reply.stopped for reply in replies):
             self._display.notice("(cut: --max_tokens or an interrupt ended it)")
 

@@ -68,9 +68,12 @@ def _add_row_flags(parser: argparse.ArgumentParser) -> None:
         "--no_chat_template",
         dest="chat_template",
         action="store_false",
-        help="take prompts as they are, without ChatML around them",
+        help="take prompts as they are, without the chat template around them",
     )
-    add("--system_prompt", help="text of the system turn (default: the model's own; '' leaves the turn out)")
+    add(
+        "--system_prompt",
+        help="text of the system turn (default: the template's own; '' leaves the turn out)",
+    )
     add("--prompt_only", action="store_true", help="the lines have a prompt and no responses")
     add(
         "--pairs",
@@ -88,8 +91,6 @@ def _add_row_flags(parser: argparse.ArgumentParser) -> None:
 def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
     """Reports on standard output what was written."""
     counts = summary.counts
-    system_prompt = summary.prompt_format.system_prompt
-    chat = f"ChatML, system prompt {system_prompt!r}" if options.chat_template else "none (raw prompts)"
     pairs = (
         f"{counts.dropped_pairs:,} (a response does not fit), "
         f"{counts.equal_pairs:,} (both responses are the same)"
@@ -104,7 +105,8 @@ def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
         "bad lines skipped": f"{summary.bad_lines:,}",
         "tokens": f"{counts.prompt_tokens:,} in prompts, {counts.response_tokens:,} in responses"
         + (f", {counts.rejected_tokens:,} in rejected responses" if options.pairs else ""),
-        "chat template": chat,
+        "chat template": summary.prompt_format.source,
+        "prompt": repr(summary.prompt_format.example),
         "speed": f"{summary.rows_per_second:,.0f} rows/s ({summary.seconds:.1f} s)",
         "file": f"{options.output_path} (index: {options.output_path}.db)",
         **({} if options.eval_output_path is None else {"held-out file": str(options.eval_output_path)}),

@@ -23,7 +23,7 @@ from mindrlhf.data.columns import (
 )
 from mindrlhf.data.jsonl import CValuesReader, Sample, count_lines
 from mindrlhf.data.mindrecord import Batch, check_output, index_path, write_mindrecord
-from mindrlhf.data.prompt_format import EncodedSample, PromptFormat, chatml_format, encode_samples, raw_format
+from mindrlhf.data.prompt_format import EncodedSample, PromptFormat
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.progress import ProgressBar
@@ -64,7 +64,7 @@ class RowBuilder:
     dropped or cut as an over-long prompt is, since a reward model reads its score at the end.
 
     Args:
-        prompt_format: the tokens around the text of a prompt.
+        prefix, suffix: ids around the text of a prompt.
         pad_id: fills rows; never the first token of a prompt.
         max_prompt_length: P, columns of ``prompt_ids``.
         seq_length: columns of ``pretrain_ids`` and ``loss_mask``.
@@ -77,7 +77,8 @@ class RowBuilder:
 
     def __init__(
         self,
-        prompt_format: PromptFormat,
+        prefix: Sequence[int],
+        suffix: Sequence[int],
         *,
         pad_id: int,
         max_prompt_length: int,
@@ -86,10 +87,10 @@ class RowBuilder:
         pairs: bool = False,
     ) -> None:
         faults = []
-        if max_prompt_length <= prompt_format.overhead:
+        if max_prompt_length <= len(prefix) + len(suffix):
             faults.append(
                 f"max_prompt_length is {max_prompt_length}, but the template around a prompt alone "
-                f"takes {prompt_format.overhead} tokens: raise it"
+                f"takes {len(prefix) + len(suffix)} tokens: raise it"
             )
         if seq_length <= max_prompt_length:
             faults.append(
@@ -99,7 +100,7 @@ class RowBuilder:
         if faults:
             raise DataError("; ".join(faults))
         self.counts = RowCounts()
-        self._format = prompt_format
+        self._prefix = prefix
         self._pad_id = pad_id
         self._max_prompt_length = max_prompt_length
         self._seq_length = seq_length
@@ -122,7 +123,7 @@ class RowBuilder:
         kept = [
             (prompt, sample)
             for sample in samples
-            if (prompt := self._prompt(sample.text)) and self._is_pair_kept(sample, len(prompt))
+            if (prompt := self._prompt(sample.prompt)) and self._is_pair_kept(sample, len(prompt))
         ]
         prompt_ids = np.full((len(kept), self._max_prompt_length), self._pad_id, np.int32)
         for row, (prompt, _) in enumerate(kept):
@@ -159,22 +160,20 @@ class RowBuilder:
             self.counts.equal_pairs += 1
             return False
         longest = max(len(answer or ()) for answer in (sample.response, sample.rejected))
-        if self._overlong == "drop" and longest >= self._seq_length - prompt_length:
+        if self._overlong == "drop" and longest > self._seq_length - prompt_length:
             self.counts.dropped_pairs += 1
             return False
         return True
 
-    def _prompt(self, text: list[int]) -> list[int] | None:
+    def _prompt(self, prompt: list[int]) -> list[int] | None:
         """The whole prompt, ``None`` when it is to be dropped."""
-        around = self._format
-        room = self._max_prompt_length - len(around.prefix) - len(around.suffix)
-        if len(text) > room:
+        room = self._max_prompt_length - len(self._prefix)
+        if len(prompt) > self._max_prompt_length:
             if self._overlong == "drop":
                 self.counts.dropped_prompts += 1
                 return None
             self.counts.truncated_prompts += 1
-            text = [*around.lead_ids, *text[len(text) - (room - len(around.lead_ids)) :]]
-        prompt = [*around.prefix, *text, *around.suffix]
+            prompt = [*self._prefix, *prompt[-room:]]
         if prompt[0] == self._pad_id:
             raise DataError(
                 f"a prompt starts with the pad token {self._pad_id}; its row would not show its length"
@@ -182,12 +181,9 @@ class RowBuilder:
         return prompt
 
     def _response(self, answer: list[int] | None, *, room: int) -> list[int]:
-        if answer is None:
-            return []
-        if len(answer) < room:
-            return [*answer, self._format.stop]
-        self.counts.truncated_responses += 1
-        return answer[:room]
+        if answer is not None and len(answer) > room:
+            self.counts.truncated_responses += 1
+        return (answer or [])[:room]
 
 
 @dataclass(frozen=True)
@@ -199,8 +195,8 @@ class PreprocessOptions:
         output_path: the MindRecord file to write.
         max_prompt_length: P, columns of ``prompt_ids``.
         seq_length: columns of ``pretrain_ids`` and ``loss_mask``.
-        chat_template: put prompts into ChatML; otherwise they are taken as they are.
-        system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
+        chat_template: put prompts into the tokenizer's chat template; otherwise they are taken as they are.
+        system_prompt: text of the system turn; ``None`` is the template's default, ``""`` leaves it out.
         overlong: what to do with a prompt longer than P, and with a pair longer than ``seq_length``.
         skip_bad_lines: count bad lines and continue.
         prompt_only: the file has prompts alone.
@@ -235,7 +231,7 @@ class PreprocessSummary:
         counts: rows, drops, cuts and tokens.
         bad_lines: lines skipped.
         seconds: time for reading, encoding and writing.
-        prompt_format: the tokens around the text of each prompt.
+        prompt_format: what is around the text of each prompt.
         eval_counts: ``counts`` of the held-out file, ``None`` without one.
     """
 
@@ -260,19 +256,20 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
         options: see :class:`PreprocessOptions`.
 
     Raises:
-        DataError: a bad line (unless skipped), lengths without room, a tokenizer without ChatML tokens, an
+        DataError: a bad line (unless skipped), lengths without room, a chat template that cannot be used, an
             existing output, or nothing left to write. No output file is left then.
     """
     if options.batch < 1:
         raise DataError(f"batch is {options.batch}; it must be at least 1")
     if options.pairs and options.prompt_only:
         raise DataError("--pairs asks for two responses and --prompt_only for none; leave one of them out")
-    prompt_format = (
-        chatml_format(tokenizer, options.system_prompt) if options.chat_template else raw_format(tokenizer)
+    prompt_format = PromptFormat(
+        tokenizer, chat_template=options.chat_template, system_prompt=options.system_prompt
     )
     builders = [
         RowBuilder(
-            prompt_format,
+            prompt_format.prefix,
+            prompt_format.suffix,
             pad_id=tokenizer.special.pad,
             max_prompt_length=options.max_prompt_length,
             seq_length=options.seq_length,
@@ -300,7 +297,7 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
                 write_mindrecord(
                     path,
                     prompt_schema(options.max_prompt_length, options.seq_length, pairs=options.pairs),
-                    _batches(tokenizer, prompt_format, reader, samples, builder, options.batch, bar),
+                    _batches(prompt_format, reader, samples, builder, options.batch, bar),
                     overwrite=options.overwrite,
                 )
                 written.append(path)
@@ -356,7 +353,6 @@ def _samples(reader: CValuesReader, held_out: bool | None, fraction: float) -> I
 
 
 def _batches(
-    tokenizer: Tokenizer,
     prompt_format: PromptFormat,
     reader: CValuesReader,
     samples: Iterator[Sample],
@@ -366,7 +362,7 @@ def _batches(
 ) -> Iterator[Batch]:
     line = 0
     while batch := list(islice(samples, size)):
-        yield builder.build(encode_samples(tokenizer, prompt_format, batch))
+        yield builder.build(prompt_format.encode_samples(batch))
         bar.update(batch[-1].line - line)
         line = batch[-1].line
     if builder.counts.rows == 0:

@@ -1,146 +1,222 @@
-"""From a prompt and a response to ids: ChatML or raw, prompt and response kept apart.
+"""From messages to ids: a chat by the tokenizer's own template, or raw text; prompt and response kept apart.
 
 Prompt and response are always encoded separately and their ids joined, so the prompt is a true prefix of
-the whole by construction: what generation sees is what training sees. The texts of a sample are encoded
-without control tokens: a literal ``<|im_end|>`` in a prompt becomes ordinary tokens and closes no turn.
+the whole by construction: what generation sees is what training sees. Only the template writes control
+tokens: a literal ``<|im_end|>`` in a message becomes ordinary tokens and closes no turn.
 
-A whole response ends with its stop token: ``<|im_end|>`` in ChatML, the end of text in raw mode. A response
-that had to be cut has none, since it did not end there.
+A whole response ends with its stop token, the control token with which the template ends a turn:
+``<|im_end|>`` in ChatML, the end of text in raw mode.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mindrlhf.data.jsonl import Sample
-from mindrlhf.data.tokenizer import IM_END, IM_START, Tokenizer
+from mindrlhf.data.tokenizer import IM_END, IM_START, ChatTemplate, Tokenizer
 from mindrlhf.utils.errors import DataError
 
 QWEN2_SYSTEM_PROMPT = "You are a helpful assistant."
 
-# The literal default system turn in a ChatML template; a template writes the line end as \n or as a
-# backslash and an n inside a quoted string.
-_SYSTEM_TURN = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>")
+CHATML_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+    + QWEN2_SYSTEM_PROMPT
+    + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Qwen2's chats, for a tokenizer without a template of its own."""
+
+_RAW_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+# They stand for a message and its reply where what the template writes around them is found.
+_MESSAGE, _REPLY = "\ue000", "\ue001"
+
+Message = Mapping[str, str]
+"""``role`` (system, user or assistant) and ``content``."""
 
 
-@dataclass(frozen=True)
-class PromptFormat:
-    """The tokens around the text of a prompt.
-
-    The prompt of a text is ``prefix + encode(lead + text) + suffix``; the response of a text is
-    ``encode(text) + [stop]``.
-
-    Attributes:
-        prefix: control and template tokens in front of the text.
-        lead: template text joined to the text before encoding (``"user\\n"``: the tokenizer may merge it
-            with what follows).
-        lead_ids: the lead alone, which stays when the text is cut.
-        suffix: control and template tokens behind the text.
-        stop: the token that ends a whole response.
-        system_prompt: text of the system turn, ``None`` when there is none.
-    """
-
-    prefix: tuple[int, ...]
-    lead: str
-    lead_ids: tuple[int, ...]
-    suffix: tuple[int, ...]
-    stop: int
-    system_prompt: str | None = None
-
-    @property
-    def overhead(self) -> int:
-        """Tokens of a prompt that are not its text."""
-        return len(self.prefix) + len(self.lead_ids) + len(self.suffix)
-
-
-@dataclass(frozen=True)
-class EncodedSample:
+class EncodedSample(NamedTuple):
     """Ids of one sample.
 
     Attributes:
-        text: ids of lead and prompt text, without prefix and suffix.
-        response: ids of the response without its stop token, ``None`` for a prompt alone.
+        prompt: everything in front of the response.
+        response: with its stop token, ``None`` for a prompt alone.
         rejected: the same of the rejected response, ``None`` when there is none.
     """
 
-    text: list[int]
+    prompt: list[int]
     response: list[int] | None
     rejected: list[int] | None = None
 
 
-def default_system_prompt(chat_template: str | None) -> str:
-    """The default system prompt of a model's own template; without a template, Qwen2's.
+class PromptFormat:
+    """Renders messages by a chat template and encodes them.
 
-    Raises:
-        DataError: the template is not ChatML.
-    """
-    if chat_template is None:
-        return QWEN2_SYSTEM_PROMPT
-    if IM_START not in chat_template or IM_END not in chat_template:
-        raise DataError(
-            f"chat template: the tokenizer's own template is not ChatML (no {IM_START}); "
-            "use --no_chat_template and put the markup into the prompts"
-        )
-    found = _SYSTEM_TURN.search(chat_template)
-    return found.group(1) if found else ""
-
-
-def chatml_format(tokenizer: Tokenizer, system_prompt: str | None = None) -> PromptFormat:
-    """ChatML with one user turn, ready for the assistant's.
+    Ids equal those of ``apply_chat_template`` of ``transformers``, except where a message looks like a
+    control token.
 
     Args:
-        tokenizer: has ``<|im_start|>`` and ``<|im_end|>``.
-        system_prompt: text of the system turn; ``None`` is the model's default, ``""`` leaves it out.
+        tokenizer: its own template is used; without one, ChatML.
+        chat_template: False takes messages as they are, behind the begin-of-text token if there is one.
+        system_prompt: text of the system turn; ``None`` is the template's default, ``""`` leaves it out.
+
+    Attributes:
+        source: where the template stands.
+        example: the text of a prompt, ``...`` in place of the message.
+        prefix, suffix: ids in front of and behind the message of a prompt.
+        stop: the token that ends a whole response.
 
     Raises:
-        DataError: the tokenizer has no ChatML tokens.
+        DataError: the template cannot be used: it fails, its generation prompt does not begin the
+            assistant's turn, it does not end that turn with a control token, or it shows no message.
     """
-    special = tokenizer.special
-    if special.turn_start is None or special.turn_end is None:
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, chat_template: bool = True, system_prompt: str | None = None
+    ) -> None:
+        if system_prompt and not chat_template:
+            raise DataError("--system_prompt needs the chat template; leave --no_chat_template out")
+        if not chat_template:
+            system_prompt = None
+        self._tokenizer = tokenizer
+        text, self.source, self._tokens = (_template_of if chat_template else _raw_template_of)(tokenizer)
+        try:
+            self._template = _environment().from_string(text)
+        except TemplateError as error:
+            raise self._unusable(f"is not valid Jinja ({error})") from error
+        self._system = [] if system_prompt is None else [self._message("system", system_prompt)]
+        # An empty system turn is rendered and then cut off: without one many templates write their default.
+        self._cut = self._render(self._system, is_prompt=False) if system_prompt == "" else ""
+        self._ending, self._behind_stop = "", 0
+        prompt = self._turns([self._message("user", _MESSAGE)], is_prompt=True)
+        if prompt.count(_MESSAGE) != 1:
+            raise self._unusable("does not show the user's message once")
+        before, _, after = prompt.partition(_MESSAGE)
+        self.example = f"{before}...{after}"
+        self.prefix, self.suffix = tokenizer.encode_markup([before, after])
+        ending = self._answer(prompt, _MESSAGE, _REPLY).rpartition(_REPLY)[2]
+        control = tokenizer.control_tokens.search(ending)
+        if control is None:
+            raise self._unusable("does not end the assistant's turn with a control token of the tokenizer")
+        self.stop = tokenizer.special_tokens[control[0]]
+        self._ending, self._behind_stop = ending, len(ending) - control.end()
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation that ends with the user's message, ready for the assistant's reply."""
+        turns = [self._message(message["role"], message["content"]) for message in messages]
+        return self._tokenizer.encode_markup([self._turns(turns, is_prompt=True)])[0]
+
+    def encode_samples(self, samples: Sequence[Sample]) -> list[EncodedSample]:
+        """Ids of every sample, in one call of the tokenizer.
+
+        Raises:
+            DataError: the template fails for one of them.
+        """
+        texts = []
+        for sample in samples:
+            prompt = self._turns([self._message("user", sample.prompt)], is_prompt=True)
+            answers = [answer for answer in (sample.response, sample.rejected) if answer is not None]
+            texts += [prompt, *(self._answer(prompt, sample.prompt, answer) for answer in answers)]
+        ids = iter(self._tokenizer.encode_markup(texts))
+        return [
+            EncodedSample(
+                next(ids),
+                None if sample.response is None else next(ids),
+                None if sample.rejected is None else next(ids),
+            )
+            for sample in samples
+        ]
+
+    def _message(self, role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": self._tokenizer.without_markup(text)}
+
+    def _answer(self, prompt: str, message: str, reply: str) -> str:
+        """What the template writes behind ``prompt`` for ``reply``, up to its stop token."""
+        turns = [self._message("user", message), self._message("assistant", reply)]
+        whole = self._turns(turns, is_prompt=False)
+        if not whole.startswith(prompt):
+            raise self._unusable("does not begin the assistant's turn with the generation prompt")
+        if not whole.endswith(self._ending):
+            raise self._unusable(f"does not always end the assistant's turn with {self._ending!r}")
+        return whole[len(prompt) : len(whole) - self._behind_stop]
+
+    def _turns(self, turns: Sequence[Message], *, is_prompt: bool) -> str:
+        text = self._render([*self._system, *turns], is_prompt=is_prompt)
+        if not text.startswith(self._cut):
+            raise self._unusable("has no system turn that could be left out, as --system_prompt '' asks")
+        return text[len(self._cut) :]
+
+    def _render(self, messages: Sequence[Message], *, is_prompt: bool) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=is_prompt,
+                **self._tokens,
+            )
+        except Exception as error:  # whatever an expression of the template can raise
+            raise self._unusable(f"fails ({type(error).__name__}: {error})") from error
+
+    def _unusable(self, why: str) -> DataError:
+        return DataError(
+            f"{self.source}: the chat template {why}; use another one, or --no_chat_template and write the "
+            "markup into the prompts"
+        )
+
+
+def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    if tokenizer.special.turn_start is None or tokenizer.special.turn_end is None:
         raise DataError(
-            f"chat template: the tokenizer has no control tokens {IM_START} and {IM_END}; "
+            f"chat template: the tokenizer has none, nor ChatML's control tokens {IM_START} and {IM_END}; "
             "use --no_chat_template, or a tokenizer (config) that has them"
         )
-    if system_prompt is None:
-        system_prompt = default_system_prompt(tokenizer.chat_template)
-    newline, system, user, assistant = tokenizer.encode_batch(
-        ["\n", f"system\n{system_prompt}", "user\n", "assistant\n"]
+    return ChatTemplate(CHATML_TEMPLATE, "ChatML", {})
+
+
+def _raw_template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    texts = {number: text for text, number in tokenizer.special_tokens.items()}
+    begin, end = tokenizer.special.begin_of_text, tokenizer.special.end_of_text
+    tokens = {"bos_token": "" if begin is None else texts[begin], "eos_token": texts[end]}
+    return ChatTemplate(_RAW_TEMPLATE, "none (raw prompts)", tokens)
+
+
+class _GenerationBlock(Extension):
+    """``{% generation %}``, with which templates mark what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the base class has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment in which ``transformers`` renders chat templates (``utils/chat_template_utils.py``)."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
-    start, end = special.turn_start, special.turn_end
-    system_turn = (start, *system, end, *newline) if system_prompt else ()
-    return PromptFormat(
-        prefix=(*system_turn, start),
-        lead="user\n",
-        lead_ids=tuple(user),
-        suffix=(end, *newline, start, *assistant),
-        stop=end,
-        system_prompt=system_prompt or None,
-    )
-
-
-def raw_format(tokenizer: Tokenizer) -> PromptFormat:
-    """The prompt as it is, behind the tokenizer's begin-of-text token if it has one."""
-    begin = tokenizer.special.begin_of_text
-    return PromptFormat(
-        prefix=() if begin is None else (begin,),
-        lead="",
-        lead_ids=(),
-        suffix=(),
-        stop=tokenizer.special.end_of_text,
-    )
-
-
-def encode_samples(
-    tokenizer: Tokenizer, prompt_format: PromptFormat, samples: Sequence[Sample]
-) -> list[EncodedSample]:
-    """Ids of every sample, in one call of the tokenizer."""
-    pairs = [(sample.response, sample.rejected) for sample in samples]
-    answers = [answer for pair in pairs for answer in pair if answer is not None]
-    encoded = tokenizer.encode_batch([prompt_format.lead + sample.prompt for sample in samples] + answers)
-    ids = iter(encoded[len(samples) :])
-    return [
-        EncodedSample(text, *(None if answer is None else next(ids) for answer in pair))
-        for pair, text in zip(pairs, encoded, strict=False)
-    ]
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from mindrlhf.utils.errors import DataError
 
@@ -39,6 +42,25 @@ class SpecialIds:
     turn_end: int | None = None
 
 
+class ChatTemplate(NamedTuple):
+    """How a model's authors write a conversation.
+
+    Attributes:
+        text: Jinja, as ``transformers`` renders it.
+        source: the file it stands in.
+        tokens: names by which it calls control tokens (``eos_token``), with their texts.
+    """
+
+    text: str
+    source: str
+    tokens: Mapping[str, str]
+
+
+# A byte of text that must not be read as a control token; such surrogates occur in no valid text.
+_BYTE = 0xDC00
+_BYTES = re.compile("[\udc00-\udcff]+")
+
+
 class Tokenizer(ABC):
     """Text to ids and back, whatever file the vocabulary came from.
 
@@ -46,25 +68,53 @@ class Tokenizer(ABC):
         size: ids are 0 .. size - 1; a model may have more embedding rows, which are never sampled.
         special: the control tokens by role.
         special_tokens: text of every control token, with its id.
-        chat_template: the template text of ``tokenizer_config.json``, if there is one.
+        chat_template: of the model, if there is one.
     """
 
     size: int
     special: SpecialIds
     special_tokens: Mapping[str, int]
-    chat_template: str | None = None
+    chat_template: ChatTemplate | None = None
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with nothing added before or after.
 
-        By default text that looks like a control token is encoded as ordinary text, so that no user
-        text can open or close a turn; ``parse_special=True`` turns it into the control token.
+        Text that looks like a control token is encoded as ordinary text, so that no user text can open or
+        close a turn.
         """
 
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of ``ids``, without control tokens when asked; bytes that are not UTF-8 become U+FFFD."""
+
+    @cached_property
+    def control_tokens(self) -> re.Pattern[str]:
+        """Finds the control tokens in a text; of two that begin at one place, the longer."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def without_markup(self, text: str) -> str:
+        """``text`` for a template, such that :meth:`encode_markup` finds no control token in it."""
+        return self.control_tokens.sub(
+            lambda found: "".join(chr(_BYTE + byte) for byte in found[0].encode()), text
+        )
+
+    def encode_markup(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, the control tokens in it included."""
+        parts = [_BYTES.sub(_plain, part) for text in texts for part in self.control_tokens.split(text)]
+        ordinary = iter(self.encode_batch(parts))
+        encoded = []
+        for text in texts:
+            ids = list(next(ordinary))
+            for control in self.control_tokens.findall(text):
+                ids += [self.special_tokens[control], *next(ordinary)]
+            encoded.append(ids)
+        return encoded
+
+
+def _plain(found: re.Match[str]) -> str:
+    return bytes(ord(letter) - _BYTE for letter in found[0]).decode(errors="replace")
 
 
 def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

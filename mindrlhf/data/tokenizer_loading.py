@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mindrlhf.data.tokenizer import Tokenizer
-from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer
+from mindrlhf.data.tokenizer import END_OF_TEXT, ChatTemplate, Tokenizer, read_text
+from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer, read_json, token_text
 from mindrlhf.utils.errors import DataError
 
 
@@ -16,7 +16,10 @@ def load_tokenizer(
     merges_path: str | Path | None = None,
     config_path: str | Path | None = None,
 ) -> Tokenizer:
-    """Loads a tokenizer, by what its files are.
+    """Loads a tokenizer, by what its files are, with its chat template.
+
+    The template is ``chat_template.jinja`` beside the config (without a config, beside the tokenizer), else
+    the config's own.
 
     Args:
         path: a directory with ``vocab.json`` + ``merges.txt`` (or only ``tokenizer.json``), with
@@ -36,13 +39,48 @@ def load_tokenizer(
                 f"tokenizer: both {path} and {vocab_path or merges_path} are given; give a tokenizer path, "
                 "or a vocabulary with its merges file"
             )
-        return _load_from_path(_existing(path, "tokenizer"), config)
-    if vocab_path is None or merges_path is None:
-        missing = "vocabulary (vocab.json)" if vocab_path is None else "merges file (merges.txt)"
-        raise DataError(f"tokenizer: no {missing} given; give both, or a tokenizer path")
-    return Qwen2Tokenizer.from_vocab(
-        _existing(vocab_path, "vocabulary"), _existing(merges_path, "merges file"), config
-    )
+        place = _existing(path, "tokenizer")
+        if config is None and (place / "tokenizer_config.json").is_file():
+            config = place / "tokenizer_config.json"
+        tokenizer = _load_from_path(place, config)
+    else:
+        if vocab_path is None or merges_path is None:
+            missing = "vocabulary (vocab.json)" if vocab_path is None else "merges file (merges.txt)"
+            raise DataError(f"tokenizer: no {missing} given; give both, or a tokenizer path")
+        place = _existing(vocab_path, "vocabulary")
+        tokenizer = Qwen2Tokenizer.from_vocab(place, _existing(merges_path, "merges file"), config)
+    if config is not None:
+        place = config
+    tokenizer.chat_template = read_chat_template(place if place.is_dir() else place.parent, config)
+    return tokenizer
+
+
+def read_chat_template(directory: Path, config: Path | None) -> ChatTemplate | None:
+    """The template of ``chat_template.jinja``, else the config's: a text, or one of several with names.
+
+    Args:
+        directory: where ``chat_template.jinja`` may be.
+        config: a ``tokenizer_config.json``, which also says what the template calls control tokens.
+
+    Raises:
+        DataError: a file cannot be read, or none of the named templates is the default.
+    """
+    content = {} if config is None else read_json(config)
+    named = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END_OF_TEXT) | content
+    tokens = {name: text for name in named if name.endswith("_token") and (text := token_text(named[name]))}
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return ChatTemplate(read_text(file), str(file), tokens)
+    found = content.get("chat_template")
+    if isinstance(found, list):
+        templates = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = templates.get("default", templates)
+    if not isinstance(found, str | None):
+        raise DataError(
+            f"{config}: chat_template is neither a text nor a list with a template of the name default; give "
+            "one, or put it into chat_template.jinja"
+        )
+    return None if found is None else ChatTemplate(found, str(config), tokens)
 
 
 def _existing(path: str | Path, kind: str) -> Path:
@@ -72,8 +110,6 @@ def _load_from_path(path: Path, config: Path | None) -> Tokenizer:
 
 
 def _load_from_directory(directory: Path, config: Path | None) -> Tokenizer:
-    beside = directory / "tokenizer_config.json"
-    config = config or (beside if beside.is_file() else None)
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     if vocab.is_file() and merges.is_file():
         return Qwen2Tokenizer.from_vocab(vocab, merges, config)

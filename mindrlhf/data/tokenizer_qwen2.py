@@ -38,13 +38,11 @@ class TokenizerConfig:
     Attributes:
         added: text of each added token with its id, in id order.
         eos, pad: text of these tokens.
-        chat_template: the template text, ``None`` when there is none.
     """
 
     added: Mapping[str, int] = field(default_factory=dict)
     eos: str = END_OF_TEXT
     pad: str = END_OF_TEXT
-    chat_template: str | None = None
 
 
 class Qwen2Tokenizer(Tokenizer):
@@ -71,7 +69,6 @@ class Qwen2Tokenizer(Tokenizer):
         self.size = int(core.get_vocab_size(with_added_tokens=True))
         self.special_tokens = dict(special_tokens)
         self.special = _special_ids(special_tokens, config, source)
-        self.chat_template = config.chat_template
 
     @classmethod
     def from_vocab(
@@ -112,9 +109,8 @@ class Qwen2Tokenizer(Tokenizer):
         config = read_tokenizer_config(config_path) if config_path is not None else TokenizerConfig()
         return cls(core, added, config, str(path))
 
-    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
-        self._core.encode_special_tokens = not parse_special
         encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -238,14 +234,15 @@ def read_merges(path: Path, vocab: Mapping[str, int], added: Mapping[str, int]) 
     return merges
 
 
-def _token_text(value: object) -> str | None:
+def token_text(value: object) -> str | None:
+    """The text of a token in ``tokenizer_config.json``: a string, or an object with its content."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def read_tokenizer_config(path: Path) -> TokenizerConfig:
-    """The added tokens, end and padding tokens and chat template of ``tokenizer_config.json``.
+    """The added tokens, end and padding tokens of ``tokenizer_config.json``.
 
     Raises:
         DataError: not JSON, or an added token has no id, no text, or the text or id of another one.
@@ -256,7 +253,7 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
         raise DataError(f"{path}: added_tokens_decoder is {type(entries).__name__}, expected an object")
     added: dict[str, int] = {}
     for key, value in entries.items():
-        text = _token_text(value)
+        text = token_text(value)
         if not key.isdecimal() or not text:
             raise DataError(f"{path}: added_tokens_decoder[{key!r}] is not an id with a token's content")
         if text in added:
@@ -264,12 +261,10 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
         added[text] = int(key)
     if len(set(added.values())) < len(added):
         raise DataError(f"{path}: added_tokens_decoder gives one id to two tokens")
-    template = content.get("chat_template")
     return TokenizerConfig(
         added=dict(sorted(added.items(), key=lambda item: item[1])),
-        eos=_token_text(content.get("eos_token")) or END_OF_TEXT,
-        pad=_token_text(content.get("pad_token")) or END_OF_TEXT,
-        chat_template=template if isinstance(template, str) else None,
+        eos=token_text(content.get("eos_token")) or END_OF_TEXT,
+        pad=token_text(content.get("pad_token")) or END_OF_TEXT,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,23 +41,10 @@ class SentencePieceTokenizer(Tokenizer):
             turn_end=self.special_tokens.get(IM_END),
         )
         self._special_ids = frozenset(self.special_tokens.values())
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`~mindrlhf.data.tokenizer.Tokenizer`."""
-        if not parse_special:
-            return [list(ids) for ids in self._core.Encode(list(texts), out_type=int)]
-        return [self._encode_with_special(text) for text in texts]
-
-    def _encode_with_special(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in self._split.split(text):
-            if part in self.special_tokens:
-                ids.append(self.special_tokens[part])
-            elif part:
-                ids.extend(self._core.Encode(part, out_type=int))
-        return ids
+        return [list(ids) for ids in self._core.Encode(list(texts), out_type=int)]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of ``ids``; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""

@@ -49,12 +49,9 @@ class TiktokenTokenizer(Tokenizer):
             turn_end=tokens[IM_END],
         )
 
-    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`~mindrlhf.data.tokenizer.Tokenizer`."""
-        normal = [unicodedata.normalize("NFC", text) for text in texts]
-        if parse_special:
-            return self._core.encode_batch(normal, allowed_special="all")
-        return self._core.encode_ordinary_batch(normal)
+        return self._core.encode_ordinary_batch([unicodedata.normalize("NFC", text) for text in texts])
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """See :class:`~mindrlhf.data.tokenizer.Tokenizer`."""

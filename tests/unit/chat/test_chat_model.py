@@ -96,19 +96,18 @@ def answer(
 
     def reply(place: int, messages: Sequence[str]) -> list[str]:
         texts = []
-        ids: list[int] = tokenizer.encode_batch(
-            ["<|im_start|>system\nBe brief.<|im_end|>\n"], parse_special=True
-        )[0]
+        ids: list[int] = tokenizer.encode_markup(["<|im_start|>system\nBe brief.<|im_end|>\n"])[0]
         for message in messages:
             turn = f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
-            ids = ids + tokenizer.encode_batch([turn], parse_special=True)[0]
+            ids = ids + tokenizer.encode_markup([turn])[0]
             prompt = np.full((1, COLUMNS), 1021)
             prompt[0, COLUMNS - len(ids) :] = ids
             output = models[place].generate(prompt, np.array([len(ids)]), np.zeros((1, TOKENS), np.float32))
             said = output.response_ids[0, : output.lengths[0]].tolist()
             said = said[:-1] if said[-1] in stops else said
-            texts.append(printable(tokenizer.decode(said, skip_special=True)))
-            ids = ids + said + tokenizer.encode_batch(["<|im_end|>\n"], parse_special=True)[0]
+            text = tokenizer.decode(said, skip_special=True)
+            texts.append(printable(text))
+            ids = ids + tokenizer.encode_markup([f"{text}<|im_end|>\n"])[0]
         return texts
 
     return reply

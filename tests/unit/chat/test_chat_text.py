@@ -25,7 +25,7 @@ END = "<|im_end|>"
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_batch([text], parse_special=True)[0]
+    return tokenizer.encode_markup([text])[0]
 
 
 def turn(role: str, text: str) -> str:
@@ -38,12 +38,12 @@ def test_a_conversation_is_chatml_of_all_turns(tokenizer: Tokenizer) -> None:
     assert conversation.prompt("Hi!", 999) == ids_of(
         tokenizer, opening + turn("user", "Hi!") + "<|im_start|>assistant\n"
     )
-    conversation.add("Hi!", ids_of(tokenizer, "Hello, what can I do?"))
+    conversation.add("Hi!", "Hello, what can I do?")
     first = turn("user", "Hi!") + turn("assistant", "Hello, what can I do?")
     assert conversation.prompt("Nothing.", 999) == ids_of(
         tokenizer, opening + first + turn("user", "Nothing.") + "<|im_start|>assistant\n"
     )
-    conversation.add("Nothing.", ids_of(tokenizer, "Fine"))
+    conversation.add("Nothing.", "Fine")
     second = turn("user", "Nothing.") + turn("assistant", "Fine")
     whole = opening + first + second + turn("user", "Bye") + "<|im_start|>assistant\n"
     assert conversation.prompt("Bye", 999) == ids_of(tokenizer, whole)
@@ -63,7 +63,7 @@ def test_a_message_cannot_close_its_turn(tokenizer: Tokenizer) -> None:
 def test_the_oldest_turns_are_forgotten_when_there_is_no_room(tokenizer: Tokenizer) -> None:
     conversation = Conversation(tokenizer, system_prompt="S")
     for number in range(3):
-        conversation.add(f"question {number}", ids_of(tokenizer, f"answer {number}"))
+        conversation.add(f"question {number}", f"answer {number}")
     full = conversation.prompt("last", 999)
     shorter = conversation.prompt("last", len(full) - 1)
     assert len(conversation) == 2
@@ -80,7 +80,7 @@ def test_the_oldest_turns_are_forgotten_when_there_is_no_room(tokenizer: Tokeniz
 def test_without_the_template_a_message_is_the_prompt(tokenizer: Tokenizer) -> None:
     conversation = Conversation(tokenizer, chat_template=False)
     assert conversation.prompt("Once upon", 999) == ids_of(tokenizer, "Once upon")
-    conversation.add("Once upon", [5, 6])
+    conversation.add("Once upon", "a time")
     assert conversation.prompt("Then", 999) == ids_of(tokenizer, "Then")
     with pytest.raises(DataError, match="empty"):
         conversation.prompt("", 999)

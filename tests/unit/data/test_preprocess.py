@@ -29,23 +29,29 @@ from mindrlhf.data.preprocess import (
     is_held_out,
     preprocess,
 )
-from mindrlhf.data.prompt_format import EncodedSample, PromptFormat
+from mindrlhf.data.prompt_format import EncodedSample
 from mindrlhf.data.prompts import PromptStream
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
 
 COLUMNS = (PROMPT_IDS, PRETRAIN_IDS, LOSS_MASK)
+Around = tuple[tuple[int, ...], tuple[int, ...]]
 PAD = 9
-RAW = PromptFormat(prefix=(), lead="", lead_ids=(), suffix=(), stop=7)
-CHAT = PromptFormat(prefix=(1,), lead="user", lead_ids=(2,), suffix=(3, 4), stop=7)
+STOP = 7
+RAW: Around = ((), ())
+CHAT: Around = ((1, 2), (3, 4))
 
 # --- rows ---
 
 
-def builder(around: PromptFormat, max_prompt_length: int, seq_length: int, **options: Any) -> RowBuilder:
+def builder(around: Around, max_prompt_length: int, seq_length: int, **options: Any) -> RowBuilder:
     return RowBuilder(
-        around, pad_id=PAD, max_prompt_length=max_prompt_length, seq_length=seq_length, **options
+        *around, pad_id=PAD, max_prompt_length=max_prompt_length, seq_length=seq_length, **options
     )
+
+
+def sample(prompt: list[int], *answers: list[int] | None) -> EncodedSample:
+    return EncodedSample(prompt, *(answer if answer is None else [*answer, STOP] for answer in answers))
 
 
 def as_lists(batch: dict[str, np.ndarray]) -> dict[str, list[list[int]]]:
@@ -56,9 +62,9 @@ def as_lists(batch: dict[str, np.ndarray]) -> dict[str, list[list[int]]]:
 def test_rows_by_hand() -> None:
     build = builder(RAW, 4, 8)
     samples = [
-        EncodedSample([11, 12], [21, 22]),
-        EncodedSample([11, 12, 13, 14], [21, 22, 23]),  # just fits, stop token included
-        EncodedSample([11], None),
+        sample([11, 12], [21, 22]),
+        sample([11, 12, 13, 14], [21, 22, 23]),  # just fits, stop token included
+        sample([11], None),
     ]
     assert as_lists(build.build(samples)) == {
         PROMPT_IDS: [[9, 9, 11, 12], [11, 12, 13, 14], [9, 9, 9, 11]],
@@ -74,7 +80,7 @@ def test_rows_by_hand() -> None:
 
 def test_cut_response_has_no_stop_token() -> None:
     build = builder(RAW, 4, 6)
-    batch = as_lists(build.build([EncodedSample([11, 12], [21, 22, 23, 24]), EncodedSample([11], [21] * 9)]))
+    batch = as_lists(build.build([sample([11, 12], [21, 22, 23, 24]), sample([11], [21] * 9)]))
     assert batch[PRETRAIN_IDS] == [[11, 12, 21, 22, 23, 24], [11, 21, 21, 21, 21, 21]]
     assert batch[LOSS_MASK] == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
     assert build.counts == RowCounts(rows=2, truncated_responses=2, prompt_tokens=3, response_tokens=9)
@@ -82,17 +88,17 @@ def test_cut_response_has_no_stop_token() -> None:
 
 def test_overlong_prompts_are_dropped_and_counted() -> None:
     build = builder(RAW, 3, 6)
-    batch = build.build([EncodedSample([1, 2, 3, 4], [5]), EncodedSample([1, 2, 3], [5])])
+    batch = build.build([sample([1, 2, 3, 4], [5]), sample([1, 2, 3], [5])])
     assert batch[PROMPT_IDS].tolist() == [[1, 2, 3]]
-    assert build.build([EncodedSample([1] * 9, [5])])[PROMPT_IDS].shape == (0, 3)
+    assert build.build([sample([1] * 9, [5])])[PROMPT_IDS].shape == (0, 3)
     assert build.counts == RowCounts(rows=1, dropped_prompts=2, prompt_tokens=3, response_tokens=2)
 
 
 def test_overlong_prompts_are_cut_at_the_front_of_their_text() -> None:
-    """The template stays whole: prefix 1, lead 2, suffix 3 4; the last two text tokens are kept."""
+    """The template stays whole: 1 2 in front, 3 4 behind; the last two text tokens are kept."""
     build = builder(CHAT, 6, 9, overlong="truncate")
     batch = as_lists(
-        build.build([EncodedSample([2, 11, 12, 13, 14], [21]), EncodedSample([2, 11, 12], [21])])
+        build.build([sample([1, 2, 11, 12, 13, 14, 3, 4], [21]), sample([1, 2, 11, 12, 3, 4], [21])])
     )
     assert batch[PROMPT_IDS] == [[1, 2, 13, 14, 3, 4], [1, 2, 11, 12, 3, 4]]
     assert batch[PRETRAIN_IDS][0] == [1, 2, 13, 14, 3, 4, 21, 7, 9]
@@ -108,13 +114,18 @@ def test_lengths_without_room() -> None:
 
 def test_prompt_that_starts_with_the_pad_token() -> None:
     with pytest.raises(DataError, match="starts with the pad token 9"):
-        builder(RAW, 4, 8).build([EncodedSample([9, 1], [2])])
+        builder(RAW, 4, 8).build([sample([9, 1], [2])])
 
 
 # Pads may stand inside a text (pad is the end of text for Qwen2), only not in front.
 TEXT = st.lists(st.integers(5, 12), min_size=1, max_size=9).filter(lambda ids: ids[0] != PAD)
 SAMPLES = st.lists(
-    st.builds(EncodedSample, TEXT, st.none() | st.lists(st.integers(5, 12), max_size=9)), max_size=6
+    st.builds(
+        lambda text, answer: sample([1, 2, *text, 3, 4], answer),
+        TEXT,
+        st.none() | st.lists(st.integers(5, 12), max_size=9),
+    ),
+    max_size=6,
 )
 
 
@@ -123,19 +134,18 @@ SAMPLES = st.lists(
 def test_rows_follow_from_samples(samples: list[EncodedSample], overlong: Any, P: int, room: int) -> None:
     build = builder(CHAT, P, P + room, overlong=overlong)
     batch = build.build(samples)
-    kept = [sample for sample in samples if overlong == "truncate" or len(sample.text) + 3 <= P]
+    kept = [one for one in samples if overlong == "truncate" or len(one.prompt) <= P]
     assert len(batch[PROMPT_IDS]) == len(kept) == build.counts.rows
-    for row, sample in enumerate(kept):
+    for row, one in enumerate(kept):
         columns = {name: array[row] for name, array in batch.items()}
         n = prompt_length(columns, PAD)
         prompt, whole, mask = columns[PROMPT_IDS], columns[PRETRAIN_IDS], columns[LOSS_MASK]
-        assert n == min(P, len(sample.text) + 3)
+        assert n == min(P, len(one.prompt))
         # the prompt is a true prefix of the whole, left-padded here and not there
         assert whole[:n].tolist() == prompt[P - n :].tolist()
         assert (prompt[: P - n] == PAD).all()
         response = whole[mask == 1].tolist()
-        full = [] if sample.response is None else [*sample.response, 7]
-        assert response == full[: P + room - n]
+        assert response == (one.response or [])[: P + room - n]
         assert mask[n : n + len(response)].all()
         assert mask.sum() == len(response)
         assert (whole[n + len(response) :] == PAD).all()
@@ -143,7 +153,7 @@ def test_rows_follow_from_samples(samples: list[EncodedSample], overlong: Any, P
 
 def test_pairs_by_hand() -> None:
     build = builder(RAW, 3, 6, pairs=True)
-    batch = build.build([EncodedSample([11, 12], [21], [31, 32, 33]), EncodedSample([11], [21, 22], [])])
+    batch = build.build([sample([11, 12], [21], [31, 32, 33]), sample([11], [21, 22], [])])
     assert as_lists(batch) == {
         PROMPT_IDS: [[9, 11, 12], [9, 9, 11]],
         PRETRAIN_IDS: [[11, 12, 21, 7, 9, 9], [11, 21, 22, 7, 9, 9]],
@@ -158,7 +168,7 @@ def test_pairs_by_hand() -> None:
 def test_a_pair_with_one_response_too_long_is_dropped_or_cut(long_side: int) -> None:
     """Room is 4: three tokens and a stop token fit, four do not."""
     answers = ([1, 2, 3], [1, 2, 3, 4]) if long_side else ([1, 2, 3, 4], [1, 2, 3])
-    fits, long = EncodedSample([11, 12], [1, 2, 3], [2, 2, 2]), EncodedSample([11, 12], *answers)
+    fits, long = sample([11, 12], [1, 2, 3], [2, 2, 2]), sample([11, 12], *answers)
     dropping = builder(RAW, 3, 6, pairs=True)
     assert dropping.build([long, fits])[PRETRAIN_IDS].tolist() == [[11, 12, 1, 2, 3, 7]]
     assert (dropping.counts.rows, dropping.counts.dropped_pairs) == (1, 1)
@@ -175,7 +185,7 @@ def test_a_pair_with_one_response_too_long_is_dropped_or_cut(long_side: int) -> 
 
 def test_equal_responses_say_nothing() -> None:
     build = builder(RAW, 3, 6, pairs=True)
-    assert len(build.build([EncodedSample([11], [1, 2], [1, 2])])[PROMPT_IDS]) == 0
+    assert len(build.build([sample([11], [1, 2], [1, 2])])[PROMPT_IDS]) == 0
     assert build.counts == RowCounts(equal_pairs=1)
 
 

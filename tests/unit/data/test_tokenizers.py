@@ -40,12 +40,12 @@ def test_qwen2_ids_equal_the_goldens(load_qwen2: Callable[[str | None], Tokenize
     full, plain = load_tokenizer(qwen2_dir), load_qwen2(None)
     assert len(goldens) == 116
     texts = [golden["text"] for golden in goldens]
-    assert full.encode_batch(texts, parse_special=True) == [golden["ids"] for golden in goldens]
+    assert full.encode_markup(texts) == [golden["ids"] for golden in goldens]
     for golden in goldens:
         assert full.decode(golden["ids"]) == unicodedata.normalize("NFC", golden["text"])
         # without a config only the three instruct tokens are known, e.g. not <tool_call>
         if all(i < 151646 for i in golden["ids"]):
-            assert plain.encode_batch([golden["text"]], parse_special=True) == [golden["ids"]]
+            assert plain.encode_markup([golden["text"]]) == [golden["ids"]]
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,8 @@ def test_agrees_with_transformers(demo_tokenizer_dir: Path, demo_tokenizer: Toke
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(demo_tokenizer_dir)
     texts = ["怎样学英语？", "I'm here, it's 2026!\n\n  ok", "cafe\u0301", "<|im_start|>user\nhi<|im_end|>\n"]
-    assert demo_tokenizer.encode_batch(texts, parse_special=True) == theirs(texts)["input_ids"]
+    assert demo_tokenizer.encode_markup(texts) == theirs(texts)["input_ids"]
     assert demo_tokenizer.size == len(theirs) == 1024
-    rendered = theirs.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
-    from mindrlhf.data.prompt_format import chatml_format
-
-    around = chatml_format(demo_tokenizer)
-    assert rendered == [*around.prefix, *demo_tokenizer.encode_batch(["user\nhi"])[0], *around.suffix]
 
 
 @settings(deadline=None)
@@ -105,15 +100,18 @@ def test_round_trip_is_nfc_and_never_a_control_token(demo_tokenizer: Tokenizer, 
         assert demo_tokenizer.decode(ids) == unicodedata.normalize("NFC", candidate)
 
 
-def test_parse_special_and_skip_special(demo_tokenizer: Tokenizer) -> None:
+def test_markup_and_skip_special(demo_tokenizer: Tokenizer) -> None:
     text = "a<|im_end|>b<|endoftext|>"
-    ids = demo_tokenizer.encode_batch([text], parse_special=True)[0]
+    ids = demo_tokenizer.encode_markup([text])[0]
     assert 1023 in ids
     assert ids[-1] == 1021
     assert demo_tokenizer.decode(ids) == text
     assert demo_tokenizer.decode(ids, skip_special=True) == "ab"
-    # parsing once must not stick
     assert 1023 not in demo_tokenizer.encode_batch([text])[0]
+    hidden = demo_tokenizer.without_markup(text)
+    assert demo_tokenizer.encode_markup([f"{hidden}<|im_end|>"]) == [
+        [*demo_tokenizer.encode_batch([text])[0], 1023]
+    ]
 
 
 VOCAB = {"a": 0, "b": 1, "ab": 2}
@@ -228,7 +226,7 @@ def test_sentencepiece(make_sentencepiece: Callable[..., Path]) -> None:
     start, end = reference.piece_to_id("<|im_start|>"), reference.piece_to_id("<|im_end|>")
     assert (special.turn_start, special.turn_end) == (start, end)
     assert end not in tokenizer.encode_batch(["the cat<|im_end|>"])[0]
-    ids = tokenizer.encode_batch(["<|im_start|>the cat<|im_end|>"], parse_special=True)[0]
+    ids = tokenizer.encode_markup(["<|im_start|>the cat<|im_end|>"])[0]
     assert ids == [start, *reference.encode("the cat"), end]
     assert tokenizer.decode(ids) == "<|im_start|>the cat<|im_end|>"
     assert tokenizer.decode(ids, skip_special=True) == "the cat"
@@ -267,7 +265,7 @@ def test_tiktoken(tmp_path: Path) -> None:
     assert tokenizer.size == 264
     assert chat_stop_ids(tokenizer) == (263, 261)
     assert tokenizer.encode_batch(["a<|im_end|>"]) == [[*b"a<|im_end|>"]]
-    assert tokenizer.encode_batch(["a<|im_end|>"], parse_special=True) == [[97, 263]]
+    assert tokenizer.encode_markup(["a<|im_end|>"]) == [[97, 263]]
     assert tokenizer.decode([257, 263]) == "the<|im_end|>"
     assert tokenizer.decode([257, 263], skip_special=True) == "the"
 
@@ -287,7 +285,7 @@ def test_tiktoken_ranks_of_qwen2_give_qwen2_ids(qwen2_dir: Path, tmp_path: Path)
     tokenizer = load_tokenizer(tmp_path)
     for golden in read_jsonl(qwen2_dir / "golden_encodings.jsonl"):
         if all(i < 151646 for i in golden["ids"]):
-            assert tokenizer.encode_batch([golden["text"]], parse_special=True) == [golden["ids"]]
+            assert tokenizer.encode_markup([golden["text"]]) == [golden["ids"]]
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,10 @@ def test_rows(generator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     chinese = [sample for sample in samples if "\u4e00" <= sample.prompt[0] <= "\u9fff"]
     assert len(chinese) == 192
     # every prompt fits into the 32 tokens of the tiny configuration, template included
-    from mindrlhf.data.prompt_format import chatml_format, encode_samples
+    from mindrlhf.data.prompt_format import PromptFormat
 
-    tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    around = chatml_format(tokenizer)
-    longest = max(len(sample.text) for sample in encode_samples(tokenizer, around, samples))
-    assert len(around.prefix) + longest + len(around.suffix) <= 32
+    encoded = PromptFormat(load_tokenizer(tmp_path / "tokenizer")).encode_samples(samples)
+    assert max(len(sample.prompt) for sample in encoded) <= 32
 
 
 def test_tokenizer_layout(generator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
