@@ -19,6 +19,7 @@ TEST = [
     # exactly: another version brings gigabytes of CUDA libraries.
     "torch==2.13.0",
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
     "hypothesis==6.170.15",
     "ruff==0.17.6",
     "mypy==2.4.1",

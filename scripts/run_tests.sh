@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv when needed, then runs lint, types and all tests. Arguments go to pytest, which then runs alone:
+# Makes .venv when needed, then runs lint, types and all tests. With arguments, which go to pytest, those in one
+# process:
 #   bash scripts/run_tests.sh tests/unit -k kl
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -15,22 +16,6 @@ step() {
     "$@" || failed+=("$name")
 }
 
-# side_by_side PATH: the tests of PATH beside all others, for most tests keep one core busy, and a job of msrun
-# now none, now all. What pytest says of PATH is shown last.
-side_by_side() {
-    local code=0
-    log="$(mktemp)"
-    # Without env, bash would have what it starts in the background ignore Ctrl-C.
-    env --default-signal=INT,QUIT "$PYTHON" -m pytest "$1" >"$log" 2>&1 &
-    beside=$!
-    trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
-    "$PYTHON" -m pytest --ignore="$1" || code=$?
-    say "pytest $1, which began with the others"
-    wait "$beside" || code=$?
-    cat "$log"
-    return "$code"
-}
-
 ensure_venv test
 # msrun and other tools of the environment are found by name.
 export PATH="$VENV/bin:$PATH"
@@ -41,7 +26,8 @@ step "mypy" "$PYTHON" -m mypy
 if (($#)); then
     step "pytest $*" "$PYTHON" -m pytest "$@"
 else
-    step "pytest" side_by_side tests/st
+    # Most tests keep one core busy; tests/conftest.py says which stay together.
+    step "pytest" "$PYTHON" -m pytest -n 2 --dist loadgroup
 fi
 
 ((${#failed[@]} == 0)) || { say "FAILED: $(printf '%s; ' "${failed[@]}")"; exit 1; }

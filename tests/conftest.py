@@ -37,6 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, the tests of a file share one, and so do all jobs of msrun in ``tests/st``."""
+    for item in items:
+        place = item.path.relative_to(REPO_ROOT / "tests")
+        group = "st" if place.parts[0] == "st" else str(place)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Removes the scratch directory."""
     while _scratch:
