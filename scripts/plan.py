@@ -37,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     files.add_argument("--sft_path_infer", type=Path, help="policy as it generates")
     files.add_argument("--sft_path_train", type=Path, help="policy as it is trained")
-    files.add_argument("--reward_path", type=Path, help="reward model (default: that of --sft_path_infer)")
-    files.add_argument("--critic_path", type=Path, help="critic (default: that of --sft_path_infer)")
+    files.add_argument("--reward_path", type=Path, help="reward model (default: --sft_path_infer)")
+    files.add_argument("--critic_path", type=Path, help="critic (default: --sft_path_infer)")
     files.add_argument(
         "--ppo_config", type=Path, help="PPO hyper-parameters (default: ppo_X.yaml beside finetune_X.yaml)"
     )
@@ -81,8 +81,7 @@ def yaml_paths(args: argparse.Namespace) -> dict[str, Any]:
     missing = [f"--{name}: missing - name the YAML" for name in list(named)[:2] if named[name] is None]
     if missing:
         raise ConfigError(missing)
-    infer = named["sft_path_infer"]
-    return named | {"reward_path": args.reward_path or infer, "critic_path": args.critic_path or infer}
+    return named | {"reward_path": args.reward_path, "critic_path": args.critic_path}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

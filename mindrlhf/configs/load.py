@@ -71,8 +71,8 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
     paths = {
         "infer": options.sft_path_infer,
         "train": options.sft_path_train,
-        "reward": options.reward_path,
-        "critic": options.critic_path,
+        "reward": options.reward_path or options.sft_path_infer,
+        "critic": options.critic_path or options.sft_path_infer,
     }
     with collected() as faults:
         check_options(options, faults)
@@ -97,17 +97,19 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
             faults.add("--load_critic_checkpoint", fault, f"{why}: remove the flag")
     runs = {role: drafts[path].build() for role, path in paths.items()}
     train, critic = runs["train"], runs.get("critic", runs["train"])
+    runs["train"] = _with_rate(train, options.learning_rate)
     critic = replace(
         critic,
         optimizer=critic.optimizer or train.optimizer,
         lr_schedule=critic.lr_schedule or train.lr_schedule,
     )
+    runs["critic"] = _with_rate(critic, options.learning_rate)
     settings = ppo.build()
     if train.runner.epochs != RunnerConfig.epochs:
         fault = "%s: without effect in PPO, which has total_iterations: runner_config.epochs (%d)"
         logger.warning(fault, train.path, train.runner.epochs)
     _warn_truncated_sampling(settings)
-    return JobConfig(**runs | {"critic": critic}, ppo=settings)
+    return JobConfig(**runs, ppo=settings)
 
 
 def _beside(train_config: Path, faults: Faults) -> Path | None:
@@ -124,10 +126,11 @@ def load_job(
     *,
     sft_path_infer: AnyPath,
     sft_path_train: AnyPath,
-    reward_path: AnyPath,
-    critic_path: AnyPath,
+    reward_path: AnyPath | None = None,
+    critic_path: AnyPath | None = None,
     ppo_config: AnyPath | None = None,
     overrides: Sequence[str] = (),
+    learning_rate: float | None = None,
     world_size: int | None = None,
     device_target: str | None = None,
     single_process: bool = False,
@@ -137,11 +140,12 @@ def load_job(
 
     Args:
         sft_path_infer, sft_path_train: YAMLs of the policy as it generates and as it is trained.
-        reward_path, critic_path: YAMLs of the reward model and the critic; with ``critic: none`` the latter
-            is not read.
+        reward_path, critic_path: YAMLs of the reward model and the critic, by default ``sft_path_infer``;
+            with ``critic: none`` the latter is not read.
         ppo_config: YAML of the hyper-parameters; by default ``ppo_X.yaml`` beside ``finetune_X.yaml``, the
             YAML of the policy as it is trained.
         overrides: ``key=value`` in place of the hyper-parameters of the file.
+        learning_rate: peak of the schedule of the policy and of a separate critic; by default the YAMLs'.
         world_size: number of ranks; ``None``: the files need only agree with each other.
         device_target: replaces ``context.device_target`` of every file.
         single_process: replaces the split of every file by data_parallel 1, model_parallel 1.
@@ -154,10 +158,11 @@ def load_job(
         PPOOptions(
             sft_path_infer=Path(sft_path_infer),
             sft_path_train=Path(sft_path_train),
-            reward_path=Path(reward_path),
-            critic_path=Path(critic_path),
+            reward_path=None if reward_path is None else Path(reward_path),
+            critic_path=None if critic_path is None else Path(critic_path),
             ppo_config=None if ppo_config is None else Path(ppo_config),
             overrides=overrides,
+            learning_rate=learning_rate,
             use_parallel=not single_process,
             device_target=device_target,
             cpu_matmul_dtype=cpu_matmul_dtype,  # type: ignore[arg-type]
@@ -186,11 +191,9 @@ def load_stage(options: StageOptions, world_size: int) -> StagePlan:
             options.cpu_matmul_dtype,
         )
         check_stage(draft, valid, world_size, faults)
-    config = draft.build()
+    config = _with_rate(draft.build(), options.learning_rate)
     dp = config.parallel.data_parallel
     batch_size = options.batch_size or config.runner.batch_size * dp
-    if options.learning_rate is not None:
-        config = replace(config, lr_schedule=with_peak(config.lr_schedule, options.learning_rate))
     return StagePlan(
         config,
         epochs=options.epochs or config.runner.epochs,
@@ -199,10 +202,16 @@ def load_stage(options: StageOptions, world_size: int) -> StagePlan:
     )
 
 
+def _with_rate(config: RunConfig, learning_rate: float | None) -> RunConfig:
+    if learning_rate is None:
+        return config
+    return replace(config, lr_schedule=with_peak(config.lr_schedule, learning_rate))
+
+
 def with_peak(schedule: Mapping[str, Any], learning_rate: float) -> dict[str, Any]:
     """The schedule with another peak; its start and end scale in proportion, so its shape is kept."""
     peak = "base_lr" if "base_lr" in schedule else "learning_rate"
-    factor = learning_rate / schedule[peak]
+    factor = learning_rate / schedule[peak] if schedule[peak] else 0.0
     ends = ("warmup_lr_init", "lr_end", "lr_end1", "lr_end2", "eta_min")
     scaled = {name: schedule[name] * factor for name in ends if schedule.get(name)}
     return {**schedule, **scaled, peak: learning_rate}

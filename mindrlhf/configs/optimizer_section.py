@@ -140,7 +140,7 @@ _MUST_DECAY = {"PolynomialWithWarmUpLR": 1e-7, "WarmUpStableDecayLR": 1e-7}  # a
 
 
 def read_lr_schedule(section: Mapping[Any, Any], where: str, faults: Faults) -> dict[str, Any]:
-    """The schedule's ``type`` and arguments; see :func:`with_total_steps` for its ``total_steps``."""
+    """The schedule's ``type`` and arguments; see :func:`completed_schedule` for its ``total_steps``."""
     values = _read_typed(section, LR_SCHEDULES, LR_ALIASES, where, faults)
     name = values.get("type", "")
     for steps, ratio in _STEPS_OR_RATIO.get(name, []):
@@ -181,10 +181,20 @@ def _one_of(table: Mapping[str, object]) -> str:
     return "use one of " + ", ".join(table)
 
 
-def with_total_steps(schedule: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
-    """``schedule`` with ``total_steps`` put in where it asks for one and gives none (or -1)."""
+def completed_schedule(schedule: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
+    """``schedule`` with what it leaves out.
+
+    ``total_steps`` is put in where it asks for one and gives none (or -1). Without ``warmup_lr_init`` a
+    warm-up of n steps begins with 1/n of its peak: with MindFormers' default, 0, the first step of every job
+    would change nothing.
+    """
     filled = dict(schedule)
     takes_total = "total_steps" in LR_SCHEDULES[filled["type"]]
     if takes_total and filled.get("total_steps", -1) < 1:
         filled["total_steps"] = total_steps
+    ratio, steps = filled.get("warmup_ratio"), filled.get("warmup_steps")
+    if ratio is not None:
+        steps = int(ratio * filled["total_steps"])
+    if steps and "warmup_lr_init" not in filled:
+        filled["warmup_lr_init"] = filled["learning_rate"] / steps
     return filled

@@ -95,6 +95,11 @@ class RunOptions:
         "results), wandb, swanlab; none: nowhere (default: tensorboard)",
         parse=tracker_names,
     )
+    learning_rate: Positive | None = _training(
+        None,
+        "peak of the lr_schedule, whose shape is kept; for PPO that of the policy and of a separate critic "
+        "(default: the YAML's, which is for PPO)",
+    )
     use_parallel: bool = _run(True, "False: one process, no msrun")
     device_target: DeviceTarget | None = _run(None, "override device_target of every YAML")
     cpu_matmul_dtype: Literal["float32", "bfloat16"] = _run(
@@ -136,8 +141,8 @@ class PPOOptions(RunOptions, ExportOptions):
 
     sft_path_infer: Path = _model(..., "policy as it generates")
     sft_path_train: Path = _model(..., "policy as it is trained")
-    reward_path: Path = _model(..., "reward model")
-    critic_path: Path = _model(..., "critic; not read with critic: none")
+    reward_path: Path | None = _model(None, "reward model; default: --sft_path_infer")
+    critic_path: Path | None = _model(None, "critic; default: --sft_path_infer; not read with critic: none")
     ppo_config: Path | None = _model(None, "PPO hyper-parameters; default: ppo_X.yaml beside finetune_X.yaml")
     overrides: Sequence[str] = _model(
         (), "override a PPO hyper-parameter; may be repeated", flag="--set", metavar="KEY=VALUE"
@@ -188,9 +193,6 @@ class StageOptions(TrainingSettings, RunOptions):
     epochs: Count | None = _training(None, "passes over the data (default: runner_config.epochs)")
     batch_size: Count | None = _training(
         None, "rows per optimizer step, over all ranks (default: runner_config.batch_size x data_parallel)"
-    )
-    learning_rate: Positive | None = _training(
-        None, "peak of the YAML's lr_schedule, whose shape is kept (default: the YAML's, which is for PPO)"
     )
     eval_fraction: Annotated[NotNegative, Lt(1)] = _training(
         0.1, "prompts held out of training and evaluated on; 0: none"

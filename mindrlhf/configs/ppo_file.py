@@ -9,8 +9,19 @@ from typing import Any
 
 from mindrlhf.configs.faults import Faults, shown
 from mindrlhf.configs.fields import join, keys_of, read_section
+from mindrlhf.configs.optimizer_section import LR_SCHEDULES, OPTIMIZERS
 from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.configs.yaml_file import parse_value, read_mapping
+
+_SCHEDULE = "CosineWithWarmUpLR"
+_RATE = "--learning_rate, and in the YAML of --sft_path_train lr_schedule.learning_rate"
+_ELSEWHERE = {
+    **{name: f"optimizer.{name} in the YAML of --sft_path_train" for name in OPTIMIZERS["AdamW"]},
+    **{name: f"lr_schedule.{name} in the YAML of --sft_path_train" for name in LR_SCHEDULES[_SCHEDULE]},
+    "learning_rate": _RATE,
+    "lr": _RATE,
+}
+"""What people set for PPO that stands elsewhere -> where."""
 
 
 @dataclass
@@ -64,7 +75,9 @@ def read_ppo(path: Path | None, overrides: Sequence[str], faults: Faults) -> PPO
     checked = {
         name: key for name, key in keys.items() if name not in broken and (root is not None or name in given)
     }
-    draft.values = read_section(given, checked, faults, str(path), accepted=keys, sources=draft.sources)
+    draft.values = read_section(
+        given, checked, faults, str(path), accepted=keys, synonyms=_ELSEWHERE, sources=draft.sources
+    )
     if root is not None:
         absent = [name for name, key in keys.items() if name not in given and not key.required]
         draft.values |= {name: keys[name].default for name in absent}

@@ -57,7 +57,7 @@ class SequenceData:
         pad_token_id: what the file is padded with.
         vocab_size: every token must be below it.
         max_length: maximum tokens of prompt and response, the model's ``seq_length``. A row may have one
-            more, as in a file made for next-token labels; it is cut.
+            more, for next-token labels; it is cut.
         pairs: whether to read rejected responses.
 
     Attributes:
@@ -175,7 +175,7 @@ class SequenceData:
             if n + length > self._max_length + 1:
                 raise ValueError(
                     f"{n + length} tokens in {ids}, more than the model's seq_length {self._max_length}; "
-                    f"make the data again with --seq_length {self._max_length}, or raise the YAML's"
+                    f"make the data again with --seq_length {self._max_length + 1}, or raise the YAML's"
                 )
             length = min(length, self._max_length - n)
             if length < 1:

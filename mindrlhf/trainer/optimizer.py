@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.nn import Optimizer
 
-from mindrlhf.configs.optimizer_section import with_total_steps
+from mindrlhf.configs.optimizer_section import completed_schedule
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.trainer.mindformers_builders import load_builders
 from mindrlhf.utils.errors import ConfigError
@@ -42,7 +42,7 @@ def _build(
     build_optim: Callable[..., Optimizer],
 ) -> Optimizer:
     try:
-        schedule = build_lr(with_total_steps(config.lr_schedule, total_steps))
+        schedule = build_lr(completed_schedule(config.lr_schedule, total_steps))
     except (TypeError, ValueError) as error:
         raise ConfigError([f"{config.path}: lr_schedule: {error}"]) from error
     optimizer = dict(config.optimizer)

@@ -133,6 +133,7 @@ class PPOTrainer:
         self.runtime, self.exchange, self.timer = run.runtime, run.exchange, run.timer
         self.tokenizer, self.verify_sync, self.reward_function = tokenizer, verify_sync, reward_function
         self.keeps_experience = keeps_experience
+        self._sync_verified = False
         # Cheap and likely to fail, so before any model is built.
         self.prompts = open_prompts(data.prompts, job)
         pretraining = open_pretraining(data.pretraining or data.prompts, job)
@@ -246,6 +247,11 @@ class PPOTrainer:
         self.weight_sync.sync(on_parameter)
         if self.verify_sync:
             self.weight_sync.verify(self.exchange)
+            if not self._sync_verified:
+                logger.info(
+                    "--verify_sync: infer and train policy are equal; checked after each sync, said once"
+                )
+                self._sync_verified = True
 
     @property
     def _extra_scores(self) -> ExtraScores | None:

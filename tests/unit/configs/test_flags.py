@@ -15,7 +15,7 @@ from mindrlhf.configs.flags import add_flags, check_options
 from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions
 
 REQUIRED = {
-    PPOOptions: ("--sft_path_infer", "--sft_path_train", "--reward_path", "--critic_path"),
+    PPOOptions: ("--sft_path_infer", "--sft_path_train"),
     SFTOptions: ("--sft_path", "--load_sft_checkpoint", "--mind_dataset_dir", "--save_ckpt_dir"),
     RewardOptions: ("--reward_path", "--load_sft_checkpoint", "--mind_dataset_dir", "--save_ckpt_dir"),
 }

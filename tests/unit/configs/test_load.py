@@ -239,6 +239,22 @@ def test_critic_without_optimizer_takes_that_of_train(job: Any, delete: object) 
     assert loaded.infer.optimizer == {}
 
 
+def test_a_learning_rate_is_that_of_policy_and_critic_and_keeps_the_shape(job: Any) -> None:
+    job.edit("critic", "lr_schedule", {"type": "linear", "learning_rate": 0.0, "warmup_steps": 2})
+    loaded = job.load(learning_rate=5e-4)
+    schedule = loaded.train.lr_schedule
+    assert (schedule["learning_rate"], schedule["lr_end"]) == (5e-4, pytest.approx(5e-5))
+    assert loaded.critic.lr_schedule["learning_rate"] == 5e-4
+    assert job.faults(learning_rate=0.0) == ["--learning_rate: out of range (0.0) - must be a number > 0"]
+
+
+def test_reward_model_and_critic_are_by_default_as_the_policy_generates(job: Any) -> None:
+    loaded = job.load(reward_path=None, critic_path=None)
+    assert loaded.reward == loaded.infer
+    assert loaded.critic.path == loaded.infer.path
+    assert loaded.critic.optimizer == loaded.train.optimizer
+
+
 def test_critic_may_be_a_generate_yaml(job: Any) -> None:
     assert job.load(critic_path=job.paths["infer"]).critic.lr_schedule["type"] == "CosineWithWarmUpLR"
 
@@ -257,6 +273,14 @@ def test_overrides_win_and_are_yaml(job: Any) -> None:
     [
         ("gama=1", "--set gama: unknown key - did you mean gamma?"),
         ("zzz=1", "--set zzz: unknown key - remove it"),
+        (
+            "learning_rate=1e-5",
+            "--set learning_rate: unknown key - here it is called --learning_rate, and in",
+        ),
+        (
+            "betas=1",
+            "--set betas: unknown key - here it is called optimizer.betas in the YAML of --sft_path_tr",
+        ),
         ("gamma", "--set 'gamma': not of the form key=value"),
         ("=1", "--set '=1': not of the form key=value"),
         ("gamma=[1", "--set gamma: line 1, column 3: "),

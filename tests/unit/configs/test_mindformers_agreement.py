@@ -19,8 +19,8 @@ from mindrlhf.configs.optimizer_section import (
     LR_ALIASES,
     LR_SCHEDULES,
     OPTIMIZERS,
+    completed_schedule,
     read_lr_schedule,
-    with_total_steps,
 )
 
 
@@ -111,9 +111,9 @@ def test_what_is_read_builds_an_optimizer(mindformers: Any, model_configs: Path)
     import mindspore as ms
 
     config = load_run_config(model_configs / "finetune_qwen2_tiny.yaml")
-    schedule = mindformers.core.build_lr(with_total_steps(config.lr_schedule, 20))
-    # warm-up of 0.1 x 20 = 2 steps to 1e-4, then a half cosine over 18 steps to 1e-5
-    expected = [0.0, 5e-5, 1e-4, 5.5e-5, 1e-5]
+    schedule = mindformers.core.build_lr(completed_schedule(config.lr_schedule, 20))
+    # warm-up of 0.1 x 20 = 2 steps from 1e-4 / 2 to 1e-4, then a half cosine over 18 steps to 1e-5
+    expected = [5e-5, 7.5e-5, 1e-4, 5.5e-5, 1e-5]
     rates = [float(schedule(ms.Tensor(step, ms.int32)).asnumpy()) for step in (0, 1, 2, 11, 20)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
     weight = ms.Parameter(ms.Tensor(np.ones(3, np.float32)), name="w")
@@ -122,6 +122,14 @@ def test_what_is_read_builds_an_optimizer(mindformers: Any, model_configs: Path)
     assert type(optimizer).__name__ == "AdamW"
     np.testing.assert_allclose(optimizer.beta2.asnumpy(), [0.95], rtol=1e-6)
     np.testing.assert_allclose(optimizer.eps.asnumpy(), [1e-5], rtol=1e-6)
+
+
+def test_the_first_step_of_a_warm_up_learns_unless_the_yaml_says_otherwise() -> None:
+    schedule = {"type": "LinearWithWarmUpLR", "learning_rate": 8e-4, "warmup_steps": 4}
+    assert completed_schedule(schedule, 10) == schedule | {"warmup_lr_init": 2e-4, "total_steps": 10}
+    assert completed_schedule(schedule | {"warmup_lr_init": 0.0}, 10)["warmup_lr_init"] == 0.0
+    for without in ({"warmup_steps": 0}, {"warmup_steps": None, "warmup_ratio": 0.05}):
+        assert "warmup_lr_init" not in completed_schedule(schedule | without, 10)
 
 
 @pytest.mark.parametrize("name", sorted(LR_SCHEDULES))
@@ -137,4 +145,4 @@ def test_every_schedule_that_passes_can_be_built(name: str, mindformers: Any) ->
     faults = Faults()
     schedule = read_lr_schedule(section, "file: lr_schedule", faults)
     assert len(faults) == 0
-    assert mindformers.core.build_lr(with_total_steps(schedule, 10)) is not None
+    assert mindformers.core.build_lr(completed_schedule(schedule, 10)) is not None
