@@ -56,7 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_row_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rows").add_argument
     add("--max_prompt_length", type=int, default=4096, help="columns of prompt_ids, in tokens")
-    add("--seq_length", type=int, default=8193, help="columns of pretrain_ids and loss_mask, in tokens: the model's seq_length + 1")
+    add(
+        "--seq_length",
+        type=int,
+        default=8193,
+        help="columns of pretrain_ids and loss_mask, in tokens: the model's seq_length + 1",
+    )
     add(
         "--overlong",
         choices=("drop", "truncate"),
