@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mindrlhf.chat.conversation import Conversation, Reply
 from mindrlhf.chat.display import PlainDisplay, new_display, short_names
-from mindrlhf.chat.prompt_file import answer_file, encode_prompts, read_prompts
+from mindrlhf.chat.prompt_file import answer_file, encode_prompts, read_prompts, replies_output
 from mindrlhf.chat.saved_model import SavedModel, find_model
 from mindrlhf.configs.faults import collected
 from mindrlhf.configs.flags import check_options
@@ -21,6 +21,7 @@ from mindrlhf.configs.options import ChatOptions
 from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.outputs import check_outputs
 from mindrlhf.utils.ranks import env_world_size, is_scheduler
 
 if TYPE_CHECKING:
@@ -59,6 +60,15 @@ def run_chat(options: ChatOptions) -> None:
             fallback=models[0] if models else None,
         )
         models.append(model)
+    if options.output_file is not None:
+        flags = ("config", "tokenizer_path", "prompt_file")
+        check_outputs(
+            [replies_output("--output_file", options.output_file, overwrite=options.overwrite)],
+            [
+                *(("--checkpoint or --compare", model.weights) for model in models),
+                *((f"--{flag}", getattr(options, flag)) for flag in flags),
+            ],
+        )
     template = not options.no_chat_template
     conversations = [
         Conversation(model.tokenizer, system_prompt=options.system_prompt, chat_template=template)

@@ -25,9 +25,9 @@ from mindrlhf.checkpoint.sources import CastSource, RenamedSource, WeightSource,
 from mindrlhf.checkpoint.weight_files import (
     HF_SAFETENSORS,
     INDEX_SUFFIX,
-    check_output_directory,
-    check_output_file,
+    has_hf_weights,
     open_weights,
+    weights_output,
     write_weights,
 )
 from mindrlhf.configs.load import load_run_config
@@ -37,6 +37,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.outputs import Output, check_outputs, directory_of
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -90,13 +91,12 @@ def hf_to_mindspore(
 
     Raises:
         CheckpointError: weights that are missing, extra or misshapen, all of them; values that do not fit
-            ``dtype``; an output that exists.
+            ``dtype``.
+        MindRLHFError: the output exists, or would take the place of the input.
     """
-    check_output_file(output_file, overwrite=overwrite)
+    check_outputs([weights_output("output", output_file, overwrite=overwrite)], [("input", input_dir)])
     if not input_dir.is_dir():
         raise CheckpointError(f"{input_dir} is not a directory: expected a Hugging Face model directory")
-    if is_weights_name(output_file.name) and output_file.parent.resolve() == input_dir.resolve():
-        raise CheckpointError(f"{output_file} would take the place of the input's weights: write elsewhere")
     model = model_config_from_hf(read_hf_config(input_dir), str(input_dir / CONFIG_NAME))
     full, _ = open_full(input_dir, model)
     with CastSource(full, dtype) as source:
@@ -127,7 +127,7 @@ def mindspore_to_hf(
         overwrite: whether a previous export may be replaced.
 
     Raises:
-        CheckpointError: as :func:`hf_to_mindspore`; no config.
+        CheckpointError, MindRLHFError: as :func:`hf_to_mindspore`; no config.
     """
     if tokenizer_dir is None and config is not None:
         tokenizer_dir = config if config.is_dir() else None
@@ -161,14 +161,14 @@ def export_hf(
     hf_config: Path | None = None,
     mesh: Mesh | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    overwrite: bool = True,
+    overwrite: bool = False,
     leave_out: Collection[str] = (),
 ) -> ConversionReport:
     """Writes MindSpore weights as a directory that transformers loads.
 
     Args:
         weights_path: a full file with canonical names, or rank directories split over ``mesh``.
-        output_dir: appears when complete; a previous export there is replaced.
+        output_dir: appears when complete.
         model: sizes of the model.
         dtype: type of all weights ("fp32", "fp16", "bf16" or the long names); ``None`` keeps each as it is.
         tokenizer_dir: where tokenizer files and ``generation_config.json`` are copied from.
@@ -180,13 +180,15 @@ def export_hf(
         leave_out: canonical names that are not exported, such as a policy's value head.
 
     Raises:
-        CheckpointError: weights that do not fit ``model``, or an output that holds other files.
+        CheckpointError: weights that do not fit ``model``.
+        MindRLHFError: the output exists, or would take the place of an input.
     """
     weights_path, output_dir = Path(weights_path), Path(output_dir)
     wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    check_hf_output(output_dir, overwrite=overwrite)
-    if output_dir.resolve() in weights_path.resolve().parents:
-        raise CheckpointError(f"{output_dir} holds the input {weights_path}: write elsewhere")
+    check_outputs(
+        [hf_output("output", output_dir, overwrite=overwrite)],
+        [("input", weights_path), ("config", hf_config), ("tokenizer", tokenizer_dir)],
+    )
     _check_tokenizer_dir(tokenizer_dir)
     base = _base_config(model, hf_config, tokenizer_dir)
     generation = _generation_config(model, base, hf_config, tokenizer_dir)
@@ -315,19 +317,14 @@ def plan_shards(source: WeightSource, max_shard_bytes: int) -> dict[str, list[st
     return {f"model-{i:05d}-of-{count:05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def check_hf_output(output_dir: Path, *, overwrite: bool) -> None:
-    """Raises :class:`CheckpointError` when ``output_dir`` holds anything that must not be replaced."""
-    check_output_directory(output_dir, _is_ours, overwrite=overwrite)
-
-
-def is_weights_name(name: str) -> bool:
-    """Whether ``name`` is one that weights, or their index, have in a Hugging Face directory."""
-    return _SHARD_NAME.fullmatch(name) is not None
+def hf_output(flag: str, path: Path, *, overwrite: bool = False) -> Output:
+    """A Hugging Face directory, for :func:`mindrlhf.utils.outputs.check_outputs`."""
+    return Output(flag, path, directory_of("a Hugging Face model", _is_ours, has_hf_weights), overwrite)
 
 
 def _is_ours(entry: Path) -> bool:
     known = entry.name in (CONFIG_NAME, _GENERATION_NAME, *TOKENIZER_FILES)
-    return entry.is_file() and (known or is_weights_name(entry.name))
+    return entry.is_file() and (known or _SHARD_NAME.fullmatch(entry.name) is not None)
 
 
 def write_hf_directory(
@@ -342,7 +339,7 @@ def write_hf_directory(
     """Writes a whole Hugging Face directory, which appears when it is complete.
 
     Args:
-        output_dir: must have passed :func:`check_hf_output`.
+        output_dir: must have passed :func:`mindrlhf.utils.outputs.check_outputs`.
         source: tensors under Hugging Face's names.
         config: content of ``config.json``.
         max_shard_bytes: larger models are written as several files with an index.

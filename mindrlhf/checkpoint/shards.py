@@ -30,7 +30,7 @@ from mindrlhf.checkpoint.weight_checks import (
 )
 from mindrlhf.checkpoint.weight_files import (
     CKPT,
-    check_output_directory,
+    MINDSPORE_SUFFIXES,
     only_weights_file,
     open_weights,
     write_weights,
@@ -39,6 +39,7 @@ from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
+from mindrlhf.utils.outputs import Output, check_outputs, directory_of
 
 FILE_PREFIX = "checkpoint_"
 RESHARD_REMEDY = "check the YAML, or change the layout with scripts/transform_checkpoint.py"
@@ -288,9 +289,9 @@ def split_to_ranks(
         the files, in rank order.
 
     Raises:
-        CheckpointError: the output exists or cannot be written.
+        MindRLHFError: the output exists or cannot be written.
     """
-    check_output_directory(output_dir, _is_rank_directory, overwrite=overwrite)
+    check_outputs([ranks_output("output", output_dir, overwrite=overwrite)], [])
     mesh = next(iter(layouts.values())).mesh
     names = [rank_file_name(rank, prefix, suffix) for rank in range(mesh.size)]
     try:
@@ -310,5 +311,11 @@ def split_to_ranks(
     return [output_dir / name for name in names]
 
 
+def ranks_output(flag: str, path: Path, *, overwrite: bool = False) -> Output:
+    """A directory of rank directories, for :func:`mindrlhf.utils.outputs.check_outputs`."""
+    return Output(flag, path, directory_of("a directory of ranks", _is_rank_directory), overwrite)
+
+
 def _is_rank_directory(entry: Path) -> bool:
-    return entry.is_dir() and _RANK_DIRECTORY.fullmatch(entry.name) is not None
+    is_rank = entry.is_dir() and _RANK_DIRECTORY.fullmatch(entry.name) is not None
+    return is_rank and all(file.suffix in MINDSPORE_SUFFIXES for file in entry.iterdir())

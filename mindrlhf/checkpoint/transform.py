@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindrlhf.checkpoint.hf_config import check_same_model
-from mindrlhf.checkpoint.shards import open_full, rank_directories, split_to_ranks
-from mindrlhf.checkpoint.weight_files import CKPT, check_output_file, write_weights
+from mindrlhf.checkpoint.shards import open_full, rank_directories, ranks_output, split_to_ranks
+from mindrlhf.checkpoint.weight_files import CKPT, weights_output, write_weights
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig, RunConfig
 from mindrlhf.parallel.layout import mesh_of
 from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.outputs import check_outputs
 
 
 def transform_checkpoint(
@@ -36,8 +37,8 @@ def transform_checkpoint(
         the files written.
 
     Raises:
-        CheckpointError: no YAML at all, YAMLs of different models, weights that do not fit, or an output
-            that exists.
+        CheckpointError: no YAML at all, YAMLs of different models, or weights that do not fit.
+        MindRLHFError: the output exists, or would take the place of an input.
         ConfigError: a YAML has faults.
     """
     source_run = None if input_config is None else load_run_config(input_config)
@@ -47,10 +48,11 @@ def transform_checkpoint(
         raise CheckpointError(
             f"{input_path} holds no rank_0, rank_1, ...: a full input needs no --input_config"
         )
-    if output_path.resolve() == input_path.resolve():
-        raise CheckpointError(f"{output_path} is the input: write elsewhere")
-    if target_run is None:
-        check_output_file(output_path, overwrite=overwrite)
+    output = weights_output if target_run is None else ranks_output
+    check_outputs(
+        [output("--output", output_path, overwrite=overwrite)],
+        [("--input", input_path), ("--input_config", input_config), ("--output_config", output_config)],
+    )
     source, layouts = open_full(input_path, model, None if source_run is None else mesh_of(source_run))
     with source:
         if target_run is None:

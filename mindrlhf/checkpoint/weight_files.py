@@ -28,7 +28,8 @@ from mindrlhf.configs.faults import shown
 from mindrlhf.models.families import Family, family_of_names
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.utils.errors import CheckpointError, bullet_list
-from mindrlhf.utils.files import atomic_file, probe_directory
+from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.outputs import Output, file_of
 from mindrlhf.utils.progress import ProgressBar
 
 CKPT, SAFETENSORS = ".ckpt", ".safetensors"
@@ -225,49 +226,25 @@ def _tracked(chunks: Iterable[bytes], description: str, nbytes: int) -> Iterator
             bar.update(written // 10**6 - bar.done)
 
 
-def check_suffix(path: Path) -> None:
+def check_suffix(path: Path, flag: str = "") -> None:
     """Raises :class:`CheckpointError` unless ``path`` is named like a MindSpore weights file."""
     if path.suffix not in MINDSPORE_SUFFIXES:
-        raise CheckpointError(f"{path}: the output must end with {' or '.join(MINDSPORE_SUFFIXES)}")
+        raise CheckpointError(f"{flag}{path}: the output must end with {' or '.join(MINDSPORE_SUFFIXES)}")
 
 
-def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Raises :class:`CheckpointError` when ``path`` cannot or must not be written."""
-    check_suffix(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory, the output must be a file: choose another name")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists: choose another name or give --overwrite")
-    _check_place(path)
+def weights_output(flag: str, path: Path, *, overwrite: bool = False) -> Output:
+    """A MindSpore weights file, for :func:`mindrlhf.utils.outputs.check_outputs`.
 
-
-def check_output_directory(path: Path, is_ours: Callable[[Path], bool], *, overwrite: bool) -> None:
-    """Raises :class:`CheckpointError` when directory ``path`` cannot or must not be replaced.
-
-    Args:
-        path: the output directory.
-        is_ours: whether an entry is one that a previous output would have; anything else would be
-            lost with the directory, so it must be moved away first.
-        overwrite: whether a previous output may be replaced.
+    Raises:
+        CheckpointError: it is named otherwise.
     """
-    _check_place(path)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file, the output must be a directory: choose another name")
-    entries = sorted(path.iterdir())
-    if entries and not overwrite:
-        raise CheckpointError(f"{path} exists and is not empty: choose another name or give --overwrite")
-    foreign = [entry.name for entry in entries if not is_ours(entry)]
-    if foreign:
-        raise CheckpointError(
-            f"{path} also holds {', '.join(foreign)}, which overwriting would delete: move it"
-        )
+    check_suffix(path, f"{flag} ")
+    return Output(flag, path, file_of("a weights file", _is_weights_file), overwrite)
 
 
-def _check_place(path: Path) -> None:
-    """Checks before any work that ``path`` can be created."""
+def _is_weights_file(path: Path) -> bool:
     try:
-        probe_directory(path.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; write elsewhere") from error
+        with _open_file(path) as source:
+            return bool(source.tensors)
+    except CheckpointError:
+        return False

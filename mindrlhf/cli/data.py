@@ -42,11 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --eval_output_path: fraction of the different prompts, chosen by a hash of their text",
     )
     add = parser.add_argument_group("tokenizer").add_argument
-    add("--vocab_path", help="vocab.json of the tokenizer")
-    add("--merges_file_path", help="merges.txt of the tokenizer")
-    add("--tokenizer_path", help="instead of the two: tokenizer directory, .model, or .tiktoken ranks file")
+    add("--vocab_path", type=Path, help="vocab.json of the tokenizer")
+    add("--merges_file_path", type=Path, help="merges.txt of the tokenizer")
+    add(
+        "--tokenizer_path",
+        type=Path,
+        help="instead of the two: tokenizer directory, .model, or .tiktoken ranks file",
+    )
     add(
         "--tokenizer_config",
+        type=Path,
         help="tokenizer_config.json with the added tokens (default: the Qwen2 instruct ones)",
     )
     _add_row_flags(parser)
@@ -123,14 +128,12 @@ def report(options: PreprocessOptions, summary: PreprocessSummary) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, preprocess, report."""
     arguments = vars(build_parser().parse_args(argv))
-    tokenizer = load_tokenizer(
-        arguments.pop("tokenizer_path"),
-        vocab_path=arguments.pop("vocab_path"),
-        merges_path=arguments.pop("merges_file_path"),
-        config_path=arguments.pop("tokenizer_config"),
-    )
+    flags = ("tokenizer_path", "vocab_path", "merges_file_path", "tokenizer_config")
+    path, vocab, merges, config = files = [arguments.pop(flag) for flag in flags]
+    tokenizer = load_tokenizer(path, vocab_path=vocab, merges_path=merges, config_path=config)
     options = PreprocessOptions(**arguments)
-    report(options, preprocess(tokenizer, options))
+    inputs = [(f"--{flag}", file) for flag, file in zip(flags, files, strict=True)]
+    report(options, preprocess(tokenizer, options, inputs))
     return 0
 
 

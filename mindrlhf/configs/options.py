@@ -89,6 +89,9 @@ class RunOptions:
         False,
         "True: resume from the newest whole checkpoint of --save_ckpt_dir, or start a new run without one",
     )
+    overwrite: bool = _files(
+        False, "True: replace other outputs than --save_ckpt_dir that exist and are of the same kind"
+    )
     trackers: tuple[str, ...] = _run(
         DEFAULT_TRACKERS,
         "where metrics go besides metrics.jsonl, comma-separated: tensorboard (in tensorboard/ of the "
@@ -113,11 +116,6 @@ class RunOptions:
         "0: never",
         metavar="SECONDS",
     )
-
-    @property
-    def resumes(self) -> bool:
-        """Whether the run may find results of its own."""
-        return self.resume_training or self.resume_from is not None
 
     def continues_in(self, directory: Path) -> bool:
         """Whether the results in ``directory`` are those that the run continues."""
@@ -282,6 +280,7 @@ class ChatOptions:
     output_file: Path | None = _chat_prompts(
         None, "jsonl with prompt, response, tokens, stopped (default: the screen)"
     )
+    overwrite: bool = _chat_prompts(False, "replace an --output_file that exists")
     batch_size: Count = _chat_prompts(8, "prompts per batch")
     skip_bad_lines: bool = _chat_prompts(False, "skip bad lines of the file instead of stopping")
     max_tokens: Count = _chat_sampling(256, "maximum tokens of a reply")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mindrlhf.utils.errors import DataError
-from mindrlhf.utils.files import parents_of, probe_directory
+from mindrlhf.utils.files import parents_of, remove, swap_in
+from mindrlhf.utils.outputs import Output, check_outputs, file_of
 
 Batch = Mapping[str, np.ndarray]
 
 COLUMN_TYPES = ("int32", "int64", "float32", "float64")
+
+_DATA_START, _INDEX_START = b'{"header_size":', b"SQLite format 3\0"
 
 
 @dataclass(frozen=True)
@@ -44,30 +49,38 @@ def index_path(path: str | Path) -> Path:
     return path.with_name(path.name + ".db")
 
 
-def check_output(path: str | Path, *, overwrite: bool) -> None:
-    """Refuses an output path before any work is spent on it.
+def step_path(path: Path, unit: str, step: str) -> Path:
+    """The file beside ``path`` for a step, which goes into its name; or the pattern for several steps."""
+    return path.with_name(f"{path.stem}_{unit}_{step}{path.suffix or '.mindrecord'}")
+
+
+def record_outputs(flag: str, path: str | Path, *, overwrite: bool = False) -> list[Output]:
+    """A MindRecord file and its index, for :func:`mindrlhf.utils.outputs.check_outputs`.
 
     Raises:
-        DataError: the file or its index exists and ``overwrite`` is off; the path is a directory; or
-            MindRecord does not take the name.
+        DataError: MindRecord does not take the name.
     """
     path = Path(path)
     forbidden = sorted(set(path.name) & set("\\/:*?\"<>|`&';"))
     if forbidden or path.name != path.name.strip(" "):
         raise DataError(
-            f"{path}: MindRecord does not take a file name with {' '.join(forbidden) or 'outer blanks'}"
+            f"{flag} {path}: MindRecord does not take a file name with "
+            f"{' '.join(forbidden) or 'outer blanks'}; give another path"
         )
-    for file in (path, index_path(path)):
-        if file.is_dir():
-            raise DataError(f"{file}: is a directory; give a file name")
-        if file.exists() and not overwrite:
-            raise DataError(f"{file}: exists already; give another output path, or --overwrite")
-    try:
-        probe_directory(path.absolute().parent)
-    except OSError as error:
+    if path.is_symlink():
         raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); give another path"
-        ) from error
+            f"{flag} {path}: is a symbolic link, but the index of a MindRecord file must be beside it; give "
+            f"{os.path.realpath(path)}"
+        )
+    return [
+        Output(flag, path, file_of("a MindRecord file", partial(_has, _DATA_START, 8)), overwrite),
+        Output(flag, index_path(path), file_of("its index", partial(_has, _INDEX_START, 0)), overwrite),
+    ]
+
+
+def _has(start: bytes, offset: int, path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(offset + len(start))[offset:] == start
 
 
 def write_mindrecord(
@@ -75,8 +88,7 @@ def write_mindrecord(
 ) -> int:
     """Writes a MindRecord file (and its index ``<path>.db``) from a stream of batches.
 
-    The pair is written in a temporary directory beside ``path`` and moved there when it is whole; on any
-    failure, one inside ``batches`` included, nothing is left behind and an older file stays as it was.
+    On any failure, one inside ``batches`` included, nothing is left behind and an older file stays as it was.
     Batches of a hundred rows or more are written fastest.
 
     Args:
@@ -89,32 +101,63 @@ def write_mindrecord(
         The number of rows written.
 
     Raises:
-        DataError: the output exists, cannot be written, or there is no row to write.
+        MindRLHFError: the output exists or cannot be written.
+        DataError: there is no row to write.
         ValueError: a batch does not fit the schema.
     """
-    path = Path(path).absolute()
-    check_output(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    check_outputs(record_outputs("output", path, overwrite=overwrite), [])
+    with atomic_records([Path(path)]) as [temporary]:
+        return write_rows(temporary, schema, batches)
+
+
+@contextmanager
+def atomic_records(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yields temporary paths of MindRecord files that become ``paths`` together when the block succeeds.
+
+    After an exception nothing is left behind, and older files are as they were.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    moves: list[tuple[Path, Path, Path]] = []
     try:
-        with parents_of(path):
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
+        with ExitStack() as stack:
+            for path in map(Path.absolute, paths):
+                stack.enter_context(parents_of(path))
                 # The index holds the file's own name, so the temporary one differs in its directory.
-                rows = _write(temporary / path.name, schema, batches)
-                if rows == 0:
-                    raise DataError(f"{path}: no row to write")
-                _move_pair(temporary / path.name, path)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                directory = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+                stack.callback(shutil.rmtree, directory, ignore_errors=True)
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                temporary = directory / path.name
+                old = path.with_name(f".{path.name}.old-{os.getpid()}")
+                moves += [
+                    (temporary, path, old),
+                    (index_path(temporary), index_path(path), index_path(old)),
+                ]
+            yield [temporary for temporary, _, _ in moves[::2]]
+            umask = os.umask(0)
+            os.umask(umask)
+            for temporary, _, _ in moves:
+                temporary.chmod(0o666 & ~umask)  # MindSpore makes them readable by the owner alone
+            swap_in(*moves)
+            for _, _, old in moves:
+                remove(old)
     except OSError as error:
+        named = ", ".join(map(str, paths))
         raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); free space, or give another path"
+            f"{named}: cannot be written ({error.strerror or error}); free space, or give another path"
         ) from error
-    return rows
 
 
-def _write(path: Path, schema: Mapping[str, Column], batches: Iterable[Batch]) -> int:
+def write_rows(path: Path, schema: Mapping[str, Column], batches: Iterable[Batch]) -> int:
+    """Writes a MindRecord file to a path of :func:`atomic_records`; returns the number of rows.
+
+    Raises:
+        DataError: there is no row to write.
+        OSError: the file cannot be written.
+        ValueError: a batch does not fit the schema.
+    """
     # Here, not at the top: it costs two seconds, which a mistyped flag should not.
     from mindspore.mindrecord import FileWriter
 
@@ -132,8 +175,9 @@ def _write(path: Path, schema: Mapping[str, Column], batches: Iterable[Batch]) -
         except RuntimeError as error:
             raise OSError(f"MindRecord: {_first_line(error)}") from error
         rows += size
-    if rows:
-        writer.commit()
+    if rows == 0:
+        raise DataError(f"{path.name}: no row to write")
+    writer.commit()
     return rows
 
 
@@ -149,18 +193,6 @@ def _check_batch(batch: Batch, schema: Mapping[str, Column]) -> int:
                 f"column {name}: {array.dtype} {array.shape}, expected {column.dtype} {(size, column.length)}"
             )
     return size
-
-
-def _move_pair(source: Path, path: Path) -> None:
-    """Moves file and index; an index is never beside another file than its own."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in (source, index_path(source)):
-        # MindSpore makes them readable by the owner alone.
-        file.chmod(0o666 & ~umask)
-    index_path(path).unlink(missing_ok=True)
-    source.replace(path)
-    index_path(source).replace(index_path(path))
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,10 +22,11 @@ from mindrlhf.data.columns import (
     prompt_schema,
 )
 from mindrlhf.data.jsonl import CValuesReader, Sample, count_lines
-from mindrlhf.data.mindrecord import Batch, check_output, index_path, write_mindrecord
+from mindrlhf.data.mindrecord import Batch, atomic_records, record_outputs, write_rows
 from mindrlhf.data.prompt_format import EncodedSample, PromptFormat
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.outputs import check_outputs
 from mindrlhf.utils.progress import ProgressBar
 
 Overlong = Literal["drop", "truncate"]
@@ -248,16 +249,20 @@ class PreprocessSummary:
         return rows / max(self.seconds, 1e-9)
 
 
-def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSummary:
+def preprocess(
+    tokenizer: Tokenizer, options: PreprocessOptions, inputs: Iterable[tuple[str, Path | None]] = ()
+) -> PreprocessSummary:
     """Reads, encodes and writes batch by batch; memory does not grow with the file.
 
     Args:
         tokenizer: see :func:`mindrlhf.data.tokenizer_loading.load_tokenizer`.
         options: see :class:`PreprocessOptions`.
+        inputs: further files that must stay as they are, those of the tokenizer above all, with their flags.
 
     Raises:
-        DataError: a bad line (unless skipped), lengths without room, a chat template that cannot be used, an
-            existing output, or nothing left to write. No output file is left then.
+        DataError: a bad line (unless skipped), lengths without room, a chat template that cannot be used,
+            or nothing left to write. No output file is left then, and older ones are as they were.
+        MindRLHFError: an output exists, or would take the place of an input.
     """
     if options.batch < 1:
         raise DataError(f"batch is {options.batch}; it must be at least 1")
@@ -278,7 +283,7 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
         )
         for _ in _outputs(options)
     ]
-    _check_outputs(options)
+    _check_outputs(options, inputs)
     reader = CValuesReader(
         options.file_path,
         prompt_only=options.prompt_only,
@@ -289,23 +294,18 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
     # The two seconds of importing MindSpore are not part of the speed.
     importlib.import_module("mindspore.mindrecord")
     started = time.perf_counter()
-    written: list[Path] = []
-    try:
-        with ProgressBar("tokenising", lines * len(builders)) as bar:
-            for (path, held_out), builder in zip(_outputs(options), builders, strict=True):
-                samples = _samples(reader, held_out, options.eval_fraction)
-                write_mindrecord(
-                    path,
-                    prompt_schema(options.max_prompt_length, options.seq_length, pairs=options.pairs),
-                    _batches(prompt_format, reader, samples, builder, options.batch, bar),
-                    overwrite=options.overwrite,
-                )
-                written.append(path)
-    except BaseException:
-        for path in written:
-            index_path(path).unlink()
-            path.unlink()
-        raise
+    outputs = _outputs(options)
+    with (
+        ProgressBar("tokenising", lines * len(builders)) as bar,
+        atomic_records([path for _, path, _ in outputs]) as temporaries,
+    ):
+        for path, (_, _, held_out), builder in zip(temporaries, outputs, builders, strict=True):
+            samples = _samples(reader, held_out, options.eval_fraction)
+            write_rows(
+                path,
+                prompt_schema(options.max_prompt_length, options.seq_length, pairs=options.pairs),
+                _batches(prompt_format, reader, samples, builder, options.batch, bar),
+            )
     return PreprocessSummary(
         builders[-1].counts,
         reader.bad_lines,
@@ -315,24 +315,28 @@ def preprocess(tokenizer: Tokenizer, options: PreprocessOptions) -> PreprocessSu
     )
 
 
-def _outputs(options: PreprocessOptions) -> list[tuple[Path, bool | None]]:
-    """Files to write; each with whether it takes the held-out prompts, the others, or (``None``) all.
+def _outputs(options: PreprocessOptions) -> list[tuple[str, Path, bool | None]]:
+    """Flags and files; each with whether it takes the held-out prompts, the others, or (``None``) all.
 
     Each is a separate pass over the jsonl, so that memory does not grow with what is held out.
     """
+    flag, path = "--output_path", options.output_path
     if options.eval_output_path is None:
-        return [(options.output_path, None)]
-    return [(options.eval_output_path, True), (options.output_path, False)]
+        return [(flag, path, None)]
+    return [("--eval_output_path", options.eval_output_path, True), (flag, path, False)]
 
 
-def _check_outputs(options: PreprocessOptions) -> None:
-    paths = [path for path, _ in _outputs(options)]
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise DataError(f"{options.output_path}: is the output and the held-out output; give two names")
+def _check_outputs(options: PreprocessOptions, inputs: Iterable[tuple[str, Path | None]]) -> None:
     if not 0 < options.eval_fraction < 1:
         raise DataError(f"eval_fraction is {options.eval_fraction}; it must be above 0 and below 1")
-    for path in paths:
-        check_output(path, overwrite=options.overwrite)
+    check_outputs(
+        [
+            output
+            for flag, path, _ in _outputs(options)
+            for output in record_outputs(flag, path, overwrite=options.overwrite)
+        ],
+        [("--file_path", options.file_path), *inputs],
+    )
 
 
 def _samples(reader: CValuesReader, held_out: bool | None, fraction: float) -> Iterator[Sample]:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mindrlhf.report.page import render
-from mindrlhf.report.run_data import ReportError, read_runs
+from mindrlhf.report.page import is_report, render
+from mindrlhf.report.run_data import FILES, ReportError, read_runs
 from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.outputs import Output, check_outputs, file_of
 
 DEFAULT_NAME = "report.html"
 
@@ -40,25 +41,31 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--output",
         type=Path,
-        help=f"the page; default: {DEFAULT_NAME} in RUN_DIR, or in the current directory for several runs",
+        help=f"the page; default: {DEFAULT_NAME} in RUN_DIR, or in the current directory for several runs, "
+        "in place of an earlier report",
     )
+    files.add_argument("--overwrite", action="store_true", help="replace a report at --output")
     return parser
 
 
-def write_report(directories: Sequence[Path], output: Path | None = None) -> Path:
+def write_report(directories: Sequence[Path], output: Path | None = None, *, overwrite: bool = False) -> Path:
     """Writes the page about runs and returns its path.
 
     Args:
         directories: one ``--save_ckpt_dir`` or several.
-        output: the page; by default ``report.html`` in the directory of the only run, or in the current one.
+        output: the page; by default ``report.html`` in the directory of the only run, or in the current one,
+            in place of an earlier report.
+        overwrite: whether a report at ``output`` may be replaced.
 
     Raises:
-        ReportError: a run cannot be read, or the page cannot be written.
+        MindRLHFError: a run cannot be read; the page cannot be written, or would replace something else.
     """
-    runs = read_runs(directories)
     path = output or (directories[0] / DEFAULT_NAME if len(directories) == 1 else Path(DEFAULT_NAME))
-    if path.is_dir():
-        raise ReportError(f"--output {path} is a directory; give the name of a file in it")
+    check_outputs(
+        [Output("--output", path, file_of("a report", is_report), overwrite or output is None)],
+        [("RUN_DIR", directory / name) for directory in directories for name in FILES],
+    )
+    runs = read_runs(directories)
     page = render(runs)
     try:
         with atomic_file(path) as temporary:
@@ -72,7 +79,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses, writes, says where."""
     arguments = build_parser().parse_args(argv)
-    path = write_report(arguments.runs, arguments.output)
+    path = write_report(arguments.runs, arguments.output, overwrite=arguments.overwrite)
     logger.info("report: %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 

@@ -25,6 +25,10 @@ EVAL_SAMPLE_BYTES = 3_000_000
 EXTREME_SAMPLES = 50
 """Samples with the highest and with the lowest scores that are always kept."""
 
+GENERATOR = "MindRLHF report"
+"""What a page says it was made by, in its head."""
+
+_HEAD_BYTES = 1000
 _MAX_SETTING = 300
 # HTML forbids control characters except for tab and line end.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -66,6 +70,12 @@ class OverviewRow(NamedTuple):
     best: list[bool]
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is such a page."""
+    with path.open("rb") as file:
+        return f'content="{GENERATOR}"'.encode() in file.read(_HEAD_BYTES)
+
+
 def render(runs: Sequence[Run]) -> str:
     """The page about one run, or about several side by side; runs are of one kind."""
     from jinja2 import Environment, FileSystemLoader
@@ -91,6 +101,7 @@ def render(runs: Sequence[Run]) -> str:
     groups = make_figures(runs, findings)
     plotly, script = get_plotlyjs(), (ASSETS / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.j2").render(
+        generator=GENERATOR,
         runs=runs,
         kind=TITLES[runs[0].kind],
         unit=runs[0].unit,

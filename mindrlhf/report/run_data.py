@@ -25,6 +25,8 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 EVAL_SAMPLES_FILE = "eval_samples.jsonl"
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
+FILES = (METRICS_FILE, SAMPLES_FILE, EVALUATIONS_FILE, EVAL_SAMPLES_FILE, CONFIG_FILE)
+"""What is read from the directory of a run; the state is read from its newest checkpoint."""
 
 PPO, SFT, REWARD = "ppo", "sft", "reward"
 TITLES = {PPO: "PPO", SFT: "SFT", REWARD: "Reward model"}

@@ -311,7 +311,7 @@ class TrainingCheckpoints:
         for directory in sorted({path.parent for path in temporary.rglob("*")}):
             sync_to_disk(directory)
         replaced = final.with_name(f".{final.name}.old")
-        swap_in(temporary, final, replaced)
+        swap_in((temporary, final, replaced))
         discard(replaced)
         for number in checkpoint_numbers(self.directory, self.unit)[self.keep :] if self.keep else []:
             discard(self._directory(number))

@@ -39,6 +39,7 @@ def export_policy(
             model,
             mesh=mesh,
             tokenizer_dir=tokenizer if tokenizer and tokenizer.is_dir() else None,
+            overwrite=True,  # as was checked when the run began
             # The value head of a shared critic is not part of the language model.
             leave_out=SCORE_HEAD,
         )

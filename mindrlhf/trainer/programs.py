@@ -6,11 +6,18 @@ Everything here is light, so that a fault of the configuration is reported befor
 from __future__ import annotations
 
 import os
+import re
+from glob import escape
 from pathlib import Path
+from typing import Any
 
+from mindrlhf.checkpoint.conversion import hf_output
+from mindrlhf.checkpoint.weight_files import weights_output
+from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.load import load_ppo_job, load_stage
-from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions, StageOptions
+from mindrlhf.configs.options import PPOOptions, RewardOptions, RunOptions, SFTOptions, StageOptions
 from mindrlhf.configs.schema import StagePlan
+from mindrlhf.data.mindrecord import index_path, record_outputs, step_path
 from mindrlhf.models.families import check_families
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.strategy import write_strategies
@@ -19,9 +26,13 @@ from mindrlhf.runtime.signals import ignore_signals
 from mindrlhf.trainer.trackers.table import check_trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.outputs import Output, check_outputs
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
 
 logger = get_logger(__name__)
+
+_RESULTS = re.compile(r"\w*(iteration|step)_\d+|final|tensorboard|wandb|swanlog|\w+\.(jsonl|json|png|md)")
+"""What a run writes in ``--save_ckpt_dir``."""
 
 
 def save_strategies(options: PPOOptions, directory: Path) -> list[Path]:
@@ -33,6 +44,7 @@ def save_strategies(options: PPOOptions, directory: Path) -> list[Path]:
     under_msrun = env_world_size() > 1
     world_size = env_world_size() if under_msrun else options.world_size
     job = load_ppo_job(options, world_size)
+    check_outputs([Output("output", directory, names=re.compile(r"\w+_strategy"))], _paths(options).items())
     if is_scheduler():
         return []
     ranks = [env_rank()] if under_msrun else range(world_size or job.infer.parallel.world_size)
@@ -49,7 +61,7 @@ def run_ppo(options: PPOOptions) -> Path:
             model is built.
     """
     data, save = _required(options, "mind_dataset_dir"), _required(options, "save_ckpt_dir")
-    _check_flags(options.resume_from, options.resume_training, options.trackers, unit="iteration")
+    _check_flags(options, save, unit="iteration")
     job = load_ppo_job(options, count_workers(use_parallel=options.use_parallel))
     check_families((job.infer, job.train, job.reward, job.critic))
     if _served_as_scheduler():
@@ -108,33 +120,63 @@ def _served_as_scheduler() -> bool:
 
 def _stage_plan(options: StageOptions) -> StagePlan | None:
     """The checked plan of a stage; ``None`` in msrun's scheduler, when the workers have ended."""
-    _check_flags(options.resume_from, options.resume_training, options.trackers, unit="step")
+    _check_flags(options, options.save_ckpt_dir, unit="step")
     plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
     check_families([plan.config])
     return None if _served_as_scheduler() else plan
 
 
-def _check_flags(
-    resume_from: Path | None, resume_training: bool, trackers: tuple[str, ...], *, unit: str
-) -> None:
-    """Refuses trackers that are not installed, and two places to resume from.
+def _check_flags(options: RunOptions, save: Path, *, unit: str) -> None:
+    """Refuses trackers that are not installed, two places to resume from, and outputs that would destroy.
 
     Raises:
         MindRLHFError: names the flags and the remedy.
     """
-    check_trackers(trackers)
-    if resume_from is None:
-        return
-    if resume_training:
+    check_trackers(options.trackers)
+    resume_from = options.resume_from
+    if resume_from is not None and options.resume_training:
         raise MindRLHFError(
             "--resume_training True takes the newest whole checkpoint of --save_ckpt_dir, --resume_from "
             f"takes {resume_from}: give one of the two"
         )
-    if not resume_from.is_dir():
+    if resume_from is not None and not resume_from.is_dir():
         raise MindRLHFError(
             f"--resume_from {resume_from}: there is no such directory; name an existing {unit}_NNNNNN "
             "directory"
         )
+    _check_outputs(options, save, unit)
+
+
+def _check_outputs(options: RunOptions, save: Path, unit: str) -> None:
+    """Holds all that a run writes against all that it reads.
+
+    A run that is continued may replace what it wrote before.
+    """
+    continues = options.continues_in(save)
+    overwrite = options.overwrite or (continues and any(save.glob(f"{unit}_*")))
+    paths = _paths(options)
+    outputs = [Output("--save_ckpt_dir", save, names=_RESULTS)]
+    for flag, make in (("--export_hf_dir", hf_output), ("--save_full_ckpt", weights_output)):
+        if path := paths.pop(flag, None):
+            outputs.append(make(flag, path, overwrite=overwrite))
+    if path := paths.pop("--save_data_file", None):
+        found = path.parent.glob(step_path(Path(escape(path.name)), unit, "*").name)
+        for file in sorted({step_path(path, unit, f"{1:06d}"), *found}):
+            outputs += record_outputs("--save_data_file", file, overwrite=overwrite)
+    if continues:
+        paths.pop("--resume_from", None)
+    indices = [(flag, index_path(path)) for flag, path in paths.items() if flag.endswith("_dataset_dir")]
+    check_outputs(outputs, [*paths.items(), *indices])
+
+
+def _paths(options: RunOptions) -> dict[str, Path]:
+    """The paths among the options by their flags, except for ``--save_ckpt_dir``."""
+    declaration: Any = type(options)
+    return {
+        key.flag or f"--{name}": path
+        for name, key in keys_of(declaration).items()
+        if isinstance(path := getattr(options, name), Path) and name != "save_ckpt_dir"
+    }
 
 
 def _required(options: PPOOptions, flag: str) -> Path:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.data.mindrecord import Column as RecordColumn
-from mindrlhf.data.mindrecord import write_mindrecord
+from mindrlhf.data.mindrecord import step_path, write_mindrecord
 from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
@@ -284,8 +284,8 @@ def write_experience(path: Path, unit: str, step: int, columns: Mapping[str, np.
         columns: name -> (B, n) of the global batch.
     """
     schema = {name: RecordColumn(str(array.dtype), array.shape[1]) for name, array in columns.items()}
-    file = path.with_name(f"{path.stem}_{unit}_{step:06d}{path.suffix or '.mindrecord'}")
-    write_mindrecord(file, schema, [dict(columns)], overwrite=True)
+    file = step_path(path, unit, f"{step:06d}")
+    write_mindrecord(file, schema, [dict(columns)], overwrite=True)  # as was checked when the run began
     return file
 
 

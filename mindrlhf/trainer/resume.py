@@ -40,7 +40,7 @@ _LAYOUT = re.compile(r"[\w.]+\.parallel\.\w+")
 # Paths may change, and flags that enter the plan of a stage are reported with the plan.
 _UNIMPORTANT = re.compile(
     r"([\w.]+\.)?(path|ignored.*)"
-    r"|options\.(\w+_(path|dir|checkpoint|ckpt)|resume_\w+|trackers|watchdog_timeout|use_parallel|device_target"
+    r"|options\.(\w+_(path|dir|checkpoint|ckpt)|resume_\w+|overwrite|trackers|watchdog_timeout|use_parallel|device_target"
     r"|cpu_matmul_dtype|epochs|batch_size|micro_batch_size|learning_rate)"
 )
 

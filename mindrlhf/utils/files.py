@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mindrlhf.utils.errors import CheckpointError
-
 
 def _temporary(path: Path, label: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{label}-{os.getpid()}")
@@ -48,21 +46,6 @@ def probe_directory(directory: Path) -> None:
             probe.unlink()
 
 
-def check_experience_place(path: Path | None) -> None:
-    """Refuses a ``--save_data_file`` whose directory cannot be made or written; leaves nothing behind.
-
-    Raises:
-        CheckpointError: names the path.
-    """
-    try:
-        if path is not None:
-            probe_directory(path.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"--save_data_file {path}: cannot be written ({error.strerror}); give another path"
-        ) from error
-
-
 @contextmanager
 def parents_of(path: Path) -> Iterator[None]:
     """Makes the directories above ``path``; when the block fails, those that it made are removed if empty."""
@@ -93,12 +76,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that becomes ``path`` when the block succeeds.
 
     A missing parent directory is made. After an exception nothing is left behind, and an older ``path`` is
-    as it was.
+    as it was. A symbolic link stays one, to the new file.
 
     Raises:
         FileNotFoundError: the block ended without writing the temporary file.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     with parents_of(path):
         remove(temporary)
@@ -117,9 +100,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory that becomes ``path`` when the block succeeds.
 
     An existing ``path`` is replaced once the new one is complete. After an exception nothing is left behind,
-    and the older directory is as it was.
+    and the older directory is as it was. A symbolic link stays one, to the new directory.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary, old = _temporary(path), _temporary(path, "old")
     with parents_of(path):
         remove(temporary)
@@ -129,26 +112,35 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             for entry in [*temporary.rglob("*"), temporary]:
                 if not entry.is_symlink():
                     sync_to_disk(entry)
-            swap_in(temporary, path, old)
+            swap_in((temporary, path, old))
         except BaseException:
             remove(temporary)
             raise
     remove(old)
 
 
-def swap_in(new: Path, path: Path, old: Path) -> None:
-    """Moves ``new`` to ``path``, and what was there, if anything, to ``old``.
+def swap_in(*moves: tuple[Path, Path, Path]) -> None:
+    """For each ``(new, path, old)``, moves ``new`` to ``path``, and what was there, if anything, to ``old``.
 
-    A directory cannot be renamed over a non-empty one. A link is moved, never what it names. After a failure
-    all is as before.
+    All that is there moves first, so that old and new files are never side by side. A directory cannot be
+    renamed over a non-empty one. A link is moved, never what it names. After a failure all is as before.
     """
-    remove(old)
-    if os.path.lexists(path):
-        path.replace(old)
+    for _, _, old in moves:
+        remove(old)
+    there = [move for move in moves if os.path.lexists(move[1])]
     try:
-        new.replace(path)
+        for _, path, old in there:
+            path.replace(old)
+        for new, path, _ in moves:
+            new.replace(path)
     except BaseException:
-        if os.path.lexists(old):
-            old.replace(path)
+        for move in moves:
+            new, path, old = move
+            is_away = os.path.lexists(old)
+            if os.path.lexists(path) and (is_away or move not in there):
+                path.replace(new)
+            if is_away:
+                old.replace(path)
         raise
-    sync_to_disk(path.parent)
+    for directory in {path.parent for _, path, _ in moves}:
+        sync_to_disk(directory)

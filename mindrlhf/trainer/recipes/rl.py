@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.data.prompts import PromptBatch, PromptStream, prompts_digest
@@ -51,7 +50,6 @@ from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_to
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.errors import MindRLHFError, RewardError
-from mindrlhf.utils.files import check_experience_place
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import plain
 
@@ -395,9 +393,6 @@ def _prepare(
     tokenizer = _tokenizer(options, job)
     check_one_tokenizer({flag: getattr(options, flag) for flag in _WITH_TOKENIZER})
     reward_function = _reward_function(options)
-    if options.export_hf_dir is not None:
-        check_hf_output(options.export_hf_dir, overwrite=True)
-    check_experience_place(options.save_data_file)
     if job.ppo.eval_interval and options.eval_dataset_dir is None:
         logger.warning("eval_interval is %d, but there is no --eval_dataset_dir", job.ppo.eval_interval)
     if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:

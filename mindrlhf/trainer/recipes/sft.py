@@ -9,7 +9,6 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
-from mindrlhf.checkpoint.conversion import check_hf_output
 from mindrlhf.configs.options import SFTOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.networks import PPOModelTrain
@@ -135,8 +134,6 @@ def train_sft(options: SFTOptions, plan: StagePlan) -> Path:
     """
     if options.tokenizer_path is not None:
         load_model_tokenizer(options.tokenizer_path, plan.config)
-    if options.export_hf_dir is not None:
-        check_hf_output(options.export_hf_dir, overwrite=True)
     with observed("SFT", "step", options.watchdog_timeout, options.trackers) as observers:
         run, rows = prepare("sft", options, plan, observers, pairs=False)
         with run.timer.phase("load"):

@@ -12,7 +12,6 @@ import numpy as np
 from mindspore import nn
 
 from mindrlhf.checkpoint.shards import merge_shards, save_shard
-from mindrlhf.checkpoint.weight_files import check_output_file
 from mindrlhf.configs.options import StageOptions
 from mindrlhf.configs.schema import StagePlan
 from mindrlhf.data.sequences import SequenceData
@@ -302,14 +301,14 @@ def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) ->
     save_shard(temporary, exchange.runtime.rank, dict(model.shards()))
     exchange.barrier()
     if exchange.runtime.is_main:
-        swap_in(temporary, directory, replaced)
+        swap_in((temporary, directory, replaced))
         discard(replaced)
     exchange.barrier()
     return directory
 
 
 def check_paths(options: StageOptions) -> None:
-    """Refuses weights that do not exist, and outputs that an earlier run has used.
+    """Refuses weights that do not exist, and results of an earlier run.
 
     Raises:
         MindRLHFError: names the flag and the path.
@@ -318,7 +317,7 @@ def check_paths(options: StageOptions) -> None:
         raise MindRLHFError(
             f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name existing weights"
         )
-    save, resumes = options.save_ckpt_dir, options.resumes
+    save = options.save_ckpt_dir
     if not options.continues_in(save):
         check_fresh(save, "step", FINAL)
     if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
@@ -326,10 +325,3 @@ def check_paths(options: StageOptions) -> None:
             f"--save_ckpt_dir {save} holds the weights of a run that has finished ({FINAL}) and no "
             "checkpoint to resume from: there is nothing left to do; to train again, give another directory"
         )
-    full = options.save_full_ckpt
-    if full is not None:
-        if full.suffix not in (".ckpt", ".safetensors"):
-            raise MindRLHFError(f"--save_full_ckpt {full}: name a .ckpt or .safetensors file")
-        if full.exists() and not resumes:
-            raise MindRLHFError(f"--save_full_ckpt {full} exists: give another name")
-        check_output_file(full, overwrite=resumes)

@@ -12,7 +12,7 @@ from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore
 from mindrlhf.checkpoint.element_types import parse_dtype
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
 from mindrlhf.checkpoint.weight_files import open_weights
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 
 STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -213,7 +213,7 @@ def test_the_config_beside_the_tokenizer_is_used_only_if_it_is_the_models(tmp_pa
     for model, kept in ((same, True), (other, False)):
         path = tmp_path / "hf" / "config.json"
         path.write_text(json.dumps({**hf.config, "max_window_layers": 21}))
-        export_hf(converted, tmp_path / "back", model, tokenizer_dir=tmp_path / "hf")
+        export_hf(converted, tmp_path / "back", model, tokenizer_dir=tmp_path / "hf", overwrite=True)
         written = json.loads((tmp_path / "back" / "config.json").read_text())
         assert ("max_window_layers" in written) is kept
         assert written["rope_theta"] == model.theta
@@ -239,12 +239,12 @@ def test_a_tokenizer_directory_without_tokenizer(tmp_path, converted):
 
 
 def test_outputs_are_replaced_only_when_told(tmp_path, converted, hf):
-    with pytest.raises(CheckpointError, match=r"m\.ckpt exists: .*--overwrite"):
+    with pytest.raises(MindRLHFError, match=r"m\.ckpt: exists; .*--overwrite"):
         hf_to_mindspore(tmp_path / "hf", converted)
     hf.make(tmp_path / "other", seed=1)
     hf_to_mindspore(tmp_path / "other", converted, overwrite=True)
     mindspore_to_hf(converted, tmp_path / "back", config=tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=r"back exists and is not empty: .*--overwrite"):
+    with pytest.raises(MindRLHFError, match=r"back: exists; .*--overwrite"):
         mindspore_to_hf(converted, tmp_path / "back", config=tmp_path / "hf")
     mindspore_to_hf(
         converted, tmp_path / "back", config=tmp_path / "hf", overwrite=True, max_shard_bytes=4000
@@ -258,20 +258,30 @@ def test_outputs_are_replaced_only_when_told(tmp_path, converted, hf):
 
 def test_the_input_is_never_replaced(tmp_path, converted, hf):
     inside = tmp_path / "hf" / "model.safetensors"
-    with pytest.raises(CheckpointError, match="take the place of the input"):
+    with pytest.raises(MindRLHFError, match=r"output .*model\.safetensors: is input .*model\.safetensors"):
         hf_to_mindspore(tmp_path / "hf", inside, overwrite=True)
+    with pytest.raises(MindRLHFError, match=r"output .*new\.ckpt: lies in input .*hf;"):
+        hf_to_mindspore(tmp_path / "hf", inside.with_name("new.ckpt"))
     (tmp_path / "dir").mkdir()
     file = converted.rename(tmp_path / "dir" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds the input"):
+    with pytest.raises(MindRLHFError, match=r"dir: holds input .*model\.safetensors"):
         mindspore_to_hf(file, tmp_path / "dir", config=tmp_path / "hf", overwrite=True)
 
 
 def test_inputs_and_outputs_of_the_wrong_kind(tmp_path, converted, hf):
     (tmp_path / "d.ckpt").mkdir()
-    with pytest.raises(CheckpointError, match="is a directory, the output must be a file"):
+    with pytest.raises(MindRLHFError, match="is a directory, not a weights file"):
         hf_to_mindspore(tmp_path / "hf", tmp_path / "d.ckpt")
-    with pytest.raises(CheckpointError, match="is a file, the output must be a directory"):
-        mindspore_to_hf(converted, converted, config=tmp_path / "hf")
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(MindRLHFError, match="is a file, not a Hugging Face model"):
+        mindspore_to_hf(converted, file, config=tmp_path / "hf")
+    with pytest.raises(MindRLHFError, match="is not a weights file"):
+        hf_to_mindspore(tmp_path / "hf", file.rename(tmp_path / "file.ckpt"), overwrite=True)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").touch()
+    with pytest.raises(MindRLHFError, match="is not a Hugging Face model"):
+        mindspore_to_hf(converted, tmp_path / "tokenizer", config=tmp_path / "hf", overwrite=True)
 
 
 @pytest.mark.parametrize(

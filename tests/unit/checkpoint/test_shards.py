@@ -27,7 +27,7 @@ from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 
 # Sizes that four ranks can split.
 SIZES = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -264,7 +264,7 @@ def test_splitting_over_foreign_files_is_refused(tmp_path, full, model):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.txt").write_text("x")
     source, layouts = open_full(tmp_path / "full.ckpt", model)
-    with source, pytest.raises(CheckpointError, match=r"also holds log\.txt"):
+    with source, pytest.raises(MindRLHFError, match=r"also holds log\.txt"):
         split_to_ranks(source, layouts, tmp_path / "out", overwrite=True)
 
 

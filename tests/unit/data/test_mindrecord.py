@@ -14,14 +14,13 @@ import pytest
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import (
     Column,
-    check_output,
     index_path,
     read_columns,
     read_rows,
     read_schema,
     write_mindrecord,
 )
-from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.errors import DataError, MindRLHFError
 
 SCHEMA = {"tokens": Column("int32", 5), "scores": Column("float32", 3), "last": Column("float32", 1)}
 
@@ -96,23 +95,28 @@ def interrupted() -> Iterator[dict[str, np.ndarray]]:
 def test_existing_output(tmp_path: Path) -> None:
     path = tmp_path / "a.mindrecord"
     write_mindrecord(path, SCHEMA, batches(2))
-    with pytest.raises(DataError, match=r"a\.mindrecord: exists already.*--overwrite"):
+    with pytest.raises(MindRLHFError, match=r"a\.mindrecord: exists.*--overwrite"):
         write_mindrecord(path, SCHEMA, batches(3))
     assert read_schema(path)[1] == 2
     write_mindrecord(path, SCHEMA, batches(3), overwrite=True)
     assert read_schema(path)[1] == 3
     path.unlink()
-    with pytest.raises(DataError, match=r"a\.mindrecord\.db: exists already"):
-        check_output(path, overwrite=False)
+    with pytest.raises(MindRLHFError, match=r"a\.mindrecord\.db: exists"):
+        write_mindrecord(path, SCHEMA, batches(3))
+    path.write_text("mine")
+    with pytest.raises(MindRLHFError, match=r"a\.mindrecord: is not a MindRecord file"):
+        write_mindrecord(path, SCHEMA, batches(3), overwrite=True)
+    link = tmp_path / "link.mindrecord"
+    link.symlink_to(path)
+    with pytest.raises(DataError, match=r"is a symbolic link, .*; give .*/a\.mindrecord"):
+        write_mindrecord(link, SCHEMA, batches(3), overwrite=True)
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["a:b", "a&b", "a;b", "a ", "a?b"])
 def test_names_mindrecord_does_not_take(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="does not take a file name"):
-        check_output(tmp_path / name, overwrite=False)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="is a directory"):
-        check_output(tmp_path / "folder", overwrite=True)
+        write_mindrecord(tmp_path / name, SCHEMA, batches(3))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from mindrlhf.data.preprocess import (
 from mindrlhf.data.prompt_format import EncodedSample
 from mindrlhf.data.prompts import PromptStream
 from mindrlhf.data.tokenizer import Tokenizer
-from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.errors import DataError, MindRLHFError
 
 COLUMNS = (PROMPT_IDS, PRETRAIN_IDS, LOSS_MASK)
 Around = tuple[tuple[int, ...], tuple[int, ...]]
@@ -409,11 +409,36 @@ def test_a_split_that_leaves_no_training_data_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
-def test_an_existing_held_out_file_stays(
-    demo_tokenizer: Tokenizer, tmp_path: Path, write_prompts: Callable[..., Path]
+def test_two_outputs_are_replaced_together_or_not_at_all(
+    demo_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "eval.mindrecord").write_text("old")
-    with pytest.raises(DataError, match="--overwrite"):
-        split(demo_tokenizer, tmp_path, ["a", "b", "c"])
-    assert (tmp_path / "eval.mindrecord").read_text() == "old"
-    assert not (tmp_path / "train.mindrecord").exists()
+    outputs = [tmp_path / f"{part}.mindrecord{end}" for part in ("eval", "train") for end in ("", ".db")]
+    others = [f"name {number}" for number in range(60)]
+    split(demo_tokenizer, tmp_path, [f"say {number}" for number in range(60)])
+    before = [path.read_bytes() for path in outputs]
+    with pytest.raises(MindRLHFError, match=r"eval\.mindrecord: exists; .*--overwrite"):
+        split(demo_tokenizer, tmp_path, others)
+    with pytest.raises(DataError, match="all prompts are held out"):  # the second pass finds none
+        split(demo_tokenizer, tmp_path, others, overwrite=True, eval_fraction=1 - 1e-9)
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if target == outputs[3] and ".tmp-" in str(self):  # the last of all
+            raise OSError("disk full")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(DataError, match="disk full"):
+            split(demo_tokenizer, tmp_path, others, overwrite=True)
+    assert [path.read_bytes() for path in outputs] == before
+    assert sorted(tmp_path.iterdir()) == sorted([*outputs, tmp_path / "data.jsonl"])
+    split(demo_tokenizer, tmp_path, others, overwrite=True)
+    assert all(path.read_bytes() != old for path, old in zip(outputs, before, strict=True))
+
+
+def test_outputs_are_no_inputs(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, flag in (("data.jsonl", "--file_path"), ("train.mindrecord.db", "--output_path")):
+        with pytest.raises(MindRLHFError, match=rf"--eval_output_path .*: is {flag} "):
+            split(demo_tokenizer, tmp_path, ["a"], eval_output_path=tmp_path / "x" / ".." / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]

@@ -31,7 +31,8 @@ from mindrlhf.report.page import (
     sections_of,
     summarize,
 )
-from mindrlhf.report.run_data import ReportError, Series, read_runs
+from mindrlhf.report.run_data import Series, read_runs
+from mindrlhf.utils.errors import MindRLHFError
 from tests.unit.report.conftest import (
     CONFIG,
     plain_line,
@@ -256,11 +257,27 @@ def test_where_the_page_goes(make_run: MakeRun, tmp_path: Path, monkeypatch: pyt
     assert write_report([first, second]) == Path("report.html")
     assert (tmp_path / "report.html").is_file()
     assert write_report([first], tmp_path / "new" / "x.html").is_file()
-    with pytest.raises(ReportError, match="is a directory"):
-        write_report([first], tmp_path)
+    with pytest.raises(MindRLHFError, match="is a directory"):
+        write_report([first], tmp_path / "new")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ReportError, match="cannot be written"):
+    with pytest.raises(MindRLHFError, match="cannot be written"):
         write_report([first], tmp_path / "file" / "x.html")
+
+
+def test_what_the_page_replaces(make_run: MakeRun, tmp_path: Path) -> None:
+    """An earlier report: at the place of its own always, at --output when told; nothing else."""
+    run = make_run("one")
+    page = write_report([run])
+    assert write_report([run]) == page
+    with pytest.raises(MindRLHFError, match=r"report\.html: exists; .*--overwrite"):
+        write_report([run], page)
+    write_report([run], page, overwrite=True)
+    for file, fault in ((run / "metrics.jsonl", "is RUN_DIR"), (tmp_path / "mine.html", "is not a report")):
+        file.open("a").close()
+        before = file.read_bytes()
+        with pytest.raises(MindRLHFError, match=fault):
+            write_report([run], file, overwrite=True)
+        assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize(("kind", "title", "first"), [

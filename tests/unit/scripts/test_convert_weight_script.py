@@ -19,7 +19,7 @@ from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+from mindrlhf.utils.errors import MindRLHFError
 
 MODEL = ModelConfig(
     vocab_size=16, hidden_size=8, num_layers=1, num_heads=2, n_kv_heads=1, intermediate_size=12
@@ -74,7 +74,7 @@ def test_both_spellings_both_ways(hf_dir, tmp_path, capsys, forward, back):
     main([*words(back), "--dtype", "fp32", "--max_shard_size", "1KB"])
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "back" / "merges.txt").exists()
-    with pytest.raises(CheckpointError, match="--overwrite"):
+    with pytest.raises(MindRLHFError, match="--overwrite"):
         main(words(forward))
     main([*words(forward), "--overwrite"])
 
@@ -115,5 +115,7 @@ def test_as_a_program_it_needs_neither_mindspore_nor_mindformers(script_path, re
     assert runs[0].returncode == 0, runs[0].stderr
     assert "15 tensors" in runs[0].stdout
     assert runs[1].returncode == 2
-    assert runs[1].stderr.strip() == "error: m.ckpt exists: choose another name or give --overwrite"
+    assert runs[1].stderr.strip() == (
+        "error: output m.ckpt: exists; give another path, or --overwrite to replace it"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m.ckpt"]
