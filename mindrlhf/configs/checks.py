@@ -12,15 +12,16 @@ from mindrlhf.configs.faults import Faults
 from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.ppo_file import PPODraft
 from mindrlhf.configs.run_file import RunDraft
-from mindrlhf.configs.schema import UNUSED_WITH, ContextConfig, PPOConfig, RunnerConfig, unfinished_warm_up
+from mindrlhf.configs.schema import (
+    UNUSED_WITH,
+    ContextConfig,
+    ModelConfig,
+    PPOConfig,
+    RunnerConfig,
+    unfinished_warm_up,
+)
 
 MODEL = "model.model_config"
-
-# Sizes and numerics that two models sharing weights must agree on.
-_SAME_WEIGHTS = (
-    "vocab_size", "hidden_size", "num_layers", "num_heads", "n_kv_heads", "intermediate_size", "rms_norm_eps",
-    "theta", "qkv_has_bias", "tie_word_embeddings",
-)  # fmt: skip
 
 
 def check_run(draft: RunDraft, faults: Faults) -> None:
@@ -203,7 +204,7 @@ def _check_models_agree(roles: Mapping[str, RunDraft], faults: Faults) -> None:
         remedy = "all models of a job share one tokenizer"
         if role == "train":
             remedy = "the policies share their weights"
-        for key in _SAME_WEIGHTS if role == "train" else ("vocab_size",):
+        for key in ModelConfig.weights_keys() if role == "train" else ("vocab_size",):
             values = draft.model.get(key), infer.model.get(key)
             if None not in values and values[0] != values[1]:
                 differs(draft, f"{MODEL}.{key}", infer, values, remedy)

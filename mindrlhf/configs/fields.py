@@ -110,6 +110,7 @@ class Key:
         flag: on the command line, when it is not ``--`` and the name.
         parse: argparse type, when the annotation does not say it.
         metavar: argparse's name for the value.
+        of_weights: whether models that share weights must agree on it.
     """
 
     annotation: Any
@@ -121,6 +122,7 @@ class Key:
     flag: str | None = None
     parse: Callable[[str], Any] | None = None
     metavar: str | None = None
+    of_weights: bool = False
 
     @cached_property
     def _adapter(self) -> TypeAdapter[Any]:

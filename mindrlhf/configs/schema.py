@@ -29,9 +29,12 @@ from mindrlhf.configs.fields import (
     Text,
     TokenIds,
     key,
+    keys_of,
 )
 from mindrlhf.utils.errors import ConfigError
 from mindrlhf.utils.sizes import exact_div
+
+_weights_key = partial(key, of_weights=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +48,24 @@ class ModelConfig:
     type: Text = key(
         "LlamaConfig", "MindFormers' configuration class, which names the family of models", required=True
     )
-    vocab_size: Count = key(..., "rows of the embedding, padding rows included")
-    hidden_size: Count = key(..., "features of a token")
-    num_layers: Count = key(..., "decoder layers")
-    num_heads: Count = key(..., "query heads")
-    n_kv_heads: Count = key(..., "key/value heads; null: as many as num_heads", nullable=True)
-    intermediate_size: Count = key(..., "inner features of the feed-forward")
+    vocab_size: Count = _weights_key(..., "rows of the embedding, padding rows included")
+    hidden_size: Count = _weights_key(..., "features of a token")
+    num_layers: Count = _weights_key(..., "decoder layers")
+    num_heads: Count = _weights_key(..., "query heads")
+    n_kv_heads: Count = _weights_key(..., "key/value heads; null: as many as num_heads", nullable=True)
+    intermediate_size: Count = _weights_key(..., "inner features of the feed-forward")
     seq_length: Count = key(
         2048, "maximum positions; at least max_prompt_length + max_response_length", required=True
     )
-    rms_norm_eps: Annotated[Positive, Lt(1)] = key(1e-6, "epsilon of RMSNorm", required=True)
-    theta: Annotated[Positive, Gt(1)] = key(1_000_000.0, "base of the rotary frequencies", required=True)
+    rms_norm_eps: Annotated[Positive, Lt(1)] = _weights_key(1e-6, "epsilon of RMSNorm", required=True)
+    theta: Annotated[Positive, Gt(1)] = _weights_key(
+        1_000_000.0, "base of the rotary frequencies", required=True
+    )
     initializer_range: Positive = key(0.02, "for exported configurations; initialises nothing")
-    qkv_has_bias: Flag = key(True, "whether query, key and value have a bias (Qwen2: True)", required=True)
-    tie_word_embeddings: Flag = key(False, "whether the output head is the embedding")
+    qkv_has_bias: Flag = _weights_key(
+        True, "whether query, key and value have a bias (Qwen2: True)", required=True
+    )
+    tie_word_embeddings: Flag = _weights_key(False, "whether the output head is the embedding")
     use_flash_attention: Flag = key(False, "Ascend's fused attention; off elsewhere, with a log line")
     compute_dtype: DType = key(
         "float32", "type of products and activations; float32 on CPU, with a log line", required=True
@@ -75,6 +82,11 @@ class ModelConfig:
         "for exported configurations, and where reward_model.py's samples end; PPO has stop_token_ids",
         required=True,
     )
+
+    @classmethod
+    def weights_keys(cls) -> list[str]:
+        """Sizes and numerics that models must agree on to share weights."""
+        return [name for name, one in keys_of(cls).items() if one.of_weights]
 
     @property
     def head_dim(self) -> int:

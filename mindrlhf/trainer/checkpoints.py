@@ -45,10 +45,6 @@ FORMAT = 2
 LEFT_PREFIX = "left_"
 """Prefix for checkpoints that are newer than the one a run was resumed from."""
 
-_FIXED_MODEL_KEYS = (
-    "vocab_size", "hidden_size", "num_layers", "num_heads", "n_kv_heads", "intermediate_size", "rms_norm_eps",
-    "theta", "qkv_has_bias", "tie_word_embeddings",
-)  # fmt: skip
 _RANDOM = "random"
 _SIZE_BYTES = 8
 
@@ -319,7 +315,7 @@ class TrainingCheckpoints:
 
 def model_identity(config: RunConfig) -> dict[str, Any]:
     """What of a YAML must not change on resuming: the model, and the meaning of its optimizer's state."""
-    found = {f"model.{key}": getattr(config.model, key) for key in _FIXED_MODEL_KEYS}
+    found = {f"model.{key}": getattr(config.model, key) for key in config.model.weights_keys()}
     return found | {"optimizer.type": config.optimizer.get("type")}
 
 
