@@ -14,8 +14,8 @@ from mindrlhf.configs.ppo_file import PPODraft
 from mindrlhf.configs.run_file import RunDraft
 from mindrlhf.configs.schema import (
     UNUSED_WITH,
+    WEIGHTS_KEYS,
     ContextConfig,
-    ModelConfig,
     PPOConfig,
     RunnerConfig,
     unfinished_warm_up,
@@ -204,7 +204,7 @@ def _check_models_agree(roles: Mapping[str, RunDraft], faults: Faults) -> None:
         remedy = "all models of a job share one tokenizer"
         if role == "train":
             remedy = "the policies share their weights"
-        for key in ModelConfig.weights_keys() if role == "train" else ("vocab_size",):
+        for key in WEIGHTS_KEYS if role == "train" else ("vocab_size",):
             values = draft.model.get(key), infer.model.get(key)
             if None not in values and values[0] != values[1]:
                 differs(draft, f"{MODEL}.{key}", infer, values, remedy)

@@ -83,11 +83,6 @@ class ModelConfig:
         required=True,
     )
 
-    @classmethod
-    def weights_keys(cls) -> list[str]:
-        """Sizes and numerics that models must agree on to share weights."""
-        return [name for name, one in keys_of(cls).items() if one.of_weights]
-
     @property
     def head_dim(self) -> int:
         """Size of one attention head, ``hidden_size / num_heads``."""
@@ -97,6 +92,10 @@ class ModelConfig:
     def queries_per_kv_head(self) -> int:
         """Query heads that share one key/value head, ``num_heads / n_kv_heads``."""
         return exact_div(self.num_heads, self.n_kv_heads, "num_heads by n_kv_heads")
+
+
+WEIGHTS_KEYS = tuple(name for name, one in keys_of(ModelConfig).items() if one.of_weights)
+"""Sizes and numerics that models must agree on to share weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

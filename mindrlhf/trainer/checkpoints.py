@@ -29,7 +29,7 @@ from mindspore.nn import Optimizer
 
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
 from mindrlhf.checkpoint.shards import load_resharded, rank_file_name, save_shard
-from mindrlhf.configs.schema import RunConfig
+from mindrlhf.configs.schema import WEIGHTS_KEYS, RunConfig
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
@@ -315,7 +315,7 @@ class TrainingCheckpoints:
 
 def model_identity(config: RunConfig) -> dict[str, Any]:
     """What of a YAML must not change on resuming: the model, and the meaning of its optimizer's state."""
-    found = {f"model.{key}": getattr(config.model, key) for key in config.model.weights_keys()}
+    found = {f"model.{key}": getattr(config.model, key) for key in WEIGHTS_KEYS}
     return found | {"optimizer.type": config.optimizer.get("type")}
 
 
