@@ -55,9 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     machine.add_argument("--device_target", choices=["CPU", "Ascend", "GPU"], help="override the YAMLs'")
     reward = parser.add_argument_group("reward")
-    reward.add_argument(
-        "--reward_fn", metavar="PACKAGE.MODULE:FUNCTION", help="rewards from a function: no model"
-    )
+    reward.add_argument("--reward_fn", metavar="MODULE:FUNCTION", help="rewards from a function: no model")
     reward.add_argument("--no_reward_model", action="store_true", help="the same without naming it")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")

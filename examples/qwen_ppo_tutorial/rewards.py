@@ -1,8 +1,9 @@
 """Rule-based rewards for ``ppo_one_stage.py --reward_fn rewards:NAME``.
 
-A reward function takes prompts and responses as text, n of each, and returns n finite numbers. This module
-is found without installation because it is beside ``ppo_one_stage.py``; your own may be in the working
-directory or in any installed package.
+A reward function takes prompts and responses as plain text, n of each, and returns n finite numbers; a prompt
+is the user's message without the chat template around it. This module is found without installation because
+it is beside ``ppo_one_stage.py``; your own may be in the working directory, in any installed package, or in a
+file: ``--reward_fn path/to/file.py:NAME``.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class PPOOptions(RunOptions, ExportOptions):
     reward_fn: str | None = _weights(
         None,
         "your own reward for (prompts, responses) texts; added to --load_rm_checkpoint's, or used alone",
-        metavar="PACKAGE.MODULE:FUNCTION",
+        metavar="PACKAGE.MODULE:FUNCTION|FILE.py:FUNCTION",
     )
     mind_dataset_dir: Path | None = _files(None, "MindRecord of prompts from rlhf_data.py")
     eval_dataset_dir: Path | None = _files(
@@ -269,7 +269,7 @@ class ChatOptions:
         None, "text of the system turn (default: the model's own; '' leaves the turn out)"
     )
     no_chat_template: bool = _chat_conversation(
-        False, "take each message as it is, without ChatML around it and without history"
+        False, "take each message as it is, without the chat template around it and without history"
     )
     max_context: Natural = _chat_conversation(
         0, "maximum tokens of prompt and reply together; older turns are forgotten; 0: the model's maximum"

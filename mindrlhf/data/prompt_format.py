@@ -105,6 +105,8 @@ class PromptFormat:
         before, _, after = prompt.partition(_MESSAGE)
         self.example = f"{before}...{after}"
         self.prefix, self.suffix = tokenizer.encode_markup([before, after])
+        self._opening = next((i for i in self.prefix[::-1] if i in tokenizer.special_tokens.values()), None)
+        self._lead = tokenizer.control_tokens.split(before)[-1]
         ending = self._answer(prompt, _MESSAGE, _REPLY).rpartition(_REPLY)[2]
         control = tokenizer.control_tokens.search(ending)
         if control is None:
@@ -116,6 +118,16 @@ class PromptFormat:
         """Ids of a conversation that ends with the user's message, ready for the assistant's reply."""
         turns = [self._message(message["role"], message["content"]) for message in messages]
         return self._tokenizer.encode_markup([self._turns(turns, is_prompt=True)])[0]
+
+    def last_message(self, prompt: Sequence[int]) -> str:
+        """The text of the user's last message in a prompt; of a prompt in another form, the whole text."""
+        if self.suffix and list(prompt[-len(self.suffix) :]) == self.suffix:
+            ids = list(prompt[: -len(self.suffix)])
+            first = len(ids) - ids[::-1].index(self._opening) if self._opening in ids else 0
+            text = self._tokenizer.decode(ids[first:])
+            if text.startswith(self._lead):
+                return text.removeprefix(self._lead)
+        return self._tokenizer.decode(prompt, skip_special=True)
 
     def encode_samples(self, samples: Sequence[Sample]) -> list[EncodedSample]:
         """Ids of every sample, in one call of the tokenizer.

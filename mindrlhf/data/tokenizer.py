@@ -92,7 +92,7 @@ class Tokenizer(ABC):
     def control_tokens(self) -> re.Pattern[str]:
         """Finds the control tokens in a text; of two that begin at one place, the longer."""
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def without_markup(self, text: str) -> str:
         """``text`` for a template, such that :meth:`encode_markup` finds no control token in it."""
@@ -102,15 +102,12 @@ class Tokenizer(ABC):
 
     def encode_markup(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, the control tokens in it included."""
-        parts = [_BYTES.sub(_plain, part) for text in texts for part in self.control_tokens.split(text)]
-        ordinary = iter(self.encode_batch(parts))
-        encoded = []
-        for text in texts:
-            ids = list(next(ordinary))
-            for control in self.control_tokens.findall(text):
-                ids += [self.special_tokens[control], *next(ordinary)]
-            encoded.append(ids)
-        return encoded
+        rows = [self.control_tokens.split(text) for text in texts]
+        ordinary = list(dict.fromkeys(part for row in rows for part in row[::2]))  # templates repeat theirs
+        encoded = self.encode_batch([_BYTES.sub(_plain, part) for part in ordinary])
+        ids = dict(zip(ordinary, encoded, strict=True))
+        ids |= {text: [number] for text, number in self.special_tokens.items()}
+        return [[number for part in row for number in ids[part]] for row in rows]
 
 
 def _plain(found: re.Match[str]) -> str:

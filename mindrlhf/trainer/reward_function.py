@@ -1,42 +1,80 @@
-"""Rewards from the user's own code: ``--reward_fn package.module:function``."""
+"""Rewards from the user's own code: ``--reward_fn package.module:function`` or ``file.py:function``."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import numpy as np
 
+from mindrlhf.data.prompt_format import PromptFormat
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.experience import Rollout
-from mindrlhf.utils.errors import MindRLHFError, RewardError
+from mindrlhf.utils.errors import DataError, MindRLHFError, RewardError
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""Prompts and responses as text, n of each, to n finite numbers."""
+"""Prompts and responses as plain text, n of each, to n finite numbers."""
 
 
 def load_reward_function(name: str) -> RewardFunction:
-    """Imports ``package.module:function``; the working directory counts as a place to import from.
+    """Imports ``package.module:function`` or ``path/to/file.py:function``.
+
+    The working directory counts as a place to import from, and so does the file's.
 
     Raises:
-        MindRLHFError: the name has another form, or the module or function does not exist.
+        MindRLHFError: the name has another form, the module fails, or it has no such function.
     """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise MindRLHFError(f"--reward_fn {name!r}: write it as package.module:function")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    place, _, function_name = name.rpartition(":")
+    if not place or not function_name:
+        raise MindRLHFError(
+            f"--reward_fn {name!r}: write it as package.module:function or path/to/file.py:function"
+        )
+    path = Path(place).absolute()
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise MindRLHFError(f"--reward_fn {name!r}: {path} is no file; give the path of one")
+    directory = str(path.parent if is_file else Path.cwd())
+    if directory not in sys.path:
+        sys.path.append(directory)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise MindRLHFError(f"--reward_fn {name!r}: {error}; the module must be importable here") from error
+        function = getattr(_import_file(path) if is_file else importlib.import_module(place), function_name)
+    except Exception as error:  # the module runs when it is imported
+        raise MindRLHFError(
+            f"--reward_fn {name!r}: {_described(error)}; the module must be importable here"
+        ) from error
     if not callable(function):
         raise MindRLHFError(f"--reward_fn {name!r}: {function_name} is not a function; name a function of it")
     return cast(RewardFunction, function)
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Under a name of its own: "rewards" may be installed, or be imported already.
+    spec = importlib.util.spec_from_file_location(f"reward_fn_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _described(error: Exception) -> str:
+    """The error with the innermost line of the user's own code, or else of a library that it calls."""
+    own = (__file__, importlib.__file__, "<frozen ")
+    places = [
+        f"{frame.filename}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(own)
+    ]
+    library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    shown = [place for place in places if not place.startswith(library)] or places
+    return f"{type(error).__name__}: {error}" + "".join(f" at {place}" for place in shown[-1:])
 
 
 def function_scores(
@@ -45,8 +83,8 @@ def function_scores(
     """Scores (B,) float32 of a rollout, equal on every rank; collective.
 
     The main rank alone calls ``function``, so that ranks cannot diverge when it is not
-    deterministic, and all ranks stop together when it fails. Prompts keep their chat markup; responses are
-    cut after their stop token and are given without control tokens.
+    deterministic, and all ranks stop together when it fails. Of a prompt it gets the plain text of the
+    user's last message; responses are cut after their stop token and are given without control tokens.
 
     Raises:
         RewardError: on every rank, when the function raises or returns anything other than one finite
@@ -63,12 +101,16 @@ def function_scores(
 
 
 def _texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]]:
-    columns = rollout.tokens.shape[1] - rollout.logprobs.shape[1]
+    try:
+        form = PromptFormat(tokenizer)
+    except DataError:  # chats cannot be made with this tokenizer, so the prompts are none
+        form = PromptFormat(tokenizer, chat_template=False)
+    columns = rollout.prompt_columns
     prompts, responses = [], []
-    for row, tokens in enumerate(rollout.tokens):
+    for row, tokens in enumerate(rollout.tokens.tolist()):
         first, last = columns - rollout.prompt_lengths[row], columns + rollout.response_lengths[row]
-        prompts.append(tokenizer.decode(tokens[first:columns].tolist()))
-        responses.append(tokenizer.decode(tokens[columns:last].tolist(), skip_special=True))
+        prompts.append(form.last_message(tokens[first:columns]))
+        responses.append(tokenizer.decode(tokens[columns:last], skip_special=True))
     return prompts, responses
 
 
@@ -76,20 +118,29 @@ def _call(
     function: RewardFunction, prompts: list[str], responses: list[str], sample_ids: np.ndarray
 ) -> tuple[np.ndarray, str]:
     """Scores and an empty string, or zeros and what went wrong."""
-    nothing = np.zeros(len(prompts), np.float32)
+    scores = np.zeros(len(prompts), np.float32)
     try:
-        returned = [float(score) for score in function(prompts, responses)]
+        result = cast("Iterable[object] | None", function(prompts, responses))
+        returned = None if result is None else list(result)
     except Exception as error:
         # Any failure of foreign code must reach all ranks; they would wait for this one in a collective.
-        return nothing, _find_failing_sample(function, prompts, responses, sample_ids, error)
+        return scores, _find_failing_sample(function, prompts, responses, sample_ids, error)
+    remedy = "return a number for every sample, such as 0.0 where none applies"
+    if returned is None:
+        return scores, f"--reward_fn returned None for all samples; {remedy}"
     if len(returned) != len(prompts):
-        return nothing, f"--reward_fn returned {len(returned)} numbers for {len(prompts)} samples"
-    with np.errstate(over="ignore"):  # a number beyond float32 is refused below
-        scores = np.array(returned, np.float32)
-    for score, original, sample_id, response in zip(scores, returned, sample_ids, responses, strict=True):
-        if not np.isfinite(score):
-            fault = f"{original} for sample {sample_id}, response {response!r}: not a finite float32"
-            return nothing, f"--reward_fn returned {fault}"
+        return scores, f"--reward_fn returned {len(returned)} numbers for {len(prompts)} samples"
+    for row, score in enumerate(returned):
+        try:
+            with np.errstate(over="ignore"):  # a number beyond float32 is refused as infinite
+                scores[row] = float(cast(float, score))
+        except (TypeError, ValueError):
+            scores[row] = np.nan
+        if not np.isfinite(scores[row]):
+            return np.zeros_like(scores), (
+                f"--reward_fn returned {score} for sample {sample_ids[row]}, response {responses[row]!r}: "
+                f"not a finite float32; {remedy}"
+            )
     return scores, ""
 
 
@@ -103,8 +154,7 @@ def _find_failing_sample(
     """Finds the sample that makes the function raise by giving it one at a time."""
     for prompt, response, sample_id in zip(prompts, responses, sample_ids, strict=True):
         try:
-            function([prompt], [response])
+            list(function([prompt], [response]))
         except Exception as own:
-            fault = f"{type(own).__name__}: {own}"
-            return f"--reward_fn raised {fault} for sample {sample_id}, response {response!r}"
-    return f"--reward_fn raised {type(error).__name__}: {error} (for the whole batch, for no single sample)"
+            return f"--reward_fn raised {_described(own)} for sample {sample_id}, response {response!r}"
+    return f"--reward_fn raised {_described(error)} (for the whole batch, for no single sample)"
