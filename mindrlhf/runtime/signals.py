@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,11 +38,13 @@ class StopRequest:
     Attributes:
         signal: number of the signal that this worker has received, 0 if none.
         agreed: number of the signal for which all workers stop, 0 if none.
+        on_first: called with the name of the first signal that this worker receives, in another thread.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self.agreed = 0
+        self.on_first: Callable[[str], object] = lambda name: None
 
     def receive(self, number: int) -> None:
         """Notes a signal; a second SIGINT ends the process."""
@@ -56,6 +58,7 @@ class StopRequest:
                 signal.Signals(number).name,
                 "; another one ends it at once" if number == signal.SIGINT else "",
             )
+            self.on_first(signal.Signals(number).name)
         self.signal = max(self.signal, number)  # SIGTERM wins over SIGINT
 
     def is_agreed(self, exchange: HostExchange) -> bool:

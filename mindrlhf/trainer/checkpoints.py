@@ -34,7 +34,7 @@ from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.errors import CheckpointError, bullet_list
-from mindrlhf.utils.files import atomic_file, probe_directory, remove, swap_in, sync_to_disk
+from mindrlhf.utils.files import atomic_file, remove, swap_in, sync_to_disk
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import CONFIG_FILE, plain, provenance, write_provenance
 from mindrlhf.utils.seeds import generator_states, restore_generators
@@ -155,9 +155,6 @@ class TrainingCheckpoints:
 
     Attributes:
         last: the checkpoint that this run has saved or loaded last, ``None`` before.
-
-    Raises:
-        CheckpointError: the directory cannot be written.
     """
 
     def __init__(
@@ -175,13 +172,6 @@ class TrainingCheckpoints:
         self.configuration = configuration
         self.fixed: dict[str, Any] = json.loads(json.dumps(plain(fixed)))
         self.last: Path | None = None
-        try:
-            probe_directory(directory)
-        except OSError as error:
-            raise CheckpointError(
-                f"--save_ckpt_dir {directory}: cannot be written by rank {self.rank} ({error.strerror}); "
-                "give a directory that can"
-            ) from error
 
     def save(self, step: int, trained: Sequence[Trained], stateful: Mapping[str, Stateful]) -> Path:
         """Writes this rank's part and makes the checkpoint appear; collective. Returns its directory.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers.table import make_trackers
 from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.utils.errors import MindRLHFError, RewardError
+from mindrlhf.utils.files import job_lock
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.ranks import env_world_size
 from mindrlhf.utils.seeds import generator_states, restore_generators
@@ -36,11 +37,16 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Observers:
-    """What may stop a job, and what displays its progress."""
+    """What may stop a job, and what displays its progress.
+
+    Attributes:
+        held: contexts that last as long as the job.
+    """
 
     stop: StopRequest
     console: RunState
     trackers: Trackers
+    held: ExitStack = field(default_factory=ExitStack)
 
 
 @contextmanager
@@ -57,26 +63,39 @@ def observed(
     """
     with supervised(watchdog_timeout), stop_on_signals() as stop, open_console(title, unit) as console:
         group = Trackers([console, *make_trackers(trackers)])
-        try:
-            yield Observers(stop, console, group)
-        finally:
-            group.close()
+        with ExitStack() as held:
+            held.callback(group.close)
+            yield Observers(stop, console, group, held)
 
 
-def start_worker(config: RunConfig, scratch: str) -> HostExchange:
-    """Takes the device of a YAML and joins the other workers.
+def start_worker(config: RunConfig, scratch: str, save: Path, observers: Observers) -> HostExchange:
+    """Takes the device of a YAML, joins the other workers, and keeps other jobs out of the results.
 
     Args:
         config: says which device, and what its products need.
         scratch: directory for the files that MindSpore writes of its own accord.
+        save: directory of the results.
+        observers: of the job.
 
     Raises:
-        MindRLHFError: this machine does not have the device, or cannot do what ``--cpu_matmul_dtype`` asks.
+        MindRLHFError: this machine does not have the device, or cannot do what ``--cpu_matmul_dtype`` asks;
+            or the directory is in use or cannot be written.
     """
     check_device(config.context)
     check_matmul_dtype(config.model)
     use_parallel = env_world_size() > 1
-    return HostExchange(start_runtime(config.context, use_parallel=use_parallel, scratch_dir=scratch))
+    runtime = start_runtime(config.context, use_parallel=use_parallel, scratch_dir=scratch)
+    exchange, fault = HostExchange(runtime), None
+    for is_main in (True, False):
+        try:
+            if runtime.is_main == is_main:
+                lock = job_lock(save, joins=not is_main)
+                observers.stop.on_first = observers.held.enter_context(lock)
+        except MindRLHFError as error:
+            fault = error
+        if exchange.every_rank(np.array([fault is not None], np.int32)).any():
+            raise fault or MindRLHFError(f"another rank cannot use --save_ckpt_dir {save}; its log says why")
+    return exchange
 
 
 class Run:

@@ -1,13 +1,23 @@
-"""Files and directories that appear complete or not at all."""
+"""Files and directories that appear complete or not at all, and directories that belong to one job."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+from mindrlhf.utils.logging import get_logger
+
+LOCK_FILE = ".lock"
+"""In a directory of results, see :func:`job_lock`."""
+
+logger = get_logger(__name__)
 
 
 def _temporary(path: Path, label: str = "tmp") -> Path:
@@ -69,6 +79,81 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def job_lock(directory: Path, *, joins: bool = False) -> Iterator[Callable[[str], None]]:
+    """Keeps every other job out of a directory of results while the block runs, and no longer.
+
+    All processes of a job share one flock, which the kernel drops when they end, however they end; Linux
+    carries it to the other hosts of an NFS. Its file names the first process for people. The last process to
+    leave removes the file; one that a killed job leaves is not locked.
+
+    Args:
+        directory: ``--save_ckpt_dir``; made when missing, and removed if the block fails and leaves it empty.
+        joins: False in the first process of a job; True in all others, once the first has the lock.
+
+    Yields:
+        a function that tells other jobs why this one is about to end.
+
+    Raises:
+        MindRLHFError: another job has the directory.
+        CheckpointError: it cannot be written.
+    """
+    path = directory / LOCK_FILE
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+
+    def describe(end: str = "") -> None:
+        with suppress(OSError), path.open("r+", encoding="utf-8") as file:  # the lock holds without it
+            file.write(f"{holder}, which has received {end} and is ending\n" if end else f"{holder}\n")
+            file.truncate()
+
+    with ExitStack() as stack:
+        try:
+            probe_directory(directory)
+            stack.enter_context(parents_of(path))
+            descriptor = _open_locked(path, fcntl.LOCK_SH if joins else fcntl.LOCK_EX)
+        except OSError as error:
+            raise CheckpointError(
+                f"--save_ckpt_dir {directory}: cannot be written ({error.strerror}); give one that can"
+            ) from error
+        try:
+            if not joins:
+                describe()
+                _lock(descriptor, fcntl.LOCK_SH, directory)
+            yield describe
+        finally:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            os.close(descriptor)
+
+
+def _open_locked(path: Path, kind: int) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, kind, path.parent)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the job before has removed it meanwhile
+
+
+def _lock(descriptor: int, kind: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another job"
+        raise MindRLHFError(
+            f"--save_ckpt_dir {directory} is in use by {holder}; wait until that has ended, or give another "
+            "directory"
+        ) from None
+    except OSError as error:  # ENOLCK, ENOSYS: Lustre without -o flock, for example
+        logger.warning("%s cannot be locked (%s): see to it that one job uses it", directory, error.strerror)
 
 
 @contextmanager

@@ -388,8 +388,6 @@ def _prepare(
         reward=options.load_rm_checkpoint,
         critic=options.load_critic_checkpoint,
     ).checked()
-    if not options.continues_in(save):
-        check_fresh(save, "iteration")
     tokenizer = _tokenizer(options, job)
     check_one_tokenizer({flag: getattr(options, flag) for flag in _WITH_TOKENIZER})
     reward_function = _reward_function(options)
@@ -397,7 +395,9 @@ def _prepare(
         logger.warning("eval_interval is %d, but there is no --eval_dataset_dir", job.ppo.eval_interval)
     if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:
         logger.warning("--ptx_dataset_dir is not used: ptx_coef is 0")
-    exchange = start_worker(job.train, scratch)
+    exchange = start_worker(job.train, scratch, save, observers)
+    if not options.continues_in(save):
+        check_fresh(save, "iteration")
     caches = []
     if options.enable_compile_cache:
         graphs = graph_configuration(job)

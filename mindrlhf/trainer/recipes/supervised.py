@@ -79,7 +79,9 @@ def prepare(
     )
     rows = StageRows(data, *data.split(options.eval_fraction, options.max_eval_prompts, options.seed))
     steps = plan.total_steps(len(rows.train))
-    exchange = start_worker(config, scratch)
+    exchange = start_worker(config, scratch, options.save_ckpt_dir, observers)
+    if not options.continues_in(options.save_ckpt_dir):
+        check_fresh(options.save_ckpt_dir, "step", FINAL)
     counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
     checkpoints = TrainingCheckpoints(
         options.save_ckpt_dir,
@@ -318,8 +320,6 @@ def check_paths(options: StageOptions) -> None:
             f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name existing weights"
         )
     save = options.save_ckpt_dir
-    if not options.continues_in(save):
-        check_fresh(save, "step", FINAL)
     if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
         raise MindRLHFError(
             f"--save_ckpt_dir {save} holds the weights of a run that has finished ({FINAL}) and no "

@@ -13,9 +13,11 @@ import pytest
 from mindrlhf.configs.load import load_ppo_job
 from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig
+from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer.programs import run_ppo, save_strategies
 from mindrlhf.trainer.recipes.rl import graph_configuration
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
+from mindrlhf.utils.files import job_lock
 
 
 @pytest.fixture
@@ -82,11 +84,30 @@ def test_signal_handlers_are_as_before_when_a_job_is_refused(configs: Path, tmp_
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of this process, which another test may have chosen."""
+    monkeypatch.setattr("mindrlhf.trainer.run.start_runtime", lambda *given, **options: Runtime(0, 1))
+
+
+@pytest.mark.usefixtures("device")
 def test_a_used_results_directory_is_refused(configs: Path, tmp_path: Path) -> None:
     (tmp_path / "save").mkdir()
     (tmp_path / "save" / "metrics.jsonl").touch()
     with pytest.raises(MindRLHFError, match="holds the results of an earlier run"):
         run_ppo(options(configs, tmp_path))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("role", ["", "MS_SCHED"])
+def test_a_job_in_the_same_directory_is_named(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """In msrun's scheduler, too, before it looks for its port, which the other job may have."""
+    monkeypatch.setenv("MS_ROLE", role)
+    monkeypatch.setattr("mindrlhf.trainer.programs.ignore_signals", lambda: None)
+    with job_lock(tmp_path / "save"), pytest.raises(MindRLHFError, match="save is in use by process"):
+        run_ppo(options(configs, tmp_path, resume_training=True))
 
 
 @pytest.fixture
@@ -197,6 +218,7 @@ def test_only_a_runs_own_checkpoint_continues_its_results(configs: Path, tmp_pat
     assert not options(configs, tmp_path).continues_in(mine)
 
 
+@pytest.mark.usefixtures("device")
 def test_two_runs_are_not_mixed_by_resuming(configs: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "metrics.jsonl").write_text("{}\n")

@@ -21,6 +21,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.recipes.supervised import SupervisedTrainer
 from mindrlhf.trainer.recorder import SKIPPED_FILE
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+from mindrlhf.utils.files import job_lock
 from mindrlhf.utils.seeds import random_stream
 from tests.unit.trainer.stage_runs import (
     PAD,
@@ -213,6 +214,32 @@ def test_another_model_or_stage_is_refused(run: Run, files: Path, checkpoint: Pa
     assert "model.rms_norm_eps: 1e-06 in the checkpoint, 0.0001 now" in str(caught.value)
     with pytest.raises(CheckpointError, match="recipe: sft in the checkpoint, reward now"):
         run("reward", tmp_path / "save", resume_from=checkpoint)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "final"])
+def test_results_of_an_earlier_run_are_left_alone(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(MindRLHFError, match=f"holds the results of an earlier run .{name}"):
+        run("sft", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_directory_in_use_is_refused_before_anything_is_touched(
+    run: Run, tmp_path: Path, resumes: bool
+) -> None:
+    (tmp_path / ".step_000001.tmp").mkdir()  # the living job is writing it
+    with job_lock(tmp_path) as ends:
+        held = sorted(path.name for path in tmp_path.iterdir())
+        for told in ("", ", which has received SIGTERM and is ending"):
+            with pytest.raises(
+                MindRLHFError, match=rf"is in use by process {os.getpid()} on .*:\d\d{told}; wait"
+            ):
+                run("sft", tmp_path, resume_training=resumes)
+            ends("SIGTERM")
+        assert sorted(path.name for path in tmp_path.iterdir()) == held == [".lock", ".step_000001.tmp"]
+    assert run("sft", tmp_path, epochs=1, resume_training=True) == tmp_path / "final"
+    assert not (tmp_path / ".lock").exists()
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mindrlhf.utils.files import atomic_directory, atomic_file, parents_of, probe_directory
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+from mindrlhf.utils.files import atomic_directory, atomic_file, job_lock, parents_of, probe_directory
 
 
 def test_file_appears_only_when_whole(tmp_path: Path) -> None:
@@ -126,3 +132,59 @@ def test_a_probe_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(OSError):  # noqa: PT011  which one depends on the system
             probe_directory(place)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_job_keeps_others_out_until_its_last_process_has_left(tmp_path: Path) -> None:
+    save = tmp_path / "deep" / "save"
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(job_lock(save))
+        second.enter_context(job_lock(save, joins=True))
+        first.close()
+        with (
+            pytest.raises(MindRLHFError, match=r"save is in use by process \d+ on .* since "),
+            job_lock(save),
+        ):
+            pass
+    assert list(save.iterdir()) == []
+    with job_lock(save):
+        pass
+
+
+def test_a_lock_dies_with_its_process_and_leaves_nothing_of_a_job_that_fails(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    held = "with files.job_lock(files.Path(sys.argv[1])): print(flush=True); input()"
+    command = [sys.executable, "-c", f"import sys\nfrom mindrlhf.utils import files\n{held}", save]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"\n"
+    with pytest.raises(MindRLHFError, match=f"in use by process {holder.pid} on"), job_lock(save):
+        pass
+    holder.kill()
+    holder.communicate()
+    assert [path.name for path in save.iterdir()] == [".lock"], "as a killed job leaves it"
+    save.joinpath(".lock").write_text("a longer text than ours, of some job long ago" * 9)
+    with job_lock(save):
+        assert re.fullmatch(r"process \d+ on .*:\d\d\n", (save / ".lock").read_text())
+    assert list(save.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), job_lock(tmp_path / "not" / "there"):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["save"]
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(descriptor: int, kind: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with job_lock(tmp_path):
+        assert f"{tmp_path} cannot be locked (Function not implemented)" in caplog.text
+
+
+def test_a_directory_that_cannot_be_locked_for_writing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CheckpointError, match=r"--save_ckpt_dir .*below: cannot be written \(Not a directory"
+    ):
+        job_lock(tmp_path / "file" / "below").__enter__()
