@@ -25,7 +25,7 @@ from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
 from mindrlhf.runtime.signals import ignore_signals
 from mindrlhf.trainer.trackers.table import check_trackers
 from mindrlhf.utils.errors import MindRLHFError
-from mindrlhf.utils.files import LOCK_FILE, job_lock
+from mindrlhf.utils.files import check_unlocked
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.outputs import Output, check_outputs
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
@@ -65,7 +65,8 @@ def run_ppo(options: PPOOptions) -> Path:
     _check_flags(options, save, unit="iteration")
     job = load_ppo_job(options, count_workers(use_parallel=options.use_parallel))
     check_families((job.infer, job.train, job.reward, job.critic))
-    if _served_as_scheduler(save):
+    check_unlocked(save)
+    if _served_as_scheduler():
         return save
     from mindrlhf.trainer.recipes.rl import train_ppo
 
@@ -106,21 +107,15 @@ def run_reward(options: RewardOptions) -> Path:
     return train_reward(options, plan)
 
 
-def _served_as_scheduler(save: Path) -> bool:
+def _served_as_scheduler() -> bool:
     """In msrun's scheduler, serves the workers until they have ended.
 
     Flags and configuration are checked there first as in a worker, so that it ends with them on a fault.
-
-    Raises:
-        MindRLHFError: another job has the directory of results, perhaps the one before, which is ending.
     """
     os.environ.setdefault("GLOG_v", "3")
     if not is_scheduler():
         return False
     ignore_signals()
-    if (save / LOCK_FILE).exists():  # the workers take it once they have joined
-        with job_lock(save):
-            pass
     serve_as_scheduler()
     return True
 
@@ -130,7 +125,8 @@ def _stage_plan(options: StageOptions) -> StagePlan | None:
     _check_flags(options, options.save_ckpt_dir, unit="step")
     plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
     check_families([plan.config])
-    return None if _served_as_scheduler(options.save_ckpt_dir) else plan
+    check_unlocked(options.save_ckpt_dir)
+    return None if _served_as_scheduler() else plan
 
 
 def _check_flags(options: RunOptions, save: Path, *, unit: str) -> None:

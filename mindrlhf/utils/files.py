@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -16,6 +17,8 @@ from mindrlhf.utils.logging import get_logger
 
 LOCK_FILE = ".lock"
 """In a directory of results, see :func:`job_lock`."""
+
+_LOCK_TRIES, _LOCK_SECONDS = 5, 0.05  # another process may just be asking, see check_unlocked
 
 logger = get_logger(__name__)
 
@@ -129,6 +132,20 @@ def job_lock(directory: Path, *, joins: bool = False) -> Iterator[Callable[[str]
             os.close(descriptor)
 
 
+def check_unlocked(directory: Path) -> None:
+    """Refuses a directory of results that another job has; takes nothing, so every process may ask.
+
+    Raises:
+        MindRLHFError: it is in use, perhaps by the job before, which is ending.
+    """
+    with suppress(OSError):  # no lock, or no right to it: the job finds out when it takes the directory
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR)
+        try:
+            _lock(descriptor, fcntl.LOCK_EX, directory)
+        finally:
+            os.close(descriptor)
+
+
 def _open_locked(path: Path, kind: int) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -145,13 +162,16 @@ def _open_locked(path: Path, kind: int) -> int:
 
 def _lock(descriptor: int, kind: int, directory: Path) -> None:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
+        for _ in range(_LOCK_TRIES):
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                return
+            time.sleep(_LOCK_SECONDS)
         holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another job"
         raise MindRLHFError(
             f"--save_ckpt_dir {directory} is in use by {holder}; wait until that has ended, or give another "
             "directory"
-        ) from None
+        )
     except OSError as error:  # ENOLCK, ENOSYS: Lustre without -o flock, for example
         logger.warning("%s cannot be locked (%s): see to it that one job uses it", directory, error.strerror)
 

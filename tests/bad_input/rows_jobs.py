@@ -7,6 +7,7 @@ import socket
 
 import numpy as np
 
+from mindrlhf.utils.files import job_lock
 from tests.bad_input.harness import LAUNCHER, PPO, VOCAB, Bad, Case
 from tests.bad_input.spoiling import MODEL, REAL, checkpoint, records
 
@@ -36,6 +37,12 @@ def taken_port(case: Case) -> str:
 
 def launch_on_port_in_use(case: Case) -> None:
     case.flags = {"--master_port": taken_port(case), **case.flags}
+
+
+def in_use(case: Case) -> None:
+    lock = job_lock(case / "runs/new")
+    lock.__enter__()
+    case.closing.append(lambda: lock.__exit__(None, None, None))
 
 
 def port_in_use(case: Case) -> None:
@@ -198,6 +205,8 @@ PPO_ROWS = [
         "--save_ckpt_dir /proc/none/x", "cannot be written", "give a directory that can"),
     Bad("results of another run", PPO, lambda c: c.write("runs/new/metrics.jsonl", ""),
         "--save_ckpt_dir runs/new", r"earlier run \(metrics\.jsonl\)", "give another directory"),
+    Bad("results of a job that is running", PPO, in_use,
+        "--save_ckpt_dir runs/new", r"in use by process \d+ on \S+ since", "wait until that has ended", REAL),
     Bad("export into a directory with other files", PPO, lambda c: c.give(export_hf_dir="two_ranks"),
         "--export_hf_dir two_ranks", "also holds rank_0, rank_1", "give another path"),
     Bad("export into the working directory", PPO, lambda c: c.give(export_hf_dir="tokenizer/.."),

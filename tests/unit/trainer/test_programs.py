@@ -105,7 +105,6 @@ def test_a_job_in_the_same_directory_is_named(
 ) -> None:
     """In msrun's scheduler, too, before it looks for its port, which the other job may have."""
     monkeypatch.setenv("MS_ROLE", role)
-    monkeypatch.setattr("mindrlhf.trainer.programs.ignore_signals", lambda: None)
     with job_lock(tmp_path / "save"), pytest.raises(MindRLHFError, match="save is in use by process"):
         run_ppo(options(configs, tmp_path, resume_training=True))
 
