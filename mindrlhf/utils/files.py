@@ -118,7 +118,8 @@ def job_lock(directory: Path, *, joins: bool = False) -> Iterator[Callable[[str]
             descriptor = _open_locked(path, fcntl.LOCK_SH if joins else fcntl.LOCK_EX)
         except OSError as error:
             raise CheckpointError(
-                f"--save_ckpt_dir {directory}: cannot be written ({error.strerror}); give one that can"
+                f"--save_ckpt_dir {directory}: cannot be written ({error.strerror}); "
+                "give a directory that can"
             ) from error
         try:
             if not joins:

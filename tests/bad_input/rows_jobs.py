@@ -206,7 +206,7 @@ PPO_ROWS = [
     Bad("results of another run", PPO, lambda c: c.write("runs/new/metrics.jsonl", ""),
         "--save_ckpt_dir runs/new", r"earlier run \(metrics\.jsonl\)", "give another directory"),
     Bad("results of a job that is running", PPO, in_use,
-        "--save_ckpt_dir runs/new", r"in use by process \d+ on \S+ since", "wait until that has ended", REAL),
+        "--save_ckpt_dir runs/new", r"in use by process \d+ on \S+ since", "wait until that has ended"),
     Bad("export into a directory with other files", PPO, lambda c: c.give(export_hf_dir="two_ranks"),
         "--export_hf_dir two_ranks", "also holds rank_0, rank_1", "give another path"),
     Bad("export into the working directory", PPO, lambda c: c.give(export_hf_dir="tokenizer/.."),
