@@ -35,7 +35,6 @@ models() {
     local name="$1" checkpoint="$2"
     printf '%s\n' \
         --sft_path_infer "$configs/generate_$name.yaml" --sft_path_train "$configs/finetune_$name.yaml" \
-        --reward_path "$configs/generate_$name.yaml" --critic_path "$configs/generate_$name.yaml" \
         --load_sft_checkpoint_infer "$checkpoint" --load_sft_checkpoint_train "$checkpoint"
 }
 
