@@ -1,11 +1,11 @@
 """Rewrites a checkpoint for another layout.
 
     full file -> ranks     transform_checkpoint.py --input FILE --output DIR  --output_config infer.yaml
-    ranks -> full file     transform_checkpoint.py --input DIR  --output FILE --input_config train.yaml
-    ranks -> other ranks   transform_checkpoint.py --input DIR  --output DIR2 --input_config train.yaml \\
-                                                   --output_config infer.yaml
+    ranks -> full file     transform_checkpoint.py --input DIR  --output FILE
+    ranks -> other ranks   transform_checkpoint.py --input DIR  --output DIR2 --output_config infer.yaml
 
-A missing config means one full file (a Hugging Face directory is accepted as input).
+Without --output_config the output is one full file; a Hugging Face directory is a full input. How ranks are
+split is seen in them; ranks without config.json need --input_config for their sizes when it is the only YAML.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("input").add_argument
     add("--input", type=Path, required=True, help="full file or directory of rank_i")
-    add("--input_config", type=Path, help="YAML that split the input")
+    add("--input_config", type=Path, help="YAML of a model that does not say its sizes")
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="full file or directory of rank_i")
     add("--output_config", type=Path, help="YAML to split the output for")

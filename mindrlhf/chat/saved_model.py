@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mindrlhf.checkpoint.element_types import BY_NAME, to_mindspore
-from mindrlhf.checkpoint.hf_config import CONFIG_NAME, model_config_from_hf, read_hf_config
+from mindrlhf.checkpoint.hf_config import (
+    CONFIG_NAME,
+    check_no_adapter,
+    is_reward_model,
+    model_config_from_hf,
+    read_hf_config,
+)
 from mindrlhf.checkpoint.shards import open_full, rank_directories
 from mindrlhf.checkpoint.sources import CastSource, LocalSource
 from mindrlhf.checkpoint.weight_files import has_hf_weights
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig
+from mindrlhf.configs.schema import ContextConfig, ModelConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.models.families import family_of
-from mindrlhf.parallel.layout import Mesh, mesh_of
+from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError, DataError
-from mindrlhf.utils.provenance import CONFIG_FILE
 
-POLICY = "policy"
-"""Directory of the policy's weights in RUN/iteration_NNNNNN."""
+_NO_LANGUAGE_MODEL = "{} holds a reward model or a critic, which cannot generate text; give a policy"
 _TOKENIZER_FILES = ("vocab.json", "tokenizer.json", "*.model", "*.tiktoken")
 
 
@@ -35,13 +37,11 @@ class Sizes:
 
     Attributes:
         model: the sizes.
-        mesh: over which rank directories are split; ``None`` when it is not recorded.
         context: the device.
         where: the file that says so.
     """
 
     model: ModelConfig
-    mesh: Mesh | None
     context: ContextConfig
     where: str
 
@@ -68,15 +68,12 @@ class SavedModel:
         Raises:
             CheckpointError: the weights do not fit the sizes, or are those of a reward model.
         """
-        source, _ = open_full(self.weights, self.sizes.model, self.sizes.mesh)
+        source, _ = open_full(self.weights, self.sizes.model, self.sizes.where)
         with source:
             names = family_of(self.sizes.model).layouts
             wanted = names.parameter_layouts(self.sizes.model, mesh)
             if names.LM_HEAD in wanted and names.LM_HEAD not in source.tensors:
-                raise CheckpointError(
-                    f"{self.weights}: no {names.LM_HEAD}, so this is a reward model or a critic, which "
-                    "cannot generate text; give a policy"
-                )
+                raise CheckpointError(_NO_LANGUAGE_MODEL.format(self.weights))
             local = LocalSource(source, wanted, rank)
             cast = CastSource(local, BY_NAME[self.sizes.model.param_init_type])
             for name in cast.tensors:
@@ -95,8 +92,8 @@ def find_model(
     """Determines what ``path`` holds and reads everything except the weights.
 
     Args:
-        path: a Hugging Face directory, a full file, rank directories, an ``iteration_NNNNNN`` directory of
-            PPO (stands for its ``policy/``), or the directory of a run (its last weights).
+        path: a Hugging Face directory, a full file, rank directories, a checkpoint of PPO
+            (``iteration_NNNNNN``) or SFT (``step_NNNNNN``), or the directory of a run (its last weights).
         config: YAML, ``config.json`` or its directory, for a path that does not include the sizes.
         tokenizer_path: for a path that does not include a tokenizer.
         device_target: replaces that of a YAML; CPU without either.
@@ -115,8 +112,7 @@ def find_model(
         sizes = fallback.sizes
     if sizes is None:
         raise CheckpointError(
-            f"{path} does not say the model's sizes: give --config with the YAML it was made with (for rank "
-            "directories the one whose parallel_config split them), or with a config.json"
+            f"{path} does not say the model's sizes: give --config with a YAML of the model or a config.json"
         )
     tokenizer = _tokenizer(path, weights, tokenizer_path, fallback)
     if tokenizer.size > sizes.model.vocab_size:
@@ -128,52 +124,34 @@ def find_model(
 
 
 def _weights_of(path: Path) -> Path:
-    """The file or directory below ``path`` that holds weights of a language model."""
+    """The file or directory below ``path`` that holds a model's weights."""
     if not path.is_dir() or has_hf_weights(path) or rank_directories(path):
         return path
-    if (path / POLICY).is_dir():
-        return path / POLICY
-    iterations = sorted(found for found in path.glob("iteration_[0-9]*") if (found / POLICY).is_dir())
-    if iterations:
-        return iterations[-1] / POLICY
-    return path / "final" if rank_directories(path / "final") else path
+    # In a checkpoint the first or the second; in the results of a stage before PPO the third.
+    for name in ("policy", "reward", "final"):
+        if rank_directories(path / name):
+            return path / name
+    checkpoints = sorted(found for unit in ("iteration", "step") for found in path.glob(f"{unit}_[0-9]*"))
+    return _weights_of(checkpoints[-1]) if checkpoints else path
 
 
 def _own_sizes(weights: Path, config: Path | None, device_target: str | None) -> Sizes | None:
-    """Sizes from beside the weights, else from ``--config``, else from the record of a PPO checkpoint."""
+    """Sizes from beside the weights, else from ``--config``."""
+    check_no_adapter(weights)
     if (weights / CONFIG_NAME).is_file():
         return _hf_sizes(weights, device_target)
     if config is not None and config.suffix in (".yaml", ".yml"):
         run = load_run_config(config, device_target=device_target)
-        return Sizes(run.model, mesh_of(run), run.context, str(config))
-    if config is not None:
-        return _hf_sizes(config, device_target)
-    if weights.name == POLICY:
-        return _recorded_sizes(weights.parent / CONFIG_FILE, device_target)
-    return None
+        return Sizes(run.model, run.context, str(config))
+    return None if config is None else _hf_sizes(config, device_target)
 
 
 def _hf_sizes(path: Path, device_target: str | None) -> Sizes:
-    model = model_config_from_hf(read_hf_config(path), str(path))
-    return Sizes(model, None, ContextConfig(device_target=device_target or "CPU"), str(path))
-
-
-def _recorded_sizes(record: Path, device_target: str | None) -> Sizes | None:
-    """Sizes and split of the trained policy from the ``config.json`` of a PPO checkpoint."""
-    try:
-        train = json.loads(record.read_text(encoding="utf-8"))["configuration"]["train"]
-        # The matmul type belongs to the training job: this may be another device or processor.
-        model = _dataclass(ModelConfig, train["model"] | {"matmul_dtype": "float32"})
-        parallel = _dataclass(ParallelConfig, train["parallel"])
-        context = ContextConfig(device_target=device_target or train["context"]["device_target"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Sizes(model, Mesh(parallel.data_parallel, parallel.model_parallel), context, str(record))
-
-
-def _dataclass(kind: type[Any], values: dict[str, Any]) -> Any:
-    known = {field.name for field in fields(kind)}
-    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known})
+    config = read_hf_config(path)
+    if is_reward_model(config):
+        raise CheckpointError(_NO_LANGUAGE_MODEL.format(path))
+    model = model_config_from_hf(config, str(path))
+    return Sizes(model, ContextConfig(device_target=device_target or "CPU"), str(path))
 
 
 def _tokenizer(path: Path, weights: Path, given: Path | None, fallback: SavedModel | None) -> Tokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -19,21 +18,21 @@ from mindrlhf.checkpoint.hf_config import (
     model_config_from_hf,
     read_hf_config,
     read_json,
+    write_json,
 )
-from mindrlhf.checkpoint.shards import open_full, rank_directories
-from mindrlhf.checkpoint.sources import CastSource, RenamedSource, WeightSource, select
+from mindrlhf.checkpoint.shards import open_full, open_parts
+from mindrlhf.checkpoint.sources import CastSource, RenamedSource, WeightSource, closed_on_error, select
+from mindrlhf.checkpoint.weight_checks import inferred
 from mindrlhf.checkpoint.weight_files import (
     HF_SAFETENSORS,
     INDEX_SUFFIX,
     has_hf_weights,
-    open_weights,
     weights_output,
     write_weights,
 )
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
-from mindrlhf.models.families import family_of, family_of_names
-from mindrlhf.parallel.layout import Mesh
+from mindrlhf.models.families import family_of
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
 from mindrlhf.utils.logging import get_logger
@@ -97,8 +96,8 @@ def hf_to_mindspore(
     check_outputs([weights_output("output", output_file, overwrite=overwrite)], [("input", input_dir)])
     if not input_dir.is_dir():
         raise CheckpointError(f"{input_dir} is not a directory: expected a Hugging Face model directory")
-    model = model_config_from_hf(read_hf_config(input_dir), str(input_dir / CONFIG_NAME))
-    full, _ = open_full(input_dir, model)
+    where = str(input_dir / CONFIG_NAME)
+    full, _ = open_full(input_dir, model_config_from_hf(read_hf_config(input_dir), where), where)
     with CastSource(full, dtype) as source:
         write_weights(output_file, source, description=f"writing {output_file.name}")
         return _report(source, (output_file,))
@@ -117,10 +116,10 @@ def mindspore_to_hf(
     """Converts MindSpore weights to a directory that transformers loads.
 
     Args:
-        input_path: a file with canonical names, or rank directories together with the YAML that split them.
+        input_path: a file with canonical names, or rank directories.
         output_dir: the directory to make.
         config: a Hugging Face ``config.json`` or the directory with it, or one of our model YAMLs; defaults
-            to the ``config.json`` in ``tokenizer_dir``.
+            to the ``config.json`` in ``input_path`` or else in ``tokenizer_dir``.
         tokenizer_dir: where tokenizer files are copied from; defaults to ``config`` when that is a directory.
         dtype: type of all weights; ``None`` keeps each as it is.
         max_shard_bytes: larger models are written as several files with an index.
@@ -131,21 +130,20 @@ def mindspore_to_hf(
     """
     if tokenizer_dir is None and config is not None:
         tokenizer_dir = config if config.is_dir() else None
-    if config is not None and config.suffix in _YAML_SUFFIXES:
-        run = load_run_config(config)
-        model, mesh = run.model, Mesh(run.parallel.data_parallel, run.parallel.model_parallel)
+    if config is None:
+        config = _config_beside(tokenizer_dir, input_path)
+    is_yaml = config.suffix in _YAML_SUFFIXES
+    if is_yaml:
+        model = load_run_config(config).model
     else:
-        if config is None:
-            config = _config_beside(tokenizer_dir, input_path)
-        model, mesh = model_config_from_hf(read_hf_config(config), str(config)), None
+        model = model_config_from_hf(read_hf_config(config), str(config))
     return export_hf(
         input_path,
         output_dir,
         model,
         dtype=dtype,
-        hf_config=None if mesh else config,
+        hf_config=None if is_yaml else config,
         tokenizer_dir=tokenizer_dir,
-        mesh=mesh,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
@@ -159,7 +157,6 @@ def export_hf(
     dtype: str | DType | None = None,
     tokenizer_dir: Path | None = None,
     hf_config: Path | None = None,
-    mesh: Mesh | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     overwrite: bool = False,
     leave_out: Collection[str] = (),
@@ -167,14 +164,13 @@ def export_hf(
     """Writes MindSpore weights as a directory that transformers loads.
 
     Args:
-        weights_path: a full file with canonical names, or rank directories split over ``mesh``.
+        weights_path: a full file with canonical names, or rank directories.
         output_dir: appears when complete.
         model: sizes of the model.
         dtype: type of all weights ("fp32", "fp16", "bf16" or the long names); ``None`` keeps each as it is.
         tokenizer_dir: where tokenizer files and ``generation_config.json`` are copied from.
         hf_config: base of the written ``config.json``; defaults to the one in ``tokenizer_dir`` if it
             describes the same model, else one is made from ``model``.
-        mesh: the layout of the rank directories.
         max_shard_bytes: larger models are written as several files with an index.
         overwrite: whether a previous export may be replaced.
         leave_out: canonical names that are not exported, such as a policy's value head.
@@ -192,7 +188,7 @@ def export_hf(
     _check_tokenizer_dir(tokenizer_dir)
     base = _base_config(model, hf_config, tokenizer_dir)
     generation = _generation_config(model, base, hf_config, tokenizer_dir)
-    stored, _ = open_full(weights_path, model, mesh)
+    stored, _ = open_full(weights_path, model)
     with stored:
         family = family_of(model)
         hf_names = family.weight_names.canonical_to_hf(model.num_layers)
@@ -248,26 +244,15 @@ def _describes(config: Mapping[str, Any], model: ModelConfig) -> bool:
 
 
 def _config_beside(tokenizer_dir: Path | None, input_path: Path) -> Path:
-    if tokenizer_dir is not None and (tokenizer_dir / CONFIG_NAME).is_file():
-        return tokenizer_dir / CONFIG_NAME
-    if rank_directories(input_path):
-        raise CheckpointError(f"{input_path} holds rank directories: give --config with their YAML")
-    with open_weights(input_path) as source:
+    for place in (input_path, tokenizer_dir):
+        if place is not None and (place / CONFIG_NAME).is_file():
+            return place / CONFIG_NAME
+    parts, mesh = open_parts(input_path)
+    with closed_on_error(parts):
         raise CheckpointError(
-            f"{input_path} does not state the number of attention heads ({_inferred(source)}): "
+            f"{input_path} does not state the number of attention heads ({inferred(parts[0], mesh)}): "
             "give --config with the original config.json (or its directory) or a model YAML"
         )
-
-
-def _inferred(source: WeightSource) -> str:
-    """What can be inferred from the shapes, for the message."""
-    family = family_of_names(source.tensors)
-    known = [f"layers {family.weight_names.count_layers(source.tensors)}"]
-    embedding = source.tensors.get(family.layouts.EMBEDDING)
-    if embedding is not None:
-        vocab, hidden = embedding.shape
-        known += [f"vocabulary {vocab}", f"hidden size {hidden}"]
-    return ", ".join(known)
 
 
 def _check_tokenizer_dir(tokenizer_dir: Path | None) -> None:
@@ -363,10 +348,10 @@ def write_hf_directory(
             if len(shards) > 1:
                 weight_map = {name: file for file, names in shards.items() for name in names}
                 index = {"metadata": {"total_size": source.nbytes}, "weight_map": weight_map}
-                _write_json(temporary / (HF_SAFETENSORS + INDEX_SUFFIX), index)
-            _write_json(temporary / CONFIG_NAME, config)
+                write_json(temporary / (HF_SAFETENSORS + INDEX_SUFFIX), index)
+            write_json(temporary / CONFIG_NAME, config)
             if generation is not None:
-                _write_json(temporary / _GENERATION_NAME, generation)
+                write_json(temporary / _GENERATION_NAME, generation)
             if tokenizer_dir is not None:
                 for file in TOKENIZER_FILES:
                     if (tokenizer_dir / file).is_file():
@@ -376,7 +361,3 @@ def write_hf_directory(
             f"cannot write {output_dir}: {error.strerror or error}; free space, or write elsewhere"
         ) from error
     return tuple(output_dir / file for file in shards)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

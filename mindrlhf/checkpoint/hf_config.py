@@ -104,6 +104,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object as Hugging Face does."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that occurs twice, Python would silently take the second value."""
     found = dict(pairs)
@@ -122,6 +127,12 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     keys = family_of_hf(config.get("model_type"), where).hf_keys
     model: ModelConfig = keys.model_config_from_hf(config, where)
     return model
+
+
+def is_reward_model(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` names the architecture of a reward model or critic."""
+    keys = family_of_hf(config.get("model_type"), CONFIG_NAME).hf_keys
+    return config.get("architectures") == [keys.SEQUENCE_CLASSIFICATION]
 
 
 def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:

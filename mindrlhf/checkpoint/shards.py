@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.checkpoint.element_types import element_type, to_mindspore
+from mindrlhf.checkpoint.hf_config import CONFIG_NAME, check_described, write_json
 from mindrlhf.checkpoint.manifest import Digest
 from mindrlhf.checkpoint.sources import (
     ArraySource,
@@ -24,9 +25,8 @@ from mindrlhf.checkpoint.sources import (
 from mindrlhf.checkpoint.weight_checks import (
     expected_layouts,
     find_faults,
-    full_shapes,
+    inferred,
     local_shapes,
-    raise_faults,
 )
 from mindrlhf.checkpoint.weight_files import (
     CKPT,
@@ -35,14 +35,15 @@ from mindrlhf.checkpoint.weight_files import (
     open_weights,
     write_weights,
 )
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.schema import ModelConfig, RunConfig
+from mindrlhf.models.families import family_of, family_of_names
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import atomic_directory
 from mindrlhf.utils.outputs import Output, check_outputs, directory_of
 
 FILE_PREFIX = "checkpoint_"
-RESHARD_REMEDY = "check the YAML, or change the layout with scripts/transform_checkpoint.py"
 
 _RANK_DIRECTORY = re.compile(r"rank_(\d+)")
 
@@ -59,29 +60,6 @@ def rank_directories(path: Path) -> dict[int, Path]:
 def rank_file_name(rank: int, prefix: str = FILE_PREFIX, suffix: str = CKPT) -> str:
     """Path of the weights of ``rank`` below the directory of all ranks."""
     return f"rank_{rank}/{prefix}{rank}{suffix}"
-
-
-def find_rank_file(path: Path, mesh: Mesh, rank: int) -> Path:
-    """The weights file of ``rank`` among the rank directories in ``path``.
-
-    There may be one directory per rank, or one per model-parallel index, which all replicas then read.
-
-    Raises:
-        CheckpointError: the directories are not those of ``mesh``, or hold no or several files.
-    """
-    directories = rank_directories(path)
-    found = list(directories)
-    if found == list(range(mesh.size)):
-        return only_weights_file(directories[rank])
-    if found == list(range(mesh.mp)):
-        return only_weights_file(directories[mesh.mp_index(rank)])
-    names = ", ".join(f"rank_{number}" for number in found)
-    wanted = f"{mesh.size} directories rank_0 .. rank_{mesh.size - 1}"
-    if mesh.dp > 1:
-        wanted += f" (or {mesh.mp}, one per slice)"
-    raise CheckpointError(
-        f"{path}: layout {mesh} needs {wanted}, found {len(found)}: {names}; {RESHARD_REMEDY}"
-    )
 
 
 def save_shard(
@@ -120,61 +98,28 @@ def load_shard(
     dtype: np.dtype[Any] | None = None,
     new: Collection[str] = (),
     ignore: Collection[str] = (),
+    stored: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """This rank's arrays by canonical name; nothing is loaded that does not fit exactly.
-
-    Args:
-        path: a full ``.ckpt`` or ``.safetensors`` file, a Hugging Face directory (its names are mapped), or
-            a directory with ``rank_0/ rank_1/ ...``, one per rank or one per model-parallel index.
-        layouts: canonical name -> layout of everything the model has.
-        rank: whose part.
-        dtype: what to cast to; ``None`` keeps what is stored. bfloat16 is MindSpore's numpy type.
-        new: names that the file may lack (fresh heads); they are then absent from the result.
-        ignore: names that the file may have and that are not used. A tied model's ``lm_head.weight`` that
-            equals the embedding need not be listed.
-
-    Raises:
-        CheckpointError: everything else that is missing, extra or misshapen, in one error; damaged files;
-            values that do not fit ``dtype``.
-    """
-    path = Path(path)
-    is_split = bool(rank_directories(path))
-    if is_split:
-        source = open_weights(find_rank_file(path, _mesh_of(layouts), rank))
-        shapes, remedy = local_shapes(layouts), RESHARD_REMEDY
-    else:
-        source = open_weights(path)
-        shapes, remedy = full_shapes(layouts), "check the YAML's sizes against the file"
-    with source:
-        raise_faults(source.where, find_faults(source, shapes, new=new, ignore=ignore), remedy)
-        local = select(source, layouts) if is_split else LocalSource(source, layouts, rank)
-        wanted = CastSource(local, None if dtype is None else element_type(dtype))
-        arrays = {name: to_mindspore(wanted.read(name)) for name in wanted.tensors}
-        wanted.check_overflow()
-        return arrays
-
-
-def load_resharded(
-    path: Path, layouts: Mapping[str, Layout], rank: int, stored: Mesh
-) -> dict[str, np.ndarray]:
-    """This rank's arrays from rank directories that were split over another mesh.
 
     Of each tensor only the bytes of this rank's slice are read, from the files that have them.
 
     Args:
-        path: holds ``rank_0/ rank_1/ ...``.
-        layouts: canonical name -> layout of everything the model has, over the current mesh.
+        path: see :func:`open_fitting`.
+        layouts: canonical name -> layout of everything the model has.
         rank: whose part.
-        stored: the mesh of the rank directories.
+        dtype: what to cast to; ``None`` keeps what is stored. bfloat16 is MindSpore's numpy type.
+        new, ignore, stored: see :func:`open_fitting`.
 
     Raises:
-        CheckpointError: ranks are missing, or do not fit the layouts, all faults in one error.
+        CheckpointError: as :func:`open_fitting`; damaged files; values that do not fit ``dtype``.
     """
-    if stored == _mesh_of(layouts):
-        return load_shard(path, layouts, rank)
-    with _open_ranks(path, {name: layout.on(stored) for name, layout in layouts.items()}) as merged:
-        local = LocalSource(merged, layouts, rank)
-        return {name: to_mindspore(local.read(name)) for name in local.tensors}
+    with open_fitting(Path(path), layouts, new=new, ignore=ignore, stored=stored) as source:
+        local = LocalSource(source, layouts, rank)
+        wanted = CastSource(local, None if dtype is None else element_type(dtype))
+        arrays = {name: to_mindspore(wanted.read(name)) for name in wanted.tensors}
+        wanted.check_overflow()
+        return arrays
 
 
 def merge_shards(directory: Path, layouts: Mapping[str, Layout], output_file: Path) -> None:
@@ -182,92 +127,174 @@ def merge_shards(directory: Path, layouts: Mapping[str, Layout], output_file: Pa
 
     Args:
         directory: holds ``rank_0/ rank_1/ ...``.
-        layouts: canonical name -> layout of the ranks.
+        layouts: canonical name -> layout over any ranks.
         output_file: ``.ckpt`` or ``.safetensors``; an older one is replaced.
 
     Raises:
         CheckpointError: ranks are missing, or do not fit ``layouts``, all faults in one error.
     """
-    with _open_ranks(Path(directory), layouts) as merged:
+    with open_fitting(Path(directory), layouts) as merged:
         write_weights(Path(output_file), merged)
 
 
-def open_full(
-    path: Path, model: ModelConfig, mesh: Mesh | None = None
-) -> tuple[WeightSource, dict[str, Layout]]:
-    """Opens a whole model, from one file or from its ranks, checked against its sizes.
+def check_weights(path: Path, config: RunConfig, *, score_head: bool) -> None:
+    """Refuses weights from which a model cannot be filled; reads names and shapes only.
 
     Args:
-        path: whatever :func:`open_weights` takes, or a directory with ``rank_i`` directories.
-        model: sizes.
-        mesh: the layout of the rank directories.
-
-    Returns:
-        a source with exactly the model's canonical tensors, in model order, and their layouts over ``mesh``.
+        path: see :func:`open_fitting`.
+        config: the model's YAML.
+        score_head: whether the model has a scalar head in place of the language-model head.
 
     Raises:
-        CheckpointError: missing, extra or misshapen tensors, all of them; or ranks without ``mesh``.
+        CheckpointError: as :func:`open_model`.
     """
-    if not rank_directories(path):
-        source = open_weights(path)
-        with closed_on_error([source]):
-            layouts = expected_layouts(model, Mesh(), source.tensors)
-            faults = find_faults(source, full_shapes(layouts))
-            raise_faults(source.where, faults, "check that the config belongs to the weights")
-        return select(source, layouts), layouts
-    if mesh is None:
-        raise CheckpointError(
-            f"{path} holds rank directories: name the YAML whose parallel_config split them"
-        )
-    parts = _open_parts(path, mesh)
+    names = family_of(config.model).layouts
+    layouts = names.parameter_layouts(config.model, Mesh(), lm_head=not score_head, score_head=score_head)
+    open_model(path, config.model, layouts, str(config.path)).close()
+
+
+def open_model(
+    path: Path, model: ModelConfig, layouts: Mapping[str, Layout], where: str = "the YAML"
+) -> WeightSource:
+    """Opens weights to fill a model from: a scalar head may be missing, heads that it lacks may be stored.
+
+    Args:
+        path: see :func:`open_fitting`.
+        model: sizes.
+        layouts: canonical name -> layout of everything the model has.
+        where: what states the sizes, for messages.
+
+    Raises:
+        CheckpointError: as :func:`open_fitting`; a ``config.json`` beside the weights is of another model.
+    """
+    check_described(path, model, where)
+    lm_head = family_of(model).layouts.LM_HEAD
+    ignore: tuple[str, ...] = ()
+    if SCORE_HEAD[0] not in layouts:
+        ignore = SCORE_HEAD
+    elif lm_head not in layouts:
+        ignore = (lm_head,)
+    return open_fitting(path, layouts, new=SCORE_HEAD, ignore=ignore, where=where)
+
+
+def open_full(
+    path: Path, model: ModelConfig, where: str = "the model"
+) -> tuple[WeightSource, dict[str, Layout]]:
+    """Opens a whole model with the heads that are stored, checked against its sizes.
+
+    Args:
+        path: see :func:`open_fitting`.
+        model: sizes.
+        where: what states them, for messages.
+
+    Returns:
+        a source with exactly the model's canonical tensors, in model order, and their layouts, not split.
+
+    Raises:
+        CheckpointError: as :func:`open_model`.
+    """
+    check_described(path, model, where)
+    parts, mesh = open_parts(path)
+    layouts = expected_layouts(model, parts[0].tensors)
+    return _merged(parts, mesh, layouts, path, where), layouts
+
+
+def open_fitting(
+    path: Path,
+    layouts: Mapping[str, Layout],
+    *,
+    new: Collection[str] = (),
+    ignore: Collection[str] = (),
+    stored: Mesh | None = None,
+    where: str = "the model",
+) -> WeightSource:
+    """The full tensors of ``layouts``, from one file or from its ranks, however these are split.
+
+    Args:
+        path: a full ``.ckpt`` or ``.safetensors`` file, a Hugging Face directory (its names are mapped), or
+            a directory with ``rank_0/ rank_1/ ...``, one per rank or one per model-parallel index.
+        layouts: canonical name -> layout, over any mesh, of everything that should be there.
+        new: names that may be missing (fresh heads); they are then absent from the source.
+        ignore: names that may be stored and that are not used. A tied model's ``lm_head.weight`` that
+            equals the embedding need not be listed.
+        stored: the mesh of rank directories whose tensors are not a model's; a model's own tell it.
+        where: what states the sizes, for messages.
+
+    Raises:
+        CheckpointError: everything else that is missing, extra or misshapen, in one error; missing ranks.
+    """
+    return _merged(*open_parts(path, stored), layouts, path, where, new=new, ignore=ignore)
+
+
+def open_parts(path: Path, stored: Mesh | None = None) -> tuple[list[WeightSource], Mesh]:
+    """One source per model-parallel index, and the mesh over which ``path`` is split.
+
+    Raises:
+        CheckpointError: nothing can be opened, or ranks are missing.
+    """
+    directories = rank_directories(path)
+    if not directories:
+        return [open_weights(path)], Mesh()
+    parts = [open_weights(only_weights_file(next(iter(directories.values()))))]
     with closed_on_error(parts):
-        layouts = expected_layouts(model, mesh, parts[0].tensors)
-    return _merged(parts, layouts, str(path)), layouts
+        shapes = {name: info.shape for name, info in parts[0].tensors.items()}
+        family = family_of_names(shapes)
+        mp = family.layouts.stored_model_parallel(shapes) if stored is None else stored.mp
+        count = -(-(max(directories) + 1) // mp) * mp
+        if missing := [f"rank_{rank}" for rank in range(count) if rank not in directories]:
+            raise CheckpointError(
+                f"{path}: each of rank_0 .. rank_{count - 1} holds 1/{mp} of the model; copy what is missing:"
+                + bullet_list(missing)
+            )
+        for index in range(1, mp):
+            parts.append(open_weights(only_weights_file(directories[index])))
+    return parts, Mesh(count // mp, mp)
 
 
-def _mesh_of(layouts: Mapping[str, Layout]) -> Mesh:
-    return next(iter(layouts.values())).mesh
-
-
-def _open_ranks(path: Path, layouts: Mapping[str, Layout]) -> MergedSource:
-    """The full tensors of the rank directories in ``path``, which are split as ``layouts`` say."""
-    return _merged(_open_parts(path, _mesh_of(layouts)), layouts, str(path))
-
-
-def _open_parts(path: Path, mesh: Mesh) -> list[WeightSource]:
-    """One source per model-parallel index."""
-    parts: list[WeightSource] = []
-    with closed_on_error(parts):
-        for index in range(mesh.mp):
-            parts.append(open_weights(find_rank_file(path, mesh, index)))
-    return parts
-
-
-def _merged(parts: Sequence[WeightSource], layouts: Mapping[str, Layout], where: str) -> MergedSource:
-    """Full tensors from one source per model-parallel index.
+def _merged(
+    parts: Sequence[WeightSource],
+    mesh: Mesh,
+    layouts: Mapping[str, Layout],
+    path: Path,
+    where: str,
+    *,
+    new: Collection[str] = (),
+    ignore: Collection[str] = (),
+) -> WeightSource:
+    """Full tensors from one source per model-parallel index of ``mesh``.
 
     Raises:
         CheckpointError: a part does not fit ``layouts``, or parts differ in element type.
     """
-    shapes = local_shapes(layouts)
     first = parts[0]
     faults = []
     with closed_on_error(parts):
-        for part in parts:
-            faults += [f"{part.where}: {fault}" for fault in find_faults(part, shapes)]
-            faults += [
-                f"{part.where}: {name} is {info.dtype}, in {first.where} it is {first.tensors[name].dtype}"
+        try:
+            layouts = {name: layout.on(mesh) for name, layout in layouts.items()}
+        except ValueError as error:
+            faults = [f"the model cannot be split over {mesh}: {error}"]
+        for part in () if faults else parts:
+            found = find_faults(part, local_shapes(layouts), new=new, ignore=ignore)
+            found += [
+                f"{name} is {info.dtype}, in {first.where} it is {first.tensors[name].dtype}"
                 for name, info in part.tensors.items()
                 if name in first.tensors and info.dtype != first.tensors[name].dtype
             ]
-        raise_faults(where, faults, RESHARD_REMEDY)
-    return MergedSource(parts, layouts, where)
+            faults += found if len(parts) == 1 else [f"{part.where}: {fault}" for fault in found]
+        if faults:
+            weights = first.where if mesh.size == 1 else path
+            raise CheckpointError(
+                f"{weights} ({inferred(first, mesh)}) does not fit {where}, {len(faults)} fault(s); "
+                "give weights and YAML (or config.json) of one model:" + bullet_list(faults)
+            )
+    return select(first, layouts) if len(parts) == 1 else MergedSource(parts, layouts, str(path))
 
 
 def split_to_ranks(
     source: WeightSource,
     layouts: Mapping[str, Layout],
     output_dir: Path,
+    config: Mapping[str, Any],
     *,
     prefix: str = FILE_PREFIX,
     suffix: str = CKPT,
@@ -280,6 +307,7 @@ def split_to_ranks(
         source: full tensors, already checked.
         layouts: canonical name -> layout of the ranks.
         output_dir: appears when whole.
+        config: content of its ``config.json``, which states the model's sizes.
         prefix: of the file names.
         suffix: ``.ckpt`` or ``.safetensors``.
         overwrite: whether existing rank directories may be replaced.
@@ -304,6 +332,7 @@ def split_to_ranks(
                 else:
                     (temporary / name).parent.mkdir()
                     shutil.copyfile(temporary / names[first], temporary / name)
+            write_json(temporary / CONFIG_NAME, config)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {output_dir}: {error.strerror or error}; free space, or write elsewhere"
@@ -313,9 +342,12 @@ def split_to_ranks(
 
 def ranks_output(flag: str, path: Path, *, overwrite: bool = False) -> Output:
     """A directory of rank directories, for :func:`mindrlhf.utils.outputs.check_outputs`."""
-    return Output(flag, path, directory_of("a directory of ranks", _is_rank_directory), overwrite)
+    fault = directory_of("a directory of ranks", _is_ours, lambda found: bool(rank_directories(found)))
+    return Output(flag, path, fault, overwrite)
 
 
-def _is_rank_directory(entry: Path) -> bool:
+def _is_ours(entry: Path) -> bool:
+    if entry.name == CONFIG_NAME:
+        return entry.is_file()
     is_rank = entry.is_dir() and _RANK_DIRECTORY.fullmatch(entry.name) is not None
     return is_rank and all(file.suffix in MINDSPORE_SUFFIXES for file in entry.iterdir())

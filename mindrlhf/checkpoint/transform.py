@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mindrlhf.checkpoint.hf_config import check_same_model
+from mindrlhf.checkpoint.hf_config import (
+    CONFIG_NAME,
+    check_same_model,
+    finish_hf_config,
+    hf_config_from_model,
+    model_config_from_hf,
+    read_hf_config,
+)
 from mindrlhf.checkpoint.shards import open_full, rank_directories, ranks_output, split_to_ranks
 from mindrlhf.checkpoint.weight_files import CKPT, weights_output, write_weights
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.schema import ModelConfig, RunConfig
-from mindrlhf.parallel.layout import mesh_of
+from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.outputs import check_outputs
 
@@ -28,7 +35,8 @@ def transform_checkpoint(
     Args:
         input_path: a full file or Hugging Face directory, or the directory of rank directories.
         output_path: a full file, or the directory to make rank directories in.
-        input_config: the YAML that split the input; ``None``: the input is full.
+        input_config: a YAML of the model, needed for rank directories without ``config.json`` when there is
+            no ``output_config``.
         output_config: the YAML to split the output for; ``None``: one full file.
         suffix: of rank files, ``.ckpt`` or ``.safetensors``.
         overwrite: whether the output may be replaced.
@@ -37,41 +45,51 @@ def transform_checkpoint(
         the files written.
 
     Raises:
-        CheckpointError: no YAML at all, YAMLs of different models, or weights that do not fit.
+        CheckpointError: nothing states the sizes, or nothing would change; YAMLs of different models, or
+            weights that do not fit.
         MindRLHFError: the output exists, or would take the place of an input.
         ConfigError: a YAML has faults.
     """
-    source_run = None if input_config is None else load_run_config(input_config)
-    target_run = None if output_config is None else load_run_config(output_config)
-    model = _common_model(source_run, target_run)
-    if source_run is not None and not rank_directories(input_path):
+    is_split = bool(rank_directories(input_path))
+    if input_config is not None and not is_split:
         raise CheckpointError(
             f"{input_path} holds no rank_0, rank_1, ...: a full input needs no --input_config"
         )
-    output = weights_output if target_run is None else ranks_output
+    if output_config is None and not is_split:
+        raise CheckpointError("full to full changes nothing: give --output_config, or ranks as the --input")
+    model, where, target = _model_and_target(input_path, input_config, output_config)
+    output = weights_output if target is None else ranks_output
     check_outputs(
         [output("--output", output_path, overwrite=overwrite)],
         [("--input", input_path), ("--input_config", input_config), ("--output_config", output_config)],
     )
-    source, layouts = open_full(input_path, model, None if source_run is None else mesh_of(source_run))
+    source, layouts = open_full(input_path, model, where)
     with source:
-        if target_run is None:
+        if target is None:
             write_weights(output_path, source, description=f"writing {output_path.name}")
             return [output_path]
-        target = mesh_of(target_run)
+        has_config = (input_path / CONFIG_NAME).is_file()
+        config = read_hf_config(input_path) if has_config else hf_config_from_model(model)
         return split_to_ranks(
             source,
             {name: layout.on(target) for name, layout in layouts.items()},
             output_path,
+            finish_hf_config(config, layouts, next(iter(source.tensors.values())).dtype),
             suffix=suffix,
             overwrite=overwrite,
             description="writing",
         )
 
 
-def _common_model(source: RunConfig | None, target: RunConfig | None) -> ModelConfig:
-    runs = [run for run in (source, target) if run is not None]
+def _model_and_target(
+    input_path: Path, input_config: Path | None, output_config: Path | None
+) -> tuple[ModelConfig, str, Mesh | None]:
+    """The model, the file that states it, and the mesh to split it over; ``None``: one full file."""
+    runs = [load_run_config(path) for path in (input_config, output_config) if path is not None]
+    if not runs and not (input_path / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{input_path} does not say the model's sizes: give its YAML as --input_config")
     if not runs:
-        raise CheckpointError("full to full changes nothing: give --input_config, --output_config or both")
-    check_same_model(runs[0].model, runs[-1].model, str(runs[0].path), str(runs[-1].path))
-    return runs[0].model
+        return model_config_from_hf(read_hf_config(input_path), str(input_path)), str(input_path), None
+    first, last = runs[0], runs[-1]
+    check_same_model(first.model, last.model, str(first.path), str(last.path))
+    return first.model, str(first.path), None if output_config is None else mesh_of(last)

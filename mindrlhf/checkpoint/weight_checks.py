@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from itertools import zip_longest
 
 import numpy as np
@@ -13,33 +13,21 @@ from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.families import family_of, family_of_names
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def expected_layouts(model: ModelConfig, mesh: Mesh, present: Collection[str]) -> dict[str, Layout]:
-    """Layouts of the weights that a file holding the tensors ``present`` should have.
+def expected_layouts(model: ModelConfig, present: Collection[str]) -> dict[str, Layout]:
+    """Layouts, not split, of the weights that a file holding the tensors ``present`` should have.
 
     A file with a scalar head may lack the language-model head (a reward model), any other may not.
-
-    Raises:
-        CheckpointError: the sizes cannot be split over ``mesh``.
     """
     names = family_of(model).layouts
     score_head = any(name in present for name in SCORE_HEAD)
-    try:
-        layouts: dict[str, Layout] = names.parameter_layouts(
-            model, mesh, lm_head=names.LM_HEAD in present or not score_head, score_head=score_head
-        )
-        return layouts
-    except ValueError as error:
-        raise CheckpointError(f"the model cannot be split over {mesh}: {error}") from error
-
-
-def full_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the whole tensor."""
-    return {name: layout.shape for name, layout in layouts.items()}
+    layouts: dict[str, Layout] = names.parameter_layouts(
+        model, Mesh(), lm_head=names.LM_HEAD in present or not score_head, score_head=score_head
+    )
+    return layouts
 
 
 def local_shapes(layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
@@ -86,13 +74,21 @@ def find_faults(
     return faults
 
 
-def raise_faults(where: str, faults: Iterable[str], remedy: str) -> None:
-    """Raises one :class:`CheckpointError` when there are faults."""
-    lines = list(faults)
-    if lines:
-        raise CheckpointError(
-            f"{where} does not fit the model, {len(lines)} fault(s); {remedy}:" + bullet_list(lines)
-        )
+def inferred(source: WeightSource, mesh: Mesh) -> str:
+    """What a file's names and shapes tell of the model, for messages.
+
+    Args:
+        source: a whole model, or one rank's part.
+        mesh: over which the model is split.
+    """
+    family = family_of_names(source.tensors)
+    known = [str(mesh)] if mesh.size > 1 else []
+    known += [f"layers {layers}"] if (layers := family.weight_names.count_layers(source.tensors)) else []
+    embedding = source.tensors.get(family.layouts.EMBEDDING)
+    if embedding is not None and len(embedding.shape) == 2:
+        vocab, hidden = embedding.shape
+        known += [f"vocabulary {vocab * mesh.mp}", f"hidden size {hidden}"]
+    return ", ".join(known) or "no layers"
 
 
 def redundant_lm_head(source: WeightSource, shapes: Shapes) -> bool:

@@ -43,7 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     back.add_argument(
         "--reversed", type=str_to_bool, nargs="?", const=True, default=False, help="convert that way"
     )
-    back.add_argument("--config", type=Path, help="config.json, its directory, or a model YAML")
+    back.add_argument(
+        "--config",
+        type=Path,
+        help="config.json, its directory, or a model YAML (default: the input's own)",
+    )
     back.add_argument("--tokenizer_dir", type=Path, help="where tokenizer files are copied from")
     back.add_argument(
         "--max_shard_size", default="5GB", help="limit of one weights file, in bytes or as 500MB, 2GiB"

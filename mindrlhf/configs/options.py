@@ -181,7 +181,7 @@ class StageOptions(TrainingSettings, RunOptions):
     load_sft_checkpoint: Path = _files(
         ...,
         "language model to start from: a full .ckpt/.safetensors file, a Hugging Face directory, or "
-        "rank_0/ rank_1/ ... of this YAML's split",
+        "rank_0/ rank_1/ ... of any split",
     )
     mind_dataset_dir: Path
     save_ckpt_dir: Path
@@ -200,7 +200,7 @@ class StageOptions(TrainingSettings, RunOptions):
 
 
 _YAML = "finetune_X.yaml: sizes, split, optimizer and schedule, runner_config"
-_RESULTS = "final/rank_i: %s where its YAML has the same split; configuration, metrics, checkpoints"
+_RESULTS = "final/rank_i: %s; configuration, metrics, checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,15 +251,14 @@ class ChatOptions:
     checkpoint: Path = _chat_model(
         ...,
         "Hugging Face directory; full .ckpt/.safetensors file; directory with rank_0/ rank_1/ ...; "
-        "iteration_NNNNNN of a PPO run (stands for its policy), or the run itself (its last weights)",
+        "iteration_NNNNNN of PPO or step_NNNNNN of SFT, or the run itself (its last weights)",
     )
     compare: Path | None = _chat_model(
         None, "a second one: both get the same messages and are shown side by side"
     )
     config: Path | None = _chat_model(
         None,
-        "generate_X.yaml or finetune_X.yaml (for rank directories: the one that split them), or a "
-        "config.json, for weights without sizes",
+        "generate_X.yaml, finetune_X.yaml or a config.json, for weights that do not say their sizes",
     )
     tokenizer_path: Path | None = _chat_model(None, "tokenizer for weights without one: directory or file")
     device_target: DeviceTarget | None = _chat_model(

@@ -17,13 +17,16 @@ from mindrlhf.configs.schema import ModelConfig, RunConfig
 from mindrlhf.utils.errors import CheckpointError, ConfigError
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "layouts": ("EMBEDDING", "LM_HEAD", "layer_prefix", "parameter_layouts"),
+    "layouts": ("EMBEDDING", "LM_HEAD", "layer_prefix", "parameter_layouts", "stored_model_parallel"),
     "weight_names": ("canonical_to_hf", "count_layers", "is_derived", "is_hf"),
-    "hf_keys": ("SIZE_KEYS", "finish_hf_config", "hf_config_from_model", "model_config_from_hf"),
+    "hf_keys": (
+        "CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "SIZE_KEYS", "finish_hf_config", "hf_config_from_model",
+        "model_config_from_hf",
+    ),
     "decoder": ("Decoder",),
     "generator_network": ("FusedDecoder",),
     "generator_weights": ("FusedWeights",),
-}
+}  # fmt: skip
 """Module of a family's folder -> names that the rest of the library uses, with the meanings they have in
 :mod:`mindrlhf.models.qwen2`."""
 

@@ -7,6 +7,7 @@ columns only: the logits that predict response token ``t`` are in column ``P - 1
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -27,6 +28,7 @@ class SequenceModel(nn.Cell):
         super().__init__()
         self.config = config
         self.groups = groups
+        self.is_language_model = lm_head
         family = family_of(config)
         self.layouts: dict[str, Layout] = family.layouts.parameter_layouts(
             config, groups.mesh, lm_head=lm_head, score_head=score_head
@@ -58,6 +60,13 @@ class SequenceModel(nn.Cell):
             raise ValueError("these shards do not fit the model:\n  " + "\n  ".join(sorted(faults)))
         for name, parameter in parameters.items():
             parameter.set_data(Tensor(np.ascontiguousarray(shards[name])).astype(parameter.dtype))
+
+    def described(self) -> dict[str, Any]:
+        """The ``config.json`` beside its rank directories."""
+        keys = family_of(self.config).hf_keys
+        config: dict[str, Any] = keys.hf_config_from_model(self.config)
+        name = keys.CAUSAL_LM if self.is_language_model else keys.SEQUENCE_CLASSIFICATION
+        return config | {"architectures": [name]}
 
     def shards(self, names: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """This rank's shards by canonical name, in model order; all of them or those in ``names``."""

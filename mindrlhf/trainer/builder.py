@@ -3,67 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.checkpoint.hf_config import check_described
-from mindrlhf.checkpoint.shards import load_shard
+from mindrlhf.checkpoint.element_types import to_mindspore
+from mindrlhf.checkpoint.shards import open_model
+from mindrlhf.checkpoint.sources import LocalSource
 from mindrlhf.configs.schema import JobConfig, RunConfig
-from mindrlhf.models.families import family_of
 from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.networks import CriticModel, PolicyValues, PPOModelTrain, RewardModel, SequenceModel
-from mindrlhf.models.score_head import SCORE_HEAD, new_score_head
+from mindrlhf.models.score_head import new_score_head
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import mesh_of
-from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.trainer.weight_paths import WeightPaths
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class WeightPaths:
-    """Where the weights of each model come from, as given on the command line.
-
-    Each is a full ``.ckpt`` / ``.safetensors`` file, a Hugging Face directory or a directory with
-    ``rank_0/ rank_1/ ...``.
-    """
-
-    infer: Path | None = None
-    train: Path | None = None
-    ref: Path | None = None
-    reward: Path | None = None
-    critic: Path | None = None
-
-    def checked(self) -> WeightPaths:
-        """The paths with defaults for those not given; refuses paths that do not exist.
-
-        The policy's two models stand in for each other, and the policy for the reference. A critic
-        starts from the reward model (InstructGPT, arXiv 2203.02155). Reward model and critic stay ``None``
-        when neither is given: they then start from the policy with a fresh head.
-
-        Raises:
-            MindRLHFError: no policy weights at all, or a path does not exist.
-        """
-        missing = [
-            f"{field.name}: {path}"
-            for field in fields(self)
-            if (path := getattr(self, field.name)) and not path.exists()
-        ]
-        if missing:
-            raise MindRLHFError(
-                "these checkpoints do not exist, give existing paths:\n  " + "\n  ".join(missing)
-            )
-        policy = self.train or self.infer
-        if policy is None:
-            raise MindRLHFError(
-                "no policy weights: pass --load_sft_checkpoint_train and/or --load_sft_checkpoint_infer"
-            )
-        infer = self.infer or policy
-        return WeightPaths(infer, policy, self.ref or infer, self.reward, self.critic or self.reward)
 
 
 @dataclass(frozen=True)
@@ -131,21 +89,12 @@ def build_models(
     fill_model(train, weights.train, ppo.seed, "train policy", "critic", scale)
     fill_model(ref, weights.ref, ppo.seed, "reference")
     if reward is not None:
-        path = weights.reward or policy_weights_for(job.reward, job, weights)
+        path = weights.reward or weights.train
         fill_model(reward, path, ppo.seed, "reward model", "reward")
     if critic is not None:
-        path = weights.critic or policy_weights_for(job.critic, job, weights)
+        path = weights.critic or weights.train
         fill_model(critic, path, ppo.seed, "critic", "critic", scale)
     return PPOModels(infer, train, ref, reward, critic)
-
-
-def policy_weights_for(config: RunConfig, job: JobConfig, weights: WeightPaths) -> Path | None:
-    """Which of the policy's two checkpoints initialises a reward model or critic that has none.
-
-    Both are the same model, but rank directories fit one layout only: the train one when ``config`` splits
-    as the trained policy does, else the infer one.
-    """
-    return weights.train if mesh_of(config) == mesh_of(job.train) else weights.infer
 
 
 def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:
@@ -217,13 +166,8 @@ def fill_model(
 def load_shards(path: Path | None, model: SequenceModel | PPOModelInfer, label: str) -> dict[str, np.ndarray]:
     """This rank's shards of ``model``, logged as ``label``; heads that only one side has are left out."""
     assert path is not None
-    check_described(path, model.config)
-    lm_head, layouts = family_of(model.config).layouts.LM_HEAD, model.layouts
-    ignore: tuple[str, ...] = ()
-    if SCORE_HEAD[0] not in layouts:
-        ignore = SCORE_HEAD
-    elif lm_head not in layouts:
-        ignore = (lm_head,)
-    shards = load_shard(path, layouts, model.groups.rank, new=SCORE_HEAD, ignore=ignore)
-    logger.info("%s: %d of %d tensors loaded from %s", label, len(shards), len(layouts), path)
+    with open_model(path, model.config, model.layouts) as source:
+        local = LocalSource(source, model.layouts, model.groups.rank)
+        shards = {name: to_mindspore(local.read(name)) for name in local.tensors}
+    logger.info("%s: %d of %d tensors loaded from %s", label, len(shards), len(model.layouts), path)
     return shards

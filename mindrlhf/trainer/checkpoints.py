@@ -1,7 +1,8 @@
 """Checkpoints of a whole training state: ``iteration_NNNNNN/`` of PPO, ``step_NNNNNN/`` of other recipes.
 
 ======================================  ==========================================================
-``policy/``, ``critic/``, ``reward/``   weights and heads of what is trained, ``rank_0/ rank_1/ ...`` in each
+``policy/``, ``critic/``, ``reward/``   weights and heads of what is trained, ``rank_0/ rank_1/ ...`` in each,
+                                        and the model's sizes as Hugging Face's ``config.json``
 ``policy_optimizer/``, ...              moments, and the step of the learning-rate schedule
 ``random/rank_i.json``                  Python's and NumPy's global generators of each rank
 ``state.json``                          step, layouts, what must not change, cursors, coefficients, moments
@@ -27,8 +28,9 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn import Optimizer
 
+from mindrlhf.checkpoint.hf_config import CONFIG_NAME as HF_CONFIG
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
-from mindrlhf.checkpoint.shards import load_resharded, rank_file_name, save_shard
+from mindrlhf.checkpoint.shards import load_shard, rank_file_name, save_shard
 from mindrlhf.configs.schema import WEIGHTS_KEYS, RunConfig
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
@@ -129,15 +131,6 @@ def read_state(directory: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def stored_meshes(directory: Path) -> dict[str, Mesh]:
-    """The mesh over which each model of a checkpoint is split, by the name of the model's directory.
-
-    Raises:
-        CheckpointError: the checkpoint does not say so.
-    """
-    return _meshes(read_state(directory))
-
-
 class TrainingCheckpoints:
     """Saves and loads the training state of one rank below a directory that all ranks share.
 
@@ -199,6 +192,9 @@ class TrainingCheckpoints:
         files = _gather_records(mine, self.exchange)
         try:
             if self.rank == 0:
+                for name, model, _ in trained:
+                    described = temporary / name / HF_CONFIG
+                    files[f"{name}/{HF_CONFIG}"] = _write_json(described, model.described())
                 self._finish(temporary, final, self._state(step, trained, stateful), files)
         except OSError as error:
             fault = error
@@ -220,11 +216,11 @@ class TrainingCheckpoints:
         check_fixed(directory, state["fixed"], self.fixed)
         meshes = _meshes(state)
         for name, model, optimizer in trained:
-            stored = meshes[name]
-            model.load(load_resharded(directory / name, model.layouts, self.rank, stored))
+            model.load(load_shard(directory / name, model.layouts, self.rank))
             states = _optimizer_states(optimizer, model)
             layouts = {key: _state_layout(key, parameter, model) for key, parameter in states.items()}
-            arrays = load_resharded(directory / f"{name}_optimizer", layouts, self.rank, stored)
+            moments = directory / f"{name}_optimizer"
+            arrays = load_shard(moments, layouts, self.rank, stored=meshes[name])
             for key, array in arrays.items():
                 states[key].set_data(Tensor(array).astype(states[key].dtype))
         for name, part in stateful.items():
@@ -333,7 +329,7 @@ def check_fixed(directory: Path, before: Mapping[str, Any], now: Mapping[str, An
         raise CheckpointError(
             f"{directory} cannot be resumed by this job, {len(different)} difference(s); give the "
             f"configuration that made it ({CONFIG_FILE} in it), or start over in another --save_ckpt_dir:"
-            + bullet_list(different)
+            + bullet_list(different, most=None)
         )
 
 

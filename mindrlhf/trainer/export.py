@@ -8,22 +8,18 @@ from mindrlhf.checkpoint.conversion import export_hf
 from mindrlhf.configs.options import ExportOptions
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.score_head import SCORE_HEAD
-from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-def export_policy(
-    weights: Path, model: ModelConfig, mesh: Mesh, options: ExportOptions, exchange: HostExchange
-) -> None:
+def export_policy(weights: Path, model: ModelConfig, options: ExportOptions, exchange: HostExchange) -> None:
     """Merges all ranks' shards into ``--export_hf_dir`` on the main rank; collective.
 
     Args:
         weights: rank directories.
         model: sizes of the policy.
-        mesh: over which ``weights`` are split.
         options: name the directory, and where the tokenizer files are copied from.
         exchange: between the ranks.
 
@@ -37,7 +33,6 @@ def export_policy(
             weights,
             options.export_hf_dir,
             model,
-            mesh=mesh,
             tokenizer_dir=tokenizer if tokenizer and tokenizer.is_dir() else None,
             overwrite=True,  # as was checked when the run began
             # The value head of a shared critic is not part of the language model.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.checkpoint.conversion import hf_output
+from mindrlhf.checkpoint.shards import check_weights
 from mindrlhf.checkpoint.weight_files import weights_output
 from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.load import load_ppo_job, load_stage
@@ -24,6 +25,7 @@ from mindrlhf.parallel.strategy import write_strategies
 from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
 from mindrlhf.runtime.signals import ignore_signals
 from mindrlhf.trainer.trackers.table import check_trackers
+from mindrlhf.trainer.weight_paths import WeightPaths
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import check_unlocked
 from mindrlhf.utils.logging import get_logger
@@ -66,6 +68,8 @@ def run_ppo(options: PPOOptions) -> Path:
     job = load_ppo_job(options, count_workers(use_parallel=options.use_parallel))
     check_families((job.infer, job.train, job.reward, job.critic))
     check_unlocked(save)
+    with_reward_model = options.reward_fn is None or options.load_rm_checkpoint is not None
+    WeightPaths.of(options).check_against(job, with_reward_model=with_reward_model)
     if _served_as_scheduler():
         return save
     from mindrlhf.trainer.recipes.rl import train_ppo
@@ -126,6 +130,10 @@ def _stage_plan(options: StageOptions) -> StagePlan | None:
     plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
     check_families([plan.config])
     check_unlocked(options.save_ckpt_dir)
+    path = options.load_sft_checkpoint
+    if not path.exists():
+        raise MindRLHFError(f"--load_sft_checkpoint {path} does not exist; name existing weights")
+    check_weights(path, plan.config, score_head=isinstance(options, RewardOptions))
     return None if _served_as_scheduler() else plan
 
 

@@ -140,10 +140,10 @@ def run_worker(directory: Path, job: JobConfig) -> None:
     from mindrlhf.data.mindrecord import write_mindrecord
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.host_exchange import HostExchange
-    from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.loop import train
     from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
     from mindrlhf.trainer.run import Run
+    from mindrlhf.trainer.weight_paths import WeightPaths
 
     peaks = HighWater()
     rows, columns = job.ppo.rollout_batch_size, job.ppo.max_prompt_length

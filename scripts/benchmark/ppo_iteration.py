@@ -139,9 +139,9 @@ def build_trainer(job: JobConfig, directory: Path, inputs: tuple[Path, Path]) ->
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.runtime.launching import scratch_directory
-    from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
     from mindrlhf.trainer.run import Run
+    from mindrlhf.trainer.weight_paths import WeightPaths
 
     runtime = start_runtime(job.train.context, use_parallel=False, scratch_dir=scratch_directory())
     weights, data = inputs

@@ -9,7 +9,7 @@ import numpy as np
 
 from mindrlhf.utils.files import job_lock
 from tests.bad_input.harness import LAUNCHER, PPO, VOCAB, Bad, Case
-from tests.bad_input.spoiling import MODEL, REAL, checkpoint, records
+from tests.bad_input.spoiling import MODEL, REAL, checkpoint, hf_config, records
 
 ALONE = frozenset({"alone"})
 
@@ -50,14 +50,12 @@ def port_in_use(case: Case) -> None:
     under_msrun(case, "MS_SCHED", "1", MS_SCHED_HOST="127.0.0.1", MS_SCHED_PORT=port)
 
 
-def small_vocabulary(case: Case) -> None:
-    """A model with less tokens than the tokenizer, in all YAMLs."""
-    for name in ("generate_x.yaml", "finetune_x.yaml"):
-        for key, value in (("vocab_size", 200), ("eos_token_id", [3, 4]), ("pad_token_id", 3)):
-            case.yaml(name, f"{MODEL}.{key}", value)
-        case.yaml(name, f"{MODEL}.bos_token_id", 3)
-    for key, value in (("stop_token_ids", [3, 4]), ("pad_token_id", 3), ("valid_vocab_size", 200)):
-        case.yaml("ppo_x.yaml", key, value)
+def large_tokenizer(case: Case) -> None:
+    """More tokens than the model has rows."""
+    vocab = json.loads((case / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    more = {f"a{letter}": len(vocab) + number for number, letter in enumerate("bcdefghijk")}
+    case.write("tokenizer/vocab.json", json.dumps(vocab | more))
+    case.write("tokenizer/merges.txt", "#version: 0.2\n" + "".join(f"a {pair[1]}\n" for pair in more))
     case.give(tokenizer_path="tokenizer")
 
 
@@ -160,20 +158,27 @@ PPO_ROWS = [
         r"policy\.ckpt", "damaged", "copy or save it again", REAL),
     Bad("weights of another model", PPO,
         lambda c: [c.yaml(name, f"{MODEL}.intermediate_size", 24) for name in YAMLS],
-        r"policy\.ckpt", r"w1\.weight is \(16, 16\), the model has \(24, 16\)", "check the YAML's sizes"),
+        r"policy\.ckpt", r"w1\.weight is \(16, 16\), the model has \(24, 16\)", "of one model"),
     Bad("weights of another vocabulary", PPO,
         lambda c: [c.yaml(name, f"{MODEL}.vocab_size", 272) for name in YAMLS],
-        r"policy\.ckpt", r"embedding_weight is \(264, 16\), the model has \(272, 16\)", "check the YAML's"),
+        r"policy\.ckpt", r"embedding_weight is \(264, 16\), the model has \(272, 16\)", "of one model"),
     Bad("reward model's weights of another vocabulary", PPO,
         lambda c: (other_reward_weights(c), c.give(load_rm_checkpoint="other.ckpt")),
-        r"other\.ckpt", r"embedding_weight is \(280, 16\), the model has \(264, 16\)", "check the YAML's"),
+        r"other\.ckpt", r"embedding_weight is \(280, 16\), the model has \(264, 16\)", "of one model"),
     Bad("reward model with another tokenizer", PPO, reward_of_another_tokenizer,
         "--load_rm_checkpoint hf has another tokenizer than --tokenizer_path tokenizer", r"a text is \[\d+\]",
         "give models of one tokenizer"),
-    Bad("weights of another split", PPO, lambda c: c.give(load_sft_checkpoint_train="two_ranks"),
-        "two_ranks", "found 2: rank_0, rank_1", r"change the layout with scripts/transform_checkpoint\.py"),
-    Bad("a tokenizer larger than the model", PPO, small_vocabulary,
-        "--tokenizer_path tokenizer", r"259 tokens, more than the .*vocab_size 200", "give the model's own"),
+    Bad("weights of which a rank is missing", PPO,
+        lambda c: (c.give(load_sft_checkpoint_train="two_ranks"), c.remove("two_ranks/rank_1")),
+        "two_ranks", "holds 1/2 of the model", r"copy what is missing:\n  - rank_1"),
+    Bad("weights with positions scaled by YaRN", PPO,
+        lambda c: (hf_config(c, rope_scaling={"type": "yarn"}), c.give(load_ref_checkpoint="hf")),
+        r"hf/config\.json.*rope_scaling", "'yarn'", "remove it, unless"),
+    Bad("weights of another rope_theta", PPO,
+        lambda c: (hf_config(c, rope_theta=5.0), c.give(load_sft_checkpoint_train="hf")),
+        r"hf/config\.json and generate_x\.yaml", r"theta: 5\.0 and 1000000\.0", "give files of one model"),
+    Bad("a tokenizer larger than the model", PPO, large_tokenizer,
+        "--tokenizer_path tokenizer", r"269 tokens, more than the .*vocab_size 264", "give the model's own"),
     Bad("ids that the tokenizer lacks", PPO,
         lambda c: c.give(tokenizer_path="tokenizer", set=f"valid_vocab_size={VOCAB}"),
         "valid_vocab_size 264", r"\(259 tokens\)", "set valid_vocab_size=259"),

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 
 from tests.bad_input.harness import CONVERT, TRANSFORM, Bad, Case
-from tests.bad_input.spoiling import FULL, MODEL, NO_SPACE, REAL
+from tests.bad_input.spoiling import FULL, MODEL, NO_SPACE, REAL, hf_config
 
 
 def back(case: Case, **flags: object) -> None:
@@ -47,11 +47,6 @@ def rename_tensor(case: Case, old: str, new: str) -> None:
     put_header(case, entries, data)
 
 
-def config(case: Case, **changes: object) -> None:
-    content = json.loads((case / "hf/config.json").read_text())
-    case.write("hf/config.json", json.dumps({**content, **changes}))
-
-
 def index(case: Case, **shards: str) -> None:
     """An index in place of the one file: tensor (``_`` for ``.``) -> shard."""
     weight_map = {name.replace("_", "."): file for name, file in shards.items()}
@@ -87,16 +82,16 @@ ROWS = [
         r"hf/config\.json", "No such file", "copy it again from the model"),
     Bad("config.json cut short", CONVERT, lambda c: c.cut("hf/config.json"),
         r"hf/config\.json", r"not valid JSON \(.*line \d+", "fix it or copy it again"),
-    Bad("config.json of another architecture", CONVERT, lambda c: config(c, model_type="llama"),
+    Bad("config.json of another architecture", CONVERT, lambda c: hf_config(c, model_type="llama"),
         r"hf/config\.json: model_type", "'llama'", "give such a model"),
-    Bad("text where a size belongs", CONVERT, lambda c: config(c, hidden_size="sixteen"),
+    Bad("text where a size belongs", CONVERT, lambda c: hf_config(c, hidden_size="sixteen"),
         r"hf/config\.json.*hidden_size", "'sixteen'", "expected a positive integer"),
-    Bad("text where a number belongs", CONVERT, lambda c: config(c, rope_theta="1e6", rms_norm_eps=[1]),
+    Bad("text where a number belongs", CONVERT, lambda c: hf_config(c, rope_theta="1e6", rms_norm_eps=[1]),
         r"config\.json.*rms_norm_eps.*rope_theta", r"got \[1\].*got '1e6'", "expected a positive number"),
-    Bad("heads that do not divide", CONVERT, lambda c: config(c, num_attention_heads=3),
+    Bad("heads that do not divide", CONVERT, lambda c: hf_config(c, num_attention_heads=3),
         r"hf/config\.json", "hidden_size 16 is not divisible by num_attention_heads 3", "fix it"),
     Bad("positions scaled by YaRN", CONVERT,
-        lambda c: config(c, rope_scaling={"type": "yarn", "factor": 4.0}),
+        lambda c: hf_config(c, rope_scaling={"type": "yarn", "factor": 4.0}),
         r"hf/config\.json.*rope_scaling", "'yarn', 'factor': 4.0}", "remove it, unless"),
     Bad("a LoRA adapter", CONVERT,
         lambda c: (c.remove("hf/config.json"), c.write("hf/adapter_config.json", "{}")),
@@ -115,12 +110,12 @@ ROWS = [
         MISSING, "damaged", "copy it again"),
     Bad("element type nobody knows", CONVERT, lambda c: change_entry(c, EMBEDDING, dtype="F31"),
         MISSING, "F31", "copy it again|unsupported"),
-    Bad("wrong shapes", CONVERT, lambda c: config(c, intermediate_size=24),
-        MISSING, r"gate_proj.weight is \(16, 16\), the model has \(24, 16\)", "check that the config"),
-    Bad("wrong vocabulary", CONVERT, lambda c: config(c, vocab_size=280),
-        MISSING, r"embed_tokens.weight is \(264, 16\), the model has \(280, 16\)", "check that the config"),
+    Bad("wrong shapes", CONVERT, lambda c: hf_config(c, intermediate_size=24),
+        MISSING, r"gate_proj.weight is \(16, 16\), the model has \(24, 16\)", "of one model"),
+    Bad("wrong vocabulary", CONVERT, lambda c: hf_config(c, vocab_size=280),
+        MISSING, r"embed_tokens.weight is \(264, 16\), the model has \(280, 16\)", "of one model"),
     Bad("a tensor under another name", CONVERT, lambda c: rename_tensor(c, EMBEDDING, "model.embed.weight"),
-        MISSING, r"missing: model\.embed_tokens.*not in the model: model\.embed\.", "check that"),
+        MISSING, r"missing: model\.embed_tokens.*not in the model: model\.embed\.", "of one model"),
     Bad("index that leaves the directory", CONVERT, lambda c: index(c, a="../hf/model.safetensors"),
         r"model\.safetensors\.index\.json", r"'a': '\.\./hf/model\.safetensors'", "plain file names beside"),
     Bad("index with an absolute path", CONVERT, lambda c: index(c, a="/etc/passwd"),
@@ -162,12 +157,12 @@ ROWS = [
     Bad("back: flipped byte in the header", CONVERT, lambda c: (back(c), c.flip("policy.ckpt", 0)),
         r"policy\.ckpt", "damaged", "copy or save it again"),
     Bad("back: flipped byte in a name", CONVERT, lambda c: (back(c), c.flip("policy.ckpt", 8, 0x01)),
-        r"policy\.ckpt", "missing: .*not in the model: ", "check that the config"),
+        r"policy\.ckpt", "missing: .*not in the model: ", "of one model"),
     Bad("back: no config", CONVERT, lambda c: back(c, config=None),
         r"policy\.ckpt", "vocabulary 264, hidden size 16", r"give --config"),
     Bad("back: YAML of another model", CONVERT,
         lambda c: (back(c, config="finetune_x.yaml"), c.yaml("finetune_x.yaml", f"{MODEL}.num_layers", 2)),
-        r"policy\.ckpt", r"missing: model\.layers\.1\.", "check that the config"),
+        r"policy\.ckpt", r"missing: model\.layers\.1\.", "of one model"),
     Bad("back: output holds other files", CONVERT,
         lambda c: (back(c, overwrite=True), c.write("back/a.txt", "")),
         "back", r"also holds a\.txt", "give another path"),
@@ -182,20 +177,20 @@ ROWS = [
     Bad("back: full disk", CONVERT, lambda c: back(c, output_path="full/back"),
         "full/", NO_SPACE, "free space, or write elsewhere", FULL),
     Bad("no YAML at all", TRANSFORM, lambda c: c.give(output_config=None),
-        "full to full", "changes nothing", "give --input_config, --output_config or both", REAL),
+        "full to full", "changes nothing", "give --output_config, or ranks as the --input", REAL),
     Bad("no such YAML", TRANSFORM, lambda c: c.give(output_config="no.yaml"),
         r"no\.yaml", "there is no such file", "give the path of a YAML file"),
     Bad("no rank directories", TRANSFORM, lambda c: ranks_to_file(c, input="hf"),
         "hf", "holds no rank_0, rank_1", "needs no --input_config"),
     Bad("a rank is missing", TRANSFORM, lambda c: (ranks_to_file(c), c.remove("two_ranks/rank_1")),
-        "two_ranks", r"needs 2 directories .* found 1: rank_0", "check the YAML, or change the layout"),
+        "two_ranks", r"rank_0 \.\. rank_1 holds 1/2 of the model", r"copy what is missing:\n  - rank_1"),
     Bad("a rank's file is missing", TRANSFORM, lambda c: (ranks_to_file(c), c.remove(RANK_1)),
         "two_ranks/rank_1", "found none", "name the file, or a directory with one"),
     Bad("a rank's file cut short", TRANSFORM, lambda c: (ranks_to_file(c), c.cut(RANK_1)),
         RANK_1, "damaged", "copy or save it again"),
     Bad("a rank of another layout", TRANSFORM,
         lambda c: (ranks_to_file(c), c.write(RANK_1, (c / "policy.ckpt").read_bytes())),
-        RANK_1, r"wrong shape: .* is \(264, 16\), the model has \(132, 16\)", "check the YAML, or change"),
+        RANK_1, r"wrong shape: .* is \(264, 16\), the model has \(132, 16\)", "of one model"),
     Bad("YAMLs of different models", TRANSFORM,
         lambda c: (ranks_to_file(c, output="o", output_config="finetune_x.yaml"),
                    c.yaml("finetune_x.yaml", f"{MODEL}.vocab_size", 272)),

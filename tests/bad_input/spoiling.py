@@ -16,6 +16,12 @@ NO_SPACE = r"No space left on device|File too large|MindRecord"
 MODEL = "model.model_config"
 
 
+def hf_config(case: Case, **changes: object) -> None:
+    """Changes keys of ``hf/config.json``."""
+    content = json.loads((case / "hf/config.json").read_text())
+    case.write("hf/config.json", json.dumps({**content, **changes}))
+
+
 def records(case: Case, name: str = "data.mindrecord", **changes: Any) -> None:
     """Writes a data set again with columns replaced (a function of the old one), added or (None) removed."""
     columns = prompt_columns(case / name)

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mindrlhf.checkpoint.shards import load_resharded, save_shard
+from mindrlhf.checkpoint.shards import load_shard, save_shard
 from mindrlhf.configs.faults import Faults
 from mindrlhf.configs.yaml_file import read_mapping
 from mindrlhf.data.jsonl import CValuesReader
@@ -159,7 +159,7 @@ def test_rank_files_of_any_mesh_are_read_by_any_other(
     for rank in range(stored.mesh.size):
         save_shard(directory, rank, {"w": stored.take(full, rank)})
     for rank in range(wanted.mesh.size):
-        (array,) = load_resharded(directory, {"w": wanted}, rank, stored.mesh).values()
+        (array,) = load_shard(directory, {"w": wanted}, rank, stored=stored.mesh).values()
         assert array.dtype == full.dtype
         np.testing.assert_array_equal(array, wanted.take(full, rank))
 

@@ -271,7 +271,6 @@ def test_greedy_tokens_are_those_of_transformers_with_the_trained_weights(
 
     from mindrlhf.checkpoint.conversion import export_hf
     from mindrlhf.configs.load import load_run_config
-    from mindrlhf.parallel.layout import Mesh
 
     (name,) = [name for name, case in CASES.items() if case.greedy]
     case, run = CASES[name], runs[name]
@@ -279,7 +278,6 @@ def test_greedy_tokens_are_those_of_transformers_with_the_trained_weights(
         Path(run.reports[0]["last"]) / "policy",
         tmp_path / "hf",
         load_run_config(ppo_inputs.yaml("finetune", *case.train)).model,
-        mesh=Mesh(*case.train),
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     arrays = {key.removeprefix("greedy/"): value for key, value in run.arrays[0].items() if "greedy/" in key}

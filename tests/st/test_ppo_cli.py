@@ -187,7 +187,9 @@ def test_job_leaves_what_was_asked_for_and_nothing_else(trained: Finished) -> No
         files = {
             str(p.relative_to(results / iteration)) for p in (results / iteration).rglob("*") if p.is_file()
         }
-        assert files == {"state.json", "config.json", "manifest.json"} | {
+        assert files == {
+            *("state.json", "config.json", "manifest.json", "policy/config.json", "critic/config.json")
+        } | {
             name
             for rank in range(WORKERS)
             for name in (

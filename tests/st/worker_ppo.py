@@ -87,9 +87,9 @@ class WatchedTrainer(PPOTrainer):
 def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     """Trains one layout pair, then looks at the weights, resumes, and breaks a weight on purpose."""
     from mindrlhf.runtime.host_exchange import HostExchange
-    from mindrlhf.trainer.builder import WeightPaths
     from mindrlhf.trainer.loop import train
     from mindrlhf.trainer.run import Run
+    from mindrlhf.trainer.weight_paths import WeightPaths
 
     begin = time.perf_counter()
     job = load_job(

@@ -30,6 +30,7 @@ _VALUES: dict[str, tuple[str, Any]] = {
     "theta": ("rope_theta", 10_000.0),
     "initializer_range": ("initializer_range", 0.02),
     "tie_word_embeddings": ("tie_word_embeddings", False),
+    "qkv_has_bias": ("attention_bias", True),
 }
 
 _ROPE = "remove it, unless the model was trained with it: positions are not scaled here"
@@ -74,7 +75,7 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     ]
     if faults:
         raise CheckpointError(f"{where}: fix it, or take the model's own:" + bullet_list(faults))
-    return ModelConfig(**sizes, **values, **ids, qkv_has_bias=True)
+    return ModelConfig(**sizes, **values, **ids)
 
 
 def _is_default(key: str, config: Mapping[str, Any]) -> bool:
@@ -157,6 +158,7 @@ def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
         "use_sliding_window": False,
+        **({} if model.qkv_has_bias else {"attention_bias": False}),
     }
 
 

@@ -7,6 +7,8 @@ projections back to the hidden size by input columns, embeddings by vocabulary r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.score_head import SCORE_HEAD_BIAS, SCORE_HEAD_WEIGHT
 from mindrlhf.parallel.layout import AxisName, Layout, Mesh
@@ -19,6 +21,15 @@ LM_HEAD = "lm_head.weight"
 def layer_prefix(layer: int) -> str:
     """Name prefix of decoder layer ``layer``, with the trailing dot."""
     return f"model.layers.{layer}."
+
+
+def stored_model_parallel(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Over how many ranks one model with stored tensors of these shapes is split; 1 if they do not tell.
+
+    The attention's output projection tells it without the model's sizes: each rank has (H, H / mp) of (H, H).
+    """
+    hidden, *rest = shapes.get(layer_prefix(0) + "attention.wo.weight", ()) or (1,)
+    return max(hidden // max(*rest, 1), 1) if len(rest) == 1 else 1
 
 
 def parameter_layouts(

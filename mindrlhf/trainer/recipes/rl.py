@@ -22,14 +22,8 @@ from mindrlhf.runtime.compile_cache import open_compile_cache
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.runtime.launching import scratch_directory
 from mindrlhf.runtime.watchdog import Watchdog
-from mindrlhf.trainer.builder import PPOModels, WeightPaths, build_models, valid_vocab_size
-from mindrlhf.trainer.checkpoints import (
-    Stateful,
-    Trained,
-    TrainingCheckpoints,
-    model_identity,
-    stored_meshes,
-)
+from mindrlhf.trainer.builder import PPOModels, build_models, valid_vocab_size
+from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, model_identity
 from mindrlhf.trainer.evaluation import evaluate, evaluation_result, held_out_prompts
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
 from mindrlhf.trainer.export import export_policy
@@ -48,6 +42,7 @@ from mindrlhf.trainer.scoring import ExtraScores, count_passes, score_rollout
 from mindrlhf.trainer.shown_metrics import ppo_metrics
 from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
+from mindrlhf.trainer.weight_paths import WeightPaths
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.errors import MindRLHFError, RewardError
 from mindrlhf.utils.logging import get_logger
@@ -371,8 +366,7 @@ def train_ppo(options: PPOOptions, job: JobConfig, data: Path, save: Path) -> Pa
         finished, last = train(run, trainer), run.last_checkpoint
         assert last is not None
         if finished and options.export_hf_dir is not None:
-            mesh = stored_meshes(last)["policy"]  # a run that had nothing left to do kept its layout
-            export_policy(last / "policy", job.train.model, mesh, options, run.exchange)
+            export_policy(last / "policy", job.train.model, options, run.exchange)
     return last
 
 
@@ -381,13 +375,7 @@ def _prepare(
 ) -> tuple[Run, PPOTrainer]:
     """Checks what the flags name, takes the device, joins the other workers, builds the models."""
     scratch = scratch_directory()
-    weights = WeightPaths(
-        infer=options.load_sft_checkpoint_infer,
-        train=options.load_sft_checkpoint_train,
-        ref=options.load_ref_checkpoint,
-        reward=options.load_rm_checkpoint,
-        critic=options.load_critic_checkpoint,
-    ).checked()
+    weights = WeightPaths.of(options).checked()
     tokenizer = _tokenizer(options, job)
     check_one_tokenizer({flag: getattr(options, flag) for flag in _WITH_TOKENIZER})
     reward_function = _reward_function(options)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
+from mindrlhf.checkpoint.hf_config import CONFIG_NAME, write_json
 from mindrlhf.checkpoint.shards import merge_shards, save_shard
 from mindrlhf.configs.options import StageOptions
 from mindrlhf.configs.schema import StagePlan
@@ -68,7 +69,7 @@ def prepare(
         MindRLHFError: paths, data or the number of rows do not fit; or the checkpoint to resume from.
     """
     scratch = scratch_directory()
-    check_paths(options)
+    check_unfinished(options)
     config = plan.config
     data = SequenceData(
         options.mind_dataset_dir,
@@ -292,10 +293,7 @@ def over_rows(
 
 
 def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) -> Path:
-    """``directory/rank_i/`` of every rank, which appears when all ranks have written; collective.
-
-    PPO reads it directly if its YAML splits the model alike, else after scripts/transform_checkpoint.py.
-    """
+    """``directory/rank_i/`` of every rank, and ``config.json``; appears when all have written; collective."""
     temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
     if exchange.runtime.is_main:
         discard(temporary)
@@ -303,22 +301,19 @@ def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) ->
     save_shard(temporary, exchange.runtime.rank, dict(model.shards()))
     exchange.barrier()
     if exchange.runtime.is_main:
+        write_json(temporary / CONFIG_NAME, model.described())
         swap_in((temporary, directory, replaced))
         discard(replaced)
     exchange.barrier()
     return directory
 
 
-def check_paths(options: StageOptions) -> None:
-    """Refuses weights that do not exist, and results of an earlier run.
+def check_unfinished(options: StageOptions) -> None:
+    """Refuses to resume a run that has finished and left no checkpoint.
 
     Raises:
         MindRLHFError: names the flag and the path.
     """
-    if not options.load_sft_checkpoint.exists():
-        raise MindRLHFError(
-            f"--load_sft_checkpoint {options.load_sft_checkpoint} does not exist; name existing weights"
-        )
     save = options.save_ckpt_dir
     if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
         raise MindRLHFError(

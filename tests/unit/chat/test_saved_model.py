@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from mindrlhf.chat.saved_model import SavedModel, find_model
+from mindrlhf.checkpoint.hf_config import hf_config_from_model
 from mindrlhf.checkpoint.shards import save_shard
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
@@ -86,7 +86,7 @@ def test_a_full_file_needs_sizes_and_tokenizer(
 
 
 @pytest.mark.parametrize("mesh", [Mesh(1, 2), Mesh(2, 2)])
-def test_rank_directories_are_merged_as_their_yaml_split_them(
+def test_rank_directories_are_merged_whatever_the_yaml_splits(
     made: SimpleNamespace,
     write_yaml: Callable[[int, int], Path],
     tokenizer_dir: Path,
@@ -97,44 +97,52 @@ def test_rank_directories_are_merged_as_their_yaml_split_them(
     found = find_model(ranks, config=write_yaml(mesh.dp, mesh.mp), tokenizer_path=tokenizer_dir)
     assert_whole(found, made)
     other = find_model(ranks, config=write_yaml(1, 1), tokenizer_path=tokenizer_dir)
-    with pytest.raises(CheckpointError):
-        list(other.shards(Mesh(), 0))
+    assert_whole(other, made)
 
 
-def record(checkpoint: Path, made: SimpleNamespace, mesh: Mesh) -> None:
-    """What a PPO run writes into a checkpoint, as far as it matters here."""
-    train: dict[str, Any] = {
-        "model": plain(made.model) | {"matmul_dtype": "bfloat16"},  # of the job, no part of the model
-        "parallel": {"data_parallel": mesh.dp, "model_parallel": mesh.mp},
-        "context": {"device_target": "CPU"},
-    }
-    (checkpoint / "config.json").write_text(json.dumps({"configuration": {"train": train}}))
+def record(directory: Path, made: SimpleNamespace, architecture: str = "Qwen2ForCausalLM") -> None:
+    """What our programs write beside rank directories."""
+    config = hf_config_from_model(made.model) | {"architectures": [architecture]}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("name", ["iteration_000012", ""])
 def test_a_run_is_its_last_policy_without_the_value_head(
     made: SimpleNamespace, tokenizer_dir: Path, tmp_path: Path, name: str
 ) -> None:
-    """Sizes and split are those that the checkpoint recorded."""
-    mesh = Mesh(2, 2)
-    write_ranks(tmp_path / "iteration_000012" / "policy", made, mesh, value_head=True)
+    """Sizes are those that the checkpoint recorded; the split is seen."""
+    policy = tmp_path / "iteration_000012" / "policy"
+    write_ranks(policy, made, Mesh(2, 2), value_head=True)
     (tmp_path / "iteration_000002" / "policy").mkdir(parents=True)
     (tmp_path / "iteration_000012" / "critic").mkdir()
     with pytest.raises(CheckpointError, match="--config"):
         find_model(tmp_path / name, tokenizer_path=tokenizer_dir)
-    record(tmp_path / "iteration_000012", made, mesh)
+    record(policy, made)
     found = find_model(tmp_path / name, tokenizer_path=tokenizer_dir)
-    assert found.weights == tmp_path / "iteration_000012" / "policy"
+    assert found.weights == policy
     assert found.sizes.model == made.model
     assert_whole(found, made)
 
 
-def test_the_last_weights_of_the_first_stage_are_found(
-    made: SimpleNamespace, write_yaml: Callable[[int, int], Path], tokenizer_dir: Path, tmp_path: Path
+def test_the_results_of_sft_are_their_last_weights(
+    made: SimpleNamespace, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    write_ranks(tmp_path / "final", made, Mesh(1, 1))
-    found = find_model(tmp_path, config=write_yaml(1, 1), tokenizer_path=tokenizer_dir)
-    assert_whole(found, made)
+    for place in ("step_000008/policy", "final"):  # the second appears when the run has finished
+        write_ranks(tmp_path / place, made, Mesh(1, 2))
+        record(tmp_path / place, made)
+        found = find_model(tmp_path, tokenizer_path=tokenizer_dir)
+        assert found.weights == tmp_path / place
+        assert_whole(found, made)
+
+
+@pytest.mark.parametrize("place", ["step_000008/reward", "final"])
+def test_the_results_of_a_reward_model_are_refused(
+    made: SimpleNamespace, tokenizer_dir: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / place / "rank_0").mkdir(parents=True)
+    record(tmp_path / place, made, "Qwen2ForSequenceClassification")
+    with pytest.raises(CheckpointError, match=f"{place} holds a reward model or a critic, which cannot"):
+        find_model(tmp_path, tokenizer_path=tokenizer_dir)
 
 
 def test_the_second_checkpoint_may_lean_on_the_first(made: SimpleNamespace) -> None:
@@ -148,7 +156,7 @@ def test_a_reward_model_is_refused(made: SimpleNamespace, tokenizer_dir: Path, t
     arrays = {name: array for name, array in {**made.arrays, **HEAD}.items() if name != "lm_head.weight"}
     write_weights(tmp_path / "reward.ckpt", ArraySource(arrays))
     found = find_model(tmp_path / "reward.ckpt", config=made.hf, tokenizer_path=tokenizer_dir)
-    with pytest.raises(CheckpointError, match="reward model or a critic, which cannot generate text"):
+    with pytest.raises(CheckpointError, match=r"reward\.ckpt holds a reward model or a critic"):
         list(found.shards(Mesh(), 0))
 
 
@@ -157,9 +165,12 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match="gone does not exist"):
         find_model(tmp_path / "gone")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds a LoRA adapter .*merge_and_unload\(\)"):
+        find_model(tmp_path)
     small = tiny(2, vocab_size=512)
     with pytest.raises(DataError, match="1024 tokens, more than the vocab_size 512"):
         find_model(small.full, config=small.hf, tokenizer_path=tokenizer_dir)
     wide = find_model(made.full, config=tiny(3, intermediate_size=64).hf, tokenizer_path=tokenizer_dir)
-    with pytest.raises(CheckpointError, match="does not fit the model"):
+    with pytest.raises(CheckpointError, match=r"hidden size 32\) does not fit .*/hf, 4 fault"):
         list(wide.shards(Mesh(), 0))

@@ -41,7 +41,8 @@ def full(tmp_path, yamls) -> dict[str, np.ndarray]:
 def assert_ranks_hold(directory: Path, yaml: Path, full: dict[str, np.ndarray]) -> None:
     run = load_run_config(yaml)
     mesh = mesh_of(run)
-    assert sorted(path.name for path in directory.iterdir()) == [f"rank_{rank}" for rank in range(mesh.size)]
+    ranks = [f"rank_{rank}" for rank in range(mesh.size)]
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", *ranks]
     layouts = parameter_layouts(run.model, mesh)
     for rank in range(mesh.size):
         for name, array in load_shard(directory, layouts, rank).items():
@@ -57,7 +58,7 @@ def test_full_to_infer_to_train_to_full_is_bit_equal(script, tmp_path, yamls, fu
     both = ["--input_config", infer, "--output_config", train, "--format", "safetensors"]
     script.main(["--input", at["infer"], "--output", at["train"], *both])
     assert_ranks_hold(tmp_path / "train", yamls[1], full)
-    script.main(["--input", at["train"], "--output", at["again.safetensors"], "--input_config", train])
+    script.main(["--input", at["train"], "--output", at["again.safetensors"]])
     whole = parameter_layouts(load_run_config(train).model, Mesh())
     again = load_shard(tmp_path / "again.safetensors", whole, 0)
     assert all(array.tobytes() == full[name].tobytes() for name, array in again.items())
@@ -87,10 +88,12 @@ def test_mistakes_are_one_clear_error(script, tmp_path, yamls, full, repo_root):
     """Others are in tests/bad_input/rows_weights.py."""
     file, out, infer = str(tmp_path / "full.ckpt"), str(tmp_path / "out"), str(yamls[0])
     other = str(repo_root / "model_configs" / "qwen_ppo" / "finetune_qwen2_0_5b.yaml")
-    with pytest.raises(CheckpointError, match="does not fit the model"):
+    with pytest.raises(CheckpointError, match=r"does not fit .*0_5b\.yaml, 291 fault"):
         script.main(["--input", file, "--output", out, "--output_config", other])
     assert not (tmp_path / "out").exists()
     script.main(["--input", file, "--output", out, "--output_config", infer])
+    with pytest.raises(CheckpointError, match=r"out/config\.json and .*describe different models"):
+        script.main(["--input", out, "--output", str(tmp_path / "o.ckpt"), "--input_config", other])
     with pytest.raises(CheckpointError, match=r"must end with \.ckpt or \.safetensors"):
         script.main(["--input", out, "--output", str(tmp_path / "again"), "--input_config", infer])
     script.main(["--input", file, "--output", out, "--output_config", infer, "--overwrite"])

@@ -16,13 +16,14 @@ from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.builder import PPOModels, WeightPaths
+from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.evaluation import Evaluation, evaluate
 from mindrlhf.trainer.experience import Experience
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
 from mindrlhf.trainer.run import Run
 from mindrlhf.trainer.update import UpdateResult
+from mindrlhf.trainer.weight_paths import WeightPaths
 from tests.unit.trainer.tiny_inputs import write_model, write_prompts
 
 LETTERS = "abcdefghijklmnopqrstu"  # ids 0 .. 20, then the three control tokens

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from mindrlhf.checkpoint.shards import save_shard
-from mindrlhf.configs.schema import JobConfig, ParallelConfig, RunConfig
+from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import mesh_of
-from mindrlhf.trainer.builder import WeightPaths, build_models, policy_weights_for
+from mindrlhf.trainer.builder import build_models
+from mindrlhf.trainer.weight_paths import WeightPaths
 from mindrlhf.utils.errors import MindRLHFError
 
 
@@ -54,20 +55,6 @@ def test_all_paths_that_are_not_there_are_named_at_once(files: dict[str, Path], 
     paths = WeightPaths(infer=files["infer"], reward=tmp_path / "no_reward", critic=tmp_path / "no_critic")
     with pytest.raises(MindRLHFError, match=r"(?s)reward: .*no_reward.*critic: .*no_critic"):
         paths.checked()
-
-
-@pytest.mark.parametrize(("mp", "chosen"), [(1, "infer"), (2, "train"), (4, "infer")])
-def test_a_model_without_weights_starts_from_the_policy_of_its_own_split(
-    files: dict[str, Path], tiny_job: JobConfig, mp: int, chosen: str
-) -> None:
-    """The tutorial's critic splits as the infer policy does; train rank directories would not fit it."""
-
-    def split(config: RunConfig, size: int) -> RunConfig:
-        return replace(config, parallel=ParallelConfig(data_parallel=4 // size, model_parallel=size))
-
-    job = replace(tiny_job, infer=split(tiny_job.infer, 4), train=split(tiny_job.train, 2))
-    weights = WeightPaths(infer=files["infer"], train=files["train"])
-    assert policy_weights_for(split(tiny_job.critic, mp), job, weights) == files[chosen]
 
 
 def random_checkpoint(directory: Path, job: JobConfig, seed: int, **heads: bool) -> Path:

@@ -13,9 +13,9 @@ import pytest
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
 from mindrlhf.trainer.run import Run
+from mindrlhf.trainer.weight_paths import WeightPaths
 from tests.unit.trainer.tiny_inputs import write_model, write_prompts
 
 ITERATIONS, PROMPT, RESPONSE, DECODE_STEPS = 3, 4, 7, 2

@@ -8,12 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mindrlhf.configs.load import load_ppo_job
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import write_weights
+from mindrlhf.configs.load import load_ppo_job, load_run_config
 from mindrlhf.configs.options import PPOOptions
 from mindrlhf.configs.schema import JobConfig
+from mindrlhf.models.qwen2.layouts import parameter_layouts
+from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
+from mindrlhf.trainer import programs
 from mindrlhf.trainer.programs import run_ppo, save_strategies
 from mindrlhf.trainer.recipes.rl import graph_configuration
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
@@ -26,11 +32,13 @@ def configs(repo_root: Path) -> Path:
 
 
 def options(configs: Path, tmp_path: Path, **changes: Any) -> PPOOptions:
-    """A job in one process on the tiny YAMLs, complete but for the weights' content."""
-    weights = tmp_path / "weights.ckpt"
-    weights.touch()
+    """A job in one process on the tiny YAMLs, complete but for the data."""
+    weights, infer = tmp_path / "weights.ckpt", configs / "generate_qwen2_tiny.yaml"
+    layouts = parameter_layouts(load_run_config(changes.get("sft_path_infer", infer)).model, Mesh())
+    arrays = {name: np.zeros(layout.shape, np.float32) for name, layout in layouts.items()}
+    write_weights(weights, ArraySource(arrays))
     given: dict[str, Any] = {
-        "sft_path_infer": configs / "generate_qwen2_tiny.yaml",
+        "sft_path_infer": infer,
         "sft_path_train": configs / "finetune_qwen2_tiny.yaml",
         "reward_path": configs / "generate_qwen2_tiny.yaml",
         "critic_path": configs / "generate_qwen2_tiny.yaml",
@@ -51,6 +59,18 @@ def test_a_missing_flag_is_named(configs: Path, tmp_path: Path, flag: str) -> No
 def test_no_weights_at_all_names_the_flags(configs: Path, tmp_path: Path) -> None:
     with pytest.raises(MindRLHFError, match="--load_sft_checkpoint_infer"):
         run_ppo(options(configs, tmp_path, load_sft_checkpoint_infer=None))
+
+
+@pytest.mark.parametrize(
+    "flag", ["load_sft_checkpoint_train", "load_rm_checkpoint", "load_critic_checkpoint"]
+)
+def test_weights_are_checked_before_a_scheduler_waits_for_workers(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setattr(programs, "_served_as_scheduler", lambda: pytest.fail("too late"))
+    write_weights(tmp_path / "other.ckpt", ArraySource({"w": np.zeros(1, np.float32)}))
+    with pytest.raises(MindRLHFError, match=r"other\.ckpt .* does not fit .*_qwen2_tiny\.yaml"):
+        run_ppo(options(configs, tmp_path, **{flag: tmp_path / "other.ckpt"}))
 
 
 def test_use_parallel_false_under_msrun(

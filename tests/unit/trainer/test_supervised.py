@@ -13,7 +13,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from mindrlhf.configs.load import load_stage, with_peak
-from mindrlhf.configs.options import RewardOptions, StageOptions
+from mindrlhf.configs.options import RewardOptions
 from mindrlhf.configs.schema import JobConfig, StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.networks import RewardModel
@@ -26,8 +26,8 @@ from mindrlhf.trainer.experience import sequence_inputs
 from mindrlhf.trainer.recipes.calibration import calibrate, fold, gain_and_bias
 from mindrlhf.trainer.recipes.reward_model import PairLoss
 from mindrlhf.trainer.recipes.sft import SFTLoss
-from mindrlhf.trainer.recipes.supervised import check_paths, over_rows
-from mindrlhf.utils.errors import ConfigError, MindRLHFError
+from mindrlhf.trainer.recipes.supervised import over_rows
+from mindrlhf.utils.errors import ConfigError
 
 
 @pytest.fixture
@@ -114,13 +114,6 @@ def test_another_peak_keeps_the_shape(yaml: Path, tmp_path: Path) -> None:
         "eta_min": 2.0,
         "t_max": 3,
     }
-
-
-def test_paths(yaml: Path, tmp_path: Path) -> None:
-    good: StageOptions = options(yaml, tmp_path)
-    check_paths(good)
-    with pytest.raises(MindRLHFError, match=r"--load_sft_checkpoint .*none does not exist"):
-        check_paths(replace(good, load_sft_checkpoint=tmp_path / "none"))
 
 
 class Fixed(nn.Cell):

@@ -19,7 +19,6 @@ from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.runtime.signals import StopRequest
-from mindrlhf.trainer.builder import WeightPaths
 from mindrlhf.trainer.console.state import RunState
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout
 from mindrlhf.trainer.loop import train
@@ -29,6 +28,7 @@ from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.trainer.update import UpdateResult
+from mindrlhf.trainer.weight_paths import WeightPaths
 
 PROMPT, RESPONSE, BATCH, VALID = 32, 5, 4, 1024
 # Smaller than the tiny YAMLs, so that graphs compile fast, with more rows than the tokenizer has ids.
