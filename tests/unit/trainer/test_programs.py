@@ -65,12 +65,12 @@ def test_no_weights_at_all_names_the_flags(configs: Path, tmp_path: Path) -> Non
     "flag", ["load_sft_checkpoint_train", "load_rm_checkpoint", "load_critic_checkpoint"]
 )
 def test_weights_are_checked_before_a_scheduler_waits_for_workers(
-    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
     monkeypatch.setattr(programs, "_served_as_scheduler", lambda: pytest.fail("too late"))
     write_weights(tmp_path / "other.ckpt", ArraySource({"w": np.zeros(1, np.float32)}))
     with pytest.raises(MindRLHFError, match=r"other\.ckpt .* does not fit .*_qwen2_tiny\.yaml"):
-        run_ppo(options(configs, tmp_path, **{f"load_{model}": tmp_path / "other.ckpt"}))
+        run_ppo(options(configs, tmp_path, **{flag: tmp_path / "other.ckpt"}))
 
 
 def test_use_parallel_false_under_msrun(
