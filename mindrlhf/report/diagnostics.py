@@ -188,6 +188,7 @@ def diagnose(run: Run) -> list[Finding]:
     evaluations = {name: run.evaluation_series(name) for name in run.evaluation_names()}
     metrics = {name: run.series(name) for name in run.metric_names() if name != "iteration"}
     found = [
+        mixed_jobs(run),
         not_finite(metrics if run.kind == PPO else metrics | evaluations, run.unit),
         kl_above_target(run.series("objective/kl"), run.setting("kl_controller"), run.setting("kl_target")),
         *(rule.check(run.series(rule.metric)) for rule in RULES),
@@ -201,6 +202,19 @@ def diagnose(run: Run) -> list[Finding]:
     ]
     order = ("error", "warning", "note")
     return sorted((finding for finding in found if finding), key=lambda finding: order.index(finding.level))
+
+
+def mixed_jobs(run: Run) -> Finding | None:
+    """Two jobs have written to the directory of a run."""
+    if run.mixed_since is None:
+        return None
+    text = f"Two jobs have written to this directory since {run.unit} {run.mixed_since}"
+    detail = (
+        f"The newest line of each {run.unit} is shown; {run.left_out} older one(s) are left out. Samples and "
+        "checkpoints may be of either job."
+    )
+    remedy = "Give each job its own --save_ckpt_dir, and start this one again."
+    return Finding("mixed", "error", text, detail, remedy, run.mixed_since, "iteration")
 
 
 def kl_above_target(kl: Series, controller: Any, target: Any) -> Finding | None:

@@ -76,6 +76,8 @@ class Run:
         state: content of the newest checkpoint's ``state.json``; empty when there is none.
         checkpoint: name of that checkpoint.
         kind: a key of :data:`TITLES`. For SFT and reward models, an iteration is an optimizer step.
+        mixed_since: the first iteration that a second job has written here as well; ``None``: none has.
+        left_out: lines of metrics that another job has written before the newest of the same iteration.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Run:
     state: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     kind: str = PPO
+    mixed_since: int | None = None
+    left_out: int = 0
 
     @property
     def unit(self) -> str:
@@ -153,26 +157,29 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 
 def read_run(directory: Path, name: str | None = None) -> Run:
-    """Reads one run.
+    """Reads one run; where two jobs have written, the newest line of each iteration.
 
     Raises:
         ReportError: the directory holds no metrics, or a file of it is broken; names file and line.
     """
     metrics_file = directory / METRICS_FILE
-    if not metrics_file.is_file():
+    config = _read_object(directory / CONFIG_FILE)
+    if not metrics_file.is_file() and not config:
         raise ReportError(
             f"{directory}: no {METRICS_FILE}, so no results of a run.{_did_you_mean(directory)}"
         )
-    metrics = read_lines(metrics_file, lambda name: True)
-    _check_rising(metrics_file, metrics)
-    evaluations = read_lines(directory / EVALUATIONS_FILE, lambda name: "/" in name)
-    config = _read_object(directory / CONFIG_FILE)
+    lines = read_lines(metrics_file, lambda name: True)
+    mixed_since, metrics = _newest(metrics_file, lines)
+    _, evaluations = _newest(
+        directory / EVALUATIONS_FILE, read_lines(directory / EVALUATIONS_FILE, lambda name: "/" in name)
+    )
     kind = kind_of([*metrics, *evaluations], config)
     if kind != PPO:
         metrics, evaluations = _with_iterations(metrics), _with_iterations(evaluations)
     if not metrics:
         raise ReportError(
-            f"{metrics_file} is empty: the run has finished no {unit_of(kind)} yet; try again later"
+            f"{metrics_file} has no line: the run has finished no {unit_of(kind)} here yet; try again later, "
+            "or give the directory that it was resumed from"
         )
     named = directory.glob(f"{unit_of(kind)}_??????*/{STATE_FILE}")  # iteration_3 is no checkpoint
     checkpoints = sorted(named, key=lambda path: (len(path.parent.name), path))
@@ -181,12 +188,14 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         directory=directory,
         metrics=metrics,
         samples=read_lines(directory / SAMPLES_FILE, _SAMPLE_METRICS.__contains__),
-        evaluations=sorted(evaluations, key=lambda line: line["iteration"]),
+        evaluations=evaluations,
         eval_samples=read_lines(directory / EVAL_SAMPLES_FILE, _SAMPLE_METRICS.__contains__),
         config=config,
         state=_read_object(checkpoints[-1]) if checkpoints else {},
         checkpoint=checkpoints[-1].parent.name if checkpoints else None,
         kind=kind,
+        mixed_since=mixed_since,
+        left_out=len(lines) - len(metrics),
     )
 
 
@@ -290,14 +299,20 @@ def _unit(line: Mapping[str, Any]) -> str:
     return "step" if "step" in line and "iteration" not in line else "iteration"
 
 
-def _check_rising(path: Path, lines: Sequence[Line]) -> None:
+def _newest(path: Path, lines: Sequence[Line]) -> tuple[int | None, list[Line]]:
+    """The last line of each iteration, ascending, and the first iteration that is out of order."""
+    late = []
     for number, (before, after) in enumerate(pairwise(lines), start=2):
         old, new = _unit(before), _unit(after)
-        if old != new or after[new] <= before[old]:
+        if old != new:
             raise ReportError(
                 f"{path}:{number}: {new} {after[new]} after {old} {before[old]}; "
-                "two runs have written here: give each run its own --save_ckpt_dir"
+                "runs of two kinds have written here: give each run its own --save_ckpt_dir"
             )
+        if after[new] <= before[old]:
+            late.append(after[new])
+    newest = {line[_unit(line)]: line for line in lines}
+    return min(late, default=None), [newest[count] for count in sorted(newest)]
 
 
 def _is_number(value: Any) -> bool:

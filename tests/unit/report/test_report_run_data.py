@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.report.diagnostics import diagnose
 from mindrlhf.report.run_data import ReportError, read_run, read_runs, short_names
-from tests.unit.report.conftest import reward_lines, stage_config, stage_lines
+from tests.unit.report.conftest import plain_line, reward_lines, stage_config, stage_lines
 
 MakeRun = Callable[..., Path]
 LINE = '{"iteration": 1, "objective/scores": 0.5}'
@@ -86,7 +87,6 @@ def test_nan_is_a_number_of_a_run(make_run: MakeRun) -> None:
         ("metrics.jsonl", '{"iteration": true}', "iteration is true, not a whole number"),
         ("metrics.jsonl", '{"iteration": NaN}', "iteration is NaN, not a whole number"),
         ("metrics.jsonl", '{"iteration": 2, "objective/kl": "1"}', 'objective/kl is "1", not a number'),
-        ("metrics.jsonl", '{"iteration": 1}', "iteration 1 after iteration 1"),
         ("metrics.jsonl", '{"step": 1.5}', "step is 1.5, not a whole number"),
         ("metrics.jsonl", '{"step": 2}', "step 2 after iteration 1"),
         ("samples.jsonl", '{"iteration": 2, "score": []}', "score is [], not a number"),
@@ -124,9 +124,25 @@ def test_the_line_that_is_being_written_is_left_out(
     assert f"{path}:2 is half written" in caplog.text
     path.write_text(f'{LINE}\n{{"iteration": 2}}')  # whole, but for the line end
     assert read_run(directory).iterations.tolist() == [1, 2]
-    path.write_text(f'{LINE}\n{{"iteration": 1}}')  # JSON, and wrong
-    with pytest.raises(ReportError, match=r"metrics\.jsonl:2: iteration 1 after"):
+    path.write_text(f'{LINE}\n{{"step": 1}}')  # JSON, and wrong
+    with pytest.raises(ReportError, match=r"metrics\.jsonl:2: step 1 after"):
         read_run(directory)
+
+
+def test_of_two_jobs_the_newest_line_of_each_iteration_counts(make_run: MakeRun) -> None:
+    one, other = ([plain_line(n, loss=job) for n in (1, 2, 3, 4)] for job in (1.0, 2.0))
+    directory = make_run(
+        metrics=[*one[:3], other[1], one[3], other[2]],
+        evaluations=[{"iteration": n, "eval/kl": kl} for n, kl in ((4, 1.0), (0, 2.0), (4, 3.0))],
+    )
+    run = read_run(directory)
+    assert (run.mixed_since, run.left_out) == (2, 2)
+    assert run.iterations.tolist() == [1, 2, 3, 4]
+    assert run.series("loss").values.tolist() == [1.0, 2.0, 2.0, 1.0]
+    assert run.evaluation_series("eval/kl").values.tolist() == [2.0, 3.0]
+    (finding,) = [finding for finding in diagnose(run) if finding.kind == "mixed"]
+    assert finding.text == "Two jobs have written to this directory since iteration 2"
+    assert read_run(make_run("alone")).mixed_since is None
 
 
 def test_line_separators_inside_a_sample_end_no_line(make_run: MakeRun) -> None:
@@ -158,7 +174,11 @@ def test_what_is_no_run_is_refused_with_a_hint(make_run: MakeRun, tmp_path: Path
         read_run(inside.parent)
     assert str(caught.value).endswith(f"Did you mean {inside}?")
     (inside / "metrics.jsonl").write_text("")
-    with pytest.raises(ReportError, match="finished no iteration yet"):
+    with pytest.raises(ReportError, match="finished no iteration here yet"):
+        read_run(inside)
+    (inside / "metrics.jsonl").unlink()
+    (inside / "config.json").write_text('{"created": "now"}')  # resumed elsewhere, with nothing left to do
+    with pytest.raises(ReportError, match=r"here yet; .* or give the directory that it was resumed from"):
         read_run(inside)
 
 
@@ -223,7 +243,7 @@ def test_the_newest_checkpoint_of_a_stage_counts(make_run: MakeRun) -> None:
 
 
 def test_before_the_first_step_there_is_nothing_to_report(make_run: MakeRun) -> None:
-    with pytest.raises(ReportError, match="the run has finished no step yet"):
+    with pytest.raises(ReportError, match="the run has finished no step here yet"):
         read_run(make_run(metrics=[{"step": 0, "epoch": 0.0, "eval/loss": 3.0}]))
 
 
