@@ -6,7 +6,7 @@
 ``policy_optimizer/``, ...              moments, and the step of the learning-rate schedule
 ``random/rank_i.json``                  Python's and NumPy's global generators of each rank
 ``state.json``                          step, layouts, what must not change, cursors, coefficients, moments
-``config.json``                         the resolved configuration that made it
+``config.json``                         the resolved configuration that made it, and what it learned from
 ``manifest.json``                       size and SHA-256 of all of these; written last
 ======================================  ==========================================================
 
@@ -145,9 +145,12 @@ class TrainingCheckpoints:
         configuration: the resolved configuration of the job, a dataclass or a mapping.
         fixed: the settings, by dotted name, with which a checkpoint can be resumed at all: with another
             value, the saved weights, moments or orders would mean something else.
+        inputs: what the run learns from, see :func:`mindrlhf.utils.provenance.fingerprints`; ``None`` on
+            other ranks than the main one.
 
     Attributes:
         last: the checkpoint that this run has saved or loaded last, ``None`` before.
+        resumptions: each time that the run was resumed: from which checkpoint, and what had changed.
     """
 
     def __init__(
@@ -159,10 +162,12 @@ class TrainingCheckpoints:
         keep: int,
         configuration: Any,
         fixed: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory, self.unit, self.exchange, self.keep = directory, unit, exchange, keep
         self.rank = exchange.runtime.rank
-        self.configuration = configuration
+        self.configuration, self.inputs = configuration, inputs
+        self.resumptions: list[dict[str, Any]] = []
         self.fixed: dict[str, Any] = json.loads(json.dumps(plain(fixed)))
         self.last: Path | None = None
 
@@ -252,6 +257,10 @@ class TrainingCheckpoints:
                 path.rename(aside)
                 logger.warning("%s is newer than the checkpoint resumed from: it is now %s", path, aside.name)
 
+    def provenance(self) -> dict[str, Any]:
+        """The content of ``config.json``, here and in a checkpoint."""
+        return provenance(self.configuration) | {"inputs": self.inputs or {}, "resumptions": self.resumptions}
+
     def _directory(self, step: int) -> Path:
         return checkpoint_directory(self.directory, step, self.unit)
 
@@ -288,7 +297,7 @@ class TrainingCheckpoints:
     ) -> None:
         """What the main rank adds when all ranks have written; then the checkpoint appears."""
         files[STATE_FILE] = _write_json(temporary / STATE_FILE, state)
-        files[CONFIG_FILE] = digest_file(write_provenance(temporary, provenance(self.configuration)))
+        files[CONFIG_FILE] = digest_file(write_provenance(temporary, self.provenance()))
         write_manifest(temporary, files)
         for directory in sorted({path.parent for path in temporary.rglob("*")}):
             sync_to_disk(directory)

@@ -38,7 +38,7 @@ from mindrlhf.trainer.trackers.tracker import RunStart, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import provenance, write_provenance
+from mindrlhf.utils.provenance import write_provenance
 
 logger = get_logger(__name__)
 
@@ -91,17 +91,16 @@ class Recorder:
         evaluated = {line[self.unit] for line in self.evaluations}
         self.eval_samples = self._rewind(EVAL_SAMPLES_FILE, evaluated.__contains__)
 
-    def begin(self, configuration: Any, step: int, shown: ShownMetrics) -> None:
+    def begin(self, record: Mapping[str, Any], step: int, shown: ShownMetrics) -> None:
         """Writes ``config.json`` and opens the trackers of a run that starts or is resumed.
 
         Args:
-            configuration: resolved.
+            record: the content of ``config.json``.
             step: steps that are done.
             shown: which metrics are shown.
         """
         self._shown = shown
         self.directory.mkdir(parents=True, exist_ok=True)
-        record = provenance(configuration)
         write_provenance(self.directory, record)
         is_resumed = bool(self.metrics or self.evaluations)
         self.trackers.start(RunStart(self.directory, record, step + 1 if is_resumed else 0, is_resumed))

@@ -37,6 +37,7 @@ _REPLACED = re.compile(r"\.((?:iteration|step)_\d+|final)\.old")
 
 
 _LAYOUT = re.compile(r"[\w.]+\.parallel\.\w+")
+_INPUTS = "inputs."
 # Paths may change, and flags that enter the plan of a stage are reported with the plan.
 _UNIMPORTANT = re.compile(
     r"([\w.]+\.)?(path|ignored.*)"
@@ -73,28 +74,39 @@ def choose_checkpoint(
     else:
         return None
     check_fixed(chosen, read_state(chosen)["fixed"], checkpoints.fixed)
-    report_changes(chosen, checkpoints.configuration)
+    checkpoints.resumptions = report_changes(chosen, checkpoints.configuration, checkpoints.inputs)
     return chosen
 
 
-def report_changes(directory: Path, configuration: Any) -> None:
-    """Logs which other settings have changed since a checkpoint was written.
+def report_changes(
+    directory: Path, configuration: Any, inputs: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Logs which other settings have changed since a checkpoint was written, and which inputs.
 
     Args:
         directory: the checkpoint.
         configuration: of this job, a dataclass or a mapping.
+        inputs: of this job; ``None`` leaves them out, and so does a checkpoint without a record of them.
+
+    Returns:
+        how the run was resumed so far, this time included.
 
     Raises:
         CheckpointError: the checkpoint's configuration cannot be read.
     """
-    path = directory / CONFIG_FILE
+    path, now = directory / CONFIG_FILE, dict(_entries(json.loads(json.dumps(plain(configuration)))))
     try:
-        before = dict(_entries(json.loads(path.read_text(encoding="utf-8"))["configuration"]))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before = dict(_entries(record["configuration"]))
+        resumptions = list(record.get("resumptions", []))
+        if inputs is not None and "inputs" in record:
+            before.update(_entries(record["inputs"], _INPUTS))
+            now.update(_entries(inputs, _INPUTS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error}), so this is not a whole checkpoint; resume from another one"
         ) from error
-    now, missing = dict(_entries(json.loads(json.dumps(plain(configuration))))), "(not there)"
+    missing = "(not there)"
     changed = {
         key: f"{key}: {before.get(key, missing)} in the checkpoint, {now.get(key, missing)} now"
         for key in sorted(before.keys() | now.keys())
@@ -102,10 +114,15 @@ def report_changes(directory: Path, configuration: Any) -> None:
     }
     if now.get("ppo.critic") in ("shared", "none"):  # the critic's YAML is not used
         changed = {key: line for key, line in changed.items() if not key.startswith("critic.")}
-    if resharded := [line for key, line in changed.items() if _LAYOUT.fullmatch(key)]:
-        logger.info("the layout has changed, the checkpoint is resharded: %s", "; ".join(resharded))
-    if others := [line for key, line in changed.items() if not _LAYOUT.fullmatch(key)]:
+    layout = [line for key, line in changed.items() if _LAYOUT.fullmatch(key)]
+    learned = [line for key, line in changed.items() if key.startswith(_INPUTS)]
+    if layout:
+        logger.info("the layout has changed, the checkpoint is resharded: %s", "; ".join(layout))
+    if others := [line for line in changed.values() if line not in layout + learned]:
         logger.info("the configuration has changed since the checkpoint: %s", "; ".join(others))
+    for line in learned:
+        logger.warning("what the run learns from has changed since the checkpoint: %s", line)
+    return [*resumptions, {"from": str(directory), "changes": list(changed.values())}]
 
 
 def _entries(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import sysconfig
 import traceback
@@ -75,6 +76,15 @@ def _described(error: Exception) -> str:
     library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
     shown = [place for place in places if not place.startswith(library)] or places
     return f"{type(error).__name__}: {error}" + "".join(f" at {place}" for place in shown[-1:])
+
+
+def reward_source(function: RewardFunction) -> Path | None:
+    """The file that defines a reward function, or the class of one; ``None`` when that is not Python's."""
+    try:
+        source = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+    except TypeError:
+        return None
+    return None if source is None else Path(source)
 
 
 def function_scores(

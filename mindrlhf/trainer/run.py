@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -147,11 +146,6 @@ class Run:
         self._first_step = 0
         self._step_started = 0.0
 
-    @property
-    def configuration(self) -> Any:
-        """The resolved configuration of the job."""
-        return self.checkpoints.configuration
-
     def begin(self, recipe: Recipe) -> None:
         """Restores the training state when resuming, and opens the files of results; collective.
 
@@ -174,7 +168,7 @@ class Run:
             self._console.log_interval = recipe.schedule.log_interval
             self._console.columns, self._console.status = recipe.shown.columns, recipe.shown.status
         if self.recorder is not None:
-            self.recorder.begin(self.configuration, self.step, recipe.shown)
+            self.recorder.begin(self.checkpoints.provenance(), self.step, recipe.shown)
         # MindSpore collects garbage before every compilation; skip the objects that live as long as the job.
         release_freed_memory()
         gc.freeze()

@@ -7,7 +7,7 @@ critic, are keys of the configuration (:data:`mindrlhf.algorithms.advantages.ADV
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,12 @@ from mindrlhf.trainer.pretraining import open_pretraining
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_fresh
 from mindrlhf.trainer.resume import choose_checkpoint
-from mindrlhf.trainer.reward_function import RewardFunction, function_scores, load_reward_function
+from mindrlhf.trainer.reward_function import (
+    RewardFunction,
+    function_scores,
+    load_reward_function,
+    reward_source,
+)
 from mindrlhf.trainer.reward_shaping import RewardShaper
 from mindrlhf.trainer.rollout import generate_rollout
 from mindrlhf.trainer.run import Observers, Run, observed, start_worker
@@ -46,7 +51,7 @@ from mindrlhf.trainer.weight_paths import WeightPaths
 from mindrlhf.trainer.weight_sync import WeightSync
 from mindrlhf.utils.errors import MindRLHFError, RewardError
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import plain
+from mindrlhf.utils.provenance import fingerprints, plain
 
 logger = get_logger(__name__)
 
@@ -72,8 +77,10 @@ def fixed_settings(job: JobConfig) -> dict[str, Any]:
     return fixed
 
 
-def open_checkpoints(job: JobConfig, save: Path, exchange: HostExchange) -> TrainingCheckpoints:
-    """The checkpoints of a job below ``save``."""
+def open_checkpoints(
+    job: JobConfig, save: Path, exchange: HostExchange, inputs: Mapping[str, Any] | None = None
+) -> TrainingCheckpoints:
+    """The checkpoints of a job below ``save``; ``inputs`` as for :class:`TrainingCheckpoints`."""
     return TrainingCheckpoints(
         save,
         "iteration",
@@ -81,6 +88,7 @@ def open_checkpoints(job: JobConfig, save: Path, exchange: HostExchange) -> Trai
         keep=job.ppo.keep_checkpoints,
         configuration=job,
         fixed=fixed_settings(job),
+        inputs=inputs,
     )
 
 
@@ -390,7 +398,8 @@ def _prepare(
     if options.enable_compile_cache:
         graphs = graph_configuration(job)
         caches.append(open_compile_cache(graphs, exchange.runtime, Path(scratch), last_phase="sync"))
-    checkpoints = open_checkpoints(job, save, exchange)
+    inputs = _inputs(options, weights, data, reward_function) if exchange.runtime.is_main else None
+    checkpoints = open_checkpoints(job, save, exchange, inputs)
     # The user's reward function may wait for a server.
     waiting = frozenset({"score", "evaluate"}) if reward_function is not None else frozenset()
     run = Run(
@@ -419,6 +428,22 @@ def _prepare(
         keeps_experience=options.save_data_file is not None,
     )
     return run, trainer
+
+
+def _inputs(
+    options: PPOOptions, weights: WeightPaths, data: Path, reward_function: RewardFunction | None
+) -> dict[str, Any]:
+    """The record of what the run learns from: its data, the models' weights, the source of the reward."""
+    paths: dict[str, Path | None] = {
+        "mind_dataset_dir": data,
+        "eval_dataset_dir": options.eval_dataset_dir,
+        "ptx_dataset_dir": options.ptx_dataset_dir,
+        **{f"weights.{role}": path for role, path in vars(weights).items()},
+    }
+    if reward_function is None:
+        return fingerprints(paths)
+    records = fingerprints(paths | {"reward_fn": reward_source(reward_function)})
+    return records | {"reward_fn": {"function": options.reward_fn, **records.get("reward_fn", {})}}
 
 
 def graph_configuration(job: JobConfig) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import swap_in
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.provenance import fingerprints
 
 logger = get_logger(__name__)
 
@@ -83,6 +84,7 @@ def prepare(
     exchange = start_worker(config, scratch, options.save_ckpt_dir, observers)
     if not options.continues_in(options.save_ckpt_dir):
         check_fresh(options.save_ckpt_dir, "step", FINAL)
+    paths = {"mind_dataset_dir": options.mind_dataset_dir, "load_sft_checkpoint": options.load_sft_checkpoint}
     counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
     checkpoints = TrainingCheckpoints(
         options.save_ckpt_dir,
@@ -98,6 +100,7 @@ def prepare(
             "batch_size": plan.batch_size,
             **{key: getattr(options, key) for key in ("seed", "eval_fraction", "max_eval_prompts")},
         },
+        inputs=fingerprints(paths) if exchange.runtime.is_main else None,
     )
     logger.info(
         "%s: %d rows, %d to train on and %d held out; prompts up to %d, responses up to %d tokens; "

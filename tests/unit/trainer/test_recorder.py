@@ -190,7 +190,7 @@ class Noting(Tracker):
 def test_a_step_goes_to_files_and_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noting = Noting()
     records = recorder(tmp_path, noting)
-    records.begin({"ppo": {"seed": 1}}, 0, SHOWN)
+    records.begin({"ppo": {"seed": 1}}, 0, SHOWN)  # the content of config.json, whatever that is
     records.add_step(1, step_result(), TIMES, SCHEDULE)
     sample = {"iteration": 1, "sample_id": 7, "response": [2], "score": 1.0}
     assert noting.heard == [
@@ -200,9 +200,7 @@ def test_a_step_goes_to_files_and_trackers(tmp_path: Path, capsys: pytest.Captur
         ("histograms", 1, ["distribution/scores"]),
     ]
     assert json.loads((tmp_path / "samples.jsonl").read_text()) == sample
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["configuration"] == {"ppo": {"seed": 1}}
-    assert set(config) == {"created", "versions", "git", "machine", "configuration"}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"ppo": {"seed": 1}}
     said = capsys.readouterr().err
     assert said == "INFO iteration 1/5  score +0.5000  ratio 1.0000  9 tok/s  2.0 s\n"
 

@@ -281,6 +281,39 @@ def test_harmless_changes_pass_and_are_said(
     )
 
 
+def test_other_inputs_are_said_one_by_one_and_recorded(
+    tmp_path: Path, tiny_job: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = make(tmp_path, 1, tiny_job)
+    data, reward = ({"path": name, "bytes": 9, "digest": "ab"} for name in ("p.mindrecord", "r.py"))
+    reward["function"] = "r:f"
+    before = {"mind_dataset_dir": data, "reward_fn": reward, "weights.ref": data}
+    record = {
+        "configuration": plain(tiny_job),
+        "inputs": before,
+        "resumptions": [{"from": "x", "changes": []}],
+    }
+    (directory / "config.json").write_text(json.dumps(record))
+    now = {
+        "mind_dataset_dir": data | {"digest": "cd"},
+        "reward_fn": reward | {"function": "r:g"},
+        "weights.ref": data | {"path": "moved"},
+    }
+    changes = [
+        "inputs.mind_dataset_dir.digest: ab in the checkpoint, cd now",
+        "inputs.reward_fn.function: r:f in the checkpoint, r:g now",
+    ]
+    said = "what the run learns from has changed since the checkpoint: "
+    resumptions = report_changes(directory, tiny_job, now)
+    assert [record.getMessage() for record in caplog.records] == [said + change for change in changes]
+    assert resumptions == [{"from": "x", "changes": []}, {"from": str(directory), "changes": changes}]
+    caplog.clear()
+    report_changes(directory, tiny_job)  # another rank
+    report_changes(directory, tiny_job, before)
+    report_changes(make(tmp_path, 2, tiny_job), tiny_job, now)  # of a version without a record
+    assert caplog.records == []
+
+
 def test_nothing_is_said_of_nothing(
     tmp_path: Path, tiny_job: JobConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

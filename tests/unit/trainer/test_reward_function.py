@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mindrlhf.data.tokenizer import ChatTemplate, Tokenizer
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.experience import Rollout
-from mindrlhf.trainer.reward_function import function_scores, load_reward_function
+from mindrlhf.trainer.reward_function import function_scores, load_reward_function, reward_source
 from mindrlhf.utils.errors import MindRLHFError
 
 EXCHANGE = HostExchange(Runtime(0, 1))
@@ -157,3 +158,14 @@ def test_bad_names(name: str, fault: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MindRLHFError, match=fault):
         load_reward_function(name)
+
+
+def test_the_source_of_a_reward_is_the_file_that_defines_it() -> None:
+    class Reward:
+        def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+            return []
+
+    for function in (Reward(), Reward().__call__, score):
+        assert reward_source(function) == Path(__file__)  # type: ignore[arg-type]
+    assert reward_source(partial(score)) is not None, "that of functools"
+    assert reward_source(max) is None

@@ -186,6 +186,23 @@ def checkpoint(files: Path, compiled: Compiled, tmp_path_factory: pytest.TempPat
     return directory / "step_000004"
 
 
+def test_other_weights_are_said_and_stay_in_the_record(
+    run: Run, files: Path, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "other.ckpt"
+    weights = bytearray((files / "weights.ckpt").read_bytes())
+    weights[-1] ^= 1
+    other.write_bytes(weights)
+    save = tmp_path / "save"
+    run("sft", save, epochs=1, save_interval=4, resume_from=checkpoint, load_sft_checkpoint=other)
+    (said,) = [line for line in caplog.messages if "what the run learns from has changed" in line]
+    change = said.partition("checkpoint: ")[2]
+    assert change.startswith("inputs.load_sft_checkpoint.digest: ")
+    for place in (save, save / "step_000004"):
+        (resumption,) = json.loads((place / "config.json").read_text())["resumptions"]
+        assert (resumption["from"], resumption["changes"][-1]) == (str(checkpoint), change)
+
+
 REFUSED = [
     ({"seed": 7}, "seed: 1 in the checkpoint, 7 now"),
     ({"batch_size": 8}, "batch_size: 4 in the checkpoint, 8 now"),

@@ -20,6 +20,7 @@ import pytest
 import mindrlhf
 from mindrlhf.utils import provenance as module
 from mindrlhf.utils.provenance import (
+    fingerprints,
     git_revision,
     machine,
     plain,
@@ -183,3 +184,44 @@ def test_the_clock_is_read_in_utc() -> None:
     before = datetime.now(UTC).replace(microsecond=0)
     created = datetime.fromisoformat(provenance({})["created"])
     assert before <= created <= datetime.now(UTC)
+
+
+def test_fingerprints_know_content_names_and_sizes(tmp_path: Path) -> None:
+    file, directory = tmp_path / "a.ckpt", tmp_path / "hf"
+    (directory / "sub").mkdir(parents=True)
+    for path in (file, directory / "x", directory / "sub" / "y"):
+        path.write_bytes(b"0123456789")
+    before = fingerprints({"one": file, "same": file, "all": directory, "none": None})
+    assert (
+        before["one"] == before["same"] == {"path": str(file), "bytes": 10, "digest": before["one"]["digest"]}
+    )
+    assert (before["all"]["bytes"], before.keys()) == (20, {"one", "same", "all"})
+    moved = file.rename(tmp_path / "b.ckpt")
+    assert fingerprints({"one": moved})["one"] == before["one"] | {"path": str(moved)}
+    digests = {before["all"]["digest"]}
+    for change in (
+        lambda: (directory / "sub" / "y").write_bytes(b"012345678X"),
+        lambda: (directory / "x").rename(directory / "z"),
+        lambda: (directory / "z").rename(directory / "sub" / "x"),
+    ):
+        change()
+        digests.add(fingerprints({"all": directory})["all"]["digest"])
+    assert len(digests) == 4
+    assert fingerprints({"gone": tmp_path / "none"})["gone"]["bytes"] == 0, "who reads it says so"
+
+
+@pytest.mark.parametrize(("size", "seen"), [(1, 1), (7, 7), (12, 12), (13, 12), (40, 12)])
+def test_of_a_large_file_evenly_spread_blocks_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, seen: int
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4)
+    monkeypatch.setattr(module, "_BLOCKS", 3)
+    path = tmp_path / "weights"
+
+    def digest(changed: int | None = None) -> str:
+        path.write_bytes(bytes(byte == changed for byte in range(size)))
+        return str(fingerprints({"": path})[""]["digest"])
+
+    counted = [byte for byte in range(size) if digest(byte) != digest()]
+    assert len(counted) == seen
+    assert {0, size - 1} <= set(counted)
