@@ -165,7 +165,7 @@ def test_the_source_of_a_reward_is_the_file_that_defines_it() -> None:
         def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
             return []
 
-    for function in (Reward(), Reward().__call__, score):
+    for function in (Reward(), Reward().__call__, test_bad_names):
         assert reward_source(function) == Path(__file__)  # type: ignore[arg-type]
-    assert reward_source(partial(score)) is not None, "that of functools"
+    assert reward_source(partial(max)) is not None, "that of functools"
     assert reward_source(max) is None
