@@ -85,7 +85,7 @@ def start_worker(config: RunConfig, scratch: str, save: Path, observers: Observe
     use_parallel = env_world_size() > 1
     runtime = start_runtime(config.context, use_parallel=use_parallel, scratch_dir=scratch)
     exchange, fault = HostExchange(runtime), None
-    for is_main in (True, False):
+    for is_main in (True, False):  # the main rank first, and no other rank when it is refused
         try:
             if runtime.is_main == is_main:
                 lock = job_lock(save, joins=not is_main)

@@ -46,11 +46,14 @@ def test_a_signal_becomes_a_request_and_handlers_come_back(number: signal.Signal
 
 
 def test_sigterm_may_come_often_and_wins_over_sigint() -> None:
+    heard: list[str] = []
     with stop_on_signals() as stop:
+        stop.on_first = heard.append
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
             time.sleep(0.05)
         wait_for(signal.SIGTERM, stop)
+    assert heard == ["SIGTERM"]
     with stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         wait_for(signal.SIGINT, stop)
