@@ -88,7 +88,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     Python runs signal handlers between two bytecodes of the main thread, which may run a graph, or wait for a
     dead worker in a collective, for a long time. So another thread reads the signals' numbers from a socket,
     to which the interpreter writes them at once. That thread also takes SIGINT back from MindSpore, which
-    turns it into SIGTERM from the start of a graph on: until 0.2 s later, Ctrl-C counts as SIGTERM. Outside the main thread nothing is installed.
+    turns it into SIGTERM from the start of a graph on: until 0.2 s later, Ctrl-C counts as SIGTERM.
+    Outside the main thread nothing is installed.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
