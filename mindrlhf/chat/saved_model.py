@@ -11,8 +11,9 @@ import numpy as np
 from mindrlhf.checkpoint.element_types import BY_NAME, to_mindspore
 from mindrlhf.checkpoint.hf_config import (
     CONFIG_NAME,
+    NO_LANGUAGE_MODEL,
+    check_language_model,
     check_no_adapter,
-    is_reward_model,
     model_config_from_hf,
     read_hf_config,
 )
@@ -27,7 +28,6 @@ from mindrlhf.models.families import family_of
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import CheckpointError, DataError
 
-_NO_LANGUAGE_MODEL = "{} holds a reward model or a critic, which cannot generate text; give a policy"
 _TOKENIZER_FILES = ("vocab.json", "tokenizer.json", "*.model", "*.tiktoken")
 
 
@@ -73,7 +73,7 @@ class SavedModel:
             names = family_of(self.sizes.model).layouts
             wanted = names.parameter_layouts(self.sizes.model, mesh)
             if names.LM_HEAD in wanted and names.LM_HEAD not in source.tensors:
-                raise CheckpointError(_NO_LANGUAGE_MODEL.format(self.weights))
+                raise CheckpointError(f"{self.weights} {NO_LANGUAGE_MODEL}")
             local = LocalSource(source, wanted, rank)
             cast = CastSource(local, BY_NAME[self.sizes.model.param_init_type])
             for name in cast.tensors:
@@ -138,6 +138,7 @@ def _weights_of(path: Path) -> Path:
 def _own_sizes(weights: Path, config: Path | None, device_target: str | None) -> Sizes | None:
     """Sizes from beside the weights, else from ``--config``."""
     check_no_adapter(weights)
+    check_language_model(weights)
     if (weights / CONFIG_NAME).is_file():
         return _hf_sizes(weights, device_target)
     if config is not None and config.suffix in (".yaml", ".yml"):
@@ -147,10 +148,7 @@ def _own_sizes(weights: Path, config: Path | None, device_target: str | None) ->
 
 
 def _hf_sizes(path: Path, device_target: str | None) -> Sizes:
-    config = read_hf_config(path)
-    if is_reward_model(config):
-        raise CheckpointError(_NO_LANGUAGE_MODEL.format(path))
-    model = model_config_from_hf(config, str(path))
+    model = model_config_from_hf(read_hf_config(path), str(path))
     return Sizes(model, ContextConfig(device_target=device_target or "CPU"), str(path))
 
 

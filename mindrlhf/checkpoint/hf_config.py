@@ -15,6 +15,7 @@ from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 CONFIG_NAME = "config.json"
 _ADAPTER_NAME = "adapter_config.json"
+NO_LANGUAGE_MODEL = "holds a reward model or a critic, which cannot generate text; give a policy"
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -41,6 +42,21 @@ def check_no_adapter(path: Path) -> None:
             f"{path} holds a LoRA adapter ({_ADAPTER_NAME}): merge it into its base model with peft's "
             "merge_and_unload(), save that with save_pretrained(), and give the new directory"
         )
+
+
+def check_language_model(path: Path) -> None:
+    """Refuses a directory of weights whose ``config.json``, if it has one, names a reward model or critic.
+
+    Of a model with tied embeddings nothing else tells it from a policy.
+
+    Raises:
+        CheckpointError: says what the directory holds.
+    """
+    if (path / CONFIG_NAME).is_file():
+        config = read_hf_config(path)
+        keys = family_of_hf(config["model_type"], str(path)).hf_keys
+        if config.get("architectures") == [keys.SEQUENCE_CLASSIFICATION]:
+            raise CheckpointError(f"{path} {NO_LANGUAGE_MODEL}")
 
 
 def check_described(path: Path, model: ModelConfig, where: str = "the YAML") -> None:
@@ -127,12 +143,6 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     keys = family_of_hf(config.get("model_type"), where).hf_keys
     model: ModelConfig = keys.model_config_from_hf(config, where)
     return model
-
-
-def is_reward_model(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` names the architecture of a reward model or critic."""
-    keys = family_of_hf(config.get("model_type"), CONFIG_NAME).hf_keys
-    return config.get("architectures") == [keys.SEQUENCE_CLASSIFICATION]
 
 
 def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:

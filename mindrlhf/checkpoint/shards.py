@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.checkpoint.element_types import element_type, to_mindspore
-from mindrlhf.checkpoint.hf_config import CONFIG_NAME, check_described, write_json
+from mindrlhf.checkpoint.hf_config import CONFIG_NAME, check_described, check_language_model, write_json
 from mindrlhf.checkpoint.manifest import Digest
 from mindrlhf.checkpoint.sources import (
     ArraySource,
@@ -146,8 +146,10 @@ def check_weights(path: Path, config: RunConfig, *, score_head: bool) -> None:
         score_head: whether the model has a scalar head in place of the language-model head.
 
     Raises:
-        CheckpointError: as :func:`open_model`.
+        CheckpointError: as :func:`open_model`; a reward model in place of a policy.
     """
+    if not score_head:
+        check_language_model(path)
     names = family_of(config.model).layouts
     layouts = names.parameter_layouts(config.model, Mesh(), lm_head=not score_head, score_head=score_head)
     open_model(path, config.model, layouts, str(config.path)).close()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.checkpoint.hf_config import hf_config_from_model, write_json
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
 from mindrlhf.configs.load import load_ppo_job, load_run_config
@@ -71,6 +72,18 @@ def test_weights_are_checked_before_a_scheduler_waits_for_workers(
     write_weights(tmp_path / "other.ckpt", ArraySource({"w": np.zeros(1, np.float32)}))
     with pytest.raises(MindRLHFError, match=r"other\.ckpt .* does not fit .*_qwen2_tiny\.yaml"):
         run_ppo(options(configs, tmp_path, **{flag: tmp_path / "other.ckpt"}))
+
+
+@pytest.mark.parametrize("flag", ["load_sft_checkpoint_infer", "load_ref_checkpoint"])
+def test_a_reward_model_is_no_policy(configs: Path, tmp_path: Path, flag: str) -> None:
+    given = options(configs, tmp_path, **{flag: tmp_path / "reward"})
+    config = hf_config_from_model(load_run_config(given.sft_path_infer).model)
+    (tmp_path / "reward").mkdir()
+    write_json(
+        tmp_path / "reward" / "config.json", config | {"architectures": ["Qwen2ForSequenceClassification"]}
+    )
+    with pytest.raises(MindRLHFError, match=r"reward holds a reward model or a critic, .*; give a policy"):
+        run_ppo(given)
 
 
 def test_use_parallel_false_under_msrun(
