@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from mindrlhf.checkpoint.hf_config import check_described, check_language_model
 from mindrlhf.checkpoint.manifest import read_manifest
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain
@@ -117,6 +118,10 @@ def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_p
     ]
     assert find_faults(directory, EXCHANGE) == []
     assert len(read_manifest(directory)) == 4 + 1 + 2 + 2, "everything but the manifest itself"
+    check_described(directory / "critic", training.models.train.config)
+    check_language_model(directory / "policy")
+    with pytest.raises(CheckpointError, match="critic holds a reward model or a critic"):
+        check_language_model(directory / "critic")
     training.fill(4)
     spoilt = training.state()
     assert all((spoilt[name] != array).any() for name, array in saved.items())

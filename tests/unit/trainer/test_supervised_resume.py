@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from mindrlhf.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from mindrlhf.checkpoint.shards import load_shard
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.qwen2.layouts import parameter_layouts
@@ -55,10 +56,15 @@ def run(files: Path, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> Run
     return make_run(files, compiled, monkeypatch)
 
 
-def final_weights(save: Path, files: Path, stage: str) -> dict[str, np.ndarray]:
+def final_weights(save: Path, stage: str) -> dict[str, np.ndarray]:
+    """Read with the sizes and heads that the directory itself states."""
+    config = read_hf_config(save / "final")
+    reward = {"reward": "Qwen2ForSequenceClassification"}
+    assert config["architectures"] == [reward.get(stage, "Qwen2ForCausalLM")]
     heads = {"lm_head": False, "score_head": True} if stage == "reward" else {}
-    layouts = parameter_layouts(load_run_config(files / "finetune.yaml").model, Mesh(), **heads)
-    return load_shard(save / "final", layouts, 0)
+    return load_shard(
+        save / "final", parameter_layouts(model_config_from_hf(config, "x"), Mesh(), **heads), 0
+    )
 
 
 def in_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], Any]) -> None:
@@ -96,8 +102,8 @@ def test_killed_and_resumed_equals_straight_to_the_last_digit(
     assert lines(broken) == expected
     assert [line["step"] for line in evaluations(straight)] == [0, 5, 10, 12]
     assert evaluations(broken) == evaluations(straight)
-    weights = final_weights(straight, files, stage)
-    for name, array in final_weights(broken, files, stage).items():
+    weights = final_weights(straight, stage)
+    for name, array in final_weights(broken, stage).items():
         np.testing.assert_array_equal(array, weights[name], err_msg=name)
     if stage == "reward":
         reports = [json.loads((save / "reward_model.json").read_text()) for save in (straight, broken)]
