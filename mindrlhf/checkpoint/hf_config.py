@@ -9,7 +9,7 @@ from typing import Any
 
 from mindrlhf.checkpoint.element_types import DType
 from mindrlhf.configs.faults import shown
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.schema import WEIGHTS_KEYS, ModelConfig
 from mindrlhf.models.families import family_of, family_of_hf
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 
@@ -90,12 +90,11 @@ def check_same_model(first: ModelConfig, second: ModelConfig, where_first: str, 
 
 
 def differences(first: ModelConfig, second: ModelConfig) -> list[str]:
-    """``field: value and value`` for everything in which two models differ, however they are computed."""
-    fields = (*size_fields(first), "rms_norm_eps", "theta", "qkv_has_bias", "tie_word_embeddings")
+    """``key: value and value`` for each key that models must agree on to share weights, and these do not."""
     return [
-        f"{field}: {getattr(first, field)} and {getattr(second, field)}"
-        for field in fields
-        if getattr(first, field) != getattr(second, field)
+        f"{key}: {getattr(first, key)} and {getattr(second, key)}"
+        for key in WEIGHTS_KEYS
+        if getattr(first, key) != getattr(second, key)
     ]
 
 
@@ -162,8 +161,3 @@ def finish_hf_config(config: Mapping[str, Any], names: Collection[str], dtype: D
     keys = family_of_hf(config.get("model_type"), CONFIG_NAME).hf_keys
     finished: dict[str, Any] = keys.finish_hf_config(config, names, dtype.name)
     return finished
-
-
-def size_fields(model: ModelConfig) -> tuple[str, ...]:
-    """Fields of :class:`ModelConfig` that state the sizes of a model of its family."""
-    return tuple(family_of(model).hf_keys.SIZE_KEYS.values())

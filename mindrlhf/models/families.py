@@ -20,7 +20,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "layouts": ("EMBEDDING", "LM_HEAD", "layer_prefix", "parameter_layouts", "stored_model_parallel"),
     "weight_names": ("canonical_to_hf", "count_layers", "is_derived", "is_hf"),
     "hf_keys": (
-        "CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "SIZE_KEYS", "finish_hf_config", "hf_config_from_model",
+        "CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "finish_hf_config", "hf_config_from_model",
         "model_config_from_hf",
     ),
     "decoder": ("Decoder",),

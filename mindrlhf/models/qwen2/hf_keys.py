@@ -14,7 +14,7 @@ from mindrlhf.models.score_head import SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 
 # Hugging Face key -> field of ModelConfig.
-SIZE_KEYS = {
+_SIZE_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -36,7 +36,7 @@ _VALUES: dict[str, tuple[str, Any]] = {
 _ROPE = "remove it, unless the model was trained with it: positions are not scaled here"
 # Hugging Face key that changes the logits -> the values with which they are what is computed here. A key that
 # matters only beside another one, such as sliding_window beside use_sliding_window, is not listed.
-NUMERICS: dict[str, Foreign] = {
+_NUMERICS: dict[str, Foreign] = {
     "hidden_act": Foreign(("silu", "swish", None), "give a model whose activation is silu"),
     "rope_scaling": Foreign((None,), _ROPE),
     "rope_parameters": Foreign((None,), _ROPE),
@@ -58,10 +58,10 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: sizes are missing or do not fit, or the numerics are not supported; all at once.
     """
-    sizes: dict[str, Any] = {field: config.get(key) for key, field in SIZE_KEYS.items()}
+    sizes: dict[str, Any] = {field: config.get(key) for key, field in _SIZE_KEYS.items()}
     faults = [
         f"{key}: expected a positive integer, got {shown(sizes[field])}"
-        for key, field in SIZE_KEYS.items()
+        for key, field in _SIZE_KEYS.items()
         if type(sizes[field]) is not int or not 0 < sizes[field] <= MAX_INT
     ]
     if not faults:
@@ -70,7 +70,7 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     ids = _token_ids(config, faults)
     faults += [
         f"{key}: {shown(value)} is not supported; {foreign.instead}"
-        for key, foreign in NUMERICS.items()
+        for key, foreign in _NUMERICS.items()
         if not foreign.is_neutral(value := None if _is_default(key, config) else config[key], config)
     ]
     if faults:
@@ -79,7 +79,7 @@ def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _is_default(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether a config states nothing for a key of ``NUMERICS``, or states the default in many words."""
+    """Whether a config states nothing for a key of ``_NUMERICS``, or states the default in many words."""
     value = config.get(key)
     if key == "layer_types" and isinstance(value, list):
         return all(kind == "full_attention" for kind in value)
@@ -150,7 +150,7 @@ def hf_config_from_model(model: ModelConfig) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
         "pad_token_id": model.pad_token_id,
         "hidden_act": "silu",
-        **{key: getattr(model, field) for key, field in SIZE_KEYS.items()},
+        **{key: getattr(model, field) for key, field in _SIZE_KEYS.items()},
         "initializer_range": model.initializer_range,
         "max_position_embeddings": model.seq_length,
         "rms_norm_eps": model.rms_norm_eps,
