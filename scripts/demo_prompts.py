@@ -12,8 +12,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from mindrlhf.data.jsonl import rows_output
 from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.outputs import check_outputs
 from mindrlhf.utils.seeds import random_stream
 
 TEMPLATES = (
@@ -69,8 +71,11 @@ def main() -> int:
     add("--train_path", type=Path, required=True, help="jsonl of training prompts")
     add("--held_out_path", type=Path, required=True, help="jsonl of evaluation prompts")
     add("--seed", type=int, default=0, help="number that decides the order of the lines")
+    add("--overwrite", action="store_true", help="replace prompts that are there")
     args = parser.parse_args()
-    for path, topics in ((args.train_path, TOPICS), (args.held_out_path, HELD_OUT_TOPICS)):
+    files = {"--train_path": args.train_path, "--held_out_path": args.held_out_path}
+    check_outputs((rows_output(*one, ["prompt"], overwrite=args.overwrite) for one in files.items()), [])
+    for path, topics in zip(files.values(), (TOPICS, HELD_OUT_TOPICS), strict=True):
         texts = prompts(topics, args.seed)
         write_jsonl(path, texts)
         print(f"{path}: {len(texts)} prompts")

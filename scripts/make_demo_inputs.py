@@ -21,10 +21,12 @@ from demo_files import tokenizer_config, write_json, write_merges
 from demo_text import demo_rows
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from mindrlhf.checkpoint.conversion import hf_output
 from mindrlhf.checkpoint.element_types import BY_NAME
 from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.data.jsonl import KEYS, rows_output
 from mindrlhf.data.prompt_format import CHATML_TEMPLATE, QWEN2_SYSTEM_PROMPT
 from mindrlhf.data.tokenizer import IM_END, IM_START, QWEN2_SPECIAL_TOKENS, QWEN_SPLIT_PATTERN
 from mindrlhf.models.qwen2.layouts import parameter_layouts
@@ -33,6 +35,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.outputs import Output, check_outputs, directory_of
 from mindrlhf.utils.seeds import random_stream
 
 ORDINARY_TOKENS = 1021
@@ -156,6 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what is made").add_argument
     add("--output_dir", required=True, help="directory for everything; made when missing")
+    add("--overwrite", action="store_true", help="replace what is there of an earlier run")
     add("--only", choices=("data", "tokenizer", "model"), nargs="+", help="make only these (default: all)")
     add("--rows", type=int, default=400, help="rows of cvalues_demo.jsonl")
     add("--seed", type=int, default=0, help="of the data and the weights; the tokenizer is always the same")
@@ -165,6 +169,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
     add("--tied", type=str_to_bool, help="True or False: tie_word_embeddings (default: as the sizes say)")
     return parser.parse_args()
+
+
+def _outputs(directory: Path, *, overwrite: bool) -> dict[str, Output]:
+    """What is made, by its name in ``--only``."""
+    tokenizer = directory_of("a tokenizer", lambda entry: entry.name in TOKENIZER_FILES)
+    return {
+        "data": rows_output("--output_dir", directory / "cvalues_demo.jsonl", KEYS, overwrite=overwrite),
+        "tokenizer": Output("--output_dir", directory / "tokenizer", tokenizer, overwrite),
+        "model": hf_output("--output_dir", directory / "hf_model", overwrite=overwrite),
+    }
 
 
 def main() -> int:
@@ -180,6 +194,11 @@ def main() -> int:
     tokenizer_dir = Path(arguments.tokenizer_dir or output / "tokenizer")
     if arguments.tokenizer_dir and not tokenizer_dir.is_dir():
         raise DataError(f"{tokenizer_dir}: no such tokenizer directory")
+    inputs = [("--config", arguments.config), ("--tokenizer_dir", arguments.tokenizer_dir)]
+    check_outputs(
+        (made for part, made in _outputs(output, overwrite=arguments.overwrite).items() if part in wanted),
+        ((flag, path and Path(path)) for flag, path in inputs),
+    )
     if "data" in wanted:
         write_rows(output / "cvalues_demo.jsonl", arguments.rows, arguments.seed)
         print(f"data       {output / 'cvalues_demo.jsonl'}: {arguments.rows} rows in CValues' schema")

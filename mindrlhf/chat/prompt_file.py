@@ -13,12 +13,13 @@ from mindrlhf.chat.conversation import Conversation, Reply
 from mindrlhf.data.jsonl import CValuesReader, open_regular
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.files import atomic_file
-from mindrlhf.utils.outputs import Output, file_of
 from mindrlhf.utils.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mindrlhf.chat.worker_group import WorkerGroup
 
+REPLY_KEYS = ("prompt", "response", "tokens", "stopped")
+"""Of a line of ``--output_file``."""
 _SHOWN_FAULTS = 10
 
 
@@ -107,20 +108,6 @@ def answer_file(
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(count)
-
-
-def replies_output(flag: str, path: Path, *, overwrite: bool = False) -> Output:
-    """A file of replies, for :func:`mindrlhf.utils.outputs.check_outputs`."""
-    return Output(flag, path, file_of("a file of replies", _holds_replies), overwrite)
-
-
-def _holds_replies(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8") as file:
-            line = json.loads(file.readline())
-    except ValueError:
-        return False
-    return isinstance(line, dict) and {"prompt", "response", "tokens", "stopped"} <= line.keys()
 
 
 @contextmanager

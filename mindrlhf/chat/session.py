@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from mindrlhf.chat.conversation import Conversation, Reply
 from mindrlhf.chat.display import PlainDisplay, new_display, short_names
-from mindrlhf.chat.prompt_file import answer_file, encode_prompts, read_prompts, replies_output
+from mindrlhf.chat.prompt_file import REPLY_KEYS, answer_file, encode_prompts, read_prompts
 from mindrlhf.chat.saved_model import SavedModel, find_model
 from mindrlhf.configs.faults import collected
 from mindrlhf.configs.flags import check_options
 from mindrlhf.configs.options import ChatOptions
+from mindrlhf.data.jsonl import rows_output
 from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
 from mindrlhf.utils.errors import DataError
 from mindrlhf.utils.logging import get_logger
@@ -63,7 +64,7 @@ def run_chat(options: ChatOptions) -> None:
     if options.output_file is not None:
         flags = ("config", "tokenizer_path", "prompt_file")
         check_outputs(
-            [replies_output("--output_file", options.output_file, overwrite=options.overwrite)],
+            [rows_output("--output_file", options.output_file, REPLY_KEYS, overwrite=options.overwrite)],
             [
                 *(("--checkpoint or --compare", model.weights) for model in models),
                 *((f"--{flag}", getattr(options, flag)) for flag in flags),

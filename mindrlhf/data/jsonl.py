@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.outputs import Output, file_of
 
 KEYS = ("prompt", "pos_resp", "neg_resp")
 _SHOWN_FAULTS = 10
@@ -161,3 +162,17 @@ def count_lines(path: str | Path) -> int:
     except OSError as error:
         raise _unreadable(path, error) from error
     return lines + (last != b"\n")
+
+
+def rows_output(flag: str, path: Path, keys: Collection[str], *, overwrite: bool = False) -> Output:
+    """A jsonl file whose rows have these keys, for :func:`mindrlhf.utils.outputs.check_outputs`."""
+
+    def is_one(path: Path) -> bool:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            try:
+                row = json.loads(file.readline())
+            except (ValueError, RecursionError):
+                return False
+        return isinstance(row, dict) and row.keys() >= set(keys)
+
+    return Output(flag, path, file_of(f"a jsonl file with {', '.join(keys)}", is_one), overwrite)

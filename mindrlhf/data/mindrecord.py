@@ -45,13 +45,12 @@ class Column:
 
 def index_path(path: str | Path) -> Path:
     """The index that MindSpore keeps beside a MindRecord file."""
-    path = Path(path)
-    return path.with_name(path.name + ".db")
+    return Path(f"{path}.db")
 
 
 def step_path(path: Path, unit: str, step: str) -> Path:
     """The file beside ``path`` for a step, which goes into its name; or the pattern for several steps."""
-    return path.with_name(f"{path.stem}_{unit}_{step}{path.suffix or '.mindrecord'}")
+    return path.parent / f"{path.stem}_{unit}_{step}{path.suffix or '.mindrecord'}"
 
 
 def record_outputs(flag: str, path: str | Path, *, overwrite: bool = False) -> list[Output]:

@@ -60,9 +60,10 @@ def write_report(directories: Sequence[Path], output: Path | None = None, *, ove
     Raises:
         MindRLHFError: a run cannot be read; the page cannot be written, or would replace something else.
     """
-    path = output or (directories[0] / DEFAULT_NAME if len(directories) == 1 else Path(DEFAULT_NAME))
+    default = directories[0] / DEFAULT_NAME if len(directories) == 1 else Path(DEFAULT_NAME)
+    path = output or default
     check_outputs(
-        [Output("--output", path, file_of("a report", is_report), overwrite or output is None)],
+        [Output("--output", path, file_of("a report", is_report), overwrite or path == default)],
         [("RUN_DIR", directory / name) for directory in directories for name in FILES],
     )
     runs = read_runs(directories)

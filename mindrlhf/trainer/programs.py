@@ -164,7 +164,9 @@ def _check_outputs(options: RunOptions, save: Path, unit: str) -> None:
     A run that is continued may replace what it wrote before.
     """
     continues = options.continues_in(save)
-    overwrite = options.overwrite or (continues and any(save.glob(f"{unit}_*")))
+    overwrite = options.overwrite or (
+        continues and any(_RESULTS.fullmatch(path.name) for path in save.glob("*"))
+    )
     paths = _paths(options)
     outputs = [Output("--save_ckpt_dir", save, names=_RESULTS)]
     for flag, make in (("--export_hf_dir", hf_output), ("--save_full_ckpt", weights_output)):

@@ -29,7 +29,14 @@ import numpy as np
 
 from mindrlhf.data.mindrecord import Column as RecordColumn
 from mindrlhf.data.mindrecord import step_path, write_mindrecord
-from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
+from mindrlhf.trainer.before_after import (
+    SUMMARY_FILE,
+    TABLE_FILE,
+    summarize,
+    summary_sentence,
+    write_before_after,
+)
+from mindrlhf.trainer.checkpoints import checkpoint_directory, checkpoint_numbers
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.shown_metrics import ShownMetrics
@@ -38,7 +45,7 @@ from mindrlhf.trainer.trackers.tracker import RunStart, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import write_provenance
+from mindrlhf.utils.provenance import CONFIG_FILE, is_provenance, write_provenance
 
 logger = get_logger(__name__)
 
@@ -48,6 +55,9 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 EVAL_SAMPLES_FILE = "eval_samples.jsonl"
 SKIPPED_FILE = "skipped_updates.jsonl"
 CURVES_FILE = "curves.png"
+
+_FILES = (METRICS_FILE, SAMPLES_FILE, EVALUATIONS_FILE, EVAL_SAMPLES_FILE, SKIPPED_FILE, CURVES_FILE,
+          SUMMARY_FILE, TABLE_FILE)  # fmt: skip
 
 
 class Recorder:
@@ -299,13 +309,19 @@ def check_fresh(directory: Path, unit: str, *also: str) -> None:
     Raises:
         MindRLHFError: it holds results.
     """
-    for name in (METRICS_FILE, EVALUATIONS_FILE, EVAL_SAMPLES_FILE, *also):
+    checkpoints = (checkpoint_directory(directory, n, unit).name for n in checkpoint_numbers(directory, unit))
+    for name in (*_FILES, *also, *checkpoints):
         if (directory / name).exists():
             raise MindRLHFError(
                 f"--save_ckpt_dir {directory} holds the results of an earlier run ({name}); give another "
                 "directory, or continue with --resume_training True or --resume_from one of its own "
                 f"{unit}_NNNNNN"
             )
+    record = directory / CONFIG_FILE  # that of a run which ended before its first step is replaced
+    if record.exists() and not is_provenance(record):
+        raise MindRLHFError(
+            f"--save_ckpt_dir {directory} holds a {CONFIG_FILE} that is not of a run; give another directory"
+        )
 
 
 class RedrawTimer:

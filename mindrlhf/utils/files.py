@@ -239,6 +239,8 @@ def swap_in(*moves: tuple[Path, Path, Path]) -> None:
             path.replace(old)
         for new, path, _ in moves:
             new.replace(path)
+        for directory in {path.parent for _, path, _ in moves}:
+            sync_to_disk(directory)
     except BaseException:
         for move in moves:
             new, path, old = move
@@ -248,5 +250,3 @@ def swap_in(*moves: tuple[Path, Path, Path]) -> None:
             if is_away:
                 old.replace(path)
         raise
-    for directory in {path.parent for _, path, _ in moves}:
-        sync_to_disk(directory)

@@ -101,9 +101,7 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[tuple[str, Path | 
     outputs, here = list(outputs), Path.cwd()
     read = [(flag, path) for flag, path in inputs if path is not None]
     # The files of a directory may be links to what lies elsewhere.
-    files = [
-        (flag, file) for flag, path in read if path.is_dir() for file in path.iterdir() if file.is_file()
-    ]
+    files = [(flag, file) for flag, path in read for file in path.glob("*") if file.is_file()]
     kept = [*read, *files, ("the working directory", here)]
     relations = [
         *((one, one.takes(path), flag, path) for one in outputs for flag, path in kept),

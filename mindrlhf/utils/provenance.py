@@ -104,6 +104,14 @@ def write_provenance(directory: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
+def is_provenance(path: Path) -> bool:
+    """Whether a file is a record of :func:`write_provenance`."""
+    try:
+        return {"created", "versions", "configuration"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python, of this library and of what it is built on; ``None`` for what is not installed.
 

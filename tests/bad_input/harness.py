@@ -26,7 +26,11 @@ CONFIGS = REPO_ROOT / "model_configs" / "qwen_ppo"
 CONVERT, DATA = EXAMPLES / "convert_weight.py", EXAMPLES / "rlhf_data.py"
 PPO, SFT, REWARD = EXAMPLES / "ppo_one_stage.py", EXAMPLES / "sft.py", EXAMPLES / "reward_model.py"
 TRANSFORM = REPO_ROOT / "scripts" / "transform_checkpoint.py"
+CHAT, REPORT = EXAMPLES / "chat.py", REPO_ROOT / "mindrlhf" / "report" / "__main__.py"
 LAUNCHER = REPO_ROOT / "scripts" / "msrun_launcher.py"
+
+NO_MINDSPORE = {CONVERT, TRANSFORM, LAUNCHER, CHAT, REPORT}
+"""Scripts that find their fault before they import it, in files without MindRecord."""
 
 SECONDS = 20.0
 _HASHED_BYTES = 1 << 20
@@ -66,6 +70,11 @@ GOOD: dict[Path, dict[str, Any]] = {
         "--mind_dataset_dir": "pairs.mindrecord", "--save_ckpt_dir": "runs/new", "--use_parallel": "False",
     },
     TRANSFORM: {"--input": "policy.ckpt", "--output": "ranks", "--output_config": "split.yaml"},
+    CHAT: {
+        "--checkpoint": "policy.ckpt", "--config": "finetune_x.yaml", "--tokenizer_path": "tokenizer",
+        "--prompt_file": "data.jsonl", "--output_file": "out.jsonl", "--max_tokens": "2",
+    },
+    REPORT: {"": "run", "--output": "out.html"},
     LAUNCHER: {"--workers": "1", "--log_dir": "log", "": "script.py"},
 }  # fmt: skip
 
@@ -261,6 +270,9 @@ def make_good_files(directory: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (directory / "data.jsonl").write_text(lines, encoding="utf-8")
     (directory / "script.py").write_text("print('ran')\n", encoding="utf-8")
+    (directory / "run").mkdir()
+    metrics = {"iteration": 1, "objective/scores": 0.5}
+    (directory / "run" / "metrics.jsonl").write_text(json.dumps(metrics) + "\n", encoding="utf-8")
     _write_weights(directory)
 
 

@@ -8,7 +8,7 @@ import socket
 import numpy as np
 
 from mindrlhf.utils.files import job_lock
-from tests.bad_input.harness import LAUNCHER, PPO, VOCAB, Bad, Case
+from tests.bad_input.harness import CHAT, LAUNCHER, PPO, REPORT, VOCAB, Bad, Case
 from tests.bad_input.spoiling import MODEL, REAL, checkpoint, hf_config, records
 
 ALONE = frozenset({"alone"})
@@ -285,4 +285,22 @@ LAUNCHER_ROWS = [
 ]  # fmt: skip
 
 
-ROWS = [*PPO_ROWS, *LAUNCHER_ROWS]
+OTHER_ROWS: list[Bad] = [
+    Bad("replies in place of the prompts", CHAT,
+        lambda c: c.give(output_file="./data.jsonl", overwrite=True),
+        r"--output_file data\.jsonl", r"is --prompt_file data\.jsonl", "give another path", REAL),
+    Bad("replies in place of something else", CHAT,
+        lambda c: c.give(output_file="script.py", overwrite=True),
+        r"--output_file script\.py", "is not a jsonl file with prompt, response", "give another path"),
+    Bad("replies that are there", CHAT,
+        lambda c: c.write("out.jsonl", '{"prompt": "", "response": "", "tokens": 1, "stopped": true}'),
+        r"--output_file out\.jsonl", "exists", "give another path, or --overwrite"),
+    Bad("report in place of the metrics", REPORT,
+        lambda c: c.give({"--output": "run/metrics.jsonl", "--overwrite": True}),
+        r"--output run/metrics\.jsonl", r"is RUN_DIR run/metrics\.jsonl", "give another path", REAL),
+    Bad("report in place of something else", REPORT,
+        lambda c: (c.write("run/report.html", "mine"), c.give({"--output": None})),
+        r"--output run/report\.html", "is not a report", "give another path"),
+]  # fmt: skip
+
+ROWS = [*PPO_ROWS, *LAUNCHER_ROWS, *OTHER_ROWS]

@@ -12,49 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.bad_input import harness, rows_data, rows_jobs, rows_stages, rows_weights
-from tests.bad_input.harness import CONVERT, LAUNCHER, TRANSFORM, Bad, Case
+from tests.bad_input.harness import CONVERT, TRANSFORM, Bad, Case
 
 ROWS: list[Bad] = [*rows_weights.ROWS, *rows_data.ROWS, *rows_jobs.ROWS, *rows_stages.ROWS]
-_NO_MINDSPORE = {CONVERT, TRANSFORM, LAUNCHER}
 _LIMIT_BYTES = 16 << 10
-
-
-@pytest.fixture(scope="session")
-def light_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("light")
-    harness.make_good_files(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def all_files(tmp_path_factory: pytest.TempPathFactory, light_files: Path) -> Path:
-    directory = tmp_path_factory.mktemp("all") / "files"
-    harness.link_files(light_files, directory)
-    harness.make_good_records(directory)
-    return directory
-
-
-@pytest.fixture
-def make_case(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path], Case]:
-    """A directory of its own with good files, and the good command line of a script."""
-
-    def make(script: Path) -> Case:
-        source = request.getfixturevalue("light_files" if script in _NO_MINDSPORE else "all_files")
-        directory = tmp_path / "case"
-        harness.link_files(source, directory)
-        return Case(directory, script)
-
-    return make
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MindSpore lets a process choose its device only before it has computed, which other tests may have."""
-    from mindrlhf.runtime import device
-    from mindrlhf.trainer import run
-
-    for module in (device, run):
-        monkeypatch.setattr(module, "start_runtime", lambda *args, **kwargs: device.Runtime(0, 1))
 
 
 @contextlib.contextmanager
@@ -90,7 +51,7 @@ def test_bad_input(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     case = make_case(row.script)
-    if row.script not in _NO_MINDSPORE:
+    if row.script not in harness.NO_MINDSPORE:
         request.getfixturevalue("one_process")
     with contextlib.ExitStack() as stack:
         if "full_disk" in row.also:

@@ -268,10 +268,11 @@ def test_what_the_page_replaces(make_run: MakeRun, tmp_path: Path) -> None:
     """An earlier report: at the place of its own always, at --output when told; nothing else."""
     run = make_run("one")
     page = write_report([run])
-    assert write_report([run]) == page
-    with pytest.raises(MindRLHFError, match=r"report\.html: exists; .*--overwrite"):
-        write_report([run], page)
-    write_report([run], page, overwrite=True)
+    assert write_report([run]) == write_report([run], page) == page
+    other = page.rename(tmp_path / "other.html")
+    with pytest.raises(MindRLHFError, match=r"other\.html: exists; .*--overwrite"):
+        write_report([run], other)
+    write_report([run], other, overwrite=True)
     for file, fault in ((run / "metrics.jsonl", "is RUN_DIR"), (tmp_path / "mine.html", "is not a report")):
         file.open("a").close()
         before = file.read_bytes()

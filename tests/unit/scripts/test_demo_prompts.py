@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from mindrlhf.utils.errors import MindRLHFError
+
 
 @pytest.fixture(scope="module")
 def demo(import_script: Callable[[str], ModuleType]) -> ModuleType:
@@ -26,6 +28,9 @@ def test_files(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(set(texts[held_out])) == len(texts[held_out]) == 64
     assert not any(topic in text for text in texts[train] for topic in demo.HELD_OUT_TOPICS)
     before = train.read_bytes()
+    with pytest.raises(MindRLHFError, match=r"--train_path .*: exists; .*--overwrite"):
+        demo.main()
+    arguments.append("--overwrite")
     assert demo.main() == 0
     assert train.read_bytes() == before
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])

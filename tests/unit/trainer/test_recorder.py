@@ -153,8 +153,10 @@ def test_a_used_directory_is_refused(tmp_path: Path) -> None:
     check_fresh(tmp_path, "iteration")
     check_fresh(tmp_path / "not there yet", "iteration")
     recorder(tmp_path).add_metrics(metrics(1))
-    with pytest.raises(MindRLHFError, match="--resume_from"):
-        check_fresh(tmp_path, "iteration")
+    (tmp_path / "copied" / "iteration_000007").mkdir(parents=True)
+    for used, name in ((tmp_path, "metrics.jsonl"), (tmp_path / "copied", "iteration_000007")):
+        with pytest.raises(MindRLHFError, match=f"earlier run .{name}.*--resume_from"):
+            check_fresh(used, "iteration")
 
 
 def step_result(**changes: Any) -> StepResult:
