@@ -31,14 +31,18 @@ def wait_for(checkpoint: Path | None) -> None:
 def main(file: str) -> None:
     """One job after the other, ``{name: {"stage": "sft" or "reward", options}}``."""
     from mindrlhf.runtime.device import start_runtime
+    from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer import run
     from mindrlhf.trainer.programs import run_reward, run_sft
 
     started: list[Any] = []
 
     def start_once(*arguments: Any, **options: Any) -> Any:
-        """A process chooses its device and joins the others once only."""
-        started[:] = started or [start_runtime(*arguments, **options)]
+        """A process chooses its device once only; it joins the others each time, as in a job of its own."""
+        if started:
+            HostExchange(started[0]).barrier()
+        else:
+            started.append(start_runtime(*arguments, **options))
         return started[0]
 
     run.start_runtime = start_once
