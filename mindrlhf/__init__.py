@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mindrlhf.parallel.reshard import Resharder
     from mindrlhf.parallel.strategy import write_strategies
     from mindrlhf.report.__main__ import write_report
-    from mindrlhf.trainer.programs import run_ppo, run_reward, run_sft
+    from mindrlhf.trainer.programs import run_ppo, run_stage
     from mindrlhf.trainer.recipes.rl import PPOTrainer
     from mindrlhf.utils.errors import CheckpointError, ConfigError, DataError, MindRLHFError
 
@@ -85,8 +85,7 @@ __all__ = [
     "preprocess",
     "run_chat",
     "run_ppo",
-    "run_reward",
-    "run_sft",
+    "run_stage",
     "save_shard",
     "token_rewards",
     "transform_checkpoint",
@@ -120,7 +119,7 @@ _MODULES = {
     "parallel.reshard": "Resharder",
     "parallel.strategy": "write_strategies",
     "report.__main__": "write_report",
-    "trainer.programs": "run_ppo run_reward run_sft",
+    "trainer.programs": "run_ppo run_stage",
     "trainer.recipes.rl": "PPOTrainer",
     "utils.errors": "CheckpointError ConfigError DataError MindRLHFError",
 }

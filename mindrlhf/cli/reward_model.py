@@ -28,9 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses, then trains."""
     options = RewardOptions(**vars(build_parser().parse_args(argv)))
-    from mindrlhf.trainer.programs import run_reward
+    from mindrlhf.trainer.programs import run_stage
 
-    run_reward(options)
+    run_stage(options)
 
 
 def command() -> NoReturn:

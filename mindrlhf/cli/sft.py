@@ -28,9 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses, then trains."""
     options = SFTOptions(**vars(build_parser().parse_args(argv)))
-    from mindrlhf.trainer.programs import run_sft
+    from mindrlhf.trainer.programs import run_stage
 
-    run_sft(options)
+    run_stage(options)
 
 
 def command() -> NoReturn:

@@ -7,6 +7,7 @@ whitening. B rows, P prompt columns, R response columns, T = P + R.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -128,3 +129,29 @@ def make_experience(scored: ScoredRollout, rewards: TokenRewards, config: PPOCon
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     return Experience(scored.rollout, values, advantages, returns, scored.fault)
+
+
+def experience_columns(
+    scored: ScoredRollout, rewards: TokenRewards, experience: Experience
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Columns of ``--save_data_file``.
+
+    ``tokens`` and ``valid`` (T,), ``prompt_length``, ``response_length``, ``sample_id`` and ``score`` (1,),
+    and (R,) ``mask``, ``logprobs``, ``ref_logprobs``, ``values`` (with a critic), ``rewards``,
+    ``advantages``, ``returns``.
+    """
+    rollout = scored.rollout
+    yield "tokens", rollout.tokens
+    yield "valid", rollout.valid
+    yield "prompt_length", rollout.prompt_lengths[:, None].astype(np.int32)
+    yield "response_length", rollout.response_lengths[:, None].astype(np.int32)
+    yield "sample_id", rollout.sample_ids[:, None].astype(np.int64)
+    yield "score", scored.scores[:, None]
+    yield "mask", rollout.mask.astype(np.float32)
+    yield "logprobs", rollout.logprobs
+    yield "ref_logprobs", scored.ref_logprobs
+    if experience.old_values is not None:
+        yield "values", experience.old_values
+    yield "rewards", rewards.rewards
+    yield "advantages", experience.advantages
+    yield "returns", experience.returns

@@ -6,36 +6,26 @@ Everything here is light, so that a fault of the configuration is reported befor
 from __future__ import annotations
 
 import os
-import re
-from glob import escape
 from pathlib import Path
-from typing import Any
 
-from mindrlhf.checkpoint.conversion import hf_output
 from mindrlhf.checkpoint.shards import check_weights
-from mindrlhf.checkpoint.weight_files import weights_output
-from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.load import load_ppo_job, load_stage
 from mindrlhf.configs.options import PPOOptions, RewardOptions, RunOptions, SFTOptions, StageOptions
 from mindrlhf.configs.schema import StagePlan
-from mindrlhf.data.mindrecord import index_path, record_outputs, step_path
 from mindrlhf.models.families import check_families
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.strategy import write_strategies
 from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
 from mindrlhf.runtime.signals import ignore_signals
+from mindrlhf.trainer.output_paths import check_run_outputs, check_strategy_outputs
 from mindrlhf.trainer.trackers.table import check_trackers
 from mindrlhf.trainer.weight_paths import WeightPaths
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import check_unlocked
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.outputs import Output, check_outputs
 from mindrlhf.utils.ranks import env_rank, env_world_size, is_scheduler
 
 logger = get_logger(__name__)
-
-_RESULTS = re.compile(r"\w*(iteration|step)_\d+|final|tensorboard|wandb|swanlog|\w+\.(jsonl|json|png|md)")
-"""What a run writes in ``--save_ckpt_dir``."""
 
 
 def save_strategies(options: PPOOptions, directory: Path) -> list[Path]:
@@ -47,7 +37,7 @@ def save_strategies(options: PPOOptions, directory: Path) -> list[Path]:
     under_msrun = env_world_size() > 1
     world_size = env_world_size() if under_msrun else options.world_size
     job = load_ppo_job(options, world_size)
-    check_outputs([Output("output", directory, names=re.compile(r"\w+_strategy"))], _paths(options).items())
+    check_strategy_outputs(options, directory)
     if is_scheduler():
         return []
     ranks = [env_rank()] if under_msrun else range(world_size or job.infer.parallel.world_size)
@@ -72,32 +62,17 @@ def run_ppo(options: PPOOptions) -> Path:
     WeightPaths.of(options).check_against(job, with_reward_model=with_reward_model)
     if _served_as_scheduler():
         return save
-    from mindrlhf.trainer.recipes.rl import train_ppo
+    from mindrlhf.trainer.recipes.ppo_job import train_ppo
 
     return train_ppo(options, job, data, save)
 
 
-def run_sft(options: SFTOptions) -> Path:
-    """Runs supervised fine-tuning on this worker and returns the directory of the last weights.
+def run_stage(options: SFTOptions | RewardOptions) -> Path:
+    """Runs supervised fine-tuning, or trains a reward model, on this worker.
 
-    When SIGTERM stops it, it returns the directory of the results, which holds the saved state.
-
-    Raises:
-        MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
-            model is built.
-    """
-    plan = _stage_plan(options)
-    if plan is None:
-        return options.save_ckpt_dir
-    from mindrlhf.trainer.recipes.sft import train_sft
-
-    return train_sft(options, plan)
-
-
-def run_reward(options: RewardOptions) -> Path:
-    """Trains a reward model on this worker and returns the directory of its weights.
-
-    When SIGTERM stops it, it returns the directory of the results, which holds the saved state.
+    Returns:
+        The directory of the last weights. When SIGTERM stopped it, that of the results, which holds the saved
+        state.
 
     Raises:
         MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
@@ -106,6 +81,10 @@ def run_reward(options: RewardOptions) -> Path:
     plan = _stage_plan(options)
     if plan is None:
         return options.save_ckpt_dir
+    if isinstance(options, SFTOptions):
+        from mindrlhf.trainer.recipes.sft import train_sft
+
+        return train_sft(options, plan)
     from mindrlhf.trainer.recipes.reward_model import train_reward
 
     return train_reward(options, plan)
@@ -155,41 +134,7 @@ def _check_flags(options: RunOptions, save: Path, *, unit: str) -> None:
             f"--resume_from {resume_from}: there is no such directory; name an existing {unit}_NNNNNN "
             "directory"
         )
-    _check_outputs(options, save, unit)
-
-
-def _check_outputs(options: RunOptions, save: Path, unit: str) -> None:
-    """Holds all that a run writes against all that it reads.
-
-    A run that is continued may replace what it wrote before.
-    """
-    continues = options.continues_in(save)
-    overwrite = options.overwrite or (
-        continues and any(_RESULTS.fullmatch(path.name) for path in save.glob("*"))
-    )
-    paths = _paths(options)
-    outputs = [Output("--save_ckpt_dir", save, names=_RESULTS)]
-    for flag, make in (("--export_hf_dir", hf_output), ("--save_full_ckpt", weights_output)):
-        if path := paths.pop(flag, None):
-            outputs.append(make(flag, path, overwrite=overwrite))
-    if path := paths.pop("--save_data_file", None):
-        found = path.parent.glob(step_path(Path(escape(path.name)), unit, "*").name)
-        for file in sorted({step_path(path, unit, f"{1:06d}"), *found}):
-            outputs += record_outputs("--save_data_file", file, overwrite=overwrite)
-    if continues:
-        paths.pop("--resume_from", None)
-    indices = [(flag, index_path(path)) for flag, path in paths.items() if flag.endswith("_dataset_dir")]
-    check_outputs(outputs, [*paths.items(), *indices])
-
-
-def _paths(options: RunOptions) -> dict[str, Path]:
-    """The paths among the options by their flags, except for ``--save_ckpt_dir``."""
-    declaration: Any = type(options)
-    return {
-        key.flag or f"--{name}": path
-        for name, key in keys_of(declaration).items()
-        if isinstance(path := getattr(options, name), Path) and name != "save_ckpt_dir"
-    }
+    check_run_outputs(options, save, unit)
 
 
 def _required(options: PPOOptions, flag: str) -> Path:

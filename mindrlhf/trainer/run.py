@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mindrlhf.configs.options import RunOptions
 from mindrlhf.configs.schema import RunConfig
 from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runtime
 from mindrlhf.runtime.host_exchange import HostExchange
@@ -22,6 +23,7 @@ from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.state import RunState
 from mindrlhf.trainer.recipe import HeldOut, Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
+from mindrlhf.trainer.resume import choose_checkpoint
 from mindrlhf.trainer.trackers.table import make_trackers
 from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.utils.errors import MindRLHFError, RewardError
@@ -326,3 +328,38 @@ class Run:
     def last_checkpoint(self) -> Path | None:
         """This run's checkpoint of the current step; ``None`` when it has not been saved."""
         return self.checkpoints.find(self.step)
+
+
+def open_run(
+    options: RunOptions,
+    checkpoints: TrainingCheckpoints,
+    observers: Observers,
+    *,
+    computing: frozenset[str],
+    device_target: str,
+    listeners: Iterable[PhaseListener] = (),
+    experience_file: Path | None = None,
+) -> Run:
+    """The run that the flags ask for; collective.
+
+    Args:
+        options: say whether and from where it resumes.
+        checkpoints, observers, experience_file: see :class:`Run`.
+        computing: phases in which a worker that makes no progress hangs, see :class:`Watchdog`.
+        device_target: of the job.
+        listeners: of the phases, after a watchdog.
+
+    Raises:
+        MindRLHFError: there is no checkpoint to resume from as the flags ask for.
+    """
+    return Run(
+        checkpoints,
+        resume=choose_checkpoint(checkpoints, options.resume_from, resume_training=options.resume_training),
+        rewinds=options.resume_training,
+        observers=observers,
+        listeners=[
+            Watchdog(options.watchdog_timeout, computing=computing, device_target=device_target),
+            *listeners,
+        ],
+        experience_file=experience_file,
+    )

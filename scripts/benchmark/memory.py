@@ -141,7 +141,8 @@ def run_worker(directory: Path, job: JobConfig) -> None:
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer.loop import train
-    from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+    from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
+    from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
     from mindrlhf.trainer.run import Run
     from mindrlhf.trainer.weight_paths import WeightPaths
 

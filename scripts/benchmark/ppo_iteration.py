@@ -139,7 +139,8 @@ def build_trainer(job: JobConfig, directory: Path, inputs: tuple[Path, Path]) ->
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.runtime.launching import scratch_directory
-    from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+    from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
+    from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
     from mindrlhf.trainer.run import Run
     from mindrlhf.trainer.weight_paths import WeightPaths
 

@@ -86,7 +86,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     from mindrlhf.runtime import compile_cache
     from mindrlhf.runtime.device import Runtime
     from mindrlhf.trainer import mindformers_builders
-    from mindrlhf.trainer.recipes.rl import graph_configuration
+    from mindrlhf.trainer.recipes.ppo_job import graph_configuration
 
     mindformers_builders.load_builders()
     laps.lap("import mindrlhf and MindFormers' builders")

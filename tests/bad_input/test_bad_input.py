@@ -100,12 +100,12 @@ def test_without_a_fault_training_would_begin(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from mindrlhf.trainer.recipes import reward_model, rl, sft
+    from mindrlhf.trainer.recipes import ppo_job, reward_model, sft
     from mindrlhf.trainer.recipes.supervised import SupervisedTrainer
     from mindrlhf.trainer.run import Run
 
     begun = []
-    for module in (rl, reward_model, sft):
+    for module in (ppo_job, reward_model, sft):
         monkeypatch.setattr(module, "train", lambda run, recipe: begun.append(type(recipe)) or True)
     monkeypatch.setattr(SupervisedTrainer, "save_weights", lambda self: Path("done"))
     monkeypatch.setattr(Run, "last_checkpoint", Path("done"))

@@ -27,7 +27,7 @@ from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.trainer.evaluation import Evaluation
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards
 from mindrlhf.trainer.recipe import StepResult
-from mindrlhf.trainer.recipes import rl
+from mindrlhf.trainer.recipes import ppo_job, rl
 from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
 from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.update import UpdateResult
@@ -103,7 +103,7 @@ def run_case(name: str, case: dict[str, Any], runtime: Any) -> dict[str, Any]:
     )
     weights = {model: Path(path) for model, path in case["weights"].items()}
     save = results_directory() / name
-    run = Run(rl.open_checkpoints(job, save, HostExchange(runtime)))
+    run = Run(ppo_job.open_checkpoints(job, save, HostExchange(runtime)))
     data = DataPaths(Path(case["data"]), Path(case["held_out"]))
     trainer = WatchedTrainer(job, WeightPaths(**weights), data, run)
     trainer.seen, trainer.history = {}, []

@@ -33,7 +33,7 @@ def main(file: str) -> None:
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer import run
-    from mindrlhf.trainer.programs import run_reward, run_sft
+    from mindrlhf.trainer.programs import run_stage
 
     started: list[Any] = []
 
@@ -53,9 +53,9 @@ def main(file: str) -> None:
         options = {key: Path(value) if key in PATHS else value for key, value in given.items()}
         wait_for(options.get("resume_from"))
         if stage == "sft":
-            results[name] = str(run_sft(SFTOptions(**options)))
+            results[name] = str(run_stage(SFTOptions(**options)))
         else:
-            results[name] = str(run_reward(RewardOptions(**options)))
+            results[name] = str(run_stage(RewardOptions(**options)))
     write_results(env_rank(), results)
 
 

@@ -22,13 +22,11 @@ from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.runtime.launching import scratch_directory
-from mindrlhf.runtime.watchdog import Watchdog
 from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, discard, model_identity
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_fresh
-from mindrlhf.trainer.resume import choose_checkpoint
-from mindrlhf.trainer.run import Observers, Run, start_worker
+from mindrlhf.trainer.run import Observers, Run, open_run, start_worker
 from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import Statistics, TrainStep
@@ -108,18 +106,12 @@ def prepare(
         data.path, len(data), len(rows.train), len(rows.held_out), data.prompt_columns,
         data.response_columns, plan.epochs, plan.batch_size, steps,
     )  # fmt: skip
-    run = Run(
+    run = open_run(
+        options,
         checkpoints,
-        resume=choose_checkpoint(checkpoints, options.resume_from, resume_training=options.resume_training),
-        rewinds=options.resume_training,
-        observers=observers,
-        listeners=[
-            Watchdog(
-                options.watchdog_timeout,
-                computing=frozenset({"train", "evaluate"}),
-                device_target=config.context.device_target,
-            )
-        ],
+        observers,
+        computing=frozenset({"train", "evaluate"}),
+        device_target=config.context.device_target,
     )
     return run, rows
 

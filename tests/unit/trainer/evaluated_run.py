@@ -20,7 +20,8 @@ from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.evaluation import Evaluation, evaluate
 from mindrlhf.trainer.experience import Experience
 from mindrlhf.trainer.loop import train
-from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
+from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
 from mindrlhf.trainer.run import Run
 from mindrlhf.trainer.update import UpdateResult
 from mindrlhf.trainer.weight_paths import WeightPaths

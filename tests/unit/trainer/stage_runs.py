@@ -25,7 +25,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer import run as run_module
 from mindrlhf.trainer.optimizer import build_optimizer
-from mindrlhf.trainer.programs import run_reward, run_sft
+from mindrlhf.trainer.programs import run_stage
 from mindrlhf.trainer.recipes import reward_model, sft, supervised
 from mindrlhf.trainer.train_step import TrainStep
 
@@ -118,10 +118,10 @@ def make_run(files: Path, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -
             "learning_rate": 1e-2, "watchdog_timeout": 0, "trackers": (),
         }  # fmt: skip
         if stage == "reward":
-            return run_reward(
+            return run_stage(
                 RewardOptions(**given | {"calibrate": "data", "calibration_samples": 8} | changes)
             )
-        return run_sft(SFTOptions(**given | changes))
+        return run_stage(SFTOptions(**given | changes))
 
     return start
 

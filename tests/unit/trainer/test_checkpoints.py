@@ -25,7 +25,8 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints, checkpoint_numbers, read_state
-from mindrlhf.trainer.recipes.rl import fixed_settings, trained_models
+from mindrlhf.trainer.recipes.ppo_job import fixed_settings
+from mindrlhf.trainer.recipes.rl import trained_models
 from mindrlhf.trainer.resume import find_faults, newest_whole
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError

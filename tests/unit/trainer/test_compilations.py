@@ -13,7 +13,8 @@ import pytest
 from mindrlhf.configs.schema import JobConfig
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
+from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
 from mindrlhf.trainer.run import Run
 from mindrlhf.trainer.weight_paths import WeightPaths
 from tests.unit.trainer.tiny_inputs import write_model, write_prompts

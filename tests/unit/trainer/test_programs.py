@@ -22,7 +22,7 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.trainer import programs
 from mindrlhf.trainer.programs import run_ppo, save_strategies
-from mindrlhf.trainer.recipes.rl import graph_configuration
+from mindrlhf.trainer.recipes.ppo_job import graph_configuration
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 from mindrlhf.utils.files import job_lock
 

@@ -18,7 +18,7 @@ from mindrlhf.configs.schema import JobConfig, ParallelConfig
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.checkpoints import TrainingCheckpoints, check_fixed, read_state
-from mindrlhf.trainer.recipes.rl import fixed_settings
+from mindrlhf.trainer.recipes.ppo_job import fixed_settings
 from mindrlhf.trainer.resume import (
     choose_checkpoint,
     find_faults,

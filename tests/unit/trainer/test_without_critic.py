@@ -11,7 +11,7 @@ from mindrlhf.data.mindrecord import read_columns, read_schema
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.trainer.checkpoints import check_fixed, read_state
 from mindrlhf.trainer.loop import train
-from mindrlhf.trainer.recipes.rl import fixed_settings
+from mindrlhf.trainer.recipes.ppo_job import fixed_settings
 from mindrlhf.utils.errors import CheckpointError
 from tests.unit.trainer.evaluated_run import EvaluatedRun, assert_same_metrics, lines
 

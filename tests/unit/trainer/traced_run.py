@@ -22,7 +22,8 @@ from mindrlhf.runtime.signals import StopRequest
 from mindrlhf.trainer.console.state import RunState
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout
 from mindrlhf.trainer.loop import train
-from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer, open_checkpoints
+from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
+from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
 from mindrlhf.trainer.run import Observers, Run
 from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
