@@ -239,6 +239,31 @@ def test_a_configuration_that_graphs_know_is_another_one(tiny_job: JobConfig) ->
     assert graph_configuration(replace(tiny_job, train=theta)) != before
 
 
+def test_a_run_replaces_what_it_wrote_before_alone(configs: Path, tmp_path: Path) -> None:
+    """Where it may, the next fault is met, which is in the weights."""
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (exported / name).touch()
+    given: dict[str, Any] = {"export_hf_dir": exported, "resume_training": True}
+    later = {"load_sft_checkpoint_infer": tmp_path / "none"}
+    with pytest.raises(MindRLHFError, match=r"--export_hf_dir .*: exists; .*--overwrite"):
+        run_ppo(options(configs, tmp_path, **given))  # there is nothing to continue yet
+    (tmp_path / "save" / "iteration_000001").mkdir(parents=True)
+    for changes in (given, given | {"overwrite": True, "save_ckpt_dir": tmp_path / "new"}):
+        with pytest.raises(MindRLHFError, match="none"):
+            run_ppo(options(configs, tmp_path, **changes, **later))
+    for changes in ({"tokenizer_path": exported}, {"load_ref_checkpoint": exported}):
+        with pytest.raises(MindRLHFError, match=r"--export_hf_dir .*: is --\w+ .*exported"):
+            run_ppo(options(configs, tmp_path, **given, **changes))
+
+
+def test_strategy_files_leave_the_inputs_alone(configs: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "strategy" / "ref_strategy" / "strategy_0.ckpt"
+    with pytest.raises(MindRLHFError, match=r"strategy: writes in --load_ref_checkpoint .*strategy_0\.ckpt"):
+        save_strategies(options(configs, tmp_path, load_ref_checkpoint=weights), tmp_path / "strategy")
+
+
 def test_only_a_runs_own_checkpoint_continues_its_results(configs: Path, tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     moved = mine / "iteration_000002"
