@@ -108,7 +108,7 @@ def is_whole(path: Path) -> bool:
 def no_model(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chat and training without a model that runs; what they write is real."""
     from mindrlhf.chat import session
-    from mindrlhf.trainer.recipes import reward_model, rl, sft
+    from mindrlhf.trainer.recipes import ppo_job, reward_model, rl, sft
     from mindrlhf.trainer.recorder import write_experience
 
     def workers(options: Any, models: Any, *_: Any, **__: Any) -> Any:
@@ -128,7 +128,7 @@ def no_model(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
         "mindrlhf.trainer.run.supervised", contextlib.nullcontext
     )  # it would end this process
     monkeypatch.setattr(session, "start_workers", workers)
-    for module in (rl, reward_model, sft):
+    for module in (ppo_job, reward_model, sft):
         monkeypatch.setattr(module, "train", train)
 
 
