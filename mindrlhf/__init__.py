@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf
     from mindrlhf.checkpoint.shards import load_shard, merge_shards, save_shard
     from mindrlhf.checkpoint.transform import transform_checkpoint
+    from mindrlhf.configs.flags import ChatOptions, PPOOptions, RewardOptions, SFTOptions
+    from mindrlhf.configs.keys import JobConfig, ModelConfig, PPOConfig, RunConfig
     from mindrlhf.configs.load import load_job, load_ppo_config, load_run_config
-    from mindrlhf.configs.options import ChatOptions, PPOOptions, RewardOptions, SFTOptions
-    from mindrlhf.configs.schema import JobConfig, ModelConfig, PPOConfig, RunConfig
     from mindrlhf.data.preprocess import PreprocessOptions, preprocess
     from mindrlhf.data.prompts import PromptBatch, PromptStream
     from mindrlhf.data.sequences import SequenceData
@@ -104,8 +104,8 @@ _MODULES = {
     "checkpoint.shards": "load_shard merge_shards save_shard",
     "checkpoint.transform": "transform_checkpoint",
     "configs.load": "load_job load_ppo_config load_run_config",
-    "configs.options": "ChatOptions PPOOptions RewardOptions SFTOptions",
-    "configs.schema": "JobConfig ModelConfig PPOConfig RunConfig",
+    "configs.flags": "ChatOptions PPOOptions RewardOptions SFTOptions",
+    "configs.keys": "JobConfig ModelConfig PPOConfig RunConfig",
     "data.preprocess": "PreprocessOptions preprocess",
     "data.prompts": "PromptBatch PromptStream",
     "data.sequences": "SequenceData",

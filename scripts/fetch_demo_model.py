@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from mindrlhf.checkpoint.conversion import hf_output
 from mindrlhf.checkpoint.element_types import FLOAT32
 from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.data.tokenizer import END_OF_TEXT, IM_END, IM_START
 from mindrlhf.utils.command_line import new_parser, run_main
 from mindrlhf.utils.errors import CheckpointError

@@ -24,8 +24,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from mindrlhf.checkpoint.conversion import hf_output
 from mindrlhf.checkpoint.element_types import BY_NAME
 from mindrlhf.checkpoint.hf_config import finish_hf_config, hf_config_from_model
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.data.jsonl import KEYS, rows_output
 from mindrlhf.data.prompt_format import CHATML_TEMPLATE, QWEN2_SYSTEM_PROMPT
 from mindrlhf.data.tokenizer import IM_END, IM_START, QWEN2_SPECIAL_TOKENS, QWEN_SPLIT_PATTERN

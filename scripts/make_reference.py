@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mindrlhf.configs.fields import Key, keys_of
-from mindrlhf.configs.schema import (
+from mindrlhf.configs.keys import (
     PPO_GROUPS,
     ContextConfig,
     ModelConfig,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mindrlhf.chat.saved_model import SavedModel
-from mindrlhf.configs.options import ChatOptions
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.flags import ChatOptions
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.utils.errors import MindRLHFError

@@ -20,8 +20,8 @@ from mindrlhf.checkpoint.hf_config import (
 from mindrlhf.checkpoint.shards import open_full, rank_directories
 from mindrlhf.checkpoint.sources import CastSource, LocalSource
 from mindrlhf.checkpoint.weight_files import has_hf_weights
+from mindrlhf.configs.keys import ContextConfig, ModelConfig
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.schema import ContextConfig, ModelConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.models.families import family_of

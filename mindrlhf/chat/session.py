@@ -16,8 +16,8 @@ from mindrlhf.chat.display import PlainDisplay, new_display, short_names
 from mindrlhf.chat.prompt_file import REPLY_KEYS, answer_file, encode_prompts, read_prompts
 from mindrlhf.chat.saved_model import SavedModel, find_model
 from mindrlhf.configs.faults import collected
-from mindrlhf.configs.flags import check_options
-from mindrlhf.configs.options import ChatOptions
+from mindrlhf.configs.flags import ChatOptions
+from mindrlhf.configs.parser import check_options
 from mindrlhf.data.jsonl import rows_output
 from mindrlhf.runtime.launching import count_workers, scratch_directory, serve_as_scheduler
 from mindrlhf.utils.errors import DataError

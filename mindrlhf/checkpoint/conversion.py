@@ -30,8 +30,8 @@ from mindrlhf.checkpoint.weight_files import (
     weights_output,
     write_weights,
 )
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.families import family_of
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.files import atomic_directory

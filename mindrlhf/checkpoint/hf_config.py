@@ -9,7 +9,7 @@ from typing import Any
 
 from mindrlhf.checkpoint.element_types import DType
 from mindrlhf.configs.faults import shown
-from mindrlhf.configs.schema import WEIGHTS_KEYS, ModelConfig
+from mindrlhf.configs.keys import WEIGHTS_KEYS, ModelConfig
 from mindrlhf.models.families import family_of, family_of_hf
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 

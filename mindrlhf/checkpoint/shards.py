@@ -35,7 +35,7 @@ from mindrlhf.checkpoint.weight_files import (
     open_weights,
     write_weights,
 )
-from mindrlhf.configs.schema import ModelConfig, RunConfig
+from mindrlhf.configs.keys import ModelConfig, RunConfig
 from mindrlhf.models.families import family_of, family_of_names
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import Layout, Mesh

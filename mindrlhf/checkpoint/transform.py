@@ -14,8 +14,8 @@ from mindrlhf.checkpoint.hf_config import (
 )
 from mindrlhf.checkpoint.shards import open_full, rank_directories, ranks_output, split_to_ranks
 from mindrlhf.checkpoint.weight_files import CKPT, weights_output, write_weights
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.utils.errors import CheckpointError
 from mindrlhf.utils.outputs import check_outputs

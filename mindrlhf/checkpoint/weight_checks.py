@@ -9,7 +9,7 @@ import numpy as np
 
 from mindrlhf.checkpoint.element_types import FLOAT32, WEIGHT_TYPES
 from mindrlhf.checkpoint.sources import CastSource, WeightSource
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.families import family_of, family_of_names
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import Layout, Mesh

@@ -15,14 +15,14 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mindrlhf.configs.flags import add_flags
-from mindrlhf.configs.options import CHAT_GROUPS, ChatOptions
+from mindrlhf.configs.flags import CHAT_GROUPS, ChatOptions
+from mindrlhf.configs.parser import add_flags
 from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.command_line import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of :class:`mindrlhf.configs.options.ChatOptions`."""
+    """The flags of :class:`mindrlhf.configs.flags.ChatOptions`."""
     parser = new_parser(__doc__)
     add_flags(parser, ChatOptions, CHAT_GROUPS)
     return parser

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mindrlhf.configs.flags import optional_path
+from mindrlhf.configs.parser import optional_path
 from mindrlhf.data.preprocess import PreprocessOptions, PreprocessSummary, preprocess
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.command_line import new_parser, run_main, str_to_bool

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mindrlhf.configs.flags import add_flags
-from mindrlhf.configs.options import PPOOptions
+from mindrlhf.configs.flags import PPOOptions
+from mindrlhf.configs.parser import add_flags
 from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.command_line import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of :class:`mindrlhf.configs.options.PPOOptions`."""
+    """The flags of :class:`mindrlhf.configs.flags.PPOOptions`."""
     parser = new_parser(__doc__)
     add_flags(parser, PPOOptions)
     return parser

@@ -12,14 +12,14 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mindrlhf.configs.flags import add_flags
-from mindrlhf.configs.options import SFTOptions
+from mindrlhf.configs.flags import SFTOptions
+from mindrlhf.configs.parser import add_flags
 from mindrlhf.runtime.supervision import run_worker
 from mindrlhf.utils.command_line import new_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of :class:`mindrlhf.configs.options.SFTOptions`."""
+    """The flags of :class:`mindrlhf.configs.flags.SFTOptions`."""
     parser = new_parser(__doc__)
     add_flags(parser, SFTOptions)
     return parser

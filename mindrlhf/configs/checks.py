@@ -10,9 +10,7 @@ from typing import Any
 
 from mindrlhf.configs.faults import Faults
 from mindrlhf.configs.fields import keys_of
-from mindrlhf.configs.ppo_file import PPODraft
-from mindrlhf.configs.run_file import RunDraft
-from mindrlhf.configs.schema import (
+from mindrlhf.configs.keys import (
     UNUSED_WITH,
     WEIGHTS_KEYS,
     ContextConfig,
@@ -20,6 +18,8 @@ from mindrlhf.configs.schema import (
     RunnerConfig,
     unfinished_warm_up,
 )
+from mindrlhf.configs.read_ppo import PPODraft
+from mindrlhf.configs.read_run import RunDraft
 
 MODEL = "model.model_config"
 

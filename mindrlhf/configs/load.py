@@ -11,11 +11,11 @@ from typing import Any
 from mindrlhf.configs.checks import check_job, check_ppo, check_run, check_stage
 from mindrlhf.configs.faults import Faults, collected
 from mindrlhf.configs.fields import keys_of
-from mindrlhf.configs.flags import check_options
-from mindrlhf.configs.options import PPOOptions, StageOptions
-from mindrlhf.configs.ppo_file import read_ppo
-from mindrlhf.configs.run_file import RunDraft, read_run
-from mindrlhf.configs.schema import ContextConfig, JobConfig, PPOConfig, RunConfig, RunnerConfig, StagePlan
+from mindrlhf.configs.flags import PPOOptions, StageOptions
+from mindrlhf.configs.keys import ContextConfig, JobConfig, PPOConfig, RunConfig, RunnerConfig, StagePlan
+from mindrlhf.configs.parser import check_options
+from mindrlhf.configs.read_ppo import read_ppo
+from mindrlhf.configs.read_run import RunDraft, read_run
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)

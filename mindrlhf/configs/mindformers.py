@@ -1,6 +1,6 @@
 """MindFormers' other keys: no key of a YAML is swallowed.
 
-A key that :mod:`mindrlhf.configs.schema` declares is used. Any other key of MindFormers may appear in a YAML
+A key that :mod:`mindrlhf.configs.keys` declares is used. Any other key of MindFormers may appear in a YAML
 as long as it asks for nothing (its *neutral* values). Another value is refused, with what to do instead,
 where it would change numbers, memory or where work is done; it is named in one warning where it is
 harmless. ``test_mindformers_agreement.py`` compares these tables with the installed MindFormers.

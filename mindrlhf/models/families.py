@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 
 from mindrlhf.configs.faults import shown
-from mindrlhf.configs.schema import ModelConfig, RunConfig
+from mindrlhf.configs.keys import ModelConfig, RunConfig
 from mindrlhf.utils.errors import CheckpointError, ConfigError
 
 MODULES: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.decode_schedule import decode_schedule
 from mindrlhf.models.families import family_of
 from mindrlhf.models.sampling import VocabParallelSampler

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import RowsProduct, empty_parameter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindrlhf.configs.schema import JobConfig, RunConfig
+from mindrlhf.configs.keys import JobConfig, RunConfig
 from mindrlhf.models.families import family_of
 from mindrlhf.parallel.layout import Layout, mesh_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, nn
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.families import family_of
 from mindrlhf.models.heads import LMHead, ScoreHead, last_token
 from mindrlhf.parallel.collectives import CopyToGroup

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from mindrlhf.configs.schema import RunConfig
+from mindrlhf.configs.keys import RunConfig
 from mindrlhf.utils.sizes import exact_div
 
 AxisName = Literal["mp"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.decode_schedule import QUERY_BLOCK, DecodeSchedule
 from mindrlhf.models.families import family_of
 from mindrlhf.models.score_head import SCORE_HEAD

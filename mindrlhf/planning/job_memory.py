@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from mindrlhf.configs.schema import JobConfig, RunConfig
+from mindrlhf.configs.keys import JobConfig, RunConfig
 from mindrlhf.models.decode_schedule import decode_schedule
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.exchange_plan import plan_exchange

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mindrlhf.configs.faults import shown
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.planning.job_memory import PARTS, MemoryPlan, ModelMemory, SyncTraffic, plan_memory, plan_sync
 from mindrlhf.planning.remedies import Suggestion, lowest_peak, smallest_changes, smallest_world
 from mindrlhf.planning.splits import common_splits, runs_of, with_splits

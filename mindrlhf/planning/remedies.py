@@ -9,7 +9,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.configs.schema import JobConfig, ParallelConfig
+from mindrlhf.configs.keys import JobConfig, ParallelConfig
 from mindrlhf.planning.job_memory import MemoryPlan, plan_memory
 from mindrlhf.planning.splits import ROWS, common_splits, runs_of, smaller_parts, with_splits, with_world_size
 from mindrlhf.utils.errors import ConfigError

@@ -8,7 +8,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.configs.schema import JobConfig, ModelConfig, ParallelConfig, RunConfig
+from mindrlhf.configs.keys import JobConfig, ModelConfig, ParallelConfig, RunConfig
 from mindrlhf.utils.errors import ConfigError
 
 ROLES = ("infer", "train", "reward", "critic")

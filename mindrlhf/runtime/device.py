@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 
-from mindrlhf.configs.schema import ContextConfig, ModelConfig
+from mindrlhf.configs.keys import ContextConfig, ModelConfig
 from mindrlhf.kernels.library import product_library
 from mindrlhf.utils.errors import MindRLHFError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mindrlhf.configs.options import DEFAULT_TIMEOUT
+from mindrlhf.configs.flags import DEFAULT_TIMEOUT
 from mindrlhf.runtime import supervision
 from mindrlhf.runtime.processes import start_ticks
 from mindrlhf.utils.ranks import env_rank, env_world_size

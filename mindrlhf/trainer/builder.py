@@ -12,7 +12,7 @@ import numpy as np
 from mindrlhf.checkpoint.element_types import to_mindspore
 from mindrlhf.checkpoint.shards import open_model
 from mindrlhf.checkpoint.sources import LocalSource
-from mindrlhf.configs.schema import JobConfig, RunConfig
+from mindrlhf.configs.keys import JobConfig, RunConfig
 from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.networks import CriticModel, PolicyValues, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.models.score_head import new_score_head

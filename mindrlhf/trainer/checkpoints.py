@@ -31,7 +31,7 @@ from mindspore.nn import Optimizer
 from mindrlhf.checkpoint.hf_config import CONFIG_NAME as HF_CONFIG
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
 from mindrlhf.checkpoint.shards import load_shard, rank_file_name, save_shard
-from mindrlhf.configs.schema import WEIGHTS_KEYS, RunConfig
+from mindrlhf.configs.keys import WEIGHTS_KEYS, RunConfig
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mindrlhf.algorithms.kl import token_kl
-from mindrlhf.configs.schema import JobConfig, PPOConfig
+from mindrlhf.configs.keys import JobConfig, PPOConfig
 from mindrlhf.data.prompts import PromptBatch, overlapping_rows, read_held_out
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.runtime.host_exchange import HostExchange

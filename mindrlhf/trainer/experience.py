@@ -14,7 +14,7 @@ import numpy as np
 
 from mindrlhf.algorithms.advantages import ADVANTAGES, whiten
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.trainer.skipped_updates import SkippedUpdate
 
 

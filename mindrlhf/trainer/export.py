@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindrlhf.checkpoint.conversion import export_hf
-from mindrlhf.configs.options import ExportOptions
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.flags import ExportOptions
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.utils.logging import get_logger

@@ -16,7 +16,7 @@ from mindrlhf.algorithms.losses import (
     policy_loss_terms,
     value_loss_terms,
 )
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.trainer.experience import Experience
 

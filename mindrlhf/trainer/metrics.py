@@ -6,7 +6,7 @@ import numpy as np
 
 from mindrlhf.algorithms.kl import sequence_kl
 from mindrlhf.algorithms.statistics import explained_variance
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.trainer.experience import Experience, ScoredRollout, TokenRewards
 from mindrlhf.trainer.loss_cells import RATIO_EDGES, RATIOS_ABOVE
 from mindrlhf.trainer.trackers.tracker import Histogram

@@ -11,8 +11,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.nn import Optimizer
 
+from mindrlhf.configs.keys import RunConfig
 from mindrlhf.configs.optimizer_section import completed_schedule
-from mindrlhf.configs.schema import RunConfig
 from mindrlhf.trainer.mindformers_builders import load_builders
 from mindrlhf.utils.errors import ConfigError
 

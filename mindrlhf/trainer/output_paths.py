@@ -10,7 +10,7 @@ from typing import Any
 from mindrlhf.checkpoint.conversion import hf_output
 from mindrlhf.checkpoint.weight_files import weights_output
 from mindrlhf.configs.fields import keys_of
-from mindrlhf.configs.options import PPOOptions, RunOptions
+from mindrlhf.configs.flags import PPOOptions, RunOptions
 from mindrlhf.data.mindrecord import index_path, record_outputs, step_path
 from mindrlhf.utils.outputs import Output, check_outputs
 

@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import position_ids
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, check_columns, check_tokens
 from mindrlhf.data.mindrecord import read_rows
 from mindrlhf.data.stream import RowStream

@@ -9,16 +9,16 @@ import os
 from pathlib import Path
 
 from mindrlhf.checkpoint.shards import check_weights
+from mindrlhf.configs.flags import PPOOptions, RewardOptions, RunOptions, SFTOptions, StageOptions
+from mindrlhf.configs.keys import StagePlan
 from mindrlhf.configs.load import load_ppo_job, load_stage
-from mindrlhf.configs.options import PPOOptions, RewardOptions, RunOptions, SFTOptions, StageOptions
-from mindrlhf.configs.schema import StagePlan
 from mindrlhf.models.families import check_families
 from mindrlhf.models.job_layouts import job_layouts
 from mindrlhf.parallel.strategy import write_strategies
 from mindrlhf.runtime.launching import count_workers, serve_as_scheduler
 from mindrlhf.runtime.signals import ignore_signals
 from mindrlhf.trainer.output_paths import check_run_outputs, check_strategy_outputs
-from mindrlhf.trainer.trackers.table import check_trackers
+from mindrlhf.trainer.trackers.registry import check_trackers
 from mindrlhf.trainer.weight_paths import WeightPaths
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import check_unlocked

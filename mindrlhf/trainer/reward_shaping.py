@@ -16,7 +16,7 @@ from mindrlhf.algorithms.kl import (
 )
 from mindrlhf.algorithms.moments import RunningMoments
 from mindrlhf.algorithms.token_rewards import penalize_missing_stop, token_rewards
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.trainer.experience import ScoredRollout, TokenRewards
 
 SMALLEST_STD = 1e-8

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindrlhf.configs.options import RunOptions
-from mindrlhf.configs.schema import RunConfig
+from mindrlhf.configs.flags import RunOptions
+from mindrlhf.configs.keys import RunConfig
 from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.runtime.host_memory import release_freed_memory
@@ -24,7 +24,7 @@ from mindrlhf.trainer.console.state import RunState
 from mindrlhf.trainer.recipe import HeldOut, Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.resume import choose_checkpoint
-from mindrlhf.trainer.trackers.table import make_trackers
+from mindrlhf.trainer.trackers.registry import make_trackers
 from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.utils.errors import MindRLHFError, RewardError
 from mindrlhf.utils.files import job_lock

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from mindspore import Tensor
 
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows

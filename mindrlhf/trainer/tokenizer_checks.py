@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mindrlhf.configs.schema import RunConfig
+from mindrlhf.configs.keys import RunConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.utils.errors import MindRLHFError

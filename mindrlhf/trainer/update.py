@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
+from mindrlhf.configs.keys import JobConfig, PPOConfig, RunConfig
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mindrlhf.checkpoint.shards import check_weights
-from mindrlhf.configs.options import PPOOptions
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.flags import PPOOptions
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.utils.errors import MindRLHFError
 
 

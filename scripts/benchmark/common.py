@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from results import BATCH, MODELS
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 
 
 def model_config(name: str, **changes: Any) -> ModelConfig:

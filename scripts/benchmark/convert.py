@@ -23,7 +23,7 @@ from mindrlhf.checkpoint.conversion import hf_to_mindspore, mindspore_to_hf, wri
 from mindrlhf.checkpoint.element_types import BFLOAT16, parse_dtype
 from mindrlhf.checkpoint.hf_config import hf_config_from_model
 from mindrlhf.checkpoint.sources import CastSource, Slices, TensorInfo, WeightSource, bounded
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.qwen2.weight_names import canonical_to_hf
 from mindrlhf.parallel.layout import Mesh

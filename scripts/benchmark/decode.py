@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from common import MODELS, copy_bandwidth
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 
 
 def parse_args() -> argparse.Namespace:

@@ -28,8 +28,7 @@ from common import BATCH, MODELS, model_config, random_shards
 
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
-from mindrlhf.configs.load import load_job
-from mindrlhf.configs.schema import (
+from mindrlhf.configs.keys import (
     ContextConfig,
     JobConfig,
     ModelConfig,
@@ -37,6 +36,7 @@ from mindrlhf.configs.schema import (
     PPOConfig,
     RunConfig,
 )
+from mindrlhf.configs.load import load_job
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.planning.job_memory import plan_memory

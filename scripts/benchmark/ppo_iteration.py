@@ -44,7 +44,7 @@ from results import (
 DTYPES = ("float32", "bfloat16")
 
 if TYPE_CHECKING:
-    from mindrlhf.configs.schema import JobConfig
+    from mindrlhf.configs.keys import JobConfig
     from mindrlhf.trainer.recipes.rl import PPOTrainer
 
 
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 def build_job(args: argparse.Namespace) -> JobConfig:
     """The job that the flags describe."""
-    from mindrlhf.configs.schema import ContextConfig, JobConfig, ParallelConfig, PPOConfig, RunConfig
+    from mindrlhf.configs.keys import ContextConfig, JobConfig, ParallelConfig, PPOConfig, RunConfig
 
     changes = {"num_layers": args.layers} if args.layers else {}
     run = RunConfig(

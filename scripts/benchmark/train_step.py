@@ -74,7 +74,7 @@ def build(args: argparse.Namespace) -> Case:
     """The policy's training step with random weights and random sequences without padding."""
     from mindspore import Tensor
 
-    from mindrlhf.configs.schema import ContextConfig, ParallelConfig, PPOConfig, RunConfig
+    from mindrlhf.configs.keys import ContextConfig, ParallelConfig, PPOConfig, RunConfig
     from mindrlhf.models.networks import PPOModelTrain
     from mindrlhf.models.qwen2.layouts import EMBEDDING, LM_HEAD
     from mindrlhf.parallel.groups import Groups

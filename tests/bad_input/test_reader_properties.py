@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mindrlhf.checkpoint.shards import load_shard, save_shard
 from mindrlhf.configs.faults import Faults
-from mindrlhf.configs.yaml_file import read_mapping
+from mindrlhf.configs.read_yaml import read_mapping
 from mindrlhf.data.jsonl import CValuesReader
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.utils.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.algorithms.masks import position_ids
-from mindrlhf.configs.schema import ModelConfig, PPOConfig
+from mindrlhf.configs.keys import ModelConfig, PPOConfig
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.trainer.experience import Experience, Rollout, SequenceInputs
 from mindrlhf.trainer.pretraining import PretrainBatch

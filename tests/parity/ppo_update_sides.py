@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mindrlhf.configs.schema import ContextConfig, JobConfig, ParallelConfig, RunConfig
+from mindrlhf.configs.keys import ContextConfig, JobConfig, ParallelConfig, RunConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups

@@ -11,7 +11,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain, RewardModel
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups

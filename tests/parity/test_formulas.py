@@ -28,7 +28,7 @@ from mindrlhf.algorithms.advantages import gae, reinforce, whiten
 from mindrlhf.algorithms.kl import sequence_kl, token_kl
 from mindrlhf.algorithms.statistics import explained_variance
 from mindrlhf.algorithms.token_rewards import token_rewards
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.trainer.experience import Rollout, ScoredRollout, make_experience
 from mindrlhf.trainer.reward_shaping import RewardShaper
 

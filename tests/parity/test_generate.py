@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.generator import GenerationConfig, GenerationOutput, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups

@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import (
+from mindrlhf.configs.keys import (
     ContextConfig,
     JobConfig,
     ModelConfig,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.networks import PPOModelTrain, RewardModel
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical

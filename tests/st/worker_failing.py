@@ -23,7 +23,7 @@ def main() -> None:
     if is_scheduler():
         serve_as_scheduler()
         return
-    from mindrlhf.configs.schema import ContextConfig
+    from mindrlhf.configs.keys import ContextConfig
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.runtime.watchdog import Watchdog

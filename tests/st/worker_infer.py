@@ -10,8 +10,8 @@ import numpy as np
 
 from mindrlhf.chat.reply_generator import ReplyGenerator
 from mindrlhf.chat.worker_group import WorkerGroup
-from mindrlhf.configs.options import ChatOptions
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.flags import ChatOptions
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.data.tokenizer import SpecialIds
 from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts

@@ -13,7 +13,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.np_dtype import bfloat16
 from worker_support import results_directory
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.checksum import ReplicaMismatchError, checksums
 from mindrlhf.parallel.collectives import CopyToGroup, GroupStack

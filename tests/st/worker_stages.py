@@ -10,7 +10,7 @@ from typing import Any
 
 from worker_support import write_results
 
-from mindrlhf.configs.options import RewardOptions, SFTOptions
+from mindrlhf.configs.flags import RewardOptions, SFTOptions
 from mindrlhf.runtime.launching import serve_as_scheduler
 from mindrlhf.utils.ranks import env_rank, is_scheduler
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mindrlhf.configs.fields import keys_of
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

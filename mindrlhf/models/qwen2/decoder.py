@@ -13,7 +13,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.models.qwen2.layers import (
     Columns,

@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.kernels.decoding import DecodeSteps, decode_steps
 from mindrlhf.models.decode_schedule import QUERY_BLOCK
 from mindrlhf.models.qwen2.generator_layers import (

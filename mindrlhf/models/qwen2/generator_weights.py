@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Parameter, Tensor, get_context
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.generator import Shards
 from mindrlhf.models.qwen2.generator_layers import LocalSizes
 from mindrlhf.models.qwen2.generator_network import FusedDecoder, FusedLayer

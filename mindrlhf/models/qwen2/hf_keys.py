@@ -7,8 +7,8 @@ from typing import Any
 
 from mindrlhf.configs.faults import shown
 from mindrlhf.configs.fields import MAX_INT
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.configs.mindformers import Foreign
-from mindrlhf.configs.schema import ModelConfig
 from mindrlhf.models.qwen2.layouts import LM_HEAD
 from mindrlhf.models.score_head import SCORE_HEAD_WEIGHT
 from mindrlhf.utils.errors import CheckpointError, bullet_list

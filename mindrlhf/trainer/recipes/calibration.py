@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mindrlhf.configs.options import RewardOptions
-from mindrlhf.configs.schema import StagePlan
+from mindrlhf.configs.flags import RewardOptions
+from mindrlhf.configs.keys import StagePlan
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.generator import GenerationConfig, PPOModelInfer

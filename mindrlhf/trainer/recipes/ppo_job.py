@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mindrlhf.configs.options import PPOOptions
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.flags import PPOOptions
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.runtime.compile_cache import open_compile_cache
 from mindrlhf.runtime.host_exchange import HostExchange

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindrlhf.configs.options import RewardOptions
-from mindrlhf.configs.schema import StagePlan
+from mindrlhf.configs.flags import RewardOptions
+from mindrlhf.configs.keys import StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.networks import RewardModel
 from mindrlhf.trainer.builder import fill_model

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.prompts import PromptBatch, PromptStream, prompts_digest
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.trainer.builder import PPOModels, build_models, valid_vocab_size

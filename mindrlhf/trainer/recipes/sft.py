@@ -9,8 +9,8 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.algorithms.losses import cross_entropy_sum
 from mindrlhf.algorithms.masks import policy_mask
-from mindrlhf.configs.options import SFTOptions
-from mindrlhf.configs.schema import StagePlan
+from mindrlhf.configs.flags import SFTOptions
+from mindrlhf.configs.keys import StagePlan
 from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.trainer.builder import fill_model
 from mindrlhf.trainer.experience import sequence_inputs

@@ -13,8 +13,8 @@ from mindspore import nn
 
 from mindrlhf.checkpoint.hf_config import CONFIG_NAME, write_json
 from mindrlhf.checkpoint.shards import merge_shards, save_shard
-from mindrlhf.configs.options import StageOptions
-from mindrlhf.configs.schema import StagePlan
+from mindrlhf.configs.flags import StageOptions
+from mindrlhf.configs.keys import StagePlan
 from mindrlhf.data.sequences import SequenceData
 from mindrlhf.data.stream import RowStream
 from mindrlhf.models.networks import SequenceModel

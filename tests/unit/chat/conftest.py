@@ -47,7 +47,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Calla
     from mindrlhf.checkpoint.hf_config import hf_config_from_model
     from mindrlhf.checkpoint.sources import ArraySource
     from mindrlhf.checkpoint.weight_files import write_weights
-    from mindrlhf.configs.schema import ModelConfig
+    from mindrlhf.configs.keys import ModelConfig
     from mindrlhf.models.qwen2.layouts import parameter_layouts
     from mindrlhf.models.qwen2.weight_names import canonical_to_hf
     from mindrlhf.parallel.layout import Mesh

@@ -19,7 +19,7 @@ from mindrlhf.chat.reply_generator import bucket, mesh_for_workers, prompt_limit
 from mindrlhf.chat.session import run_chat
 from mindrlhf.chat.worker_group import Broadcast, WorkerGroup
 from mindrlhf.checkpoint.shards import save_shard
-from mindrlhf.configs.options import ChatOptions
+from mindrlhf.configs.flags import ChatOptions
 from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts

@@ -17,7 +17,7 @@ from mindrlhf.chat.conversation import Conversation, Reply, printable
 from mindrlhf.chat.display import ColumnsDisplay, PlainDisplay, short_names
 from mindrlhf.chat.prompt_file import encode_prompts, read_prompts
 from mindrlhf.chat.session import _sigterm_interrupts, run_chat
-from mindrlhf.configs.options import ChatOptions
+from mindrlhf.configs.flags import ChatOptions
 from mindrlhf.data.tokenizer import Tokenizer, chat_stop_ids
 from mindrlhf.utils.errors import ConfigError, DataError
 

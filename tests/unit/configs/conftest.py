@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.configs.load import load_job
-from mindrlhf.configs.schema import JobConfig
 from mindrlhf.utils.errors import ConfigError
 
 SOURCES = {

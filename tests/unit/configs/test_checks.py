@@ -10,9 +10,9 @@ import pytest
 
 from mindrlhf.algorithms.advantages import ADVANTAGES, Advantage, reinforce
 from mindrlhf.configs.fields import keys_of
+from mindrlhf.configs.flags import PPOOptions, RewardOptions, SFTOptions
+from mindrlhf.configs.keys import PPOConfig, TrainingSettings
 from mindrlhf.configs.load import load_ppo_job
-from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions
-from mindrlhf.configs.schema import PPOConfig, TrainingSettings
 from mindrlhf.utils.errors import ConfigError
 
 M = "model.model_config."

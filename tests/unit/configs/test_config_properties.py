@@ -11,8 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.configs.load import load_job, load_ppo_config
-from mindrlhf.configs.schema import JobConfig
 from mindrlhf.utils.errors import ConfigError
 
 SOURCE = Path(__file__).resolve().parents[3] / "model_configs" / "qwen_ppo"

@@ -1,66 +1,55 @@
-"""Flags made from their declarations: each option is one, and parses back to its dataclass."""
+"""Flags with a form of their own: the name of a run, trackers."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mindrlhf.configs.faults import Faults
-from mindrlhf.configs.fields import keys_of
-from mindrlhf.configs.flags import add_flags, check_options
-from mindrlhf.configs.options import PPOOptions, RewardOptions, SFTOptions
-
-REQUIRED = {
-    PPOOptions: ("--sft_path_infer", "--sft_path_train"),
-    SFTOptions: ("--sft_path", "--load_sft_checkpoint", "--mind_dataset_dir", "--save_ckpt_dir"),
-    RewardOptions: ("--reward_path", "--load_sft_checkpoint", "--mind_dataset_dir", "--save_ckpt_dir"),
-}
+from mindrlhf.cli.ppo import build_parser as ppo_parser
+from mindrlhf.cli.sft import build_parser as sft_parser
+from mindrlhf.configs.flags import run_directory
 
 
-def parsed(options: Any, *arguments: str) -> Any:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_flags(parser, options)
-    required = [word for flag in REQUIRED[options] for word in (flag, "p")]
-    return options(**vars(parser.parse_args([*required, *arguments])))
+@pytest.mark.parametrize("name", ["a", "smollm2-seed_1", "0.5B+lr=1e-5", "运行"])
+def test_run_names(name: str) -> None:
+    assert run_directory(name) == Path("runs") / name
 
 
-@pytest.mark.parametrize("options", list(REQUIRED))
-def test_required_flags_and_defaults(options: Any) -> None:
-    found = parsed(options)
-    keys = keys_of(options)
-    assert set(keys) == {field.name for field in dataclasses.fields(options)}
-    for name, key in keys.items():
-        value = getattr(found, name)
-        assert value == (Path("p") if key.required else [] if name == "overrides" else key.default)
-    faults = Faults()
-    check_options(found, faults)
-    assert len(faults) == 0
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/x", "-x", ".hidden", "a b", "x\n", "a" * 101])
+def test_what_is_no_run_name(name: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a name of a run"):
+        run_directory(name)
 
 
-def test_values_have_their_types() -> None:
-    ppo = parsed(
-        PPOOptions,
-        *("--set", "a=1", "--set", "b=2", "--use_parallel", "no", "--world_size", "8", "--trackers", "none"),
-        *("--watchdog_timeout", "1e2", "--tokenizer_path", "", "--run_name", "x"),
-    )
-    assert (ppo.overrides, ppo.use_parallel, ppo.world_size, ppo.trackers) == (["a=1", "b=2"], False, 8, ())
-    assert (ppo.watchdog_timeout, ppo.tokenizer_path, ppo.save_ckpt_dir) == (100.0, None, Path("runs/x"))
-    sft = parsed(SFTOptions, "--learning_rate", "1e-4", "--epochs", "3", "--eval_fraction", "0.5")
-    assert (sft.config_path, sft.learning_rate, sft.epochs, sft.eval_fraction) == (Path("p"), 1e-4, 3, 0.5)
+PPO_FLAGS = [
+    *("--sft_path_infer", "a", "--sft_path_train", "b", "--reward_path", "c", "--critic_path", "d"),
+]
+SFT_FLAGS = ["--sft_path", "a", "--load_sft_checkpoint", "b", "--mind_dataset_dir", "c"]
 
 
-def test_every_option_out_of_range_is_named() -> None:
-    options = SFTOptions(
-        config_path=Path("p"), load_sft_checkpoint=Path("p"), mind_dataset_dir=Path("p"),
-        save_ckpt_dir=Path("p"), epochs=0, seed=True, device_target="TPU", cpu_matmul_dtype="int8",
-        eval_fraction=float("nan"), learning_rate=None,
-    )  # fmt: skip
-    faults = Faults()
-    valid = check_options(options, faults)
-    names = {"epochs", "seed", "device_target", "cpu_matmul_dtype", "eval_fraction"}
-    assert len(faults) == len(names)
-    assert set(keys_of(SFTOptions)) - set(valid) == names
+def test_run_name_is_another_spelling_of_the_directory_of_results(capsys: pytest.CaptureFixture[str]) -> None:
+    for parser, flags in ((ppo_parser(), PPO_FLAGS), (sft_parser(), SFT_FLAGS)):
+        assert parser.parse_args([*flags, "--run_name", "x"]).save_ckpt_dir == Path("runs/x")
+        assert parser.parse_args([*flags, "--save_ckpt_dir", "y"]).save_ckpt_dir == Path("y")
+        assert "run_name" not in parser.parse_args([*flags, "--run_name", "x"])
+        with pytest.raises(SystemExit):
+            parser.parse_args([*flags, "--run_name", "x", "--save_ckpt_dir", "y"])
+        assert "not allowed with argument" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            parser.parse_args([*flags, "--run_name", "../x"])
+        assert "is not a name of a run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sft_parser().parse_args(SFT_FLAGS)
+    assert "one of the arguments --save_ckpt_dir --run_name is required" in capsys.readouterr().err
+
+
+def test_trackers_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for parser, flags in ((ppo_parser(), PPO_FLAGS), (sft_parser(), [*SFT_FLAGS, "--run_name", "x"])):
+        assert parser.parse_args(flags).trackers == ("tensorboard",)
+        assert parser.parse_args([*flags, "--trackers", "wandb,swanlab"]).trackers == ("wandb", "swanlab")
+        assert parser.parse_args([*flags, "--trackers", "none"]).trackers == ()
+        with pytest.raises(SystemExit):
+            parser.parse_args([*flags, "--trackers", "none,wandb"])
+        assert "none stands alone" in capsys.readouterr().err

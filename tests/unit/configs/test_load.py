@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mindrlhf.configs.fields import keys_of
+from mindrlhf.configs.keys import ContextConfig, ModelConfig, ParallelConfig, PPOConfig, RunnerConfig
 from mindrlhf.configs.load import load_ppo_config, load_run_config
-from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, PPOConfig, RunnerConfig
 from mindrlhf.utils.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.configs import keys
 from mindrlhf.configs import mindformers as foreign
-from mindrlhf.configs import schema
 from mindrlhf.configs.fields import Count, keys_of
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.configs.optimizer_section import (
@@ -75,7 +75,7 @@ def test_optimizer_arguments(name: str, mindformers: Any) -> None:
 
 def test_llama_config_keys(mindformers: Any) -> None:
     taken = _parameters(mindformers.models.llama.LlamaConfig.__init__)
-    known = {*keys_of(schema.ModelConfig), *foreign.MODEL}
+    known = {*keys_of(keys.ModelConfig), *foreign.MODEL}
     assert taken <= known
 
 
@@ -89,8 +89,8 @@ def test_top_level_sections(mindformers: Any) -> None:
 def test_parallel_and_runner_keys(mindformers: Any) -> None:
     from mindformers.tools.register.template import ParallelConfig, RunnerConfig
 
-    assert set(ParallelConfig.keys()) <= {*keys_of(schema.ParallelConfig), *foreign.PARALLEL}
-    assert set(RunnerConfig.keys()) <= {*keys_of(schema.RunnerConfig), *foreign.RUNNER}
+    assert set(ParallelConfig.keys()) <= {*keys_of(keys.ParallelConfig), *foreign.PARALLEL}
+    assert set(RunnerConfig.keys()) <= {*keys_of(keys.RunnerConfig), *foreign.RUNNER}
 
 
 def test_mindformers_loads_every_yaml(mindformers: Any, model_configs: Path) -> None:

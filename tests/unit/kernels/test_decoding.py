@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.generator import GenerationConfig, GenerationOutput, PPOModelInfer
 from mindrlhf.models.inverse_cdf import PlainInverseCDF
 from mindrlhf.models.qwen2.layouts import parameter_layouts

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mindrlhf.configs.keys import JobConfig, ModelConfig
 from mindrlhf.configs.load import load_job
-from mindrlhf.configs.schema import JobConfig, ModelConfig
 from mindrlhf.models import families
 from mindrlhf.models.families import FAMILIES, MODULES, Family, check_families, family_of, family_of_hf
 from mindrlhf.models.job_layouts import job_layouts

@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor
 from mindspore.common.np_dtype import bfloat16
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.qwen2.generator_layers import KVCache, LocalSizes, local_sizes, rotary_tables
 from mindrlhf.models.qwen2.generator_network import PrefillAttention
 from mindrlhf.parallel.groups import Groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.heads import ScoreHead, last_token
 from mindrlhf.models.score_head import new_score_head
 

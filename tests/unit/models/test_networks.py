@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import ModelConfig
+from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

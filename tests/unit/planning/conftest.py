@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mindrlhf.configs.load import load_job
-from mindrlhf.configs.schema import (
+from mindrlhf.configs.keys import (
     ContextConfig,
     JobConfig,
     ModelConfig,
@@ -16,6 +15,7 @@ from mindrlhf.configs.schema import (
     PPOConfig,
     RunConfig,
 )
+from mindrlhf.configs.load import load_job
 
 TINY = ModelConfig(
     vocab_size=24,

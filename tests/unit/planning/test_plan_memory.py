@@ -9,7 +9,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.models.decode_schedule import decode_schedule
 from mindrlhf.planning.graph_memory import (
     CPU,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.parallel.reshard import Resharder

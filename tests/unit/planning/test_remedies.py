@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mindrlhf.configs.schema import JobConfig, ParallelConfig
+from mindrlhf.configs.keys import JobConfig, ParallelConfig
 from mindrlhf.planning.job_memory import MemoryPlan, plan_memory
 from mindrlhf.planning.plan_report import make_report, memory_limit, parse_bytes
 from mindrlhf.planning.remedies import Suggestion, lowest_peak, smallest_changes, smallest_world

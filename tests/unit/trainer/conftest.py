@@ -7,7 +7,7 @@ from pathlib import Path
 import mindspore as ms
 import pytest
 
-from mindrlhf.configs.schema import (
+from mindrlhf.configs.keys import (
     ContextConfig,
     JobConfig,
     ModelConfig,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import JobConfig, PPOConfig
+from mindrlhf.configs.keys import JobConfig, PPOConfig
 from mindrlhf.data.prompts import PromptBatch
 from mindrlhf.data.tokenizer_loading import load_tokenizer
 from mindrlhf.runtime.device import Runtime

@@ -16,8 +16,8 @@ from mindspore import Tensor
 
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
+from mindrlhf.configs.flags import RewardOptions, SFTOptions
 from mindrlhf.configs.load import load_run_config
-from mindrlhf.configs.options import RewardOptions, SFTOptions
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.layouts import parameter_layouts

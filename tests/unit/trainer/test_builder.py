@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.checkpoint.shards import save_shard
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.layout import mesh_of

@@ -17,7 +17,7 @@ from mindspore import Tensor
 
 from mindrlhf.checkpoint.hf_config import check_described, check_language_model
 from mindrlhf.checkpoint.manifest import read_manifest
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh

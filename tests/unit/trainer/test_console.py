@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.trainer.console import open as console_open
 from mindrlhf.trainer.console.live import LiveConsole
 from mindrlhf.trainer.console.open import open_console

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.evaluation import evaluate, held_out_prompts

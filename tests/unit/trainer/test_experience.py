@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mindrlhf.algorithms.advantages import ADVANTAGES, Advantage
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.configs.load import load_ppo_config
-from mindrlhf.configs.schema import PPOConfig
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
 from mindrlhf.trainer.reward_shaping import RewardShaper
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.trainer.experience import Rollout, ScoredRollout, make_experience
 from mindrlhf.trainer.metrics import rollout_metrics, update_metrics
 from mindrlhf.trainer.recorder import summary_line

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import Column, write_mindrecord
 from mindrlhf.trainer.pretraining import PretrainStream, open_pretraining, pretrain_inputs

@@ -14,9 +14,9 @@ import pytest
 from mindrlhf.checkpoint.hf_config import hf_config_from_model, write_json
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
+from mindrlhf.configs.flags import PPOOptions
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.configs.load import load_ppo_job, load_run_config
-from mindrlhf.configs.options import PPOOptions
-from mindrlhf.configs.schema import JobConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.trainer import recorder as recorder_module
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult

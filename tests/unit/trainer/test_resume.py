@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.checkpoint.manifest import digest_file, write_manifest
-from mindrlhf.configs.schema import JobConfig, ParallelConfig
+from mindrlhf.configs.keys import JobConfig, ParallelConfig
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.checkpoints import TrainingCheckpoints, check_fixed, read_state

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.configs.schema import PPOConfig
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.trainer.experience import Rollout, ScoredRollout
 from mindrlhf.trainer.reward_shaping import RewardShaper, ScoreShaping
 from mindrlhf.trainer.skipped_updates import SkippedUpdate

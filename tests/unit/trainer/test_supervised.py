@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
+from mindrlhf.configs.flags import RewardOptions
+from mindrlhf.configs.keys import JobConfig, StagePlan
 from mindrlhf.configs.load import load_stage, with_peak
-from mindrlhf.configs.options import RewardOptions
-from mindrlhf.configs.schema import JobConfig, StagePlan
 from mindrlhf.data.sequences import Sequences
 from mindrlhf.models.networks import RewardModel
 from mindrlhf.models.score_head import new_score_head

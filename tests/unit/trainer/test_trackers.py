@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindrlhf.configs.options import tracker_names
+from mindrlhf.configs.flags import tracker_names
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.trackers import table
-from mindrlhf.trainer.trackers.table import check_trackers, make_trackers
+from mindrlhf.trainer.trackers.registry import check_trackers, make_trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
 from mindrlhf.utils.errors import MindRLHFError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindrlhf.configs.schema import JobConfig, PPOConfig, RunConfig
+from mindrlhf.configs.keys import JobConfig, PPOConfig, RunConfig
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.trainer.gradients import GradientBuffers

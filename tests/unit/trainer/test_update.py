@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.mindrecord import Column, write_mindrecord
 from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.parallel.groups import Groups

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.parallel.checksum import ReplicaMismatchError
 from mindrlhf.parallel.groups import Groups

@@ -9,7 +9,7 @@ import numpy as np
 
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
-from mindrlhf.configs.schema import JobConfig
+from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import write_mindrecord
 from mindrlhf.models.qwen2.layouts import parameter_layouts

@@ -9,9 +9,9 @@ from typing import Any
 
 from mindrlhf.configs.faults import Faults, shown
 from mindrlhf.configs.fields import join, keys_of, read_section
+from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.configs.optimizer_section import LR_SCHEDULES, OPTIMIZERS
-from mindrlhf.configs.schema import PPOConfig
-from mindrlhf.configs.yaml_file import parse_value, read_mapping
+from mindrlhf.configs.read_yaml import parse_value, read_mapping
 
 _SCHEDULE = "CosineWithWarmUpLR"
 _RATE = "--learning_rate, and in the YAML of --sft_path_train lr_schedule.learning_rate"

@@ -10,10 +10,10 @@ from typing import Any
 from mindrlhf.configs import mindformers
 from mindrlhf.configs.faults import Faults, did_you_mean, shown
 from mindrlhf.configs.fields import join, keys_of, read_section
+from mindrlhf.configs.keys import ContextConfig, ModelConfig, ParallelConfig, RunConfig, RunnerConfig
 from mindrlhf.configs.mindformers import Foreign, check_foreign
 from mindrlhf.configs.optimizer_section import read_lr_schedule, read_optimizer
-from mindrlhf.configs.schema import ContextConfig, ModelConfig, ParallelConfig, RunConfig, RunnerConfig
-from mindrlhf.configs.yaml_file import read_mapping
+from mindrlhf.configs.read_yaml import read_mapping
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
