@@ -16,7 +16,7 @@ import pytest
 from mindrlhf.configs.flags import tracker_names
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut
 from mindrlhf.trainer.recorder import Recorder
-from mindrlhf.trainer.trackers import table
+from mindrlhf.trainer.trackers import registry
 from mindrlhf.trainer.trackers.registry import check_trackers, make_trackers
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
@@ -195,7 +195,7 @@ def test_names() -> None:
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "find_spec", lambda name: None if name == "swanlab" else object())
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "swanlab" else object())
     check_trackers(("tensorboard", "wandb"))
     with pytest.raises(MindRLHFError, match="not installed: swanlab; pip install swanlab, or leave it out"):
         check_trackers(("tensorboard", "swanlab"))
