@@ -26,8 +26,8 @@ step "mypy" "$PYTHON" -m mypy
 if (($#)); then
     step "pytest $*" "$PYTHON" -m pytest "$@"
 else
-    # Most tests keep one core busy; tests/conftest.py says which stay together.
-    step "pytest" "$PYTHON" -m pytest -n 2 --dist loadgroup
+    # Most tests keep one core busy; tests/conftest.py says which share a process.
+    step "pytest" "$PYTHON" -m pytest -n 2
 fi
 
 ((${#failed[@]} == 0)) || { say "FAILED: $(printf '%s; ' "${failed[@]}")"; exit 1; }
