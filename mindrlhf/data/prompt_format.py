@@ -2,7 +2,8 @@
 
 Prompt and response are always encoded separately and their ids joined, so the prompt is a true prefix of
 the whole by construction: what generation sees is what training sees. Only the template writes control
-tokens: a literal ``<|im_end|>`` in a message becomes ordinary tokens and closes no turn.
+tokens: a literal ``<|im_end|>`` in a message becomes ordinary tokens and closes no turn. An added token that
+is text, such as ``<think>``, is one token in a message too.
 
 A whole response ends with its stop token, the control token with which the template ends a turn:
 ``<|im_end|>`` in ChatML, the end of text in raw mode.
@@ -105,7 +106,7 @@ class PromptFormat:
         before, _, after = prompt.partition(_MESSAGE)
         self.example = f"{before}...{after}"
         self.prefix, self.suffix = tokenizer.encode_markup([before, after])
-        self._opening = next((i for i in self.prefix[::-1] if i in tokenizer.special_tokens.values()), None)
+        self._opening = next((i for i in self.prefix[::-1] if i in tokenizer.control_ids), None)
         self._lead = tokenizer.control_tokens.split(before)[-1]
         ending = self._answer(prompt, _MESSAGE, _REPLY).rpartition(_REPLY)[2]
         control = tokenizer.control_tokens.search(ending)
@@ -171,21 +172,28 @@ class PromptFormat:
 
     def _render(self, messages: Sequence[Message], *, is_prompt: bool) -> str:
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=is_prompt,
-                **self._tokens,
-            )
+            return self._template.render(messages=messages, add_generation_prompt=is_prompt, **self._tokens)
         except Exception as error:  # whatever an expression of the template can raise
             raise self._unusable(f"fails ({type(error).__name__}: {error})") from error
 
     def _unusable(self, why: str) -> DataError:
         return DataError(
-            f"{self.source}: the chat template {why}; use another one, or --no_chat_template and write the "
-            "markup into the prompts"
+            f"{self.source}: the chat template {why}; use another template (--tokenizer_config, or "
+            "chat_template.jinja), or --no_chat_template for prompts without turns"
         )
+
+
+def turn_markup(template: ChatTemplate | None) -> str:
+    """What a template (without one, ChatML's) writes around turns; of one that fails, all that it could.
+
+    The turns are in the past: in the last one templates also write what a model says (``<think>``).
+    """
+    text, _, tokens = template or ChatTemplate(CHATML_TEMPLATE, "ChatML", {})
+    turns = [{"role": role, "content": _MESSAGE} for role in ("user", "assistant", "user")]
+    try:
+        return _environment().from_string(text).render(messages=turns, add_generation_prompt=False, **tokens)
+    except Exception:  # PromptFormat says why, unless the prompts are raw
+        return text
 
 
 def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
@@ -229,6 +237,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = tojson
+    environment.globals |= {"tools": None, "documents": None}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,12 +67,15 @@ class Tokenizer(ABC):
     Attributes:
         size: ids are 0 .. size - 1; a model may have more embedding rows, which are never sampled.
         special: the control tokens by role.
-        special_tokens: text of every control token, with its id.
+        added_tokens: text of every token that :meth:`encode_markup` finds, with its id.
+        special_tokens: those of them that are control tokens; others, such as ``<think>``, are text, which a
+            message may write.
         chat_template: of the model, if there is one.
     """
 
     size: int
     special: SpecialIds
+    added_tokens: Mapping[str, int]
     special_tokens: Mapping[str, int]
     chat_template: ChatTemplate | None = None
 
@@ -80,8 +83,7 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with nothing added before or after.
 
-        Text that looks like a control token is encoded as ordinary text, so that no user text can open or
-        close a turn.
+        Text that looks like an added token is encoded as ordinary text.
         """
 
     @abstractmethod
@@ -89,10 +91,19 @@ class Tokenizer(ABC):
         """The text of ``ids``, without control tokens when asked; bytes that are not UTF-8 become U+FFFD."""
 
     @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens."""
+        return frozenset(self.special_tokens.values())
+
+    @cached_property
     def control_tokens(self) -> re.Pattern[str]:
         """Finds the control tokens in a text; of two that begin at one place, the longer."""
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        return _one_of(self.special_tokens)
+
+    @cached_property
+    def markup(self) -> re.Pattern[str]:
+        """Finds the added tokens in a text in the same way."""
+        return _one_of(self.added_tokens)
 
     def without_markup(self, text: str) -> str:
         """``text`` for a template, such that :meth:`encode_markup` finds no control token in it."""
@@ -101,13 +112,18 @@ class Tokenizer(ABC):
         )
 
     def encode_markup(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, the control tokens in it included."""
-        rows = [self.control_tokens.split(text) for text in texts]
+        """Ids of each text, the added tokens in it included."""
+        rows = [self.markup.split(text) for text in texts]
         ordinary = list(dict.fromkeys(part for row in rows for part in row[::2]))  # templates repeat theirs
         encoded = self.encode_batch([_BYTES.sub(_plain, part) for part in ordinary])
         ids = dict(zip(ordinary, encoded, strict=True))
-        ids |= {text: [number] for text, number in self.special_tokens.items()}
+        ids |= {text: [number] for text, number in self.added_tokens.items()}
         return [[number for part in row for number in ids[part]] for row in rows]
+
+
+def _one_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def _plain(found: re.Match[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mindrlhf.data.prompt_format import turn_markup
 from mindrlhf.data.tokenizer import END_OF_TEXT, ChatTemplate, Tokenizer, read_text
 from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer, read_json, token_text
 from mindrlhf.utils.errors import DataError
@@ -52,6 +53,10 @@ def load_tokenizer(
     if config is not None:
         place = config
     tokenizer.chat_template = read_chat_template(place if place.is_dir() else place.parent, config)
+    # Some tokens that mark turns are not flagged special, such as DeepSeek's <｜User｜>.
+    written = tokenizer.markup.findall(turn_markup(tokenizer.chat_template))
+    added = tokenizer.added_tokens
+    tokenizer.special_tokens = {**tokenizer.special_tokens, **{text: added[text] for text in written}}
     return tokenizer
 
 

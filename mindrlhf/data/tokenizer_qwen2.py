@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ class TokenizerConfig:
 
     Attributes:
         added: text of each added token with its id, in id order.
+        special: text of the special ones: flagged so, named in a role (``eos_token``), or ChatML's.
         eos, pad: text of these tokens.
     """
 
     added: Mapping[str, int] = field(default_factory=dict)
+    special: frozenset[str] = frozenset(QWEN2_SPECIAL_TOKENS)
     eos: str = END_OF_TEXT
     pad: str = END_OF_TEXT
 
@@ -54,21 +56,19 @@ class Qwen2Tokenizer(Tokenizer):
     def __init__(
         self,
         core: rust.Tokenizer,
-        special_tokens: Mapping[str, int],
+        added: Mapping[str, int],
+        special: Collection[str],
         config: TokenizerConfig,
         source: str,
     ) -> None:
-        # All added tokens count as control tokens, "special" in the config or not: user text must not
-        # be able to write any of them.
-        core.add_special_tokens(
-            [rust.AddedToken(text, special=True, normalized=False) for text in special_tokens]
-        )
+        # Special to the core, which then finds none of them in a text: encode_markup does.
+        core.add_special_tokens([rust.AddedToken(text, special=True, normalized=False) for text in added])
         core.encode_special_tokens = True
         self._core = core
-        self._special_ids = frozenset(special_tokens.values())
         self.size = int(core.get_vocab_size(with_added_tokens=True))
-        self.special_tokens = dict(special_tokens)
-        self.special = _special_ids(special_tokens, config, source)
+        self.added_tokens = dict(added)
+        self.special_tokens = {text: number for text, number in added.items() if text in special}
+        self.special = _special_ids(self.special_tokens, config, source)
 
     @classmethod
     def from_vocab(
@@ -92,7 +92,7 @@ class Qwen2Tokenizer(Tokenizer):
             ]
         )
         core.decoder = decoders.ByteLevel()
-        return cls(core, added, config, str(config_path or vocab_path))
+        return cls(core, added, config.special, config, str(config_path or vocab_path))
 
     @classmethod
     def from_json(cls, path: Path, config_path: Path | None = None) -> Qwen2Tokenizer:
@@ -105,9 +105,11 @@ class Qwen2Tokenizer(Tokenizer):
             core = rust.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path}: not a tokenizer.json ({error})") from error
-        added = {token.content: number for number, token in sorted(core.get_added_tokens_decoder().items())}
+        tokens = dict(sorted(core.get_added_tokens_decoder().items()))
         config = read_tokenizer_config(config_path) if config_path is not None else TokenizerConfig()
-        return cls(core, added, config, str(path))
+        special = {*config.special, *(token.content for token in tokens.values() if token.special)}
+        added = {token.content: number for number, token in tokens.items()}
+        return cls(core, added, special, config, str(path))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
@@ -116,7 +118,7 @@ class Qwen2Tokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of ``ids``; see :class:`mindrlhf.data.tokenizer.Tokenizer`."""
-        kept = [int(i) for i in ids if not (skip_special and int(i) in self._special_ids)]
+        kept = [int(i) for i in ids if not (skip_special and int(i) in self.control_ids)]
         return str(self._core.decode(kept, skip_special_tokens=False))
 
 
@@ -252,6 +254,10 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
     if not isinstance(entries, Mapping):
         raise DataError(f"{path}: added_tokens_decoder is {type(entries).__name__}, expected an object")
     added: dict[str, int] = {}
+    named = [value for key, value in content.items() if key.endswith("_token")]
+    more = content.get("additional_special_tokens")
+    named += more if isinstance(more, list) else []
+    special = {*QWEN2_SPECIAL_TOKENS, *filter(None, map(token_text, named))}
     for key, value in entries.items():
         text = token_text(value)
         if not key.isdecimal() or not text:
@@ -259,10 +265,13 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
         if text in added:
             raise DataError(f"{path}: added token {text!r} has two ids, {added[text]} and {key}")
         added[text] = int(key)
+        if not isinstance(value, Mapping) or value.get("special"):
+            special.add(text)
     if len(set(added.values())) < len(added):
         raise DataError(f"{path}: added_tokens_decoder gives one id to two tokens")
     return TokenizerConfig(
         added=dict(sorted(added.items(), key=lambda item: item[1])),
+        special=frozenset(special),
         eos=token_text(content.get("eos_token")) or END_OF_TEXT,
         pad=token_text(content.get("pad_token")) or END_OF_TEXT,
     )

@@ -32,6 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{path}: the model has no end-of-text piece (</s>), which responses need")
         self.size = int(core.GetPieceSize())
         self.special_tokens = {core.IdToPiece(i): i for i in range(self.size) if core.IsControl(i)}
+        self.added_tokens = self.special_tokens
         eos, pad, bos = core.eos_id(), core.pad_id(), core.bos_id()
         self.special = SpecialIds(
             end_of_text=eos,
@@ -40,7 +41,6 @@ class SentencePieceTokenizer(Tokenizer):
             turn_start=self.special_tokens.get(IM_START),
             turn_end=self.special_tokens.get(IM_END),
         )
-        self._special_ids = frozenset(self.special_tokens.values())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See :class:`~mindrlhf.data.tokenizer.Tokenizer`."""
@@ -51,7 +51,7 @@ class SentencePieceTokenizer(Tokenizer):
         parts: list[str] = []
         run: list[int] = []
         for i in map(int, ids):
-            if i not in self._special_ids:
+            if i not in self.control_ids:
                 run.append(i)
                 continue
             if not skip_special:

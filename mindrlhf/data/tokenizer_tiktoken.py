@@ -39,9 +39,8 @@ class TiktokenTokenizer(Tokenizer):
         self._core = tiktoken.Encoding(
             path.stem, pat_str=QWEN_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=tokens
         )
-        self._special_ids = frozenset(tokens.values())
         self.size = int(self._core.n_vocab)
-        self.special_tokens = tokens
+        self.added_tokens = self.special_tokens = tokens
         self.special = SpecialIds(
             end_of_text=tokens[END_OF_TEXT],
             pad=tokens[END_OF_TEXT],
@@ -55,7 +54,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """See :class:`~mindrlhf.data.tokenizer.Tokenizer`."""
-        kept = [int(i) for i in ids if not (skip_special and int(i) in self._special_ids)]
+        kept = [int(i) for i in ids if not (skip_special and int(i) in self.control_ids)]
         return str(self._core.decode(kept))
 
 

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -40,7 +41,7 @@ def load_reward_function(name: str) -> RewardFunction:
     path = Path(place).absolute()
     is_file = path.suffix == ".py"
     if is_file and not path.is_file():
-        raise MindRLHFError(f"--reward_fn {name!r}: {path} is no file; give the path of one")
+        raise MindRLHFError(f"--reward_fn {name!r}: {path} is not a file; give the path of one")
     directory = str(path.parent if is_file else Path.cwd())
     if directory not in sys.path:
         sys.path.append(directory)
@@ -79,7 +80,13 @@ def _described(error: Exception) -> str:
 
 
 def reward_source(function: RewardFunction) -> Path | None:
-    """The file that defines a reward function, or the class of one; ``None`` when that is not Python's."""
+    """The file that defines a reward function, or the class of one; ``None`` when that is not Python's.
+
+    Of a decorated or partial function it is the file of the one inside.
+    """
+    function = inspect.unwrap(function)
+    while isinstance(function, partial):
+        function = inspect.unwrap(function.func)
     try:
         source = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
     except TypeError:
@@ -98,12 +105,19 @@ def function_scores(
 
     Raises:
         RewardError: on every rank, when the function raises or returns anything other than one finite
-            number per sample; the main rank's message names the sample.
+            number per sample (the main rank's message names the sample), or its texts cannot be decoded.
     """
     count = len(rollout.tokens)
     scores, fault = np.zeros(count, np.float32), ""
     if exchange.runtime.is_main:
-        scores, fault = _call(function, *_texts(tokenizer, rollout), rollout.sample_ids)
+        try:
+            scores = _call(function, *_texts(tokenizer, rollout), rollout.sample_ids)
+        except RewardError as error:
+            fault = str(error)
+        except Exception as error:  # any failure must reach all ranks: they wait for this one in a collective
+            fault = (
+                f"--reward_fn gave no scores: {_described(error)}; check --tokenizer_path and what it returns"
+            )
     packet = exchange.every_rank(np.append(scores, np.float32(bool(fault))).astype(np.float32))[0]
     if packet[-1]:
         raise RewardError(fault or "--reward_fn failed on rank 0; its log names the sample")
@@ -126,20 +140,23 @@ def _texts(tokenizer: Tokenizer, rollout: Rollout) -> tuple[list[str], list[str]
 
 def _call(
     function: RewardFunction, prompts: list[str], responses: list[str], sample_ids: np.ndarray
-) -> tuple[np.ndarray, str]:
-    """Scores and an empty string, or zeros and what went wrong."""
+) -> np.ndarray:
+    """The function's scores (B,) float32.
+
+    Raises:
+        RewardError: as :func:`function_scores`.
+    """
     scores = np.zeros(len(prompts), np.float32)
     try:
         result = cast("Iterable[object] | None", function(prompts, responses))
         returned = None if result is None else list(result)
     except Exception as error:
-        # Any failure of foreign code must reach all ranks; they would wait for this one in a collective.
-        return scores, _find_failing_sample(function, prompts, responses, sample_ids, error)
+        raise RewardError(_find_failing_sample(function, prompts, responses, sample_ids, error)) from error
     remedy = "return a number for every sample, such as 0.0 where none applies"
     if returned is None:
-        return scores, f"--reward_fn returned None for all samples; {remedy}"
+        raise RewardError(f"--reward_fn returned None for all samples; {remedy}")
     if len(returned) != len(prompts):
-        return scores, f"--reward_fn returned {len(returned)} numbers for {len(prompts)} samples"
+        raise RewardError(f"--reward_fn returned {len(returned)} numbers for {len(prompts)} samples")
     for row, score in enumerate(returned):
         try:
             with np.errstate(over="ignore"):  # a number beyond float32 is refused as infinite
@@ -147,11 +164,11 @@ def _call(
         except (TypeError, ValueError):
             scores[row] = np.nan
         if not np.isfinite(scores[row]):
-            return np.zeros_like(scores), (
+            raise RewardError(
                 f"--reward_fn returned {score} for sample {sample_ids[row]}, response {responses[row]!r}: "
                 f"not a finite float32; {remedy}"
             )
-    return scores, ""
+    return scores
 
 
 def _find_failing_sample(

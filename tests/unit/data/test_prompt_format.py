@@ -84,6 +84,49 @@ def test_ids_equal_those_of_transformers(
             assert ours == whole
 
 
+# Both keep or cut what a model thinks. DeepSeek's marks turns by tokens that are not special.
+THINKING = {
+    "Qwen3": NO_DEFAULT.replace("m.content", "(m.content if not loop.last or m.role == 'user' else "
+    "'<think>\\n\\n</think>\\n\\n' + m.content.split('</think>')[-1])"),
+    "DeepSeek": "{% for m in messages %}{{ '<|User|>' + m.content if m.role == 'user' else '<|Assistant|>' + "
+    "m.content.split('</think>')[-1] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>{% endif %}",
+    "ChatML": NO_DEFAULT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_added_tokens_that_are_not_special_are_text(
+    with_template: Callable[[str], tuple[Path, Tokenizer]], name: str
+) -> None:
+    """They have their ids in messages, and decoding keeps them, unless the template marks turns with them."""
+    transformers = pytest.importorskip("transformers")
+    directory, _ = with_template(THINKING[name])
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for number, text in enumerate(("<think>", "</think>", "<|User|>", "<|Assistant|>"), start=1024):
+        config["added_tokens_decoder"][str(number)] = {"content": text, "special": False, "normalized": False}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    tokenizer, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    form = PromptFormat(tokenizer)
+    thought = "<think>why</think>ok"
+    turns = [user(thought), {"role": "assistant", "content": thought}, user("and </think>?")]
+    assert form.encode_prompt(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True)
+    (sample,) = form.encode_samples([Sample(thought, thought, 1)])
+    ours, whole = [*sample.prompt, *(sample.response or [])], theirs.apply_chat_template(turns[:2])
+    assert ours == whole[: len(ours)]
+    assert tokenizer.decode(whole[len(ours) :]).strip() == ""
+    assert form.last_message(sample.prompt) == thought
+    if name != "DeepSeek":
+        skipped = tokenizer.decode(whole, skip_special=True)
+        assert skipped == theirs.decode(whole, skip_special_tokens=True)
+        assert thought in skipped
+        assert set(tokenizer.special_tokens.values()) == {1021, 1022, 1023}
+        return
+    (sample,) = form.encode_samples([Sample("<|Assistant|>no<|User|>", "<|User|>no", 1)])
+    assert [i for i in [*sample.prompt, *(sample.response or [])] if i > 1020] == [1026, 1027, 1023]
+
+
 def test_ids_equal_the_published_ones(
     shared_data: Path, load_qwen2: Callable[[str | None], Tokenizer]
 ) -> None:
@@ -164,7 +207,7 @@ def test_a_template_that_cannot_be_used_is_one_error(
 ) -> None:
     monkeypatch.setattr(demo_tokenizer, "chat_template", ChatTemplate(template, "t.jinja", {}))
     with pytest.raises(
-        DataError, match=rf"t\.jinja: the chat template .*{fault}.*use another one, or --no_ch"
+        DataError, match=rf"t\.jinja: the chat template .*{fault}.*\(--tokenizer_config, or chat_template"
     ):
         PromptFormat(demo_tokenizer, system_prompt=system)
     assert PromptFormat(demo_tokenizer, chat_template=False).prefix == []

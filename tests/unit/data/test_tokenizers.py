@@ -190,6 +190,18 @@ def test_tokenizer_json(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
         tokenizer = load_tokenizer(path)
         assert tokenizer.special == demo_tokenizer.special
         assert tokenizer.encode_batch(["x<|im_end|>"]) == demo_tokenizer.encode_batch(["x<|im_end|>"])
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    for number, text in enumerate(("<think>", "<named>"), start=1024):
+        token = {**content["added_tokens"][0], "id": number, "content": text, "special": False}
+        content["added_tokens"].append(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    roles = {"eos_token": "<|im_end|>", "additional_special_tokens": [{"content": "<named>"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_markup(["<think><named>"]) == [[1024, 1025]]
+    assert tokenizer.decode([1024, 1025], skip_special=True) == "<think>"
+    assert tokenizer.encode_markup([tokenizer.without_markup("<think><named>")])[0][0] == 1024
+    assert 1025 not in tokenizer.encode_markup([tokenizer.without_markup("<think><named>")])[0]
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         load_tokenizer(tmp_path)

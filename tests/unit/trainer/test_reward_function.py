@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.experience import Rollout
 from mindrlhf.trainer.reward_function import function_scores, load_reward_function, reward_source
-from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.errors import MindRLHFError, RewardError
 
 EXCHANGE = HostExchange(Runtime(0, 1))
 
@@ -121,6 +121,22 @@ def test_bad_numbers_are_named(
         score(lambda prompts, responses: returned)
 
 
+def test_texts_that_cannot_be_made_stop_every_rank(
+    score: Callable[[object], np.ndarray], demo_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main rank alone makes them: it must get as far as telling the others."""
+    told: list[np.ndarray] = []
+    monkeypatch.setattr(
+        EXCHANGE,
+        "every_rank",
+        lambda packet: told.append(packet) or packet[None],  # type: ignore[func-returns-value]
+    )
+    monkeypatch.setattr(demo_tokenizer, "decode", lambda *ids, **options: 1 / 0)
+    with pytest.raises(RewardError, match=r"--reward_fn gave no scores: ZeroDivisionError"):
+        score(lambda prompts, responses: [0.0, 0.0])
+    assert [packet[-1] for packet in told] == [1]
+
+
 def test_loads_a_module_of_the_working_directory_or_a_file(
     score: Callable[[object], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +159,7 @@ def test_loads_a_module_of_the_working_directory_or_a_file(
         ("no_such_module_at_all:f", "No module named 'no_such_module_at_all'; the module must"),
         ("math:no_such", "no attribute"),
         ("math:pi", "not a function"),
-        ("nowhere/rf.py:f", r"nowhere/rf\.py is no file"),
+        ("nowhere/rf.py:f", r"nowhere/rf\.py is not a file"),
         ("syntax.py:f", r"SyntaxError: .*\(syntax\.py, line 1\)"),
         (
             "fails.py:f",
@@ -160,12 +176,19 @@ def test_bad_names(name: str, fault: str, tmp_path: Path, monkeypatch: pytest.Mo
         load_reward_function(name)
 
 
-def test_the_source_of_a_reward_is_the_file_that_defines_it() -> None:
+def test_the_source_of_a_reward_is_the_file_that_defines_it(tmp_path: Path) -> None:
     class Reward:
         def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
             return []
 
     for function in (Reward(), Reward().__call__, test_bad_names):
         assert reward_source(function) == Path(__file__)  # type: ignore[arg-type]
-    assert reward_source(partial(max)) is not None, "that of functools"
-    assert reward_source(max) is None
+    beside = tmp_path / "beside.py"
+    beside.write_text(
+        "import functools\n\ndef decorate(f):\n    @functools.wraps(f)\n    def g(*texts):\n"
+        "        return f(*texts)\n    return g\n"
+    )
+    decorate = load_reward_function(f"{beside}:decorate")
+    for wrap in (decorate, lru_cache, partial, lambda f: partial(decorate(partial(lru_cache(f))))):
+        assert reward_source(wrap(test_bad_names)) == Path(__file__)  # type: ignore[operator]
+    assert reward_source(partial(max)) is reward_source(max) is None
