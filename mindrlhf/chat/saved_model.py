@@ -12,6 +12,7 @@ from mindrlhf.checkpoint.element_types import BY_NAME, to_mindspore
 from mindrlhf.checkpoint.hf_config import (
     CONFIG_NAME,
     NO_LANGUAGE_MODEL,
+    check_described,
     check_language_model,
     check_no_adapter,
     model_config_from_hf,
@@ -136,14 +137,15 @@ def _weights_of(path: Path) -> Path:
 
 
 def _own_sizes(weights: Path, config: Path | None, device_target: str | None) -> Sizes | None:
-    """Sizes from beside the weights, else from ``--config``."""
+    """Sizes from ``--config``, which must fit a ``config.json`` beside the weights; else from that file."""
     check_no_adapter(weights)
     check_language_model(weights)
-    if (weights / CONFIG_NAME).is_file():
-        return _hf_sizes(weights, device_target)
     if config is not None and config.suffix in (".yaml", ".yml"):
         run = load_run_config(config, device_target=device_target)
+        check_described(weights, run.model, str(config))
         return Sizes(run.model, run.context, str(config))
+    if (weights / CONFIG_NAME).is_file():
+        return _hf_sizes(weights, device_target)
     return None if config is None else _hf_sizes(config, device_target)
 
 

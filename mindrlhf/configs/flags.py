@@ -258,7 +258,8 @@ class ChatOptions:
     )
     config: Path | None = _chat_model(
         None,
-        "generate_X.yaml, finetune_X.yaml or a config.json, for weights that do not say their sizes",
+        "generate_X.yaml or finetune_X.yaml: sizes, types and device; or a config.json, for weights that do "
+        "not say their sizes",
     )
     tokenizer_path: Path | None = _chat_model(None, "tokenizer for weights without one: directory or file")
     device_target: DeviceTarget | None = _chat_model(

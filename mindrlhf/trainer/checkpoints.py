@@ -168,6 +168,7 @@ class TrainingCheckpoints:
         self.rank = exchange.runtime.rank
         self.configuration, self.inputs = configuration, inputs
         self.resumptions: list[dict[str, Any]] = []
+        self.outputs: dict[str, str] = {}
         self.fixed: dict[str, Any] = json.loads(json.dumps(plain(fixed)))
         self.last: Path | None = None
 
@@ -259,7 +260,11 @@ class TrainingCheckpoints:
 
     def provenance(self) -> dict[str, Any]:
         """The content of ``config.json``, here and in a checkpoint."""
-        return provenance(self.configuration) | {"inputs": self.inputs or {}, "resumptions": self.resumptions}
+        return provenance(self.configuration) | {
+            "inputs": self.inputs or {},
+            "outputs": self.outputs,
+            "resumptions": self.resumptions,
+        }
 
     def _directory(self, step: int) -> Path:
         return checkpoint_directory(self.directory, step, self.unit)

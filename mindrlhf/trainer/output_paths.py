@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from glob import escape
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from mindrlhf.checkpoint.weight_files import weights_output
 from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.flags import PPOOptions, RunOptions
 from mindrlhf.data.mindrecord import index_path, record_outputs, step_path
-from mindrlhf.utils.outputs import Output, check_outputs
+from mindrlhf.utils.outputs import Output, check_outputs, check_place
+from mindrlhf.utils.provenance import CONFIG_FILE, read_provenance
 
 _RESULTS = re.compile(r"\w*(iteration|step)_\d+|final|tensorboard|wandb|swanlog|\w+\.(jsonl|json|png|md)")
 """What a run writes in ``--save_ckpt_dir``."""
+_KINDS: dict[str, Callable[..., Output]] = {"--export_hf_dir": hf_output, "--save_full_ckpt": weights_output}
 
 
 def check_strategy_outputs(options: PPOOptions, directory: Path) -> None:
@@ -24,27 +27,48 @@ def check_strategy_outputs(options: PPOOptions, directory: Path) -> None:
 
 
 def check_run_outputs(options: RunOptions, save: Path, unit: str) -> None:
-    """Holds all that a run writes against all that it reads.
-
-    A run that is continued may replace what it wrote before.
-    """
-    continues = options.continues_in(save)
-    overwrite = options.overwrite or (
-        continues and any(_RESULTS.fullmatch(path.name) for path in save.glob("*"))
-    )
-    paths = _paths(options)
-    outputs = [Output("--save_ckpt_dir", save, names=_RESULTS)]
-    for flag, make in (("--export_hf_dir", hf_output), ("--save_full_ckpt", weights_output)):
-        if path := paths.pop(flag, None):
-            outputs.append(make(flag, path, overwrite=overwrite))
-    if path := paths.pop("--save_data_file", None):
-        found = path.parent.glob(step_path(Path(escape(path.name)), unit, "*").name)
-        for file in sorted({step_path(path, unit, f"{1:06d}"), *found}):
-            outputs += record_outputs("--save_data_file", file, overwrite=overwrite)
-    if continues:
+    """Holds all that a run writes against all that it reads, and against what is there."""
+    paths, replaces = _paths(options), replaceable(options, save)
+    outputs, there = [Output("--save_ckpt_dir", save, names=_RESULTS)], []
+    for flag, overwrite in replaces.items():
+        path = paths.pop(flag)
+        if flag in _KINDS:
+            outputs.append(output_of(flag, path, overwrite=overwrite))
+            continue
+        record_outputs(flag, path)  # MindRecord takes the name
+        of_a_step = re.escape(step_path(path, unit, "@").name).replace("@", r"\d+")
+        outputs.append(Output(flag, path.parent, names=re.compile(rf"{of_a_step}(\.db)?")))
+        for file in path.parent.glob("*"):
+            if re.fullmatch(of_a_step, file.name):
+                there += record_outputs(flag, file, overwrite=overwrite)
+    if options.continues_in(save):
         paths.pop("--resume_from", None)
     indices = [(flag, index_path(path)) for flag, path in paths.items() if flag.endswith("_dataset_dir")]
     check_outputs(outputs, [*paths.items(), *indices])
+    for output in there:
+        check_place(output)
+
+
+def replaceable(options: RunOptions, save: Path) -> dict[str, bool]:
+    """The flag of each further output that is given -> whether one that exists may be replaced.
+
+    It may with ``--overwrite``; and by a run that is continued when its own ``config.json`` names it.
+    """
+    own = read_provenance(save / CONFIG_FILE).get("outputs", {}) if options.continues_in(save) else {}
+    return {
+        flag: options.overwrite or own.get(flag) == path for flag, path in further_outputs(options).items()
+    }
+
+
+def further_outputs(options: RunOptions) -> dict[str, str]:
+    """The flag of each output besides ``--save_ckpt_dir`` -> where it lies, as ``config.json`` keeps it."""
+    paths = _paths(options)
+    return {flag: os.path.realpath(paths[flag]) for flag in (*_KINDS, "--save_data_file") if flag in paths}
+
+
+def output_of(flag: str, path: Path, *, overwrite: bool) -> Output:
+    """``--export_hf_dir`` or ``--save_full_ckpt``."""
+    return _KINDS[flag](flag, path, overwrite=overwrite)
 
 
 def _paths(options: RunOptions) -> dict[str, Path]:

@@ -45,7 +45,7 @@ from mindrlhf.trainer.trackers.tracker import RunStart, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import CONFIG_FILE, is_provenance, write_provenance
+from mindrlhf.utils.provenance import CONFIG_FILE, read_provenance, recipe_of, write_provenance
 
 logger = get_logger(__name__)
 
@@ -298,29 +298,38 @@ def write_experience(path: Path, unit: str, step: int, columns: Mapping[str, np.
     return file
 
 
-def check_fresh(directory: Path, unit: str, *also: str) -> None:
-    """Refuses a results directory that an earlier run has used, so that two runs cannot mix.
+def check_results(directory: Path, unit: str, recipe: str, *also: str, continues: bool) -> None:
+    """Refuses a results directory of another run, so that two runs cannot mix.
 
     Args:
         directory: ``--save_ckpt_dir``.
         unit: what a step is called.
+        recipe: of the job, as its ``config.json`` has it.
         also: further names that an earlier run writes.
+        continues: whether the flags ask to go on with what is there.
 
     Raises:
-        MindRLHFError: it holds results.
+        MindRLHFError: it holds results that this run does not continue.
     """
-    checkpoints = (checkpoint_directory(directory, n, unit).name for n in checkpoint_numbers(directory, unit))
-    for name in (*_FILES, *also, *checkpoints):
-        if (directory / name).exists():
-            raise MindRLHFError(
-                f"--save_ckpt_dir {directory} holds the results of an earlier run ({name}); give another "
-                "directory, or continue with --resume_training True or --resume_from one of its own "
-                f"{unit}_NNNNNN"
-            )
-    record = directory / CONFIG_FILE  # that of a run which ended before its first step is replaced
-    if record.exists() and not is_provenance(record):
+    checkpoints = [checkpoint_directory(directory, n, unit).name for n in checkpoint_numbers(directory, unit)]
+    found = [name for name in (*_FILES, *also, *checkpoints) if (directory / name).exists()]
+    path = directory / CONFIG_FILE  # that of a run which ended before its first step is replaced
+    record = read_provenance(path)
+    if path.exists() and not record:
         raise MindRLHFError(
             f"--save_ckpt_dir {directory} holds a {CONFIG_FILE} that is not of a run; give another directory"
+        )
+    if found and not continues:
+        raise MindRLHFError(
+            f"--save_ckpt_dir {directory} holds the results of an earlier run ({found[0]}); give another "
+            "directory, or continue with --resume_training True or --resume_from one of its own "
+            f"{unit}_NNNNNN"
+        )
+    other = recipe_of(record) if record else "" if checkpoints else "a run without its config.json"
+    if found and other not in ("", recipe):
+        raise MindRLHFError(
+            f"--save_ckpt_dir {directory} holds the results of {other} ({found[0]}), which {recipe} cannot "
+            "continue; give another directory"
         )
 
 

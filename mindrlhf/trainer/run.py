@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from mindrlhf.runtime.watchdog import Watchdog, supervised
 from mindrlhf.trainer.checkpoints import TrainingCheckpoints
 from mindrlhf.trainer.console.open import open_console
 from mindrlhf.trainer.console.state import RunState
+from mindrlhf.trainer.output_paths import further_outputs, replaceable
 from mindrlhf.trainer.recipe import HeldOut, Recipe, StepResult
 from mindrlhf.trainer.recorder import Recorder
 from mindrlhf.trainer.resume import choose_checkpoint
@@ -109,6 +110,7 @@ class Run:
         observers: none by default.
         listeners: of the phases, after the console.
         experience_file: ``--save_data_file``.
+        replaces: see :func:`mindrlhf.trainer.output_paths.replaceable`.
 
     Attributes:
         step: steps that are done.
@@ -126,8 +128,10 @@ class Run:
         observers: Observers | None = None,
         listeners: Iterable[PhaseListener] = (),
         experience_file: Path | None = None,
+        replaces: Mapping[str, bool] | None = None,
     ) -> None:
         self.checkpoints = checkpoints
+        self.replaces = replaces or {}
         self.exchange: HostExchange = checkpoints.exchange
         self.runtime = self.exchange.runtime
         self.unit = checkpoints.unit
@@ -352,8 +356,11 @@ def open_run(
     Raises:
         MindRLHFError: there is no checkpoint to resume from as the flags ask for.
     """
+    replaces = replaceable(options, checkpoints.directory)  # before the record is written anew
+    checkpoints.outputs = further_outputs(options)
     return Run(
         checkpoints,
+        replaces=replaces,
         resume=choose_checkpoint(checkpoints, options.resume_from, resume_training=options.resume_training),
         rewinds=options.resume_training,
         observers=observers,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -16,10 +17,11 @@ from pathlib import Path
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import probe_directory
 
-Fault = Callable[[Path], str]
+KindCheck = Callable[[Path], str]
+"""An existing path -> why it is not of the kind that is written, in words; empty when it is."""
 
 
-def file_of(kind: str, is_one: Callable[[Path], bool]) -> Fault:
+def file_of(kind: str, is_one: Callable[[Path], bool]) -> KindCheck:
     """The :attr:`Output.fault` of a file.
 
     Args:
@@ -37,7 +39,7 @@ def file_of(kind: str, is_one: Callable[[Path], bool]) -> Fault:
 
 def directory_of(
     kind: str, is_ours: Callable[[Path], bool], is_one: Callable[[Path], bool] = lambda path: True
-) -> Fault:
+) -> KindCheck:
     """The :attr:`Output.fault` of a directory that is replaced as a whole.
 
     Args:
@@ -65,14 +67,14 @@ class Output:
     Attributes:
         flag: which names it.
         path: as given.
-        fault: what is wrong with an existing one, in words; empty for one of the kind that is written.
+        fault: see :data:`KindCheck`.
         overwrite: whether an existing one may be replaced.
         names: for a directory that is added to, not replaced: the entries that are written in it.
     """
 
     flag: str
     path: Path
-    fault: Fault = lambda path: ""
+    fault: KindCheck = lambda path: ""
     overwrite: bool = False
     names: re.Pattern[str] | None = None
 
@@ -100,11 +102,9 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[tuple[str, Path | 
     """
     outputs, here = list(outputs), Path.cwd()
     read = [(flag, path) for flag, path in inputs if path is not None]
-    # The files of a directory may be links to what lies elsewhere.
-    files = [(flag, file) for flag, path in read for file in path.glob("*") if file.is_file()]
-    kept = [*read, *files, ("the working directory", here)]
+    untouchable = [*read, *_files_in(read), ("the working directory", here)]
     relations = [
-        *((one, one.takes(path), flag, path) for one in outputs for flag, path in kept),
+        *((one, one.takes(path), flag, path) for one in outputs for flag, path in untouchable),
         *((one, one.takes(other.path), other.flag, other.path) for one, other in permutations(outputs, 2)),
         *(
             (one, "lies in", flag, path)
@@ -117,11 +117,26 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[tuple[str, Path | 
         if relation:
             raise MindRLHFError(f"{output.flag} {output.path}: {relation} {flag} {path}; give another path")
     for output in outputs:
-        _check_place(output)
+        check_place(output)
 
 
-def _check_place(output: Output) -> None:
-    """Refuses what is there already, and a place where nothing can be written."""
+def _files_in(read: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Path]]:
+    """The files of directories that are read; of their subdirectories those that may lie elsewhere too."""
+    for flag, path in read:
+        yield from ((flag, file) for file in path.glob("*") if file.is_file())
+        for file in path.glob("*/*"):
+            with suppress(OSError):
+                if file.is_file() and (file.is_symlink() or file.stat().st_nlink > 1):
+                    yield flag, file
+
+
+def check_place(output: Output) -> None:
+    """Refuses to replace what must not be replaced, and a place where nothing can be written.
+
+    Raises:
+        MindRLHFError: what is there is of another kind, or exists without ``overwrite``; or nothing can be
+            written there.
+    """
     path, where = output.path, f"{output.flag} {output.path}"
     if output.names is not None:
         return

@@ -104,12 +104,18 @@ def write_provenance(directory: Path, record: Mapping[str, Any]) -> Path:
     return path
 
 
-def is_provenance(path: Path) -> bool:
-    """Whether a file is a record of :func:`write_provenance`."""
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The record of :func:`write_provenance`; empty when the file is missing or something else."""
     try:
-        return {"created", "versions", "configuration"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record if {"created", "versions", "configuration"} <= record.keys() else {}
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+        return {}
+
+
+def recipe_of(record: Mapping[str, Any]) -> str:
+    """``ppo``, or the stage before it that a record of :func:`provenance` is of."""
+    return str(record["configuration"].get("stage", "ppo"))
 
 
 def versions() -> dict[str, str | None]:

@@ -16,7 +16,7 @@ from mindrlhf.trainer.checkpoints import TrainingCheckpoints, model_identity
 from mindrlhf.trainer.export import export_policy
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
-from mindrlhf.trainer.recorder import check_fresh
+from mindrlhf.trainer.recorder import check_results
 from mindrlhf.trainer.reward_function import RewardFunction, load_reward_function, reward_source
 from mindrlhf.trainer.run import Observers, Run, observed, open_run, start_worker
 from mindrlhf.trainer.tokenizer_checks import check_one_tokenizer, load_model_tokenizer
@@ -55,7 +55,7 @@ def train_ppo(options: PPOOptions, job: JobConfig, data: Path, save: Path) -> Pa
         finished, last = train(run, trainer), run.last_checkpoint
         assert last is not None
         if finished and options.export_hf_dir is not None:
-            export_policy(last / "policy", job.train.model, options, run.exchange)
+            export_policy(last / "policy", job.train.model, options, run)
     return last
 
 
@@ -73,8 +73,7 @@ def _prepare(
     if options.ptx_dataset_dir is not None and not job.ppo.ptx_coef:
         logger.warning("--ptx_dataset_dir is not used: ptx_coef is 0")
     exchange = start_worker(job.train, scratch, save, observers)
-    if not options.continues_in(save):
-        check_fresh(save, "iteration")
+    check_results(save, "iteration", "ppo", continues=options.continues_in(save))
     caches = []
     if options.enable_compile_cache:
         graphs = graph_configuration(job)

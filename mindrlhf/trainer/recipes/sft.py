@@ -142,6 +142,6 @@ def train_sft(options: SFTOptions, plan: StagePlan) -> Path:
             return options.save_ckpt_dir
         final = trainer.save_weights()
         if options.export_hf_dir is not None:
-            export_policy(final, plan.config.model, options, run.exchange)
+            export_policy(final, plan.config.model, options, run)
     logger.info("weights: %s (for --load_sft_checkpoint_train and the reward model)", final)
     return final

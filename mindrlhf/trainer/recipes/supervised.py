@@ -24,8 +24,9 @@ from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.runtime.launching import scratch_directory
 from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, discard, model_identity
 from mindrlhf.trainer.optimizer import build_optimizer
+from mindrlhf.trainer.output_paths import output_of
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
-from mindrlhf.trainer.recorder import check_fresh
+from mindrlhf.trainer.recorder import check_results
 from mindrlhf.trainer.run import Observers, Run, open_run, start_worker
 from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
@@ -33,6 +34,7 @@ from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import swap_in
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.outputs import check_place
 from mindrlhf.utils.provenance import fingerprints
 
 logger = get_logger(__name__)
@@ -80,8 +82,8 @@ def prepare(
     rows = StageRows(data, *data.split(options.eval_fraction, options.max_eval_prompts, options.seed))
     steps = plan.total_steps(len(rows.train))
     exchange = start_worker(config, scratch, options.save_ckpt_dir, observers)
-    if not options.continues_in(options.save_ckpt_dir):
-        check_fresh(options.save_ckpt_dir, "step", FINAL)
+    save = options.save_ckpt_dir
+    check_results(save, "step", recipe, FINAL, continues=options.continues_in(save))
     paths = {"mind_dataset_dir": options.mind_dataset_dir, "load_sft_checkpoint": options.load_sft_checkpoint}
     counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
     checkpoints = TrainingCheckpoints(
@@ -234,6 +236,8 @@ class SupervisedTrainer(ABC):
             final = save_ranks(self.model, self.run.directory / FINAL, self.exchange)
         full = self.options.save_full_ckpt
         if full is not None and self.exchange.runtime.is_main:
+            # Checked at the start, too; but another job may have written it meanwhile.
+            check_place(output_of("--save_full_ckpt", full, overwrite=self.run.replaces["--save_full_ckpt"]))
             merge_shards(final, self.model.layouts, full)
             logger.info("weights in one file, for any layout: %s", full)
         self.exchange.barrier()

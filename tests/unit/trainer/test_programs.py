@@ -25,6 +25,7 @@ from mindrlhf.trainer.programs import run_ppo, save_strategies
 from mindrlhf.trainer.recipes.ppo_job import graph_configuration
 from mindrlhf.utils.errors import ConfigError, MindRLHFError
 from mindrlhf.utils.files import job_lock
+from mindrlhf.utils.provenance import provenance, write_provenance
 
 
 @pytest.fixture
@@ -252,12 +253,28 @@ def test_a_run_replaces_what_it_wrote_before_alone(configs: Path, tmp_path: Path
     with pytest.raises(MindRLHFError, match=r"--export_hf_dir .*: exists; .*--overwrite"):
         run_ppo(options(configs, tmp_path, **given))  # there is nothing to continue yet
     (tmp_path / "save" / "iteration_000001").mkdir(parents=True)
+    with pytest.raises(MindRLHFError, match=r"--export_hf_dir .*: exists; .*--overwrite"):
+        run_ppo(options(configs, tmp_path, **given))  # the run that is there has not written it
+    record = provenance({}) | {"outputs": {"--export_hf_dir": str(exported)}}
+    write_provenance(tmp_path / "save", record)
     for changes in (given, given | {"overwrite": True, "save_ckpt_dir": tmp_path / "new"}):
         with pytest.raises(MindRLHFError, match="none"):
             run_ppo(options(configs, tmp_path, **changes, **later))
     for changes in ({"tokenizer_path": exported}, {"load_ref_checkpoint": exported}):
         with pytest.raises(MindRLHFError, match=r"--export_hf_dir .*: is --\w+ .*exported"):
             run_ppo(options(configs, tmp_path, **given, **changes))
+
+
+def test_files_of_experience_are_replaced_on_demand_alone(configs: Path, tmp_path: Path) -> None:
+    """However many there are; a path that is like theirs may not be an input."""
+    for step in range(2000):
+        (tmp_path / f"seen_iteration_{step:06d}.mindrecord").touch()
+    given: dict[str, Any] = {"save_data_file": tmp_path / "seen.mindrecord"}
+    with pytest.raises(MindRLHFError, match=r"--save_data_file .*_\d+\.mindrecord: is not a MindRecord"):
+        run_ppo(options(configs, tmp_path, **given))
+    given["mind_dataset_dir"] = tmp_path / "seen_iteration_000007.mindrecord"
+    with pytest.raises(MindRLHFError, match=r"--save_data_file .*: writes in --mind_dataset_dir .*_000007"):
+        run_ppo(options(configs, tmp_path, **given))
 
 
 def test_strategy_files_leave_the_inputs_alone(configs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.trainer import recorder as recorder_module
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
-from mindrlhf.trainer.recorder import Recorder, RedrawTimer, check_fresh, write_experience
+from mindrlhf.trainer.recorder import Recorder, RedrawTimer, check_results, write_experience
 from mindrlhf.trainer.samples import choose_rows
 from mindrlhf.trainer.shown_metrics import ppo_metrics
 from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
 from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.provenance import provenance, write_provenance
 
 SHOWN = ppo_metrics(PPOConfig())
 EVALUATED = {f"eval/{name}": 0.5 for name in ("scores", "scores_std", "kl", "length", "eos_rate")}
@@ -108,7 +110,7 @@ def test_evaluations_are_kept_with_their_samples_and_rewound(tmp_path: Path) -> 
 def test_a_directory_with_an_evaluation_is_used(tmp_path: Path) -> None:
     evaluate(recorder(tmp_path), 0)
     with pytest.raises(MindRLHFError, match=r"earlier run \(evaluations.jsonl\)"):
-        check_fresh(tmp_path, "iteration")
+        check_results(tmp_path, "iteration", "ppo", continues=False)
 
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
@@ -150,13 +152,34 @@ def test_an_evaluation_without_a_result_is_damaged_and_due_again(
 
 
 def test_a_used_directory_is_refused(tmp_path: Path) -> None:
-    check_fresh(tmp_path, "iteration")
-    check_fresh(tmp_path / "not there yet", "iteration")
+    check_results(tmp_path, "iteration", "ppo", continues=False)
+    check_results(tmp_path / "not there yet", "iteration", "ppo", continues=False)
     recorder(tmp_path).add_metrics(metrics(1))
     (tmp_path / "copied" / "iteration_000007").mkdir(parents=True)
     for used, name in ((tmp_path, "metrics.jsonl"), (tmp_path / "copied", "iteration_000007")):
         with pytest.raises(MindRLHFError, match=f"earlier run .{name}.*--resume_from"):
-            check_fresh(used, "iteration")
+            check_results(used, "iteration", "ppo", continues=False)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "fault"),
+    [
+        ({"ppo": {}}, None),
+        ({"stage": "sft"}, r"holds the results of sft \(metrics.jsonl\), which ppo cannot continue"),
+        (None, "holds the results of a run without its config.json"),
+        ({}, "holds a config.json that is not of a run"),
+    ],
+)
+def test_results_of_another_kind_are_not_continued(
+    tmp_path: Path, configuration: dict[str, Any] | None, fault: str | None
+) -> None:
+    recorder(tmp_path).add_metrics(metrics(1))
+    if configuration:
+        write_provenance(tmp_path, provenance(configuration))
+    elif configuration is not None:
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(MindRLHFError, match=fault) if fault else contextlib.nullcontext():
+        check_results(tmp_path, "iteration", "ppo", continues=True)
 
 
 def step_result(**changes: Any) -> StepResult:
