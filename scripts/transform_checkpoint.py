@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = new_parser(__doc__)
     add = parser.add_argument_group("input").add_argument
-    add("--input", type=Path, required=True, help="full file or directory of rank_i")
+    add("--input", type=Path, required=True, help="full file, directory of rank_i, or a run or checkpoint")
     add("--input_config", type=Path, help="YAML of a model that does not say its sizes")
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="full file or directory of rank_i")

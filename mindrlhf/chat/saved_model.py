@@ -18,9 +18,8 @@ from mindrlhf.checkpoint.hf_config import (
     model_config_from_hf,
     read_hf_config,
 )
-from mindrlhf.checkpoint.shards import open_full, rank_directories
+from mindrlhf.checkpoint.shards import find_weights, open_full
 from mindrlhf.checkpoint.sources import CastSource, LocalSource
-from mindrlhf.checkpoint.weight_files import has_hf_weights
 from mindrlhf.configs.keys import ContextConfig, ModelConfig
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.data.tokenizer import Tokenizer
@@ -107,7 +106,7 @@ def find_model(
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    weights = _weights_of(path)
+    weights = find_weights(path, "policy")
     sizes = _own_sizes(weights, config, device_target)
     if sizes is None and fallback is not None:
         sizes = fallback.sizes
@@ -122,18 +121,6 @@ def find_model(
             f"{sizes.model.vocab_size} of {sizes.where}; give the model's own with --tokenizer_path"
         )
     return SavedModel(str(path), weights, sizes, tokenizer)
-
-
-def _weights_of(path: Path) -> Path:
-    """The file or directory below ``path`` that holds a model's weights."""
-    if not path.is_dir() or has_hf_weights(path) or rank_directories(path):
-        return path
-    # In a checkpoint the first or the second; in the results of a stage before PPO the third.
-    for name in ("policy", "reward", "final"):
-        if rank_directories(path / name):
-            return path / name
-    checkpoints = sorted(found for unit in ("iteration", "step") for found in path.glob(f"{unit}_[0-9]*"))
-    return _weights_of(checkpoints[-1]) if checkpoints else path
 
 
 def _own_sizes(weights: Path, config: Path | None, device_target: str | None) -> Sizes | None:

@@ -20,7 +20,7 @@ from mindrlhf.checkpoint.hf_config import (
     read_json,
     write_json,
 )
-from mindrlhf.checkpoint.shards import open_full, open_parts
+from mindrlhf.checkpoint.shards import find_weights, open_full, open_parts
 from mindrlhf.checkpoint.sources import CastSource, RenamedSource, WeightSource, closed_on_error, select
 from mindrlhf.checkpoint.weight_checks import inferred
 from mindrlhf.checkpoint.weight_files import (
@@ -116,7 +116,7 @@ def mindspore_to_hf(
     """Converts MindSpore weights to a directory that transformers loads.
 
     Args:
-        input_path: a file with canonical names, or rank directories.
+        input_path: a file with canonical names, rank directories, a checkpoint, or the results of a run.
         output_dir: the directory to make.
         config: a Hugging Face ``config.json`` or the directory with it, or one of our model YAMLs; defaults
             to the ``config.json`` in ``input_path`` or else in ``tokenizer_dir``.
@@ -128,6 +128,7 @@ def mindspore_to_hf(
     Raises:
         CheckpointError, MindRLHFError: as :func:`hf_to_mindspore`; no config.
     """
+    input_path = find_weights(input_path)
     if tokenizer_dir is None and config is not None:
         tokenizer_dir = config if config.is_dir() else None
     if config is None:

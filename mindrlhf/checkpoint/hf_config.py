@@ -12,6 +12,8 @@ from mindrlhf.configs.faults import shown
 from mindrlhf.configs.keys import WEIGHTS_KEYS, ModelConfig
 from mindrlhf.models.families import family_of, family_of_hf
 from mindrlhf.utils.errors import CheckpointError, bullet_list
+from mindrlhf.utils.provenance import read_provenance
+from mindrlhf.utils.result_files import FINAL
 
 CONFIG_NAME = "config.json"
 _ADAPTER_NAME = "adapter_config.json"
@@ -22,11 +24,16 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """The ``config.json`` at ``path``, or in the directory ``path``.
 
     Raises:
-        CheckpointError: missing, not a JSON object, or not of a known family of models.
+        CheckpointError: missing, not a JSON object, of a run, or not of a known family of models.
     """
     check_no_adapter(path)
     file = path / CONFIG_NAME if path.is_dir() else path
     config = read_json(file)
+    if read_provenance(file):
+        raise CheckpointError(
+            f"{file} is the record of a run, not a model's: name weights in the run, such as its {FINAL}/ or "
+            "iteration_NNNNNN/policy"
+        )
     family_of_hf(config.get("model_type"), str(file))
     return config
 

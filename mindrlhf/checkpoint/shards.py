@@ -31,6 +31,7 @@ from mindrlhf.checkpoint.weight_checks import (
 from mindrlhf.checkpoint.weight_files import (
     CKPT,
     MINDSPORE_SUFFIXES,
+    has_hf_weights,
     only_weights_file,
     open_weights,
     write_weights,
@@ -42,6 +43,7 @@ from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import atomic_directory
 from mindrlhf.utils.outputs import Output, check_outputs, directory_of
+from mindrlhf.utils.result_files import FINAL, MODELS, UNITS, checkpoint_directory, checkpoint_numbers
 
 FILE_PREFIX = "checkpoint_"
 
@@ -55,6 +57,34 @@ def rank_directories(path: Path) -> dict[int, Path]:
     matches = ((_RANK_DIRECTORY.fullmatch(entry.name), entry) for entry in path.iterdir())
     found = {int(match.group(1)): entry for match, entry in matches if match and entry.is_dir()}
     return dict(sorted(found.items()))
+
+
+def find_weights(path: Path, wanted: str | None = None) -> Path:
+    """The file or directory of the weights that ``path`` stands for.
+
+    A checkpoint stands for its one model, the results of a run for their last weights: ``final/``, or else
+    the newest checkpoint. Any other path, one without weights included, stands for itself.
+
+    Args:
+        path: as the user gives it.
+        wanted: which of :data:`mindrlhf.utils.result_files.MODELS` is meant where a checkpoint holds several.
+
+    Raises:
+        CheckpointError: a checkpoint holds several models, and none of them is ``wanted``.
+    """
+    if not path.is_dir() or has_hf_weights(path) or rank_directories(path):
+        return path
+    found = [path / name for name in (FINAL, *MODELS) if rank_directories(path / name)]
+    if len(found) == 1 or path / FINAL in found:
+        return found[0]
+    if found:
+        if wanted is not None and path / wanted in found:
+            return path / wanted
+        raise CheckpointError(f"{path} holds several models: name {' or '.join(map(str, found))}")
+    for unit in UNITS:
+        if numbers := checkpoint_numbers(path, unit):
+            return find_weights(checkpoint_directory(path, numbers[0], unit), wanted)
+    return path
 
 
 def rank_file_name(rank: int, prefix: str = FILE_PREFIX, suffix: str = CKPT) -> str:

@@ -12,7 +12,7 @@ from mindrlhf.checkpoint.hf_config import (
     model_config_from_hf,
     read_hf_config,
 )
-from mindrlhf.checkpoint.shards import open_full, rank_directories, ranks_output, split_to_ranks
+from mindrlhf.checkpoint.shards import find_weights, open_full, rank_directories, ranks_output, split_to_ranks
 from mindrlhf.checkpoint.weight_files import CKPT, weights_output, write_weights
 from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.configs.load import load_run_config
@@ -33,7 +33,8 @@ def transform_checkpoint(
     """Rewrites a checkpoint for another layout, bit for bit.
 
     Args:
-        input_path: a full file or Hugging Face directory, or the directory of rank directories.
+        input_path: a full file or Hugging Face directory, the directory of rank directories, a checkpoint, or
+            the results of a run.
         output_path: a full file, or the directory to make rank directories in.
         input_config: a YAML of the model, needed for rank directories without ``config.json`` when there is
             no ``output_config``.
@@ -50,6 +51,7 @@ def transform_checkpoint(
         MindRLHFError: the output exists, or would take the place of an input.
         ConfigError: a YAML has faults.
     """
+    input_path = find_weights(input_path)
     is_split = bool(rank_directories(input_path))
     if input_config is not None and not is_split:
         raise CheckpointError(

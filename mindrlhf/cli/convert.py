@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     paths = parser.add_argument_group("input and output, by what they are")
     paths.add_argument("--torch_ckpt_dir", type=Path, help="Hugging Face directory")
-    paths.add_argument("--mindspore_ckpt_path", type=Path, help="MindSpore file, or rank directories")
+    paths.add_argument(
+        "--mindspore_ckpt_path", type=Path, help="MindSpore file, rank directories, or a run or checkpoint"
+    )
     paths = parser.add_argument_group("input and output, by direction")
     paths.add_argument("--input_path", type=Path, help="what is read, in either direction")
     paths.add_argument("--output_path", type=Path, help="what is written, in either direction")

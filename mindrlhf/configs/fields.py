@@ -229,7 +229,7 @@ def read_section(
     where: str,
     *,
     accepted: Iterable[str] = (),
-    synonyms: Mapping[str, str] | None = None,
+    remedies: Mapping[str, str] | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The valid values of ``section`` by key; every other key adds a fault.
@@ -240,7 +240,7 @@ def read_section(
         faults: collects what is wrong.
         where: ``file`` or ``file: key.path`` of the section.
         accepted: further keys that may be present.
-        synonyms: other libraries' names for some keys -> ours.
+        remedies: what to do about some unknown keys.
         sources: where a key was given, when not in ``section`` itself.
     """
 
@@ -250,9 +250,8 @@ def read_section(
     known = [*keys, *accepted]
     for name in section:
         if name not in known:
-            ours = (synonyms or {}).get(name)
             remedy = did_you_mean(str(name), known, "remove it or check its spelling")
-            faults.add(place(name), "unknown key", remedy if ours is None else f"here it is called {ours}")
+            faults.add(place(name), "unknown key", (remedies or {}).get(name, remedy))
     values: dict[str, Any] = {}
     for name, one in keys.items():
         if name not in section or (section[name] is None and one.nullable):

@@ -67,7 +67,7 @@ def tracker_names(text: str) -> tuple[str, ...]:
 
 GROUPS = (
     "model configurations (MindFormers YAML)",
-    "weights (a full .ckpt/.safetensors file, a Hugging Face directory, or rank_0/ rank_1/ ... in one)",
+    "weights (a .ckpt/.safetensors file, a Hugging Face directory, rank_0/ ... in one, a run or checkpoint)",
     "data and results",
     "training",
     "reward model",

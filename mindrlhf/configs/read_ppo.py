@@ -14,14 +14,17 @@ from mindrlhf.configs.optimizer_section import LR_SCHEDULES, OPTIMIZERS
 from mindrlhf.configs.read_yaml import parse_value, read_mapping
 
 _SCHEDULE = "CosineWithWarmUpLR"
-_RATE = "--learning_rate, and in the YAML of --sft_path_train lr_schedule.learning_rate"
+_RATE = "set it as --learning_rate, or as lr_schedule.learning_rate in the YAML of --sft_path_train"
 _ELSEWHERE = {
-    **{name: f"optimizer.{name} in the YAML of --sft_path_train" for name in OPTIMIZERS["AdamW"]},
-    **{name: f"lr_schedule.{name} in the YAML of --sft_path_train" for name in LR_SCHEDULES[_SCHEDULE]},
+    **{name: f"set it as optimizer.{name} in the YAML of --sft_path_train" for name in OPTIMIZERS["AdamW"]},
+    **{
+        name: f"set it as lr_schedule.{name} in the YAML of --sft_path_train"
+        for name in LR_SCHEDULES[_SCHEDULE]
+    },
     "learning_rate": _RATE,
     "lr": _RATE,
 }
-"""What people set for PPO that stands elsewhere -> where."""
+"""What people set for PPO that stands elsewhere -> what to do."""
 
 
 @dataclass
@@ -76,7 +79,7 @@ def read_ppo(path: Path | None, overrides: Sequence[str], faults: Faults) -> PPO
         name: key for name, key in keys.items() if name not in broken and (root is not None or name in given)
     }
     draft.values = read_section(
-        given, checked, faults, str(path), accepted=keys, synonyms=_ELSEWHERE, sources=draft.sources
+        given, checked, faults, str(path), accepted=keys, remedies=_ELSEWHERE, sources=draft.sources
     )
     if root is not None:
         absent = [name for name, key in keys.items() if name not in given and not key.required]

@@ -140,9 +140,10 @@ class _SectionReader:
             return {}
         where = self.place(key_path)
         self.check(section, key_path, foreign)
-        synonyms = mindformers.SYNONYMS if declaration is ModelConfig else None
+        synonyms = mindformers.SYNONYMS if declaration is ModelConfig else {}
+        remedies = {name: f"here it is called {ours}" for name, ours in synonyms.items()}
         keys = keys_of(declaration)
-        return read_section(section, keys, self.faults, where, accepted=foreign, synonyms=synonyms)
+        return read_section(section, keys, self.faults, where, accepted=foreign, remedies=remedies)
 
     def check(self, section: Mapping[Any, Any], key_path: str, foreign: Mapping[str, Foreign]) -> None:
         """Refuses or records what MindFormers' other keys ask for."""

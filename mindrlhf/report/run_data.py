@@ -18,13 +18,17 @@ import numpy as np
 
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
+from mindrlhf.utils.result_files import (
+    CONFIG_FILE,
+    EVAL_SAMPLES_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    STATE_FILE,
+    checkpoint_directory,
+    checkpoint_numbers,
+)
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-EVALUATIONS_FILE = "evaluations.jsonl"
-EVAL_SAMPLES_FILE = "eval_samples.jsonl"
-CONFIG_FILE = "config.json"
-STATE_FILE = "state.json"
 FILES = (METRICS_FILE, SAMPLES_FILE, EVALUATIONS_FILE, EVAL_SAMPLES_FILE, CONFIG_FILE)
 """What is read from the directory of a run; the state is read from its newest checkpoint."""
 
@@ -181,8 +185,9 @@ def read_run(directory: Path, name: str | None = None) -> Run:
             f"{metrics_file} has no line: the run has finished no {unit_of(kind)} here yet; try again later, "
             "or give the directory that it was resumed from"
         )
-    named = directory.glob(f"{unit_of(kind)}_??????*/{STATE_FILE}")  # iteration_3 is no checkpoint
-    checkpoints = sorted(named, key=lambda path: (len(path.parent.name), path))
+    unit = unit_of(kind)
+    named = (checkpoint_directory(directory, number, unit) for number in checkpoint_numbers(directory, unit))
+    checkpoint = next((path for path in named if (path / STATE_FILE).is_file()), None)
     return Run(
         name=name or directory.resolve().name,
         directory=directory,
@@ -191,8 +196,8 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         evaluations=evaluations,
         eval_samples=read_lines(directory / EVAL_SAMPLES_FILE, _SAMPLE_METRICS.__contains__),
         config=config,
-        state=_read_object(checkpoints[-1]) if checkpoints else {},
-        checkpoint=checkpoints[-1].parent.name if checkpoints else None,
+        state=_read_object(checkpoint / STATE_FILE) if checkpoint else {},
+        checkpoint=checkpoint.name if checkpoint else None,
         kind=kind,
         mixed_since=mixed_since,
         left_out=len(lines) - len(metrics),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 
 
 class _GatherRows(nn.Cell):
@@ -70,6 +72,32 @@ class HostExchange:
         """Returns when every worker has called it."""
         if self._gather is not None:
             self.every_rank(np.zeros(1, np.int32))
+
+
+@contextmanager
+def together(exchange: HostExchange, task: str) -> Iterator[None]:
+    """Raises on every rank when the block fails on one of them, so that none waits for it; collective.
+
+    Args:
+        exchange: between the ranks.
+        task: what the block does, as in "cannot {task}".
+
+    Raises:
+        MindRLHFError: the block's own; of its OSError, and on the ranks where it succeeded, a new one.
+    """
+    fault: MindRLHFError | OSError | None = None
+    try:
+        yield
+    except (MindRLHFError, OSError) as error:
+        fault = error
+    failed = np.flatnonzero(exchange.every_rank(np.array([fault is not None], np.int32)))
+    if isinstance(fault, OSError):
+        remedy = "make it writable, or free space"
+        raise CheckpointError(f"cannot {task}: {fault.strerror or fault}; {remedy}") from fault
+    if fault is not None:
+        raise fault
+    if len(failed):
+        raise CheckpointError(f"rank {failed[0]} cannot {task}; its log says why")
 
 
 def _as_int32_rows(name: str, array: np.ndarray) -> np.ndarray:

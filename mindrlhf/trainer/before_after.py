@@ -10,10 +10,9 @@ from typing import Any
 
 from mindrlhf.data.tokenizer import IM_END, IM_START
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.result_files import SUMMARY_FILE, TABLE_FILE
 from mindrlhf.utils.tables import markdown_table, text_table
 
-SUMMARY_FILE = "evaluation_summary.json"
-TABLE_FILE = "before_after.md"
 _SHOWN_CHARACTERS = 240  # of a text in the log; the file has the whole text
 _TABLE_WIDTH = 110
 

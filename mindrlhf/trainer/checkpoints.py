@@ -19,8 +19,8 @@ after its sync, the other comes from its own file.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,18 +34,22 @@ from mindrlhf.checkpoint.shards import load_shard, rank_file_name, save_shard
 from mindrlhf.configs.keys import WEIGHTS_KEYS, RunConfig
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
-from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.utils.errors import CheckpointError, bullet_list
+from mindrlhf.runtime.host_exchange import HostExchange, together
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError, bullet_list
 from mindrlhf.utils.files import atomic_file, remove, swap_in, sync_to_disk
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import CONFIG_FILE, plain, provenance, write_provenance
+from mindrlhf.utils.provenance import plain, provenance, write_provenance
+from mindrlhf.utils.result_files import (
+    CONFIG_FILE,
+    STATE_FILE,
+    checkpoint_directory,
+    checkpoint_numbers,
+    set_aside,
+)
 from mindrlhf.utils.seeds import generator_states, restore_generators
 
-STATE_FILE = "state.json"
 FORMAT = 2
 """Of the state file; checkpoints of another format are refused."""
-LEFT_PREFIX = "left_"
-"""Prefix for checkpoints that are newer than the one a run was resumed from."""
 
 _RANDOM = "random"
 _SIZE_BYTES = 8
@@ -79,21 +83,6 @@ class Stateful(Protocol):
         ...
 
 
-def checkpoint_numbers(directory: Path, unit: str) -> list[int]:
-    """Iterations or steps of the checkpoints below ``directory``, whole or not, newest first.
-
-    Only names that :func:`checkpoint_directory` gives count: ``iteration_3`` is no checkpoint.
-    """
-    name = re.compile(rf"{unit}_([0-9]{{6}}|[1-9][0-9]{{6,17}})")  # fits an int64
-    found = (name.fullmatch(path.name) for path in directory.glob(f"{unit}_*") if path.is_dir())
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
-
-
-def checkpoint_directory(directory: Path, number: int, unit: str) -> Path:
-    """The checkpoint after an iteration or step, below ``directory``."""
-    return directory / f"{unit}_{number:06d}"
-
-
 def discard(path: Path) -> None:
     """Removes what is no longer needed; a failure is a warning, because it must not end a job.
 
@@ -102,7 +91,7 @@ def discard(path: Path) -> None:
     try:
         if not path.name.startswith("."):
             # Renamed first: a half-removed directory must not have a checkpoint's name.
-            path = path.rename(_hidden(path))
+            path = path.rename(path.with_name(f".{path.name}.tmp"))
         remove(path)
     except OSError as error:
         logger.warning("%s cannot be removed (%s); remove it yourself", path, error.strerror or error)
@@ -184,27 +173,16 @@ class TrainingCheckpoints:
             CheckpointError: on all ranks when one could not write its part; nothing is left behind.
         """
         final = self._directory(step)
-        temporary = _hidden(final)
-        if self.rank == 0:
-            discard(temporary)
-        self.exchange.barrier()
-        mine: dict[str, FileRecord] = {}
-        fault: Exception | None = None
-        try:
-            mine = self._write_mine(temporary, trained)
-        except (CheckpointError, OSError) as error:
-            fault = error
-        _raise_together(fault, temporary, self.exchange)
-        files = _gather_records(mine, self.exchange)
-        try:
-            if self.rank == 0:
-                for name, model, _ in trained:
-                    described = temporary / name / HF_CONFIG
-                    files[f"{name}/{HF_CONFIG}"] = _write_json(described, model.described())
-                self._finish(temporary, final, self._state(step, trained, stateful), files)
-        except OSError as error:
-            fault = error
-        _raise_together(fault, temporary, self.exchange)
+        with appearing(final, self.exchange) as temporary:
+            with together(self.exchange, f"write {temporary}"):
+                mine = self._write_mine(temporary, trained)
+            files = _gather_records(mine, self.exchange)
+            with together(self.exchange, f"write {temporary}"):
+                if self.rank == 0:
+                    self._write_rest(temporary, trained, self._state(step, trained, stateful), files)
+        if self.rank == 0 and self.keep:
+            for number in checkpoint_numbers(self.directory, self.unit)[self.keep :]:
+                discard(self._directory(number))
         self.last = final
         return final
 
@@ -249,14 +227,17 @@ class TrainingCheckpoints:
         return self.last is not None and self.last.absolute().parent.resolve() == self.directory.resolve()
 
     def set_newer_aside(self, step: int) -> None:
-        """Renames checkpoints that are newer than the one resumed from: they are not of this run."""
+        """Renames checkpoints that are newer than the one resumed from: they are not of this run.
+
+        Raises:
+            OSError: on the main rank, the only one that renames.
+        """
         for newer in checkpoint_numbers(self.directory, self.unit):
             if newer > step and self.rank == 0:
                 path = self._directory(newer)
-                aside = path.with_name(LEFT_PREFIX + path.name)
-                remove(aside)
-                path.rename(aside)
-                logger.warning("%s is newer than the checkpoint resumed from: it is now %s", path, aside.name)
+                logger.warning(
+                    "%s is newer than the checkpoint resumed from: it is now %s", path, set_aside(path).name
+                )
 
     def provenance(self) -> dict[str, Any]:
         """The content of ``config.json``, here and in a checkpoint."""
@@ -297,20 +278,49 @@ class TrainingCheckpoints:
         records[_RANDOM] = _write_json(temporary / _part_file(_RANDOM, self.rank), generator_states())
         return records
 
-    def _finish(
-        self, temporary: Path, final: Path, state: Mapping[str, Any], files: dict[str, FileRecord]
+    def _write_rest(
+        self,
+        temporary: Path,
+        trained: Sequence[Trained],
+        state: Mapping[str, Any],
+        files: dict[str, FileRecord],
     ) -> None:
-        """What the main rank adds when all ranks have written; then the checkpoint appears."""
+        """What the main rank adds when all ranks have written; ``files`` are the records so far."""
+        for name, model, _ in trained:
+            files[f"{name}/{HF_CONFIG}"] = _write_json(temporary / name / HF_CONFIG, model.described())
         files[STATE_FILE] = _write_json(temporary / STATE_FILE, state)
         files[CONFIG_FILE] = digest_file(write_provenance(temporary, self.provenance()))
         write_manifest(temporary, files)
-        for directory in sorted({path.parent for path in temporary.rglob("*")}):
-            sync_to_disk(directory)
-        replaced = final.with_name(f".{final.name}.old")
-        swap_in((temporary, final, replaced))
+
+
+@contextmanager
+def appearing(final: Path, exchange: HostExchange) -> Iterator[Path]:
+    """Yields a temporary directory that all ranks write in, and that then becomes ``final``; collective.
+
+    Its names are synced to the disk; an older ``final`` is replaced. After an error, which must be one on
+    every rank (see :func:`together`), nothing is left, and the older directory is as it was.
+
+    Raises:
+        CheckpointError: on every rank, when the main rank cannot rename it.
+    """
+    temporary, replaced = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
+    is_main = exchange.runtime.is_main
+    if is_main:
+        discard(temporary)
+    exchange.barrier()
+    try:
+        yield temporary
+        with together(exchange, f"write {final}"):
+            if is_main:
+                for directory in sorted({path.parent for path in temporary.rglob("*")}):
+                    sync_to_disk(directory)
+                swap_in((temporary, final, replaced))
+    except MindRLHFError:
+        if is_main:
+            discard(temporary)
+        raise
+    if is_main:
         discard(replaced)
-        for number in checkpoint_numbers(self.directory, self.unit)[self.keep :] if self.keep else []:
-            discard(self._directory(number))
 
 
 def model_identity(config: RunConfig) -> dict[str, Any]:
@@ -354,11 +364,6 @@ def _meshes(state: Mapping[str, Any]) -> dict[str, Mesh]:
     }
 
 
-def _hidden(checkpoint: Path) -> Path:
-    """Its name while it is not whole, see :func:`mindrlhf.trainer.resume.tidy`."""
-    return checkpoint.with_name(f".{checkpoint.name}.tmp")
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(dict(content), indent=1), encoding="utf-8")
@@ -370,21 +375,6 @@ def _load_generators(directory: Path, rank: int) -> None:
     path = directory / _part_file(_RANDOM, rank)
     if path.is_file():
         restore_generators(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _raise_together(fault: Exception | None, temporary: Path, exchange: HostExchange) -> None:
-    """Raises on every rank when one of them has a fault, so that none waits for it; collective."""
-    failed = np.flatnonzero(exchange.every_rank(np.array([fault is not None], np.int32)))
-    if not len(failed):
-        return
-    if exchange.runtime.is_main:
-        discard(temporary)
-    exchange.barrier()
-    if fault is None:
-        raise CheckpointError(f"{temporary}: rank {failed[0]} could not write its part; its log says why")
-    if isinstance(fault, OSError):
-        raise CheckpointError(f"cannot write {temporary}: {fault.strerror or fault}") from fault
-    raise fault
 
 
 def _part_file(part: str, rank: int) -> str:

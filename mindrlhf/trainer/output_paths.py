@@ -14,7 +14,8 @@ from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.flags import PPOOptions, RunOptions
 from mindrlhf.data.mindrecord import index_path, record_outputs, step_path
 from mindrlhf.utils.outputs import Output, check_outputs, check_place
-from mindrlhf.utils.provenance import CONFIG_FILE, read_provenance
+from mindrlhf.utils.provenance import read_provenance
+from mindrlhf.utils.result_files import CONFIG_FILE
 
 _RESULTS = re.compile(r"\w*(iteration|step)_\d+|final|tensorboard|wandb|swanlog|\w+\.(jsonl|json|png|md)")
 """What a run writes in ``--save_ckpt_dir``."""

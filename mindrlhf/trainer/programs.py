@@ -6,11 +6,11 @@ Everything here is light, so that a fault of the configuration is reported befor
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from mindrlhf.checkpoint.shards import check_weights
-from mindrlhf.configs.flags import PPOOptions, RewardOptions, RunOptions, SFTOptions, StageOptions
-from mindrlhf.configs.keys import StagePlan
+from mindrlhf.checkpoint.shards import check_weights, find_weights
+from mindrlhf.configs.flags import PPOOptions, RewardOptions, RunOptions, SFTOptions
 from mindrlhf.configs.load import load_ppo_job, load_stage
 from mindrlhf.models.families import check_families
 from mindrlhf.models.job_layouts import job_layouts
@@ -78,8 +78,16 @@ def run_stage(options: SFTOptions | RewardOptions) -> Path:
         MindRLHFError: anything the user can fix; configuration, data and paths are checked before any
             model is built.
     """
-    plan = _stage_plan(options)
-    if plan is None:
+    _check_flags(options, options.save_ckpt_dir, unit="step")
+    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
+    check_families([plan.config])
+    check_unlocked(options.save_ckpt_dir)
+    path = options.load_sft_checkpoint
+    if not path.exists():
+        raise MindRLHFError(f"--load_sft_checkpoint {path} does not exist; name existing weights")
+    options = replace(options, load_sft_checkpoint=find_weights(path, "policy"))
+    check_weights(options.load_sft_checkpoint, plan.config, score_head=isinstance(options, RewardOptions))
+    if _served_as_scheduler():
         return options.save_ckpt_dir
     if isinstance(options, SFTOptions):
         from mindrlhf.trainer.recipes.sft import train_sft
@@ -101,19 +109,6 @@ def _served_as_scheduler() -> bool:
     ignore_signals()
     serve_as_scheduler()
     return True
-
-
-def _stage_plan(options: StageOptions) -> StagePlan | None:
-    """The checked plan of a stage; ``None`` in msrun's scheduler, when the workers have ended."""
-    _check_flags(options, options.save_ckpt_dir, unit="step")
-    plan = load_stage(options, count_workers(use_parallel=options.use_parallel))
-    check_families([plan.config])
-    check_unlocked(options.save_ckpt_dir)
-    path = options.load_sft_checkpoint
-    if not path.exists():
-        raise MindRLHFError(f"--load_sft_checkpoint {path} does not exist; name existing weights")
-    check_weights(path, plan.config, score_head=isinstance(options, RewardOptions))
-    return None if _served_as_scheduler() else plan
 
 
 def _check_flags(options: RunOptions, save: Path, *, unit: str) -> None:

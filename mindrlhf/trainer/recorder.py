@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +27,7 @@ import numpy as np
 
 from mindrlhf.data.mindrecord import Column as RecordColumn
 from mindrlhf.data.mindrecord import step_path, write_mindrecord
-from mindrlhf.trainer.before_after import (
-    SUMMARY_FILE,
-    TABLE_FILE,
-    summarize,
-    summary_sentence,
-    write_before_after,
-)
-from mindrlhf.trainer.checkpoints import checkpoint_directory, checkpoint_numbers
+from mindrlhf.trainer.before_after import summarize, summary_sentence, write_before_after
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.shown_metrics import ShownMetrics
@@ -45,16 +36,23 @@ from mindrlhf.trainer.trackers.tracker import RunStart, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import CONFIG_FILE, read_provenance, recipe_of, write_provenance
+from mindrlhf.utils.provenance import read_provenance, recipe_of, write_provenance
+from mindrlhf.utils.result_files import (
+    CONFIG_FILE,
+    CURVES_FILE,
+    EVAL_SAMPLES_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SKIPPED_FILE,
+    SUMMARY_FILE,
+    TABLE_FILE,
+    checkpoint_directory,
+    checkpoint_numbers,
+    set_aside,
+)
 
 logger = get_logger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-EVALUATIONS_FILE = "evaluations.jsonl"
-EVAL_SAMPLES_FILE = "eval_samples.jsonl"
-SKIPPED_FILE = "skipped_updates.jsonl"
-CURVES_FILE = "curves.png"
 
 _FILES = (METRICS_FILE, SAMPLES_FILE, EVALUATIONS_FILE, EVAL_SAMPLES_FILE, SKIPPED_FILE, CURVES_FILE,
           SUMMARY_FILE, TABLE_FILE)  # fmt: skip
@@ -91,15 +89,20 @@ class Recorder:
         self.eval_samples: list[dict[str, Any]] = []
 
     def rewind(self, step: int) -> None:
-        """Keeps the lines up to a step, and drops later ones of a run that was cut short."""
-        done = partial(operator.ge, step)
-        self._rewind(SAMPLES_FILE, done)
-        self._rewind(SKIPPED_FILE, done)
-        self.metrics = self._rewind(METRICS_FILE, done)
-        self.evaluations = self._rewind(EVALUATIONS_FILE, done)
+        """Keeps the lines up to a step, and drops later ones, which the run writes again."""
+        self._rewind(SAMPLES_FILE, step)
+        self._rewind(SKIPPED_FILE, step)
+        self.metrics = self._rewind(METRICS_FILE, step)
+        self.evaluations = self._rewind(EVALUATIONS_FILE, step)
         # Samples without an evaluation line belong to an evaluation that was cut short and will be repeated.
         evaluated = {line[self.unit] for line in self.evaluations}
-        self.eval_samples = self._rewind(EVAL_SAMPLES_FILE, evaluated.__contains__)
+        self.eval_samples = self._rewind(EVAL_SAMPLES_FILE, step, evaluated)
+
+    def set_aside(self) -> None:
+        """Renames the files of an earlier run that has left no checkpoint to continue from."""
+        for path in (self.directory / name for name in _FILES):
+            if path.is_file():
+                logger.warning("%s has no checkpoint to it: it is now %s", path, set_aside(path).name)
 
     def begin(self, record: Mapping[str, Any], step: int, shown: ShownMetrics) -> None:
         """Writes ``config.json`` and opens the trackers of a run that starts or is resumed.
@@ -247,15 +250,17 @@ class Recorder:
             ) from error
         return plain
 
-    def _rewind(self, name: str, stays: Callable[[float], bool]) -> list[dict[str, Any]]:
-        """Removes the lines of other steps from one file and returns the remaining ones."""
+    def _rewind(self, name: str, step: int, only: Container[float] | None = None) -> list[dict[str, Any]]:
+        """Removes the lines after a step, or of steps not in ``only``, from one file; returns the rest."""
         path = self.directory / name
         if not path.is_file():
             return []
         steps = self._lines(name)
-        if damaged := sum(math.isinf(step) for step, _ in steps):
+        if damaged := sum(math.isinf(at) for at, _ in steps):
             logger.warning("%s: %d damaged line(s) are left out from here on", path, damaged)
-        kept = [line for step, line in steps if stays(step)]
+        kept = [line for at, line in steps if at <= step and (only is None or at in only)]
+        if dropped := len(steps) - damaged - len(kept):
+            logger.info("%s: %d line(s) after %s %d dropped", path, dropped, self.unit, step)
         with atomic_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         return [json.loads(line) for line in kept]

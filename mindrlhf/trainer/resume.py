@@ -15,34 +15,32 @@ from typing import Any
 import numpy as np
 
 from mindrlhf.checkpoint.manifest import FileRecord, find_damaged, find_size_faults, read_manifest
-from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.runtime.host_exchange import HostExchange, together
 from mindrlhf.trainer.checkpoints import (
     TrainingCheckpoints,
     check_fixed,
-    checkpoint_directory,
-    checkpoint_numbers,
     discard,
     read_state,
 )
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import sync_to_disk
 from mindrlhf.utils.logging import get_logger
-from mindrlhf.utils.provenance import CONFIG_FILE, plain
+from mindrlhf.utils.provenance import plain
+from mindrlhf.utils.result_files import CONFIG_FILE, checkpoint_directory, checkpoint_numbers
 
 logger = get_logger(__name__)
 
 # Checkpoints, and a stage's last weights, whose temporary names have the same form.
 _LEFTOVER = re.compile(r"\.(((iteration|step)_\d+|final)\.tmp|.+\.tmp-\d+)")
 _REPLACED = re.compile(r"\.((?:iteration|step)_\d+|final)\.old")
-
-
 _LAYOUT = re.compile(r"[\w.]+\.parallel\.\w+")
 _INPUTS = "inputs."
 # Paths may change, and flags that enter the plan of a stage are reported with the plan.
 _UNIMPORTANT = re.compile(
     r"([\w.]+\.)?(path|ignored.*)"
-    r"|options\.(\w+_(path|dir|checkpoint|ckpt)|resume_\w+|overwrite|trackers|watchdog_timeout|use_parallel|device_target"
-    r"|cpu_matmul_dtype|epochs|batch_size|micro_batch_size|learning_rate)"
+    r"|inputs\..*\.bytes"  # their digest counts
+    r"|options\.(\w+_(path|dir|checkpoint|ckpt)|resume_\w+|overwrite|trackers|watchdog_timeout|use_parallel"
+    r"|device_target|cpu_matmul_dtype|epochs|batch_size|micro_batch_size|learning_rate)"
 )
 
 
@@ -112,8 +110,9 @@ def report_changes(
         for key in sorted(before.keys() | now.keys())
         if before.get(key, missing) != now.get(key, missing) and not _UNIMPORTANT.fullmatch(key)
     }
-    if now.get("ppo.critic") in ("shared", "none"):  # the critic's YAML is not used
-        changed = {key: line for key, line in changed.items() if not key.startswith("critic.")}
+    if now.get("ppo.critic") in ("shared", "none"):  # its YAML and weights are not used
+        unused = ("critic.", f"{_INPUTS}weights.critic.")
+        changed = {key: line for key, line in changed.items() if not key.startswith(unused)}
     layout = [line for key, line in changed.items() if _LAYOUT.fullmatch(key)]
     learned = [line for key, line in changed.items() if key.startswith(_INPUTS)]
     if layout:
@@ -197,9 +196,13 @@ def find_faults(directory: Path, exchange: HostExchange) -> list[str]:
 
 
 def tidy(save: Path, exchange: HostExchange) -> None:
-    """Removes what a killed run left half-written, and restores what it was replacing; collective."""
-    if exchange.runtime.is_main:
-        for path in sorted(save.iterdir()) if save.is_dir() else []:
+    """Removes what a killed run left half-written, and restores what it was replacing; collective.
+
+    Raises:
+        CheckpointError: on every rank, when a checkpoint that was being replaced cannot be restored.
+    """
+    with together(exchange, f"tidy {save}"):
+        for path in sorted(save.iterdir()) if exchange.runtime.is_main and save.is_dir() else []:
             if match := _REPLACED.fullmatch(path.name):
                 final = path.with_name(match.group(1))
                 if final.exists():
@@ -209,7 +212,6 @@ def tidy(save: Path, exchange: HostExchange) -> None:
                     sync_to_disk(save)
             elif _LEFTOVER.fullmatch(path.name):
                 discard(path)
-    exchange.barrier()
 
 
 def _numbers_of_main(save: Path, exchange: HostExchange, unit: str) -> Sequence[int]:

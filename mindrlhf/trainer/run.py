@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from mindrlhf.configs.flags import RunOptions
 from mindrlhf.configs.keys import RunConfig
 from mindrlhf.runtime.device import check_device, check_matmul_dtype, start_runtime
-from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.runtime.host_exchange import HostExchange, together
 from mindrlhf.runtime.host_memory import release_freed_memory
 from mindrlhf.runtime.signals import StopRequest, stop_on_signals
 from mindrlhf.runtime.watchdog import Watchdog, supervised
@@ -36,19 +36,22 @@ from mindrlhf.utils.timers import PhaseListener, PhaseTimer
 
 logger = get_logger(__name__)
 
+_LIMITS = {"iteration": "total_iterations is", "step": "--epochs asks for"}
+"""What sets the number of steps, by their unit."""
+
 
 @dataclass(frozen=True)
 class Observers:
     """What may stop a job, and what displays its progress.
 
     Attributes:
-        held: contexts that last as long as the job.
+        resources: contexts that are left last, when trackers and console have written all.
     """
 
     stop: StopRequest
     console: RunState
     trackers: Trackers
-    held: ExitStack = field(default_factory=ExitStack)
+    resources: ExitStack = field(default_factory=ExitStack)
 
 
 @contextmanager
@@ -63,11 +66,14 @@ def observed(
         watchdog_timeout: seconds without progress after which the job is ended; 0: never.
         trackers: names.
     """
-    with supervised(watchdog_timeout), stop_on_signals() as stop, open_console(title, unit) as console:
-        group = Trackers([console, *make_trackers(trackers)])
-        with ExitStack() as held:
-            held.callback(group.close)
-            yield Observers(stop, console, group, held)
+    with (
+        supervised(watchdog_timeout),
+        ExitStack() as resources,
+        stop_on_signals() as stop,
+        open_console(title, unit) as console,
+        closing(Trackers([console, *make_trackers(trackers)])) as group,
+    ):
+        yield Observers(stop, console, group, resources)
 
 
 def start_worker(config: RunConfig, scratch: str, save: Path, observers: Observers) -> HostExchange:
@@ -87,16 +93,12 @@ def start_worker(config: RunConfig, scratch: str, save: Path, observers: Observe
     check_matmul_dtype(config.model)
     use_parallel = env_world_size() > 1
     runtime = start_runtime(config.context, use_parallel=use_parallel, scratch_dir=scratch)
-    exchange, fault = HostExchange(runtime), None
+    exchange = HostExchange(runtime)
     for is_main in (True, False):  # the main rank first, and no other rank when it is refused
-        try:
+        with together(exchange, f"use --save_ckpt_dir {save}"):
             if runtime.is_main == is_main:
                 lock = job_lock(save, joins=not is_main)
-                observers.stop.on_first = observers.held.enter_context(lock)
-        except MindRLHFError as error:
-            fault = error
-        if exchange.every_rank(np.array([fault is not None], np.int32)).any():
-            raise fault or MindRLHFError(f"another rank cannot use --save_ckpt_dir {save}; its log says why")
+                observers.stop.on_first = observers.resources.enter_context(lock)
     return exchange
 
 
@@ -160,12 +162,15 @@ class Run:
         """
         if self._resume is not None:
             self.resume(self._resume, recipe)
-        elif self._rewinds and self.recorder is not None:
-            self.recorder.rewind(-1)  # lines of a run that ended before its first checkpoint
+        elif self._rewinds:
+            with together(self.exchange, f"set aside the results in {self.directory}"):
+                if self.recorder is not None:
+                    self.recorder.set_aside()
         total = recipe.schedule.total
         if self.step >= total:
+            limit = _LIMITS[self.unit]
             logger.warning(
-                "%d %ss are done and %d are to be done: nothing is left", self.step, self.unit, total
+                "%d %ss are done, %s %d: nothing is left to do", self.step, self.unit, limit, total
             )
         recipe.begin()
         self._first_step = self.step
@@ -183,14 +188,15 @@ class Run:
         """Continues from a checkpoint of this or another layout; collective.
 
         Raises:
-            CheckpointError: it does not fit the recipe's models.
+            CheckpointError: it does not fit the recipe's models; or later results cannot be set aside.
             MindRLHFError: the recorded evaluations are of other held-out data.
         """
         self.step = self.checkpoints.load(checkpoint, recipe.trained, recipe.stateful)
         self._check_held_out(recipe.held_out)  # before any result is changed
-        if self.recorder is not None:
-            self.recorder.rewind(self.step)
-        self.checkpoints.set_newer_aside(self.step)
+        with together(self.exchange, f"set aside later results in {self.directory}"):
+            self.checkpoints.set_newer_aside(self.step)
+            if self.recorder is not None:
+                self.recorder.rewind(self.step)
         logger.info("resumed from %s after %s %d", checkpoint, self.unit, self.step)
 
     def _check_held_out(self, held_out: HeldOut | None) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mindrlhf.checkpoint.shards import check_weights
+from mindrlhf.checkpoint.shards import check_weights, find_weights
 from mindrlhf.configs.flags import PPOOptions
 from mindrlhf.configs.keys import JobConfig
 from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.result_files import MODELS
 
 
 @dataclass(frozen=True)
 class WeightPaths:
     """Where the weights of each model come from, as given on the command line.
 
-    Each is a full ``.ckpt`` / ``.safetensors`` file, a Hugging Face directory or a directory with
-    ``rank_0/ rank_1/ ...``.
+    Each is a full ``.ckpt`` / ``.safetensors`` file, a Hugging Face directory, a directory with
+    ``rank_0/ rank_1/ ...``, a checkpoint, or the results of a run.
     """
 
     infer: Path | None = None
@@ -37,14 +38,14 @@ class WeightPaths:
         )
 
     def checked(self) -> WeightPaths:
-        """The paths with defaults for those not given; refuses paths that do not exist.
+        """The weights that the paths stand for, with defaults; refuses paths that do not exist.
 
         The policy's two models stand in for each other, and the policy for the reference. A critic
         starts from the reward model (InstructGPT, arXiv 2203.02155). Reward model and critic stay ``None``
         when neither is given: they then start from the policy with a fresh head.
 
         Raises:
-            MindRLHFError: no policy weights at all, or a path does not exist.
+            MindRLHFError: no policy weights at all, or a path does not exist; or as :func:`find_weights`.
         """
         missing = [
             f"{field.name}: {path}"
@@ -55,13 +56,17 @@ class WeightPaths:
             raise MindRLHFError(
                 "these checkpoints do not exist, give existing paths:\n  " + "\n  ".join(missing)
             )
-        policy = self.train or self.infer
+        paths = {
+            role: path and find_weights(path, role if role in MODELS else "policy")
+            for role, path in vars(self).items()
+        }
+        policy = paths["train"] or paths["infer"]
         if policy is None:
             raise MindRLHFError(
                 "no policy weights: pass --load_sft_checkpoint_train and/or --load_sft_checkpoint_infer"
             )
-        infer = self.infer or policy
-        return WeightPaths(infer, policy, self.ref or infer, self.reward, self.critic or self.reward)
+        infer, reward = paths["infer"] or policy, paths["reward"]
+        return WeightPaths(infer, policy, paths["ref"] or infer, reward, paths["critic"] or reward)
 
     def check_against(self, job: JobConfig, *, with_reward_model: bool) -> None:
         """Refuses weights that do not fit the models of a job, before any of them is built.

@@ -89,8 +89,9 @@ def job_lock(directory: Path, *, joins: bool = False) -> Iterator[Callable[[str]
     """Keeps every other job out of a directory of results while the block runs, and no longer.
 
     All processes of a job share one flock, which the kernel drops when they end, however they end; Linux
-    carries it to the other hosts of an NFS. Its file names the first process for people. The last process to
-    leave removes the file; one that a killed job leaves is not locked.
+    carries it to the other hosts of an NFS. For people, its file names the job's first process, or the last
+    one that has received a signal. A process that leaves while no other has the lock removes the file. When
+    several leave at once, or are killed, the file may stay; it is not locked.
 
     Args:
         directory: ``--save_ckpt_dir``; made when missing, and removed if the block fails and leaves it empty.
@@ -174,7 +175,7 @@ def _lock(descriptor: int, kind: int, directory: Path) -> None:
             "directory"
         )
     except OSError as error:  # ENOLCK, ENOSYS: Lustre without -o flock, for example
-        logger.warning("%s cannot be locked (%s): see to it that one job uses it", directory, error.strerror)
+        logger.warning("%s cannot be locked (%s): make sure only one job uses it", directory, error.strerror)
 
 
 @contextmanager

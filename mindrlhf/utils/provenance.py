@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.result_files import CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 PACKAGES = ("mindrlhf", "mindspore", "mindformers", "numpy")
 HIDDEN = "(hidden)"
 
@@ -60,34 +60,40 @@ def provenance(
     }
 
 
-def fingerprints(paths: Mapping[str, Path | None]) -> dict[str, dict[str, Any]]:
-    """Path, bytes and digest of each input: a file, or a directory with all files below it.
+def fingerprints(
+    data: Mapping[str, Path | None], weights: Mapping[str, Path | None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Path, bytes and digest of each input: a file, or a directory with all below it, linked ones included.
 
-    Every start of a job takes them, so of a file beyond 256 MiB only 64 blocks of 4 MiB count, spread evenly
-    from its first byte to its last: other weights differ in all of them, but a change between two blocks
-    passes unseen. The digest is the beginning of a SHA-256 of names, sizes and these blocks; of a file that
-    cannot be read only name and size.
+    The digest is the beginning of a SHA-256 of names, sizes and contents; of a file that cannot be read only
+    name and size. Of weights, which every start of a job would read for minutes, 64 blocks of 4 MiB count in
+    a file beyond 256 MiB, spread evenly from its first byte to its last: other weights differ in all of
+    them, but a change between two blocks passes unseen.
 
     Args:
-        paths: by a name of the input; ``None`` for one that is not given.
+        data: by a name of the input; ``None`` for one that is not given.
+        weights: likewise.
     """
-    known = {path: _fingerprint(path) for path in paths.values() if path is not None}
-    return {name: {"path": str(path), **known[path]} for name, path in paths.items() if path is not None}
+    given = {name: path for name, path in (weights or {}).items() if path is not None}
+    known = {path: _fingerprint(path, _BLOCKS) for path in given.values()}  # models often share a file
+    found = {name: _fingerprint(path) for name, path in data.items() if path is not None}
+    return found | {name: known[path] for name, path in given.items()}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+def _fingerprint(path: Path, most_blocks: int | None = None) -> dict[str, Any]:
+    below = (Path(top, name) for top, _, names in os.walk(path, followlinks=True) for name in names)
+    files = [path] if path.is_file() else sorted(file for file in below if file.is_file())
     digest, total = hashlib.sha256(), 0
     for file in files:
         size = file.stat().st_size
         total += size
         digest.update(f"{'' if file == path else file.relative_to(path)}\0{size}\0".encode())
-        blocks = min(-(-size // _BLOCK_BYTES), _BLOCKS)
+        blocks = min(needed := -(-size // _BLOCK_BYTES), most_blocks or needed)
         with suppress(OSError), file.open("rb") as content:
             for block in range(blocks):
                 content.seek(max(size - _BLOCK_BYTES, 0) * block // max(blocks - 1, 1))
                 digest.update(content.read(_BLOCK_BYTES))
-    return {"bytes": total, "digest": digest.hexdigest()[:16]}
+    return {"path": str(path), "bytes": total, "digest": digest.hexdigest()[:16]}
 
 
 def write_provenance(directory: Path, record: Mapping[str, Any]) -> Path:

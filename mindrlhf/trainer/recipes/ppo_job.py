@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def _prepare(
     if options.enable_compile_cache:
         graphs = graph_configuration(job)
         caches.append(open_compile_cache(graphs, exchange.runtime, Path(scratch), last_phase="sync"))
-    inputs = _inputs(options, weights, data, reward_function) if exchange.runtime.is_main else None
+    inputs = None
+    if exchange.runtime.is_main:
+        used = weights if job.ppo.critic == "separate" else replace(weights, critic=None)
+        inputs = _inputs(options, used, data, reward_function)
     checkpoints = open_checkpoints(job, save, exchange, inputs)
     # The user's reward function may wait for a server.
     waiting = frozenset({"score", "evaluate"}) if reward_function is not None else frozenset()
@@ -138,11 +142,12 @@ def _inputs(
         "mind_dataset_dir": data,
         "eval_dataset_dir": options.eval_dataset_dir,
         "ptx_dataset_dir": options.ptx_dataset_dir,
-        **{f"weights.{role}": path for role, path in vars(weights).items()},
     }
+    if reward_function is not None:
+        paths["reward_fn"] = reward_source(reward_function)
+    records = fingerprints(paths, {f"weights.{role}": path for role, path in vars(weights).items()})
     if reward_function is None:
-        return fingerprints(paths)
-    records = fingerprints(paths | {"reward_fn": reward_source(reward_function)})
+        return records
     return records | {"reward_fn": {"function": options.reward_fn, **records.get("reward_fn", {})}}
 
 

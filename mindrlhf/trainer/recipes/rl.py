@@ -202,7 +202,7 @@ class PPOTrainer:
             self.weight_sync.verify(self.exchange)
             if not self._sync_verified:
                 logger.info(
-                    "--verify_sync: infer and train policy are equal; checked after each sync, said once"
+                    "--verify_sync: weights verified after the sync; later checks are logged only on failure"
                 )
                 self._sync_verified = True
 

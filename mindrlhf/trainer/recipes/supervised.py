@@ -20,9 +20,9 @@ from mindrlhf.data.stream import RowStream
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.groups import Groups, create_groups
 from mindrlhf.parallel.layout import Mesh, mesh_of
-from mindrlhf.runtime.host_exchange import HostExchange, local_rows
+from mindrlhf.runtime.host_exchange import HostExchange, local_rows, together
 from mindrlhf.runtime.launching import scratch_directory
-from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, discard, model_identity
+from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, appearing, model_identity
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.output_paths import output_of
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
@@ -32,15 +32,13 @@ from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import Statistics, TrainStep
 from mindrlhf.utils.errors import MindRLHFError
-from mindrlhf.utils.files import swap_in
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.outputs import check_place
 from mindrlhf.utils.provenance import fingerprints
+from mindrlhf.utils.result_files import FINAL, checkpoint_numbers
 
 logger = get_logger(__name__)
 
-FINAL = "final"
-"""Directory of the last weights in the directory of results."""
 _LOG_LINES = 20  # of steps, in a whole run
 
 Forward = Callable[..., np.ndarray]
@@ -84,7 +82,8 @@ def prepare(
     exchange = start_worker(config, scratch, options.save_ckpt_dir, observers)
     save = options.save_ckpt_dir
     check_results(save, "step", recipe, FINAL, continues=options.continues_in(save))
-    paths = {"mind_dataset_dir": options.mind_dataset_dir, "load_sft_checkpoint": options.load_sft_checkpoint}
+    data_paths = {"mind_dataset_dir": options.mind_dataset_dir}
+    weights = {"load_sft_checkpoint": options.load_sft_checkpoint}
     counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
     checkpoints = TrainingCheckpoints(
         options.save_ckpt_dir,
@@ -100,7 +99,7 @@ def prepare(
             "batch_size": plan.batch_size,
             **{key: getattr(options, key) for key in ("seed", "eval_fraction", "max_eval_prompts")},
         },
-        inputs=fingerprints(paths) if exchange.runtime.is_main else None,
+        inputs=fingerprints(data_paths, weights) if exchange.runtime.is_main else None,
     )
     logger.info(
         "%s: %d rows, %d to train on and %d held out; prompts up to %d, responses up to %d tokens; "
@@ -292,18 +291,15 @@ def over_rows(
 
 
 def save_ranks(model: SequenceModel, directory: Path, exchange: HostExchange) -> Path:
-    """``directory/rank_i/`` of every rank, and ``config.json``; appears when all have written; collective."""
-    temporary, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
-    if exchange.runtime.is_main:
-        discard(temporary)
-    exchange.barrier()
-    save_shard(temporary, exchange.runtime.rank, dict(model.shards()))
-    exchange.barrier()
-    if exchange.runtime.is_main:
-        write_json(temporary / CONFIG_NAME, model.described())
-        swap_in((temporary, directory, replaced))
-        discard(replaced)
-    exchange.barrier()
+    """``directory/rank_i/`` of every rank, and ``config.json``; appears when all have written; collective.
+
+    Raises:
+        CheckpointError: on every rank, when one cannot write its part; an older directory stays as it was.
+    """
+    with appearing(directory, exchange) as temporary, together(exchange, f"write {temporary}"):
+        save_shard(temporary, exchange.runtime.rank, dict(model.shards()))
+        if exchange.runtime.is_main:
+            write_json(temporary / CONFIG_NAME, model.described())
     return directory
 
 
@@ -314,7 +310,7 @@ def check_unfinished(options: StageOptions) -> None:
         MindRLHFError: names the flag and the path.
     """
     save = options.save_ckpt_dir
-    if options.resume_training and (save / FINAL).exists() and not any(save.glob("step_*")):
+    if options.resume_training and (save / FINAL).exists() and not checkpoint_numbers(save, "step"):
         raise MindRLHFError(
             f"--save_ckpt_dir {save} holds the weights of a run that has finished ({FINAL}) and no "
             "checkpoint to resume from: there is nothing left to do; to train again, give another directory"

@@ -115,6 +115,8 @@ def test_a_run_is_its_last_policy_without_the_value_head(
     write_ranks(policy, made, Mesh(2, 2), value_head=True)
     (tmp_path / "iteration_000002" / "policy").mkdir(parents=True)
     (tmp_path / "iteration_000012" / "critic").mkdir()
+    for other in ("iteration_3", "iteration_000012_backup"):
+        (tmp_path / other / "policy" / "rank_0").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="--config"):
         find_model(tmp_path / name, tokenizer_path=tokenizer_dir)
     record(policy, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mindrlhf.checkpoint import sources as sources_module
 from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
 from mindrlhf.checkpoint.shards import (
+    find_weights,
     load_shard,
     merge_shards,
     open_full,
@@ -48,6 +50,38 @@ def save_all(directory, full, layouts, ranks=None):
     mesh = next(iter(layouts.values())).mesh
     for rank in range(mesh.size) if ranks is None else ranks:
         save_shard(directory, rank, {name: layouts[name].take(full[name], rank) for name in layouts})
+
+
+def test_a_run_stands_for_its_last_weights_and_a_checkpoint_for_its_model(tmp_path):
+    def make(place):
+        (tmp_path / place / "rank_0").mkdir(parents=True)
+        return tmp_path / place
+
+    for number in ("3", "000002_backup", "999999", "1000000"):
+        policy = make(f"iteration_{number}/policy")
+    assert find_weights(tmp_path) == find_weights(policy.parent) == find_weights(policy) == policy
+    critic = make("iteration_1000000/critic")
+    assert [find_weights(tmp_path, name) for name in ("policy", "critic")] == [policy, critic]
+    for wanted in (None, "reward"):
+        with pytest.raises(CheckpointError, match=f"holds several models: name {policy} or {critic}"):
+            find_weights(tmp_path, wanted)
+    assert find_weights(tmp_path / "none") == tmp_path / "none"
+    assert find_weights(make("final").parent) == tmp_path / "final"
+
+
+def test_every_program_takes_a_run_and_its_record_is_no_model(tmp_path, full, model):
+    run = tmp_path / "run"
+    save_all(run / "step_000004" / "policy", full, parameter_layouts(model, Mesh(1, 2)))
+    record = {"created": "now", "versions": {}, "configuration": {}}
+    for place in (run, run / "step_000004"):
+        (place / "config.json").write_text(json.dumps(record))
+    for number, place in enumerate((run, run / "step_000004")):
+        mindspore_to_hf(place, tmp_path / f"back{number}", config=tmp_path / "hf")
+        back, _ = open_full(tmp_path / f"back{number}", model)
+        with back:
+            assert all(np.array_equal(back.read(name), array) for name, array in full.items())
+    with pytest.raises(CheckpointError, match=r"run/config\.json is the record of a run, not a model's"):
+        mindspore_to_hf(run, tmp_path / "back", config=run)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(1, 1), Mesh(2, 2), Mesh(1, 4), Mesh(4, 1)], ids=str)

@@ -275,11 +275,11 @@ def test_overrides_win_and_are_yaml(job: Any) -> None:
         ("zzz=1", "--set zzz: unknown key - remove it"),
         (
             "learning_rate=1e-5",
-            "--set learning_rate: unknown key - here it is called --learning_rate, and in",
+            "--set learning_rate: unknown key - set it as --learning_rate, or as lr_sch",
         ),
         (
             "betas=1",
-            "--set betas: unknown key - here it is called optimizer.betas in the YAML of --sft_path_tr",
+            "--set betas: unknown key - set it as optimizer.betas in the YAML of --sft_path_train",
         ),
         ("gamma", "--set 'gamma': not of the form key=value"),
         ("=1", "--set '=1': not of the form key=value"),

@@ -51,6 +51,9 @@ def test_the_newest_checkpoint_counts(make_run: MakeRun) -> None:
     older.mkdir()
     (older / "state.json").write_text('{"iteration": 1}')
     (directory / "iteration_000009").mkdir()  # no state.json: not whole
+    for name in ("iteration_3", "iteration_000002_backup"):
+        (directory / name).mkdir()
+        (directory / name / "state.json").write_text('{"iteration": 3}')
     assert read_run(directory).checkpoint == "iteration_000002"
 
 

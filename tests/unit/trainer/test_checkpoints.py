@@ -24,12 +24,13 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
-from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints, checkpoint_numbers, read_state
+from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints, read_state
 from mindrlhf.trainer.recipes.ppo_job import fixed_settings
 from mindrlhf.trainer.recipes.rl import trained_models
 from mindrlhf.trainer.resume import find_faults, newest_whole
 from mindrlhf.trainer.update import PPOUpdate
 from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.result_files import checkpoint_numbers
 
 EXCHANGE = HostExchange(Runtime(0, 1))
 
@@ -271,7 +272,7 @@ def test_when_another_rank_cannot_write_this_one_stops_too(training: Training, t
 
     checkpoints = training.checkpoints(tmp_path)
     checkpoints.exchange = Exchange(Runtime(0, 1))
-    with pytest.raises(CheckpointError, match="rank 1 could not write its part"):
+    with pytest.raises(CheckpointError, match=r"rank 1 cannot write .*its log says why"):
         save(training, checkpoints, 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -298,6 +299,9 @@ def test_newer_checkpoints_are_set_aside_not_lost(training: Training, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert find_faults(tmp_path / "left_iteration_000003", EXCHANGE) == []
     assert newest_whole(tmp_path, EXCHANGE, "iteration") == tmp_path / "iteration_000001"
+    save(training, checkpoints, 2)
+    checkpoints.set_newer_aside(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "left_2_iteration_000002"])
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_says_so(training: Training, tmp_path: Path) -> None:

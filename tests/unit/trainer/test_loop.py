@@ -14,13 +14,16 @@ import pytest
 
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
+from mindrlhf.trainer import run as run_module
 from mindrlhf.trainer.checkpoints import Trained, TrainingCheckpoints
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.resume import choose_checkpoint
-from mindrlhf.trainer.run import Run
+from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.shown_metrics import ShownMetrics
+from mindrlhf.trainer.trackers.tracker import Tracker
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError, RewardError
+from mindrlhf.utils.files import check_unlocked, job_lock
 
 
 class Counter:
@@ -150,15 +153,34 @@ def test_a_stopped_run_is_saved_and_continues_as_if_nothing_had_been(
     third = counting(broken, total=4, eval_interval=2, held_out=HELD_OUT)
     assert train(third.run, third)
     assert third.asked == ["begin"]
-    assert "WARNING 5 steps are done and 4 are to be done: nothing is left" in capsys.readouterr().err
+    assert "WARNING 5 steps are done, --epochs asks for 4: nothing is left to do" in capsys.readouterr().err
 
 
-def test_lines_of_a_run_that_ended_before_its_first_checkpoint_go(tmp_path: Path) -> None:
+def test_results_without_a_checkpoint_are_set_aside_and_never_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = counting(tmp_path, total=3, save_at_end=False)
     train(first.run, first)
     second = counting(tmp_path, total=2)
     train(second.run, second)
     assert [line["step"] for line in lines(tmp_path, "metrics")] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path, "left_metrics")] == [1, 2, 3]
+    assert "metrics.jsonl has no checkpoint to it: it is now left_metrics.jsonl" in caplog.text
+
+
+def test_the_directory_is_locked_until_the_trackers_have_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Flushing(Tracker):
+        def close(self) -> None:
+            with pytest.raises(MindRLHFError, match="in use"):
+                check_unlocked(tmp_path)
+
+    monkeypatch.setattr(run_module, "make_trackers", lambda names: [Flushing()])
+    with observed("test", "step", 0, ()) as observers:
+        observers.resources.enter_context(job_lock(tmp_path))
+        assert len(observers.trackers.names) == 2
+    check_unlocked(tmp_path)
 
 
 def test_a_failure_is_recorded_and_saved_before_it_ends_the_run(tmp_path: Path) -> None:

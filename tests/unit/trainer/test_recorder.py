@@ -113,7 +113,9 @@ def test_a_directory_with_an_evaluation_is_used(tmp_path: Path) -> None:
         check_results(tmp_path, "iteration", "ppo", continues=False)
 
 
-def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = recorder(tmp_path)
     for iteration in (1, 2, 3):
         first.add_metrics(metrics(iteration))
@@ -123,8 +125,13 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> N
         file.write('{"iteration": 4, "objec')  # killed while writing
 
     resumed = recorder(tmp_path)
+    caplog.set_level("INFO")
     resumed.rewind(2)
     resumed.add_metrics(metrics(3))
+    said = [
+        f"{tmp_path / name}.jsonl: 1 line(s) after iteration 2 dropped" for name in ("samples", "metrics")
+    ]
+    assert caplog.messages == said
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pytest
 from mindrlhf.checkpoint.manifest import digest_file, write_manifest
 from mindrlhf.configs.keys import JobConfig, ParallelConfig
 from mindrlhf.runtime.device import Runtime
-from mindrlhf.runtime.host_exchange import HostExchange
-from mindrlhf.trainer.checkpoints import TrainingCheckpoints, check_fixed, read_state
+from mindrlhf.runtime.host_exchange import HostExchange, together
+from mindrlhf.trainer.checkpoints import TrainingCheckpoints, appearing, check_fixed, read_state
 from mindrlhf.trainer.recipes.ppo_job import fixed_settings
 from mindrlhf.trainer.resume import (
     choose_checkpoint,
@@ -195,6 +196,46 @@ def test_nothing_but_damaged_ones_is_an_error(tmp_path: Path, tiny_job: JobConfi
         choose(tmp_path, tiny_job)
 
 
+def test_a_directory_that_one_rank_cannot_write_appears_on_none(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "older").touch()
+
+    def write(exchange: Any) -> None:
+        with appearing(final, exchange) as temporary, together(exchange, f"write {temporary}"):
+            temporary.mkdir(exist_ok=True)
+            if exchange.runtime.rank == 1:
+                raise OSError(28, "No space left on device")
+
+    place = tmp_path / ".final.tmp"
+    others = f"rank 1 cannot write {place}; its log says why"
+    cause = f"cannot write {place}: No space left on device; make it writable, or free space"
+    assert on_ranks(3, lambda exchange: fault_of(write, exchange)) == [others, cause, others]
+    assert [path.name for path in tmp_path.rglob("*")] == ["final", "older"]
+
+
+def fault_of(work: Callable[[Any], None], exchange: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        work(exchange)
+    return str(caught.value)
+
+
+def test_a_checkpoint_that_cannot_be_restored_ends_all_ranks(
+    tmp_path: Path, tiny_job: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, 2, tiny_job).rename(tmp_path / ".iteration_000002.old")
+
+    def read_only(path: Path, target: Path) -> Path:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", read_only)
+
+    assert on_ranks(2, lambda exchange: fault_of(partial(tidy, tmp_path), exchange)) == [
+        f"cannot tidy {tmp_path}: Read-only file system; make it writable, or free space",
+        f"rank 0 cannot tidy {tmp_path}; its log says why",
+    ]
+
+
 def test_what_a_killed_run_leaves_is_tidied(tmp_path: Path, tiny_job: JobConfig) -> None:
     for name in (".iteration_000003.tmp", ".iteration_000001.old"):
         make(tmp_path, 1, tiny_job).rename(tmp_path / name)
@@ -295,7 +336,7 @@ def test_other_inputs_are_said_one_by_one_and_recorded(
     }
     (directory / "config.json").write_text(json.dumps(record))
     now = {
-        "mind_dataset_dir": data | {"digest": "cd"},
+        "mind_dataset_dir": data | {"bytes": 10, "digest": "cd"},
         "reward_fn": reward | {"function": "r:g"},
         "weights.ref": data | {"path": "moved"},
     }
@@ -326,6 +367,10 @@ def test_the_critic_of_a_shared_backbone_does_not_matter(tmp_path: Path, tiny_jo
     shared = replace(tiny_job, ppo=replace(tiny_job.ppo, critic="shared"))
     directory = make(tmp_path, 1, shared)
     assert choose(tmp_path, changed(shared, "critic", "model", hidden_size=32)) == directory
+    record = {"configuration": plain(shared), "inputs": {"weights.critic": {"digest": "ab"}}}
+    (directory / "config.json").write_text(json.dumps(record))  # as earlier versions recorded
+    (resumption,) = report_changes(directory, shared, {})
+    assert resumption["changes"] == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"configuration": 3}'])

@@ -20,9 +20,9 @@ from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.recipes.supervised import SupervisedTrainer
-from mindrlhf.trainer.recorder import SKIPPED_FILE
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 from mindrlhf.utils.files import job_lock
+from mindrlhf.utils.result_files import SKIPPED_FILE
 from mindrlhf.utils.seeds import random_stream
 from tests.unit.trainer.stage_runs import (
     PAD,
@@ -177,6 +177,8 @@ def test_from_a_named_checkpoint_into_another_directory(
 
 def test_a_finished_run_without_checkpoints_is_not_trained_anew(run: Run, tmp_path: Path) -> None:
     run("sft", tmp_path, epochs=1)
+    for name in ("step_notes.txt", "step_12"):  # no checkpoints
+        (tmp_path / name).mkdir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(MindRLHFError, match=r"has finished \(final\) and no checkpoint"):
         run("sft", tmp_path, epochs=1, resume_training=True)

@@ -207,21 +207,31 @@ def test_fingerprints_know_content_names_and_sizes(tmp_path: Path) -> None:
         change()
         digests.add(fingerprints({"all": directory})["all"]["digest"])
     assert len(digests) == 4
+    linked = tmp_path / "ranks"
+    linked.mkdir()
+    (linked / "rank_0").symlink_to(directory / "sub")
+    found = fingerprints({}, {"all": linked})["all"]
+    assert found["bytes"] == sum(file.stat().st_size for file in (directory / "sub").iterdir()) > 0
     assert fingerprints({"gone": tmp_path / "none"})["gone"]["bytes"] == 0, "who reads it says so"
 
 
 @pytest.mark.parametrize(("size", "seen"), [(1, 1), (7, 7), (12, 12), (13, 12), (40, 12)])
-def test_of_a_large_file_evenly_spread_blocks_count(
+def test_of_large_weights_evenly_spread_blocks_count_and_of_data_every_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, seen: int
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4)
     monkeypatch.setattr(module, "_BLOCKS", 3)
     path = tmp_path / "weights"
 
-    def digest(changed: int | None = None) -> str:
+    def digests(changed: int | None = None) -> list[str]:
         path.write_bytes(bytes(byte == changed for byte in range(size)))
-        return str(fingerprints({"": path})[""]["digest"])
+        found = fingerprints({"data": path}, {"weights": path})
+        return [found[name]["digest"] for name in ("data", "weights")]
 
-    counted = [byte for byte in range(size) if digest(byte) != digest()]
+    plain = digests()
+    in_data, counted = (
+        [byte for byte in range(size) if digests(byte)[which] != plain[which]] for which in (0, 1)
+    )
+    assert in_data == list(range(size))
     assert len(counted) == seen
     assert {0, size - 1} <= set(counted)
