@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from mindrlhf.chat.conversation import Conversation, Reply
 from mindrlhf.data.jsonl import CValuesReader, open_regular
-from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.errors import DataError, bullet_list
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.progress import ProgressBar
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 REPLY_KEYS = ("prompt", "response", "tokens", "stopped")
 """Of a line of ``--output_file``."""
-_SHOWN_FAULTS = 10
 
 
 def read_prompts(path: Path, *, skip_bad_lines: bool = False) -> list[str]:
@@ -67,9 +66,7 @@ def encode_prompts(
                 faults.append(f"prompt {number}: {error}")
         encoded.append(rows)
     if faults:
-        more = f"\n  ... and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
-        listed = "".join(f"\n  {fault}" for fault in faults[:_SHOWN_FAULTS])
-        raise DataError(f"{len(faults)} prompt(s) cannot be sent:{listed}{more}")
+        raise DataError(f"{len(faults)} prompt(s) cannot be sent:{bullet_list(faults)}")
     return encoded
 
 

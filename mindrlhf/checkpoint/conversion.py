@@ -17,7 +17,6 @@ from mindrlhf.checkpoint.hf_config import (
     hf_config_from_model,
     model_config_from_hf,
     read_hf_config,
-    read_json,
     write_json,
 )
 from mindrlhf.checkpoint.shards import find_weights, open_full, open_parts
@@ -34,7 +33,7 @@ from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.families import family_of
 from mindrlhf.utils.errors import CheckpointError
-from mindrlhf.utils.files import atomic_directory
+from mindrlhf.utils.files import atomic_directory, read_json_object
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.outputs import Output, check_outputs, directory_of
 
@@ -213,7 +212,7 @@ def _base_config(model: ModelConfig, hf_config: Path | None, tokenizer_dir: Path
     if hf_config is not None:
         return read_hf_config(hf_config)
     if tokenizer_dir is not None and (tokenizer_dir / CONFIG_NAME).is_file():
-        beside = read_json(tokenizer_dir / CONFIG_NAME)
+        beside = read_json_object(tokenizer_dir / CONFIG_NAME, CheckpointError)
         if _describes(beside, model):
             return beside
         # A tokenizer is often taken from a larger model of the family, whose config must not be written.
@@ -230,7 +229,7 @@ def _generation_config(
     for place in filter(None, (tokenizer_dir, hf_config)):
         path = (place if place.is_dir() else place.parent) / _GENERATION_NAME
         if path.is_file():
-            return read_json(path)
+            return read_json_object(path, CheckpointError)
     ids = {key: base[key] for key in _TOKEN_IDS if base.get(key) is not None}
     return {"pad_token_id": model.pad_token_id, **ids} if "eos_token_id" in ids else ids
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.checkpoint.element_types import DType
-from mindrlhf.configs.faults import shown
 from mindrlhf.configs.keys import WEIGHTS_KEYS, ModelConfig
 from mindrlhf.models.families import family_of, family_of_hf
 from mindrlhf.utils.errors import CheckpointError, bullet_list
+from mindrlhf.utils.files import read_json_object
 from mindrlhf.utils.provenance import read_provenance
 from mindrlhf.utils.result_files import FINAL
 
@@ -28,7 +28,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """
     check_no_adapter(path)
     file = path / CONFIG_NAME if path.is_dir() else path
-    config = read_json(file)
+    config = read_json_object(file, CheckpointError)
     if read_provenance(file):
         raise CheckpointError(
             f"{file} is the record of a run, not a model's: name weights in the run, such as its {FINAL}/ or "
@@ -105,39 +105,9 @@ def differences(first: ModelConfig, second: ModelConfig) -> list[str]:
     ]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: missing or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror}; copy it again from the model"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): fix it or copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object, got {type(content).__name__}: copy it again from the model"
-        )
-    return content
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object as Hugging Face does."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that occurs twice, Python would silently take the second value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} occurs twice")
-    return found
 
 
 def model_config_from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:

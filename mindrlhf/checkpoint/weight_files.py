@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from mindrlhf.checkpoint.ckpt_file import encode_ckpt, open_ckpt
-from mindrlhf.checkpoint.hf_config import check_no_adapter, read_json
+from mindrlhf.checkpoint.hf_config import check_no_adapter
 from mindrlhf.checkpoint.manifest import Digest
 from mindrlhf.checkpoint.safetensors_file import encode_safetensors, open_safetensors
 from mindrlhf.checkpoint.sources import (
@@ -28,7 +28,7 @@ from mindrlhf.configs.faults import shown
 from mindrlhf.models.families import Family, family_of_names
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.utils.errors import CheckpointError, bullet_list
-from mindrlhf.utils.files import atomic_file
+from mindrlhf.utils.files import atomic_file, read_json_object
 from mindrlhf.utils.outputs import Output, file_of
 from mindrlhf.utils.progress import ProgressBar
 
@@ -158,7 +158,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
     A name that is more than a file name could point outside the directory, so none is accepted.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty: copy it again from the model")
     faults = [

@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.errors import MOST_BULLETS, DataError, bullet_list
 from mindrlhf.utils.outputs import Output, file_of
 
 KEYS = ("prompt", "pos_resp", "neg_resp")
-_SHOWN_FAULTS = 10
 _READ_SIZE = 1 << 20
 
 
@@ -78,7 +77,7 @@ class CValuesReader:
                         sample = self._parse(line, number)
                     except ValueError as fault:
                         self.bad_lines += 1
-                        if len(shown) < _SHOWN_FAULTS:
+                        if len(shown) < MOST_BULLETS:
                             shown.append(f"{self.path}:{number}: {fault}")
                         continue
                     is_any_good = True
@@ -92,11 +91,11 @@ class CValuesReader:
             raise DataError(f"{self.path}: is empty; give a file with one JSON object per line")
 
     def _message(self, shown: list[str], is_any_good: bool) -> str:
-        more = f"\n  ... and {self.bad_lines - len(shown)} more" if self.bad_lines > len(shown) else ""
-        listed = "".join(f"\n  {fault}" for fault in shown)
         noun = "line" if self.bad_lines == 1 else "lines"
         remedy = "or skip bad lines with --skip_bad_lines" if is_any_good else "which has no good line"
-        return f"{self.bad_lines} bad {noun}:{listed}{more}\nfix the file, {remedy}"
+        return (
+            f"{self.bad_lines} bad {noun}:{bullet_list(shown, total=self.bad_lines)}\nfix the file, {remedy}"
+        )
 
     def _parse(self, line: bytes, number: int) -> Sample:
         try:

@@ -25,11 +25,10 @@ from mindrlhf.data.columns import (
     check_tokens,
 )
 from mindrlhf.data.mindrecord import read_rows
-from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.errors import MOST_BULLETS, DataError, bullet_list
 from mindrlhf.utils.progress import ProgressBar
 
 _SCANNED_AT_ONCE = 256
-_SHOWN_FAULTS = 10
 
 CHOSEN = (PRETRAIN_IDS, LOSS_MASK)
 REJECTED = (REJECTED_IDS, REJECTED_MASK)
@@ -158,12 +157,11 @@ class SequenceData:
                         keys.append(hashlib.sha256(prompt.tobytes()).digest())
                     except ValueError as fault:
                         count += 1
-                        if len(faults) < _SHOWN_FAULTS:
-                            faults.append(f"\n  {self.path}: row {number}: {fault}")
+                        if len(faults) < MOST_BULLETS:
+                            faults.append(f"{self.path}: row {number}: {fault}")
                 bar.update(len(numbers))
         if count:
-            more = f"\n  ... and {count - len(faults)} more" if count > len(faults) else ""
-            raise DataError(f"{count} row(s) cannot be used:{''.join(faults)}{more}")
+            raise DataError(f"{count} row(s) cannot be used:{bullet_list(faults, total=count)}")
         return lengths, keys
 
     def _check_row(self, row: Mapping[str, np.ndarray]) -> tuple[list[int], np.ndarray]:

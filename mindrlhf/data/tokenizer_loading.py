@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mindrlhf.data.prompt_format import turn_markup
 from mindrlhf.data.tokenizer import END_OF_TEXT, ChatTemplate, Tokenizer, read_text
-from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer, read_json, token_text
+from mindrlhf.data.tokenizer_qwen2 import Qwen2Tokenizer, token_text
 from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.files import read_json_object
 
 
 def load_tokenizer(
@@ -70,7 +71,7 @@ def read_chat_template(directory: Path, config: Path | None) -> ChatTemplate | N
     Raises:
         DataError: a file cannot be read, or none of the named templates is the default.
     """
-    content = {} if config is None else read_json(config)
+    content = {} if config is None else read_json_object(config, DataError)
     named = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END_OF_TEXT) | content
     tokens = {name: text for name in named if name.endswith("_token") and (text := token_text(named[name]))}
     file = directory / "chat_template.jinja"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import tokenizers as rust
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -24,9 +21,9 @@ from mindrlhf.data.tokenizer import (
     Tokenizer,
     read_text,
 )
-from mindrlhf.utils.errors import DataError
+from mindrlhf.utils.errors import DataError, inline_list
+from mindrlhf.utils.files import read_json_object
 
-_SHOWN_FAULTS = 5
 # Control tokens may be in a vocabulary without a merge that makes them.
 _LOOKS_SPECIAL = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
@@ -137,51 +134,22 @@ def _special_ids(tokens: Mapping[str, int], config: TokenizerConfig, source: str
     )
 
 
-def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        DataError: not JSON, not an object, or a key occurs twice where keys must be unique.
-    """
-
-    def pairs_to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(key for key, _ in pairs)
-        if len(counts) < len(pairs):
-            twice = sorted(key for key, count in counts.items() if count > 1)
-            raise DataError(f"{path}: {len(twice)} tokens occur twice: {_some(map(repr, twice))}")
-        return dict(pairs)
-
-    try:
-        content = json.loads(read_text(path), object_pairs_hook=pairs_to_dict if unique_keys else None)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a JSON {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _some(faults: Iterable[str]) -> str:
-    listed = list(faults)
-    more = f", and {len(listed) - _SHOWN_FAULTS} more" if len(listed) > _SHOWN_FAULTS else ""
-    return ", ".join(listed[:_SHOWN_FAULTS]) + more
-
-
 def read_vocab(path: Path) -> dict[str, int]:
     """Token text to id from ``vocab.json``; ids are exactly 0 .. n - 1.
 
     Raises:
         DataError: a token or an id occurs twice, an id is not an integer, or ids have a gap.
     """
-    vocab = read_json(path, unique_keys=True)
+    vocab = read_json_object(path, DataError)
     wrong = [f"{token!r}: {value!r}" for token, value in vocab.items() if type(value) is not int]
     if wrong:
-        raise DataError(f"{path}: ids that are not integers: {_some(wrong)}")
+        raise DataError(f"{path}: ids that are not integers: {inline_list(wrong)}")
     if not vocab:
         raise DataError(f"{path}: holds no token")
     ids = sorted(vocab.values())
     repeated = sorted({low for low, high in itertools.pairwise(ids) if low == high})
     if repeated:
-        raise DataError(f"{path}: ids used by two tokens: {_some(map(str, repeated))}")
+        raise DataError(f"{path}: ids used by two tokens: {inline_list(repeated)}")
     if ids[0] != 0 or ids[-1] != len(ids) - 1:
         gap = next(wanted for wanted, found in enumerate(ids) if wanted != found)
         raise DataError(
@@ -220,7 +188,7 @@ def read_merges(path: Path, vocab: Mapping[str, int], added: Mapping[str, int]) 
         merges.append((left, right))
     if faults:
         raise DataError(
-            f"{path}: {len(faults)} bad merges: {_some(faults)}; does it belong to another vocabulary?"
+            f"{path}: {len(faults)} bad merges: {inline_list(faults)}; does it belong to another vocabulary?"
         )
     made = {left + right for left, right in merges}
     orphans = [
@@ -230,8 +198,8 @@ def read_merges(path: Path, vocab: Mapping[str, int], added: Mapping[str, int]) 
     ]
     if orphans:
         raise DataError(
-            f"{path}: no merge makes {len(orphans)} tokens of the vocabulary ({_some(map(repr, orphans))}); "
-            "the file is cut short or belongs to another vocabulary"
+            f"{path}: no merge makes {len(orphans)} tokens of the vocabulary "
+            f"({inline_list(map(repr, orphans))}); the file is cut short or belongs to another vocabulary"
         )
     return merges
 
@@ -249,7 +217,7 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
     Raises:
         DataError: not JSON, or an added token has no id, no text, or the text or id of another one.
     """
-    content = read_json(path)
+    content = read_json_object(path, DataError)
     entries = content.get("added_tokens_decoder") or {}
     if not isinstance(entries, Mapping):
         raise DataError(f"{path}: added_tokens_decoder is {type(entries).__name__}, expected an object")

@@ -9,12 +9,13 @@ of this project.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mindrlhf.report.run_data import PPO, Run, Series, recorded
+from mindrlhf.utils.errors import inline_list
 
 MEDIAN_WINDOW = 5
 """Iterations of the running median: up to two adjacent outliers do not count."""
@@ -248,8 +249,8 @@ def not_finite(metrics: Mapping[str, Series], unit: str = "iteration") -> Findin
         return None
     since = min(bad.values())
     first = [name for name, iteration in bad.items() if iteration == since]
-    text = f"NaN or infinity in {_listed(first)} since {unit} {since}"
-    detail = f"{len(bad)} metric(s) hold such values: {_listed(list(bad), 6)}."
+    text = f"NaN or infinity in {inline_list(first, 3)} since {unit} {since}"
+    detail = f"{len(bad)} metric(s) hold such values: {inline_list(bad, 6)}."
     check = "the rewards for NaN." if unit == "iteration" else "the weights it started from."
     remedy = f"Resume from an earlier checkpoint with a lower learning rate; check {check}"
     return Finding("nan", "error", text, detail, remedy, since, first[0])
@@ -403,8 +404,3 @@ def score_change(score: Series) -> tuple[float, float, float] | None:
 def standard_error(first: np.ndarray, last: np.ndarray) -> float:
     """Standard error of the difference of the means of two samples of at least two values each."""
     return math.sqrt(sum(float(values.var(ddof=1)) / len(values) for values in (first, last)))
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.files import read_json_object
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.result_files import (
     CONFIG_FILE,
@@ -332,16 +333,7 @@ def _short(value: Any) -> str:
 
 
 def _read_object(path: Path) -> Line:
-    text = _read_text(path)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: not JSON ({error}); fix or remove the file") from None
-    if not isinstance(value, dict):
-        raise ReportError(f"{path}: expected a JSON object, found {_short(value)}; fix or remove the file")
-    return value
+    return read_json_object(path, ReportError, "fix or remove the file") if path.exists() else {}
 
 
 def _read_text(path: Path) -> str | None:

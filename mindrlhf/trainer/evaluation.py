@@ -26,7 +26,7 @@ from mindrlhf.trainer.recipe import EvaluationResult
 from mindrlhf.trainer.rollout import sample_responses
 from mindrlhf.trainer.samples import choose_rows, sample_texts
 from mindrlhf.trainer.scoring import ExtraScores, judge_rollout
-from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.errors import MindRLHFError, inline_list
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
 
@@ -80,7 +80,7 @@ def held_out_prompts(path: Path, train_path: Path, job: JobConfig, exchange: Hos
         logger.warning(
             "--eval_dataset_dir %s: %d of %d prompts are in --mind_dataset_dir %s too (rows %s), so scores "
             "are not of unseen prompts alone; %s",
-            path, count, total, train_path, _listed(shared), remedy,
+            path, count, total, train_path, inline_list(shared), remedy,
         )  # fmt: skip
     return prompts
 
@@ -154,7 +154,3 @@ def evaluation_result(
         for row in choose_rows(len(evaluation.scores), config.eval_samples)
     ]
     return EvaluationResult(evaluation.metrics(), samples)
-
-
-def _listed(rows: np.ndarray, shown: int = 5) -> str:
-    return ", ".join(map(str, rows[:shown])) + (", ..." if len(rows) > shown else "")

@@ -31,9 +31,8 @@ from mindrlhf.trainer.before_after import summarize, summary_sentence, write_bef
 from mindrlhf.trainer.curves import draw_curves
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.shown_metrics import ShownMetrics
-from mindrlhf.trainer.skipped_updates import shown_ids
 from mindrlhf.trainer.trackers.tracker import RunStart, Trackers
-from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.errors import MindRLHFError, inline_list
 from mindrlhf.utils.files import atomic_file
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.provenance import read_provenance, recipe_of, write_provenance
@@ -135,7 +134,7 @@ class Recorder:
             logger.warning(
                 "update skipped: %s %d, %s, %s: %s; samples %s",
                 *(self.unit, step, where, skipped["model"], skipped["cause"]),
-                shown_ids(skipped["sample_ids"]),
+                inline_list(skipped["sample_ids"]),
             )
         if result.histograms:
             self.trackers.histograms(step, result.histograms)

@@ -11,8 +11,7 @@ import numpy as np
 
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
-
-_SHOWN_IDS = 8
+from mindrlhf.utils.errors import inline_list
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class SkippedUpdates:
         last = new[-1]
         return entries, (
             f"{self.in_a_row} updates in a row were skipped (max_skipped_updates), the last one for this: "
-            f"{last.cause}, samples {shown_ids(sample_ids[last.rows])}; skipped_updates.jsonl lists them "
+            f"{last.cause}, samples {inline_list(sample_ids[last.rows])}; skipped_updates.jsonl lists them "
             "all. Look at the samples and the rewards, lower the learning rate, and resume: training "
             "then continues with the data after these"
         )
@@ -124,12 +123,6 @@ def not_finite(
     whole = not faulty.any() or bool(faulty.all())
     cause = f"{'loss' if faulty.any() else 'gradient'} not finite (gradient norm {norm})"
     return SkippedUpdate(model, cause, rows if whole else rows[faulty], minibatch, norm, whole)
-
-
-def shown_ids(sample_ids: Sequence[int] | np.ndarray) -> str:
-    """The first few ids, for a message."""
-    more = f" and {len(sample_ids) - _SHOWN_IDS} more" if len(sample_ids) > _SHOWN_IDS else ""
-    return ", ".join(str(number) for number in sample_ids[:_SHOWN_IDS]) + more
 
 
 def _json_number(value: float) -> float | str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+MOST_BULLETS = 10
+
 
 class MindRLHFError(Exception):
     """Any error the user can fix; the message names the place, the value and the remedy."""
@@ -19,7 +21,7 @@ class ConfigError(MindRLHFError):
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults: tuple[str, ...] = tuple(faults)
         noun = "error" if len(self.faults) == 1 else "errors"
-        # None is left out: each is a key of its own to be mended.
+        # None is left out: each is a key of its own to be fixed.
         super().__init__(f"{len(self.faults)} configuration {noun}:" + bullet_list(self.faults, most=None))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
@@ -39,8 +41,23 @@ class RewardError(MindRLHFError):
     """A reward function has failed: on every rank, and before anything was trained on its scores."""
 
 
-def bullet_list(lines: Iterable[str], most: int | None = 10) -> str:
-    """The lines below a message that lists faults: ``most`` of them, and how many more there are."""
-    every = list(lines)
-    more = [f"and {len(every) - most} more"] if most is not None and len(every) > most else []
-    return "".join(f"\n  - {line}" for line in [*every[:most], *more])
+def bullet_list(lines: Iterable[str], most: int | None = MOST_BULLETS, total: int | None = None) -> str:
+    """The lines below a message that lists faults.
+
+    Args:
+        lines: one per fault.
+        most: how many are shown, and then how many more there are; ``None``: all of them.
+        total: number of faults, where ``lines`` are only the first ones.
+    """
+    return "".join(f"\n  - {line}" for line in _capped(lines, most, total))
+
+
+def inline_list(items: Iterable[object], most: int = 5, separator: str = ", ") -> str:
+    """The first ``most`` items within a message, and how many more there are."""
+    return separator.join(_capped(items, most))
+
+
+def _capped(items: Iterable[object], most: int | None, total: int | None = None) -> list[str]:
+    every = [str(item) for item in items]
+    more = (total or len(every)) - len(every[:most])
+    return [*every[:most], *([f"and {more} more"] if more else [])]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from mindrlhf.utils.errors import CheckpointError, MindRLHFError
+from mindrlhf.utils.errors import CheckpointError, MindRLHFError, inline_list
 from mindrlhf.utils.logging import get_logger
 
 LOCK_FILE = ".lock"
@@ -25,6 +28,39 @@ logger = get_logger(__name__)
 
 def _temporary(path: Path, label: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{label}-{os.getpid()}")
+
+
+def read_json_object(
+    path: Path, error: type[MindRLHFError], remedy: str = "fix it or copy it again"
+) -> dict[str, Any]:
+    """The JSON object in a UTF-8 file.
+
+    Args:
+        path: the file.
+        error: what is raised.
+        remedy: ends its message.
+
+    Raises:
+        MindRLHFError: ``error``; the file cannot be read, is not JSON or not an object, or in one of its
+            objects a key occurs twice: Python would silently take the second value.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = [f"{key!r:.60}" for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+            raise ValueError(f"keys occur twice: {inline_list(twice)}")
+        return found
+
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique)
+    except OSError as fault:
+        raise error(f"{path}: cannot be read ({fault.strerror}); {remedy}") from fault
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{path}: not JSON ({fault}); {remedy}") from fault
+    if not isinstance(content, dict):
+        raise error(f"{path}: expected a JSON object, found a JSON {type(content).__name__}; {remedy}")
+    return content
 
 
 def sync_to_disk(path: Path) -> None:

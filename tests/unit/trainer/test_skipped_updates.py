@@ -58,4 +58,4 @@ def test_of_many_samples_the_first_are_named() -> None:
     skips = SkippedUpdates(limit=1)
     skips.add(SkippedUpdate("critic", "gradient", np.arange(20), 1, float("inf"), is_whole_minibatch=True))
     skips.end_update(skipped=True)
-    assert "samples 100, 101, 102, 103, 104, 105, 106, 107 and 12 more" in skips.report(IDS)[1]
+    assert "samples 100, 101, 102, 103, 104, and 15 more" in skips.report(IDS)[1]
