@@ -57,7 +57,11 @@ def position_ids(mask: np.ndarray) -> np.ndarray:
 
 
 def policy_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarray:
-    """Response tokens whose log-probs count: ``index <= L``, L the index of the last real token.
+    """Response tokens whose log-probs and values count: ``index <= L``, L the index of the last real token.
+
+    Column t of the values is the state *before* response token t is chosen (model columns ``[:, P-1:-1]``),
+    the score is paid at L, and the episode ends with token L, so the value after it is 0 and is not learned.
+    Other conventions count L + 1 as well (Huang et al., arXiv 2403.17031).
 
     Args:
         response_lengths: (B,) real response tokens, the stop token included; ``L = length - 1``.
@@ -71,24 +75,3 @@ def policy_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarr
     """
     lengths = _checked_lengths(response_lengths, response_columns, "response_lengths")
     return np.arange(response_columns)[None, :] < lengths
-
-
-def value_mask(response_lengths: np.ndarray, response_columns: int) -> np.ndarray:
-    """States whose values count: ``index <= L``.
-
-    The convention: column t holds the value of the state *before* response token t is chosen (model
-    columns ``[:, P-1:-1]``), the score is paid at L, and the episode ends with token L, so the value
-    after it is 0 and is not learned. Hence equal to :func:`policy_mask`; it has its own name because
-    other conventions differ (Huang et al., arXiv 2403.17031, count L + 1 as well).
-
-    Args:
-        response_lengths: (B,) real response tokens, the stop token included.
-        response_columns: R.
-
-    Returns:
-        (B, R) bool.
-
-    Raises:
-        ValueError: a length does not fit the columns.
-    """
-    return policy_mask(response_lengths, response_columns)

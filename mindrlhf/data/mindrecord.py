@@ -268,20 +268,3 @@ def read_rows(path: str | Path, rows: np.ndarray, columns: Sequence[str]) -> lis
     if len(found) != len(different):
         raise DataError(f"{path}: asked for {len(different)} rows, read {len(found)}; the file is damaged")
     return [found[place] for place in places]
-
-
-def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """Whole columns of a MindRecord file, in row order; for small files and tests.
-
-    Returns:
-        Each column as an array (rows, length).
-
-    Raises:
-        DataError: the file cannot be read or has no such column.
-    """
-    found, rows = read_schema(path)
-    missing = [name for name in columns if name not in found]
-    if missing:
-        raise DataError(f"{path}: no column {', '.join(missing)} (the file has {', '.join(sorted(found))})")
-    content = read_rows(path, np.arange(rows), columns)
-    return {name: np.stack([row[name] for row in content]) for name in columns}

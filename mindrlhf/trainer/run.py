@@ -271,7 +271,7 @@ class Run:
             restore_generators(generators)
             saved = self.last_checkpoint or self.save(recipe)
             raise RewardError(
-                f"{error}. The state after {self.unit} {self.step} is saved in {saved}: mend the function, "
+                f"{error}. The state after {self.unit} {self.step} is saved in {saved}: fix the function, "
                 "then resume"
             ) from error
 

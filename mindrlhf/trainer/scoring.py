@@ -74,18 +74,6 @@ def judge_rollout(
     return _ref_logprobs(models, passes), _reward_scores(models, passes)
 
 
-def policy_logprobs(
-    model: SequenceModel, rollout: Rollout, exchange: HostExchange, *, rows_per_pass: int
-) -> np.ndarray:
-    """Log-probs (B, R) of a rollout's responses under a policy's training network, 0 after the end.
-
-    A check of the rollout's own log-probs: before the first update and after every sync the two agree.
-    """
-    passes = _Passes(rollout, exchange, rows_per_pass)
-    logprobs = passes.run(model.groups.mesh, lambda *arrays: policy_outputs(model, *arrays)[0])
-    return np.where(rollout.mask, logprobs, 0.0).astype(np.float32)
-
-
 def policy_outputs(model: SequenceModel, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Log-probs, entropy and values, (B, R) each, of a :class:`PPOModelTrain`, without a gradient."""
     logprobs, entropy, values = model(*map(Tensor, arrays))

@@ -29,7 +29,7 @@ UNITS = ("iteration", "step")
 def checkpoint_numbers(directory: Path, unit: str) -> list[int]:
     """Iterations or steps of the checkpoints below ``directory``, whole or not, newest first.
 
-    Only names that :func:`checkpoint_directory` gives count: ``iteration_3`` is no checkpoint.
+    Only names that :func:`checkpoint_directory` gives count: ``iteration_3`` is not a checkpoint.
     """
     name = re.compile(rf"{unit}_([0-9]{{6}}|[1-9][0-9]{{6,17}})")  # fits an int64
     found = (name.fullmatch(path.name) for path in directory.glob(f"{unit}_*") if path.is_dir())

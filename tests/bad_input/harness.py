@@ -350,6 +350,6 @@ def write_records(path: Path, *, remove: bool = True, **columns: np.ndarray) -> 
 
 def prompt_columns(path: Path) -> dict[str, np.ndarray]:
     """The three columns of a prompt data set."""
-    from mindrlhf.data.mindrecord import read_columns
+    from tests.probes import read_columns
 
     return read_columns(path, ["prompt_ids", "pretrain_ids", "loss_mask"])

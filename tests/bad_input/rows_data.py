@@ -44,7 +44,7 @@ ROWS = [
     Bad("a number where text belongs", DATA,
         lambda c: line(c, 2, '{"prompt": 7, "pos_resp": "a", "neg_resp": "b"}'),
         r"data\.jsonl:2", "'prompt' is int", "expected a string"),
-    Bad("bytes that are no UTF-8", DATA, lambda c: line(c, 4, b'{"prompt": "\xff"}'),
+    Bad("bytes that are not UTF-8", DATA, lambda c: line(c, 4, b'{"prompt": "\xff"}'),
         r"data\.jsonl:4", "not UTF-8 \\(byte 12", "fix the file"),
     Bad("several bad lines", DATA, lambda c: (line(c, 1, "x"), line(c, 7, "[]")),
         r"data\.jsonl:1: .*data\.jsonl:7: ", "2 bad lines", "fix the file"),

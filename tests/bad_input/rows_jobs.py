@@ -245,7 +245,7 @@ PPO_ROWS = [
         "--save_data_file data.jsonl/e_iteration_000001", "Not a directory", "give another path"),
     Bad("resume from nothing", PPO, lambda c: c.give(resume_from="runs/iteration_000001"),
         "--resume_from runs/iteration_000001", "no such directory", "name an existing iteration_NNNNNN"),
-    Bad("resume from a directory that is no checkpoint", PPO, lambda c: c.give(resume_from="hf"),
+    Bad("resume from a directory that is not a checkpoint", PPO, lambda c: c.give(resume_from="hf"),
         "hf", r"no manifest\.json", "name an iteration_NNNNNN directory"),
     Bad("flipped byte in a checkpoint's weights", PPO,
         lambda c: c.flip(f"{checkpoint(c)}/policy/rank_0/checkpoint_0.ckpt", 50),
@@ -277,7 +277,7 @@ PPO_ROWS = [
 LAUNCHER_ROWS = [
     Bad("no workers", LAUNCHER, lambda c: c.give(workers=0),
         "--workers", "got 0", "at least 1"),
-    Bad("workers that are no number", LAUNCHER, lambda c: c.give(workers="two"),
+    Bad("workers that are not a number", LAUNCHER, lambda c: c.give(workers="two"),
         "--workers", "'two'", "invalid int value"),
     Bad("no script", LAUNCHER, lambda c: c.give({"": "no.py"}),
         r"no\.py", "no such script", "give the path of one"),

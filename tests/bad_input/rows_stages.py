@@ -77,7 +77,7 @@ ROWS = [
         "--save_ckpt_dir runs/new", r"earlier run \(metrics\.jsonl\)", "continue with --resume_training"),
     Bad("resume from nothing", SFT, lambda c: c.give(resume_from="runs/step_000001"),
         "--resume_from runs/step_000001", "no such directory", "name an existing step_NNNNNN", REAL),
-    Bad("resume from a directory that is no checkpoint", SFT, lambda c: c.give(resume_from="hf"),
+    Bad("resume from a directory that is not a checkpoint", SFT, lambda c: c.give(resume_from="hf"),
         "hf", r"no manifest\.json", r"step_NNNNNN of sft\.py"),
     Bad("two answers to where a run goes on", SFT,
         lambda c: (stage_checkpoint(c), c.give(resume_training="True")),

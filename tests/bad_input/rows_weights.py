@@ -79,7 +79,7 @@ ROWS = [
     Bad("two inputs", CONVERT, lambda c: c.give(torch_ckpt_dir="other"),
         "--torch_ckpt_dir and --input_path", "different", "give one of them"),
     Bad("no config.json", CONVERT, lambda c: c.remove("hf/config.json"),
-        r"hf/config\.json", "No such file", "copy it again from the model"),
+        r"hf/config\.json", "No such file", "fix it or copy it again"),
     Bad("config.json cut short", CONVERT, lambda c: c.cut("hf/config.json"),
         r"hf/config\.json", r"not JSON \(.*line \d+", "fix it or copy it again"),
     Bad("config.json of another architecture", CONVERT, lambda c: hf_config(c, model_type="llama"),

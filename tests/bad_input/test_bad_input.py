@@ -1,4 +1,4 @@
-"""The table: every bad input ends a script with one error that says where, what and how to mend it."""
+"""The table: every bad input ends a script with one error that says where, what and how to fix it."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_jsonl_gives_the_good_lines_and_names_the_bad_ones(directory: Path, cont
         return
     with pytest.raises(DataError) as caught:
         list(CValuesReader(path, pairs=True))
-    named = re.findall(rf"^  {re.escape(str(path))}:(\d+): ", str(caught.value), re.MULTILINE)
+    named = re.findall(rf"^  - {re.escape(str(path))}:(\d+): ", str(caught.value), re.MULTILINE)
     assert [int(number) for number in named] == bad[:10]
 
 

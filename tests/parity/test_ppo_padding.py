@@ -32,8 +32,9 @@ from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, TokenRewards, make_experience
 from mindrlhf.trainer.reward_shaping import RewardShaper
-from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
+from mindrlhf.trainer.scoring import score_rollout
 from mindrlhf.trainer.update import PPOUpdate, UpdateResult
+from tests.probes import policy_logprobs
 
 RELATIVE = 1e-5
 GROUPS = Groups(Mesh(), 0)

@@ -34,7 +34,7 @@ class RunWorkers(Protocol):
 
 
 def load_launcher() -> ModuleType:
-    """``scripts/msrun_launcher.py`` as a module; scripts are no package."""
+    """``scripts/msrun_launcher.py`` as a module; scripts are not a package."""
     path = REPO_ROOT / "scripts" / "msrun_launcher.py"
     spec = importlib.util.spec_from_file_location("msrun_launcher", path)
     assert spec is not None

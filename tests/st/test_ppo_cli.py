@@ -244,7 +244,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.msrun
 def test_stored_experience_is_what_the_metrics_say(trained: Finished, ppo_inputs: Any) -> None:
-    from mindrlhf.data.mindrecord import read_columns
+    from tests.probes import read_columns
 
     results = trained.directory / "results"
     columns = (

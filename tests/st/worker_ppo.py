@@ -29,10 +29,10 @@ from mindrlhf.trainer.experience import Experience, Rollout, ScoredRollout, Toke
 from mindrlhf.trainer.recipe import StepResult
 from mindrlhf.trainer.recipes import ppo_job, rl
 from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
-from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.update import UpdateResult
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.ranks import env_world_size, is_scheduler
+from tests.probes import policy_logprobs
 
 RESUME_FROM = 1
 evaluate = rl.evaluate

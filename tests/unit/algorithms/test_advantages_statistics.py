@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mindrlhf.algorithms.advantages import gae, reinforce, whiten
-from mindrlhf.algorithms.masks import value_mask
+from mindrlhf.algorithms.masks import policy_mask
 from mindrlhf.algorithms.statistics import explained_variance, masked_var
 
 COLUMNS = 5
@@ -21,7 +21,7 @@ def test_gae_by_hand() -> None:
     """gamma 0.9, lam 0.5. Row 0: delta = 1 + .9*2 - 1 = 1.8, then 2 - 2 = 0 at the end of a 2-token text."""
     rewards = np.array([[1.0, 2.0, 7.0], [0.0, 0.0, 1.0]], dtype=np.float32)
     values = np.array([[1.0, 2.0, 7.0], [0.5, 0.5, 0.5]], dtype=np.float32)
-    advantages, returns = gae(rewards, values, value_mask(np.array([2, 3]), 3), gamma=0.9, lam=0.5)
+    advantages, returns = gae(rewards, values, policy_mask(np.array([2, 3]), 3), gamma=0.9, lam=0.5)
     # Row 1 backwards: 0.5; -0.05 + 0.45 * 0.5 = 0.175; -0.05 + 0.45 * 0.175 = 0.02875.
     np.testing.assert_allclose(advantages, [[1.8, 0.0, 0.0], [0.02875, 0.175, 0.5]], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(returns, [[2.8, 2.0, 0.0], [0.52875, 0.675, 1.0]], rtol=1e-6)
@@ -31,7 +31,7 @@ def test_gae_by_hand() -> None:
 def test_reinforce_by_hand() -> None:
     """gamma 0.5; what stands behind the end is not used."""
     rewards = np.array([[1.0, 2.0, np.nan], [0.0, -2.0, 4.0]], dtype=np.float32)
-    advantages, returns = reinforce(rewards, None, value_mask(np.array([2, 3]), 3), gamma=0.5, lam=0.95)
+    advantages, returns = reinforce(rewards, None, policy_mask(np.array([2, 3]), 3), gamma=0.5, lam=0.95)
     # Row 0 backwards: 2; 1 + 0.5 * 2 = 2. Row 1: 4; -2 + 0.5 * 4 = 0; 0 + 0.5 * 0 = 0. Mean: 8 / 5.
     np.testing.assert_allclose(returns, [[2.0, 2.0, 0.0], [0.0, 0.0, 4.0]])
     np.testing.assert_allclose(advantages, [[0.4, 0.4, 0.0], [-1.6, -1.6, 2.4]], rtol=1e-6)
@@ -50,14 +50,14 @@ def test_gae_without_values_is_refused() -> None:
 def test_lambda_one_gives_the_monte_carlo_return(
     rewards: np.ndarray, values: np.ndarray, lengths: np.ndarray
 ) -> None:
-    mask = value_mask(lengths, COLUMNS)
+    mask = policy_mask(lengths, COLUMNS)
     _, returns = gae(rewards, values, mask, 1.0, 1.0)
     to_go = np.where(mask, rewards, 0.0).astype(float)[:, ::-1].cumsum(axis=1)[:, ::-1]
     np.testing.assert_allclose(returns, np.where(mask, to_go, 0.0), rtol=1e-5, atol=1e-5)
 
 
 def test_gae_uses_nothing_outside_the_mask() -> None:
-    mask = value_mask(np.array([2]), 4)
+    mask = policy_mask(np.array([2]), 4)
     clean = np.array([[1.0, 2.0, 0.0, 0.0]], dtype=np.float32)
     dirty = np.array([[1.0, 2.0, np.nan, np.inf]], dtype=np.float32)
     for got, wanted in zip(

@@ -11,7 +11,6 @@ from mindrlhf.algorithms.masks import (
     attention_mask,
     policy_mask,
     position_ids,
-    value_mask,
 )
 
 IM_END, PAD_AND_EOS = 151645, 151643
@@ -49,10 +48,9 @@ def test_positions_count_the_real_tokens(prompt: int, response: int, left: int, 
     assert positions.max() <= prompt + response
 
 
-def test_policy_and_value_mask_by_hand() -> None:
+def test_policy_mask_by_hand() -> None:
     expected = np.array([[1, 0, 0], [1, 1, 1], [0, 0, 0]], dtype=bool)
-    for mask in (policy_mask, value_mask):
-        np.testing.assert_array_equal(mask(np.array([1, 3, 0], dtype=np.int32), 3), expected)
+    np.testing.assert_array_equal(policy_mask(np.array([1, 3, 0], dtype=np.int32), 3), expected)
 
 
 @pytest.mark.parametrize("lengths", [np.array([4]), np.array([-1]), np.array([1.0]), np.array([[1]])])

@@ -20,7 +20,7 @@ from mindrlhf.data.columns import (
     REJECTED_MASK,
     prompt_length,
 )
-from mindrlhf.data.mindrecord import read_columns, read_schema
+from mindrlhf.data.mindrecord import read_schema
 from mindrlhf.data.preprocess import (
     PreprocessOptions,
     PreprocessSummary,
@@ -33,6 +33,7 @@ from mindrlhf.data.prompt_format import EncodedSample
 from mindrlhf.data.prompts import PromptStream
 from mindrlhf.data.tokenizer import Tokenizer
 from mindrlhf.utils.errors import DataError, MindRLHFError
+from tests.probes import read_columns
 
 COLUMNS = (PROMPT_IDS, PRETRAIN_IDS, LOSS_MASK)
 Around = tuple[tuple[int, ...], tuple[int, ...]]

@@ -252,7 +252,7 @@ class TestFiles:
 
     def test_files_of_another_layout_are_not_mixed(self, tmp_path: Path) -> None:
         write_strategies(tmp_path, {"ref": layouts_on(Mesh(1, 4))}, range(4))
-        write_strategies(tmp_path, {"ref": layouts_on(Mesh(1, 4))}, range(4))  # the same again is no fault
+        write_strategies(tmp_path, {"ref": layouts_on(Mesh(1, 4))}, range(4))  # the same again is not a fault
         before = {path: path.read_bytes() for path in tmp_path.rglob("*.ckpt")}
         with pytest.raises(CheckpointError) as caught:
             write_strategies(tmp_path, {"ref": layouts_on(Mesh(1, 2))}, range(2))

@@ -217,7 +217,7 @@ def test_a_phase_without_progress_is_named_by_the_clock_alone(
 ) -> None:
     monkeypatch.setattr("mindrlhf.trainer.console.plain.SECONDS_BETWEEN_LINES", 0.5)
     with open_console("PPO", "iteration") as console:
-        assert isinstance(console, PlainConsole), "pytest's stderr is no terminal"
+        assert isinstance(console, PlainConsole), "pytest's stderr is not a terminal"
         said, end = "", time.monotonic() + 20
         with PhaseTimer([console]).phase("save"):
             while not said and time.monotonic() < end:

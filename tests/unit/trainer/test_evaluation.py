@@ -15,8 +15,9 @@ from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.evaluation import evaluate, held_out_prompts
 from mindrlhf.trainer.loop import train
-from mindrlhf.trainer.scoring import policy_logprobs, score_rollout
+from mindrlhf.trainer.scoring import score_rollout
 from mindrlhf.utils.errors import MindRLHFError
+from tests.probes import policy_logprobs
 from tests.unit.trainer.evaluated_run import (
     BATCH,
     HELD_OUT,

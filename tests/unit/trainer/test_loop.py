@@ -204,7 +204,7 @@ def test_a_failure_in_the_last_step_says_that_resuming_alone_trains_nothing(tmp_
 def test_rewards_that_fail_cost_no_whole_step(tmp_path: Path) -> None:
     recipe = counting(tmp_path, no_reward="step 2")
     with pytest.raises(
-        RewardError, match=r"no score\. The state after step 2 is saved in .*step_000002: mend"
+        RewardError, match=r"no score\. The state after step 2 is saved in .*step_000002: fix"
     ):
         train(recipe.run, recipe)
     again = counting(tmp_path, held_out=HELD_OUT, eval_interval=3, no_reward="evaluation 3")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.keys import PPOConfig
-from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.trainer import recorder as recorder_module
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import Recorder, RedrawTimer, check_results, write_experience
@@ -20,6 +19,7 @@ from mindrlhf.trainer.shown_metrics import ppo_metrics
 from mindrlhf.trainer.trackers.tracker import Histogram, RunStart, Tracker, Trackers
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.provenance import provenance, write_provenance
+from tests.probes import read_columns
 
 SHOWN = ppo_metrics(PPOConfig())
 EVALUATED = {f"eval/{name}": 0.5 for name in ("scores", "scores_std", "kl", "length", "eos_rate")}

@@ -13,7 +13,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mindrlhf.checkpoint.shards import load_shard
-from mindrlhf.data.mindrecord import read_columns
 from mindrlhf.models.qwen2.layouts import EMBEDDING
 from mindrlhf.models.score_head import SCORE_HEAD_WEIGHT
 from mindrlhf.runtime.signals import StopRequest
@@ -22,6 +21,7 @@ from mindrlhf.trainer.experience import Rollout
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.rl import PPOTrainer
 from mindrlhf.utils.errors import MindRLHFError
+from tests.probes import read_columns
 from tests.unit.trainer.traced_run import (
     BATCH,
     PROMPT,

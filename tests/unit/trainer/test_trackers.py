@@ -140,7 +140,7 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     for tag in ("samples/text_summary", "h"):
         assert [step for step, _ in found[tag]] == [1, 2, 3, 4, 5, 6]
     assert set(found) == {"lr", "eval/scores", "seconds", "prompts", "samples/text_summary", "h"}, (
-        "the step is no scalar"
+        "the step is not a scalar"
     )
 
 

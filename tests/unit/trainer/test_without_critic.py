@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mindrlhf.data.mindrecord import read_columns, read_schema
+from mindrlhf.data.mindrecord import read_schema
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.trainer.checkpoints import check_fixed, read_state
 from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.ppo_job import fixed_settings
 from mindrlhf.utils.errors import CheckpointError
+from tests.probes import read_columns
 from tests.unit.trainer.evaluated_run import EvaluatedRun, assert_same_metrics, lines
 
 

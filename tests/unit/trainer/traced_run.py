@@ -25,11 +25,11 @@ from mindrlhf.trainer.loop import train
 from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
 from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
 from mindrlhf.trainer.run import Observers, Run
-from mindrlhf.trainer.scoring import policy_logprobs
 from mindrlhf.trainer.trackers.tensorboard import TensorBoardTracker
 from mindrlhf.trainer.trackers.tracker import Trackers
 from mindrlhf.trainer.update import UpdateResult
 from mindrlhf.trainer.weight_paths import WeightPaths
+from tests.probes import policy_logprobs
 
 PROMPT, RESPONSE, BATCH, VALID = 32, 5, 4, 1024
 # Smaller than the tiny YAMLs, so that graphs compile fast, with more rows than the tokenizer has ids.

@@ -14,7 +14,33 @@ from typing import Any
 import pytest
 
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
-from mindrlhf.utils.files import atomic_directory, atomic_file, job_lock, parents_of, probe_directory
+from mindrlhf.utils.files import (
+    atomic_directory,
+    atomic_file,
+    job_lock,
+    parents_of,
+    probe_directory,
+    read_json_object,
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', r"not JSON \(keys occur twice: 'b'\); fix it or copy it again"),
+        (b'{"a": "\xff"}', r"not JSON \('utf-8'"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "expected a JSON object, found a JSON list"),
+        (None, r"cannot be read \(No such file or directory\)"),
+    ],
+)
+def test_a_json_object(tmp_path: Path, content: bytes | None, fault: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": {}}')
+    assert read_json_object(path, CheckpointError) == {"a": {}}
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"a\.json: {fault}"):
+        read_json_object(path, CheckpointError)
 
 
 def test_file_appears_only_when_whole(tmp_path: Path) -> None:
