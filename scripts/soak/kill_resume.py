@@ -31,6 +31,7 @@ from job_inputs import REPOSITORY, SPLITS, JobInputs
 
 from mindrlhf.utils.command_line import run_main
 from mindrlhf.utils.errors import MindRLHFError
+from mindrlhf.utils.result_files import METRICS_FILE, checkpoint_numbers
 from mindrlhf.utils.tables import markdown_table
 
 PHASES = ("rollout", "train", "sync", "save")
@@ -198,12 +199,12 @@ def phase_seconds(straight: list[dict[str, Any]], phase: str, *, is_compiling: b
 
 def newest(save: Path) -> int:
     """The iteration of the newest checkpoint."""
-    return max((int(path.name.rsplit("_", 1)[1]) for path in save.glob("iteration_*")), default=0)
+    return max(checkpoint_numbers(save, "iteration"), default=0)
 
 
 def read_metrics(save: Path) -> list[dict[str, Any]]:
     """The complete lines of metrics.jsonl."""
-    path = save / "metrics.jsonl"
+    path = save / METRICS_FILE
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
