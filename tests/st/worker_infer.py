@@ -95,7 +95,7 @@ def chat(groups: Groups, runtime: Runtime) -> list[int]:
         name="random", sizes=SimpleNamespace(model=config), tokenizer=tokenizer, shards=shards
     )
     options = ChatOptions(checkpoint=Path(), max_tokens=RESPONSE, temperature=1.0, top_p=1.0)
-    generator = ReplyGenerator(saved, groups, options, notice=lambda text: None)
+    generator = ReplyGenerator(saved, groups, options, [VALID - 1], notice=lambda text: None)
     workers = WorkerGroup([generator], HostExchange(runtime), seed=5)
     if not runtime.is_main:
         workers.serve()
