@@ -160,24 +160,32 @@ def write_rows(path: Path, schema: Mapping[str, Column], batches: Iterable[Batch
     # Here, not at the top: it costs two seconds, which a mistyped flag should not.
     from mindspore.mindrecord import FileWriter
 
-    writer = FileWriter(str(path), shard_num=1)
-    writer.add_schema(
-        {name: {"type": column.dtype, "shape": [column.length]} for name, column in schema.items()}
-    )
+    with _as_os_error():
+        writer = FileWriter(str(path), shard_num=1)
+        writer.add_schema(
+            {name: {"type": column.dtype, "shape": [column.length]} for name, column in schema.items()}
+        )
     rows = 0
     for batch in batches:
         size = _check_batch(batch, schema)
-        if size == 0:
-            continue
-        try:
-            writer.write_raw_data([{name: batch[name][i] for name in schema} for i in range(size)])
-        except RuntimeError as error:
-            raise OSError(f"MindRecord: {_first_line(error)}") from error
+        if size:
+            with _as_os_error():
+                writer.write_raw_data([{name: batch[name][i] for name in schema} for i in range(size)])
         rows += size
     if rows == 0:
         raise DataError(f"{path.name}: no row to write")
-    writer.commit()
+    with _as_os_error():
+        writer.commit()
     return rows
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Turns MindSpore's errors, of a device that is full for example, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"MindRecord: {_first_line(error)}") from error
 
 
 def _check_batch(batch: Batch, schema: Mapping[str, Column]) -> int:

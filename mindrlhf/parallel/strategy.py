@@ -129,8 +129,8 @@ def read_strategy(path: Path) -> Strategy:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (DecodeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged or is not a strategy file of one model ({error}); write it again with "
-            "--only_save_strategy True"
+            f"{path} is damaged or is not a strategy file of one model ({error}); remove it, and write it "
+            "again with --only_save_strategy True"
         ) from error
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mindrlhf.checkpoint.conversion import hf_output
+from mindrlhf.checkpoint.manifest import MANIFEST_FILE
 from mindrlhf.checkpoint.weight_files import weights_output
 from mindrlhf.configs.fields import keys_of
 from mindrlhf.configs.flags import PPOOptions, RunOptions
 from mindrlhf.data.mindrecord import index_path, record_outputs, step_path
+from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.outputs import Output, check_outputs, check_place
 from mindrlhf.utils.provenance import read_provenance
 from mindrlhf.utils.result_files import CONFIG_FILE
@@ -29,6 +31,9 @@ def check_strategy_outputs(options: PPOOptions, directory: Path) -> None:
 
 def check_run_outputs(options: RunOptions, save: Path, unit: str) -> None:
     """Holds all that a run writes against all that it reads, and against what is there."""
+    for place in (save, *save.absolute().parents):
+        if (place / MANIFEST_FILE).is_file():
+            raise MindRLHFError(f"--save_ckpt_dir {save}: {place} is a checkpoint; give another directory")
     paths, replaces = _paths(options), replaceable(options, save)
     outputs, there = [Output("--save_ckpt_dir", save, names=_RESULTS)], []
     for flag, overwrite in replaces.items():

@@ -47,10 +47,9 @@ def load_reward_function(name: str) -> RewardFunction:
         sys.path.append(directory)
     try:
         function = getattr(_import_file(path) if is_file else importlib.import_module(place), function_name)
-    except Exception as error:  # the module runs when it is imported
-        raise MindRLHFError(
-            f"--reward_fn {name!r}: {_described(error)}; the module must be importable here"
-        ) from error
+    except (Exception, SystemExit) as error:  # the module runs when it is imported
+        hint = "; the module must be importable here" if isinstance(error, ImportError) else ""
+        raise MindRLHFError(f"--reward_fn {name!r}: {_described(error)}{hint}") from error
     if not callable(function):
         raise MindRLHFError(f"--reward_fn {name!r}: {function_name} is not a function; name a function of it")
     return cast(RewardFunction, function)
@@ -66,7 +65,7 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """The error with the innermost line of the user's own code, or else of a library that it calls."""
     own = (__file__, importlib.__file__, "<frozen ")
     places = [
@@ -150,7 +149,7 @@ def _call(
     try:
         result = cast("Iterable[object] | None", function(prompts, responses))
         returned = None if result is None else list(result)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(_find_failing_sample(function, prompts, responses, sample_ids, error)) from error
     remedy = "return a number for every sample, such as 0.0 where none applies"
     if returned is None:
@@ -176,12 +175,12 @@ def _find_failing_sample(
     prompts: list[str],
     responses: list[str],
     sample_ids: np.ndarray,
-    error: Exception,
+    error: BaseException,
 ) -> str:
     """Finds the sample that makes the function raise by giving it one at a time."""
     for prompt, response, sample_id in zip(prompts, responses, sample_ids, strict=True):
         try:
             list(function([prompt], [response]))
-        except Exception as own:
+        except (Exception, SystemExit) as own:
             return f"--reward_fn raised {_described(own)} for sample {sample_id}, response {response!r}"
     return f"--reward_fn raised {_described(error)} (for the whole batch, for no single sample)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -193,10 +194,12 @@ class Run:
         """
         self.step = self.checkpoints.load(checkpoint, recipe.trained, recipe.stateful)
         self._check_held_out(recipe.held_out)  # before any result is changed
+        # With nothing left to do, later results stay: the total may be a slip of the pen.
+        last_kept = self.step if self.step < recipe.schedule.total else sys.maxsize
         with together(self.exchange, f"set aside later results in {self.directory}"):
-            self.checkpoints.set_newer_aside(self.step)
+            self.checkpoints.set_newer_aside(last_kept)
             if self.recorder is not None:
-                self.recorder.rewind(self.step)
+                self.recorder.rewind(last_kept)
         logger.info("resumed from %s after %s %d", checkpoint, self.unit, self.step)
 
     def _check_held_out(self, held_out: HeldOut | None) -> None:

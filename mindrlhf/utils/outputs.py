@@ -121,12 +121,14 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[tuple[str, Path | 
 
 
 def _files_in(read: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, Path]]:
-    """The files of directories that are read; of their subdirectories those that may lie elsewhere too."""
+    """The files of directories that are read; of their subdirectories those that lie elsewhere, too."""
     for flag, path in read:
         yield from ((flag, file) for file in path.glob("*") if file.is_file())
-        for file in path.glob("*/*"):
+        place = Path(os.path.realpath(path))
+        for file in path.glob("*/*"):  # the depth of rank directories
             with suppress(OSError):
-                if file.is_file() and (file.is_symlink() or file.stat().st_nlink > 1):
+                is_here = os.path.realpath(file) == str(place / file.relative_to(path))
+                if file.is_file() and (not is_here or file.stat().st_nlink > 1):
                     yield flag, file
 
 

@@ -46,6 +46,9 @@ _NUMERICS: dict[str, Foreign] = {
     "layer_types": Foreign((None,), "give a model whose layers are all of type full_attention"),
     "attention_dropout": Foreign((0, None), "set it to 0: dropout would make old and new log-probs differ"),
     "quantization_config": Foreign((None, {}), "give the model before it was quantized"),
+    "compression_config": Foreign((None, {}), "give the model before it was compressed"),
+    "dual_chunk_attention_config": Foreign((None, {}), "remove it: attention is of the whole context here"),
+    "is_causal": Foreign((True, None), "give a model that generates: every token attends to those before it"),
 }
 
 CAUSAL_LM = "Qwen2ForCausalLM"
@@ -84,9 +87,11 @@ def _is_default(key: str, config: Mapping[str, Any]) -> bool:
     if key == "layer_types" and isinstance(value, list):
         return all(kind == "full_attention" for kind in value)
     if key.startswith("rope_") and isinstance(value, Mapping):  # transformers 5 always writes rope_parameters
-        kind, rotated = value.get("rope_type", value.get("type")), value.get("partial_rotary_factor")
+        kinds = [value[name] for name in ("rope_type", "type") if value.get(name) is not None]
         nested = any(isinstance(entry, Mapping) for entry in value.values())
-        return kind in ("default", None) and rotated in (1, None) and not nested
+        scales = "factor" in value and not kinds
+        whole = value.get("partial_rotary_factor") in (1, None)
+        return whole and not nested and not scales and all(kind == "default" for kind in kinds)
     return value is None
 
 

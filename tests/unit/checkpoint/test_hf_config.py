@@ -48,6 +48,10 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768
     [
         ("rope_scaling", YARN),
         ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "default", "type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"factor": 4.0}),
+        ("dual_chunk_attention_config", {"chunk_size": 8}),
+        ("is_causal", False),
         ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e6}),
         ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),

@@ -92,6 +92,19 @@ def interrupted() -> Iterator[dict[str, np.ndarray]]:
     raise KeyboardInterrupt
 
 
+def test_a_full_device_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mindspore.mindrecord import FileWriter
+
+    def full(self: object) -> None:
+        raise RuntimeError("Unexpected error. Failed to seekp file.\nPlease create an issue")
+
+    monkeypatch.setattr(FileWriter, "commit", full)
+    batch = {"prompt_ids": np.ones((1, 2), np.int32)}
+    with pytest.raises(DataError, match=r"cannot be written .*Failed to seekp file.*; free space"):
+        write_mindrecord(tmp_path / "x.mindrecord", {"prompt_ids": Column("int32", 2)}, [batch])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_existing_output(tmp_path: Path) -> None:
     path = tmp_path / "a.mindrecord"
     write_mindrecord(path, SCHEMA, batches(2))

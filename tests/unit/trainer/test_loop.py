@@ -151,7 +151,9 @@ def test_a_stopped_run_is_saved_and_continues_as_if_nothing_had_been(
         )
         assert one == other
     third = counting(broken, total=4, eval_interval=2, held_out=HELD_OUT)
+    before = {path: path.read_bytes() for path in broken.glob("*.jsonl")}
     assert train(third.run, third)
+    assert before == {path: path.read_bytes() for path in before}, "later results stay"
     assert third.asked == ["begin"]
     assert "WARNING 5 steps are done, --epochs asks for 4: nothing is left to do" in capsys.readouterr().err
 

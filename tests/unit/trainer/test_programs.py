@@ -265,6 +265,15 @@ def test_a_run_replaces_what_it_wrote_before_alone(configs: Path, tmp_path: Path
             run_ppo(options(configs, tmp_path, **given, **changes))
 
 
+def test_a_checkpoint_is_no_place_for_results(configs: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "iteration_000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    for save in (checkpoint, checkpoint / "new"):
+        with pytest.raises(MindRLHFError, match="iteration_000002 is a checkpoint; give another directory"):
+            run_ppo(options(configs, tmp_path, save_ckpt_dir=save, resume_from=checkpoint))
+
+
 def test_files_of_experience_are_replaced_on_demand_alone(configs: Path, tmp_path: Path) -> None:
     """However many there are; a path that is like theirs may not be an input."""
     for step in range(2000):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -137,6 +138,11 @@ def test_texts_that_cannot_be_made_stop_every_rank(
     assert [packet[-1] for packet in told] == [1]
 
 
+def test_a_function_that_exits_is_a_fault(score: Callable[[object], np.ndarray]) -> None:
+    with pytest.raises(MindRLHFError, match=r"--reward_fn raised SystemExit: 3 .* for sample 70"):
+        score(lambda prompts, responses: sys.exit(3))
+
+
 def test_loads_a_module_of_the_working_directory_or_a_file(
     score: Callable[[object], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,14 +169,16 @@ def test_loads_a_module_of_the_working_directory_or_a_file(
         ("syntax.py:f", r"SyntaxError: .*\(syntax\.py, line 1\)"),
         (
             "fails.py:f",
-            r"ZeroDivisionError: division by zero at /.*fails\.py:2; the module must be importable",
+            r"ZeroDivisionError: division by zero at /.*fails\.py:2$",
         ),
         ("fails.py", r"file\.py:function"),
+        ("exits.py:f", r"SystemExit: 0 at /.*exits\.py:1$"),
     ],
 )
 def test_bad_names(name: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "syntax.py").write_text("def f(:\n")
     (tmp_path / "fails.py").write_text("\n1 / 0\n")
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MindRLHFError, match=fault):
         load_reward_function(name)

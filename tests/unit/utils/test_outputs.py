@@ -70,6 +70,17 @@ def test_a_new_name_in_the_working_directory_may_lie_in_an_input(here: Path) -> 
     assert "the working directory" in refusal(new("../here"))
 
 
+def test_files_behind_links_are_inputs(here: Path) -> None:
+    for place in ("store/rank_0", "ranks/rank_1"):
+        (here / place).mkdir(parents=True)
+    (here / "store" / "rank_0" / "part").write_text("text")
+    (here / "store" / "file").write_text("text")
+    (here / "ranks" / "rank_0").symlink_to(here / "store" / "rank_0")
+    (here / "ranks" / "rank_1" / "part").symlink_to(here / "store" / "file")
+    for path in ("store/rank_0/part", "store/file"):
+        assert "is --in ranks/rank_" in refusal(new(path, overwrite=True), **{"in": "ranks"})
+
+
 def test_outputs_are_held_against_each_other() -> None:
     assert "--out new: holds --out new/x" in refusal(new("new/x"), new("new"))
     assert "--out new: is --out x/../new" in refusal(new("new"), new("x/../new"))
