@@ -41,12 +41,11 @@ def check_run_outputs(options: RunOptions, save: Path, unit: str) -> None:
         if flag in _KINDS:
             outputs.append(output_of(flag, path, overwrite=overwrite))
             continue
-        record_outputs(flag, path)  # MindRecord takes the name
         of_a_step = re.escape(step_path(path, unit, "@").name).replace("@", r"\d+")
         outputs.append(Output(flag, path.parent, names=re.compile(rf"{of_a_step}(\.db)?")))
-        for file in path.parent.glob("*"):
-            if re.fullmatch(of_a_step, file.name):
-                there += record_outputs(flag, file, overwrite=overwrite)
+        found = {file for file in path.parent.glob("*") if re.fullmatch(of_a_step, file.name)}
+        for file in sorted({step_path(path, unit, f"{1:06d}"), *found}):
+            there += record_outputs(flag, file, overwrite=overwrite)
     if options.continues_in(save):
         paths.pop("--resume_from", None)
     indices = [(flag, index_path(path)) for flag, path in paths.items() if flag.endswith("_dataset_dir")]
