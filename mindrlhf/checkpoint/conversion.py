@@ -12,6 +12,7 @@ from typing import Any
 from mindrlhf.checkpoint.element_types import DType, parse_dtype
 from mindrlhf.checkpoint.hf_config import (
     CONFIG_NAME,
+    HF_WEIGHTS_NAME,
     differences,
     finish_hf_config,
     hf_config_from_model,
@@ -55,7 +56,6 @@ TOKENIZER_FILES = (
 _GENERATION_NAME = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-_SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 
 
@@ -309,7 +309,7 @@ def hf_output(flag: str, path: Path, *, overwrite: bool = False) -> Output:
 
 def _is_ours(entry: Path) -> bool:
     known = entry.name in (CONFIG_NAME, _GENERATION_NAME, *TOKENIZER_FILES)
-    return entry.is_file() and (known or _SHARD_NAME.fullmatch(entry.name) is not None)
+    return entry.is_file() and (known or HF_WEIGHTS_NAME.fullmatch(entry.name) is not None)
 
 
 def write_hf_directory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mindrlhf.utils.result_files import FINAL
 
 CONFIG_NAME = "config.json"
 _ADAPTER_NAME = "adapter_config.json"
+HF_WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 NO_LANGUAGE_MODEL = "holds a reward model or a critic, which cannot generate text; give a policy"
 
 
@@ -67,16 +69,19 @@ def check_language_model(path: Path) -> None:
 
 
 def check_described(path: Path, model: ModelConfig, where: str = "the YAML") -> None:
-    """Refuses a directory of weights whose ``config.json``, if it has one, describes another model.
+    """Refuses weights whose ``config.json``, if there is one, describes another model.
 
     Args:
-        path: a directory, or a file of weights, which describes nothing.
+        path: a directory or a file of weights. A file is described by what is beside it only when it is named
+            as in a Hugging Face directory.
         model: what the weights are loaded into.
         where: what says so, for the message.
 
     Raises:
         CheckpointError: names every value that differs; or as :func:`model_config_from_hf`.
     """
+    if HF_WEIGHTS_NAME.fullmatch(path.name) and not read_provenance(path.parent / CONFIG_NAME):
+        path = path.parent
     check_no_adapter(path)
     if (path / CONFIG_NAME).is_file():
         stated = model_config_from_hf(read_hf_config(path), str(path / CONFIG_NAME))

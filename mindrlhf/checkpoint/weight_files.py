@@ -25,7 +25,7 @@ from mindrlhf.checkpoint.sources import (
 )
 from mindrlhf.checkpoint.torch_file import TorchSource
 from mindrlhf.configs.faults import shown
-from mindrlhf.models.families import Family, family_of_names
+from mindrlhf.models.families import Family, family_of_names, is_model
 from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.utils.errors import CheckpointError, bullet_list
 from mindrlhf.utils.files import atomic_file, read_json_object
@@ -239,12 +239,13 @@ def weights_output(flag: str, path: Path, *, overwrite: bool = False) -> Output:
         CheckpointError: it is named otherwise.
     """
     check_suffix(path, f"{flag} ")
-    return Output(flag, path, file_of("a weights file", _is_weights_file), overwrite)
+    return Output(flag, path, file_of("a file of model weights", _is_model), overwrite)
 
 
-def _is_weights_file(path: Path) -> bool:
+def _is_model(path: Path) -> bool:
+    """Whether a file holds the weights of a model, and not an optimizer's moments, for example."""
     try:
         with _open_file(path) as source:
-            return bool(source.tensors)
+            return is_model(source.tensors)
     except CheckpointError:
         return False

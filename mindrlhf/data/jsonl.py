@@ -164,7 +164,7 @@ def count_lines(path: str | Path) -> int:
 
 
 def rows_output(flag: str, path: Path, keys: Collection[str], *, overwrite: bool = False) -> Output:
-    """A jsonl file whose rows have these keys, for :func:`mindrlhf.utils.outputs.check_outputs`."""
+    """A jsonl file whose rows have just these keys, for :func:`mindrlhf.utils.outputs.check_outputs`."""
 
     def is_one(path: Path) -> bool:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -172,6 +172,6 @@ def rows_output(flag: str, path: Path, keys: Collection[str], *, overwrite: bool
                 row = json.loads(file.readline())
             except (ValueError, RecursionError):
                 return False
-        return isinstance(row, dict) and row.keys() >= set(keys)
+        return isinstance(row, dict) and row.keys() == set(keys)
 
     return Output(flag, path, file_of(f"a jsonl file with {', '.join(keys)}", is_one), overwrite)

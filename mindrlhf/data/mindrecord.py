@@ -101,7 +101,7 @@ def write_mindrecord(
 
     Raises:
         MindRLHFError: the output exists or cannot be written.
-        DataError: there is no row to write.
+        DataError: the data set would be empty.
         ValueError: a batch does not fit the schema.
     """
     check_outputs(record_outputs("output", path, overwrite=overwrite), [])
@@ -153,7 +153,7 @@ def write_rows(path: Path, schema: Mapping[str, Column], batches: Iterable[Batch
     """Writes a MindRecord file to a path of :func:`atomic_records`; returns the number of rows.
 
     Raises:
-        DataError: there is no row to write.
+        DataError: the data set would be empty.
         OSError: the file cannot be written.
         ValueError: a batch does not fit the schema.
     """
@@ -173,7 +173,7 @@ def write_rows(path: Path, schema: Mapping[str, Column], batches: Iterable[Batch
                 writer.write_raw_data([{name: batch[name][i] for name in schema} for i in range(size)])
         rows += size
     if rows == 0:
-        raise DataError(f"{path.name}: no row to write")
+        raise DataError(f"{path.name}: there are no rows to write")
     with _as_os_error():
         writer.commit()
     return rows

@@ -104,7 +104,7 @@ class PromptFormat:
         if prompt.count(_MESSAGE) != 1:
             raise self._unusable("does not show the user's message once")
         before, _, after = prompt.partition(_MESSAGE)
-        self.example = f"{before}...{after}"
+        self.example = tokenizer.shown(f"{before}...{after}")
         self.prefix, self.suffix = tokenizer.encode_markup([before, after])
         self._opening = next((i for i in self.prefix[::-1] if i in tokenizer.control_ids), None)
         self._lead = tokenizer.control_tokens.split(before)[-1]

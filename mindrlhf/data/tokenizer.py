@@ -111,11 +111,15 @@ class Tokenizer(ABC):
             lambda found: "".join(chr(_BYTE + byte) for byte in found[0].encode()), text
         )
 
+    def shown(self, text: str) -> str:
+        """A text of :meth:`without_markup` as people wrote it."""
+        return _BYTES.sub(_plain, text)
+
     def encode_markup(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, the added tokens in it included."""
         rows = [self.markup.split(text) for text in texts]
         ordinary = list(dict.fromkeys(part for row in rows for part in row[::2]))  # templates repeat theirs
-        encoded = self.encode_batch([_BYTES.sub(_plain, part) for part in ordinary])
+        encoded = self.encode_batch([self.shown(part) for part in ordinary])
         ids = dict(zip(ordinary, encoded, strict=True))
         ids |= {text: [number] for text, number in self.added_tokens.items()}
         return [[number for part in row for number in ids[part]] for row in rows]

@@ -1,7 +1,7 @@
 """Decode steps on CPU as one operator per half layer; see ``decode_steps.cpp``.
 
-The approach of vLLM and FasterTransformer on GPUs: with one token per sequence, a layer takes at least as
-long as reading its weights, so nothing else may slow it down.
+This follows vLLM and FasterTransformer on GPUs. With one token per sequence, decoding is bound by reading the
+weights, so everything else in a layer must hide behind that.
 """
 
 from __future__ import annotations

@@ -114,13 +114,22 @@ def check_families(configs: Iterable[RunConfig]) -> None:
         raise ConfigError(tuple(faults))
 
 
+def is_model(names: Collection[str]) -> bool:
+    """Whether weights with these names, canonical or Hugging Face's, are a model of some family."""
+    return any(_has(family, names) for family in FAMILIES.values())
+
+
+def _has(family: Family, names: Collection[str]) -> bool:
+    return family.layouts.EMBEDDING in names or bool(family.weight_names.is_hf(names))
+
+
 def family_of_names(names: Collection[str]) -> Family:
     """The family whose weights have these names, canonical or Hugging Face's.
 
     Where none is recognised, the first: no name then belongs to a weight of any family.
     """
     for family in FAMILIES.values():
-        if family.layouts.EMBEDDING in names or family.weight_names.is_hf(names):
+        if _has(family, names):
             return family
     return next(iter(FAMILIES.values()))
 

@@ -84,7 +84,7 @@ class Stateful(Protocol):
 
 
 def discard(path: Path) -> None:
-    """Removes what is no longer needed; a failure is a warning, because it must not end a job.
+    """Removes a file or directory; logs a warning if that fails, because cleaning up must not end a job.
 
     A link is removed, and what it names stays.
     """
@@ -337,8 +337,8 @@ def check_fixed(directory: Path, before: Mapping[str, Any], now: Mapping[str, An
         before, now: the ``fixed`` settings of the checkpoint and of this job.
 
     Raises:
-        CheckpointError: names every setting that differs, with both values; those that only one of the two
-            has are named when there is no other.
+        CheckpointError: lists every setting that differs, with both values. Settings that only one side has
+            follow from these, and are listed only when there are none.
     """
     changes = [
         f"{key}: {before[key]} in the checkpoint, {now[key]} now"

@@ -194,7 +194,7 @@ class Run:
         """
         self.step = self.checkpoints.load(checkpoint, recipe.trained, recipe.stateful)
         self._check_held_out(recipe.held_out)  # before any result is changed
-        # With nothing left to do, later results stay: the total may be a slip of the pen.
+        # With nothing left to do, later results stay: the total may be a typing error.
         last_kept = self.step if self.step < recipe.schedule.total else sys.maxsize
         with together(self.exchange, f"set aside later results in {self.directory}"):
             self.checkpoints.set_newer_aside(last_kept)
@@ -363,7 +363,7 @@ def open_run(
         listeners: of the phases, after a watchdog.
 
     Raises:
-        MindRLHFError: there is no checkpoint to resume from as the flags ask for.
+        MindRLHFError: the checkpoint to resume from is missing or damaged.
     """
     replaces = replaceable(options, checkpoints.directory)  # before the record is written anew
     checkpoints.outputs = further_outputs(options)

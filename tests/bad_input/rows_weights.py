@@ -130,7 +130,7 @@ ROWS = [
         r"policy\.ckpt", "exists", "give another path, or --overwrite"),
     Bad("output is something else", CONVERT,
         lambda c: (c.write("out.ckpt", "mine"), c.give(overwrite=True)),
-        r"out\.ckpt", "is not a weights file", "give another path"),
+        r"out\.ckpt", "is not a file of model weights", "give another path"),
     Bad("output is what the input links to", CONVERT,
         lambda c: ((c / "hf/model.safetensors").rename(c / "blob.safetensors"),
                    (c / "hf/model.safetensors").symlink_to("../blob.safetensors"),

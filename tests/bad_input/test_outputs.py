@@ -6,6 +6,7 @@ Whatever happens, a file that was there is bit for bit what it was, or it was to
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindrlhf.utils.provenance import provenance
 from tests.bad_input import harness
 from tests.bad_input.harness import CHAT, CONVERT, DATA, PPO, REPORT, REWARD, SFT, TRANSFORM, Case
 
@@ -34,8 +36,8 @@ PROGRAMS: dict[str, tuple[Path, dict[str, Any] | None, dict[str, str], int]] = {
     "chat": (CHAT, None, {"--output_file": "out.jsonl"}, 50),
     "report": (REPORT, None, {"--output": "out.html"}, 20),
     "ppo": (PPO, None, SAVED | {"--export_hf_dir": "out_hf", "--save_data_file": "x.mindrecord"}, 20),
-    "sft": (SFT, None, SAVED | FULL | {"--export_hf_dir": "out_hf"}, 12),
-    "reward model": (REWARD, None, SAVED | FULL, 12),
+    "sft": (SFT, None, SAVED | FULL | {"--export_hf_dir": "out_hf"}, 24),
+    "reward model": (REWARD, None, SAVED | FULL, 24),
 }
 FAILING = [*[(Path, "replace")] * 4, (Path, "mkdir"), (os, "fsync"), (shutil, "copyfile")]
 """Calls that name and write files; the first is what replaces them."""
@@ -56,6 +58,9 @@ def make_case(source: Path, directory: Path, program: str) -> Case:
     }.items():
         (harness.link_files if (case / old).is_dir() else os.link)(case / old, case / new)
     case.write("out.jsonl", '{"prompt": "", "response": "", "tokens": 1, "stopped": true}\n')
+    # Results of another program, which no flag allows to touch.
+    case.write("saved/metrics.jsonl", '{"step": 1}\n')
+    (case / "saved" / "config.json").write_text(json.dumps(provenance({"stage": "another"})))
     case.write("out.html", '<meta name="generator" content="MindRLHF report"></html>')
     return case
 
@@ -152,6 +157,8 @@ def test_nothing_is_destroyed(
         asked = {os.path.realpath(case / case.flags[flag]) for flag in outputs}
         if overwrite := draw.random() < 0.6:
             case.give(overwrite="True" if case.script in (PPO, SFT, REWARD) else True)
+        if case.script in (PPO, SFT, REWARD) and draw.random() < 0.4:
+            case.give(resume_training="True")
         fault = (*draw.choice(FAILING), draw.choice([-1, *range(5)]), draw.choice(ERRORS))
         before, code = case.listing(), 1
         with failing(*fault):
@@ -161,6 +168,7 @@ def test_nothing_is_destroyed(
         for name in (name for name, content in before.items() if after.get(name) != content):
             places = [os.path.realpath(place) for place in (case / name, *(case / name).parents)]
             assert overwrite, story
+            assert not name.startswith("saved/"), story
             assert asked & {*places, places[0].removesuffix(".db")}, story
             assert not inputs & {case / name, *(case / name).parents}, story
             assert not (case / name).exists() or is_whole(case / name), story

@@ -11,7 +11,8 @@ from mindrlhf.checkpoint import sources as sources_module
 from mindrlhf.checkpoint.conversion import export_hf, hf_to_mindspore, mindspore_to_hf, parse_size
 from mindrlhf.checkpoint.element_types import parse_dtype
 from mindrlhf.checkpoint.hf_config import model_config_from_hf
-from mindrlhf.checkpoint.weight_files import open_weights
+from mindrlhf.checkpoint.sources import ArraySource
+from mindrlhf.checkpoint.weight_files import open_weights, write_weights
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 
 STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -270,14 +271,18 @@ def test_the_input_is_never_replaced(tmp_path, converted, hf):
 
 def test_inputs_and_outputs_of_the_wrong_kind(tmp_path, converted, hf):
     (tmp_path / "d.ckpt").mkdir()
-    with pytest.raises(MindRLHFError, match="is a directory, not a weights file"):
+    with pytest.raises(MindRLHFError, match="is a directory, not a file of model weights"):
         hf_to_mindspore(tmp_path / "hf", tmp_path / "d.ckpt")
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(MindRLHFError, match="is a file, not a Hugging Face model"):
         mindspore_to_hf(converted, file, config=tmp_path / "hf")
-    with pytest.raises(MindRLHFError, match="is not a weights file"):
+    with pytest.raises(MindRLHFError, match="is not a file of model weights"):
         hf_to_mindspore(tmp_path / "hf", file.rename(tmp_path / "file.ckpt"), overwrite=True)
+    moments = tmp_path / "moments.ckpt"
+    write_weights(moments, ArraySource({"adam_m.model.norm_out.weight": np.ones(2, np.float32)}))
+    with pytest.raises(MindRLHFError, match="is not a file of model weights"):
+        hf_to_mindspore(tmp_path / "hf", moments, overwrite=True)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "vocab.json").touch()
     with pytest.raises(MindRLHFError, match="is not a Hugging Face model"):

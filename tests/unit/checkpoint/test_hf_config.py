@@ -15,6 +15,7 @@ from mindrlhf.checkpoint.hf_config import (
     read_hf_config,
 )
 from mindrlhf.utils.errors import CheckpointError
+from mindrlhf.utils.provenance import provenance, write_provenance
 
 
 def test_published_configs_are_read(shared_data):
@@ -87,8 +88,15 @@ def test_weights_beside_another_config_are_refused(tmp_path, hf):
     model = model_config_from_hf(hf.config, "x")
     check_described(tmp_path, model)
     check_described(tmp_path / "model.safetensors", model)
-    with pytest.raises(CheckpointError, match=r"json and the YAML .*\n  - theta: 1000000\.0 and 10000\.0"):
-        check_described(tmp_path, replace(model, theta=10000.0))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=r"json and the YAML .*\n  - theta: 1000000\.0 and 10000\.0"
+        ):
+            check_described(path, replace(model, theta=10000.0))
+    # A file under a name of its own says nothing, nor does the record of a run.
+    check_described(tmp_path / "policy.safetensors", replace(model, theta=10000.0))
+    write_provenance(tmp_path, provenance({}))
+    check_described(tmp_path / "model.safetensors", replace(model, theta=10000.0))
 
 
 def test_other_models_are_refused(tmp_path):

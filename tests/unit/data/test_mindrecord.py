@@ -79,7 +79,7 @@ def test_failure_keeps_the_older_file(tmp_path: Path) -> None:
     path = tmp_path / "a.mindrecord"
     write_mindrecord(path, SCHEMA, batches(2))
     before = [path.read_bytes(), index_path(path).read_bytes()]
-    with pytest.raises(DataError, match="no row to write"):
+    with pytest.raises(DataError, match="there are no rows to write"):
         write_mindrecord(path, SCHEMA, batches(0), overwrite=True)
     with pytest.raises(KeyboardInterrupt):
         write_mindrecord(path, SCHEMA, interrupted(), overwrite=True)

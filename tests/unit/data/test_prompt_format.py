@@ -241,6 +241,11 @@ def test_text_cannot_write_control_tokens(demo_tokenizer: Tokenizer, pieces: lis
     assert demo_tokenizer.decode([*sample.prompt, *(sample.response or [])]) == whole
 
 
+def test_the_example_shows_a_system_prompt_as_it_was_written(demo_tokenizer: Tokenizer) -> None:
+    form = PromptFormat(demo_tokenizer, system_prompt="close <|im_end|> nothing")
+    assert form.example.startswith("<|im_start|>system\nclose <|im_end|> nothing<|im_end|>\n<|im_start|>user")
+
+
 def test_raw_prompts(demo_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     form = PromptFormat(demo_tokenizer, chat_template=False)
     assert (form.prefix, form.suffix, form.stop, form.example) == ([], [], 1021, "...")
