@@ -59,8 +59,8 @@ def make_case(source: Path, directory: Path, program: str) -> Case:
         (harness.link_files if (case / old).is_dir() else os.link)(case / old, case / new)
     case.write("out.jsonl", '{"prompt": "", "response": "", "tokens": 1, "stopped": true}\n')
     # Results of another program, which no flag allows to touch.
-    case.write("saved/metrics.jsonl", '{"step": 1}\n')
-    (case / "saved" / "config.json").write_text(json.dumps(provenance({"stage": "another"})))
+    case.write("another/metrics.jsonl", '{"step": 1}\n')
+    (case / "another" / "config.json").write_text(json.dumps(provenance({"stage": "another"})))
     case.write("out.html", '<meta name="generator" content="MindRLHF report"></html>')
     return case
 
@@ -154,11 +154,11 @@ def test_nothing_is_destroyed(
         inputs = {case / value for flag, value in case.flags.items() if flag not in outputs and value}
         for flag, old in outputs.items():
             case.flags[flag] = drawn_path(case, draw, old)
-        asked = {os.path.realpath(case / case.flags[flag]) for flag in outputs}
         if overwrite := draw.random() < 0.6:
             case.give(overwrite="True" if case.script in (PPO, SFT, REWARD) else True)
-        if case.script in (PPO, SFT, REWARD) and draw.random() < 0.4:
-            case.give(resume_training="True")
+        if case.script in (PPO, SFT, REWARD) and draw.random() < 0.3:
+            case.give(resume_training="True", save_ckpt_dir=draw.choice(["saved", "another"]))
+        asked = {os.path.realpath(case / case.flags[flag]) for flag in outputs}
         fault = (*draw.choice(FAILING), draw.choice([-1, *range(5)]), draw.choice(ERRORS))
         before, code = case.listing(), 1
         with failing(*fault):
@@ -168,7 +168,7 @@ def test_nothing_is_destroyed(
         for name in (name for name, content in before.items() if after.get(name) != content):
             places = [os.path.realpath(place) for place in (case / name, *(case / name).parents)]
             assert overwrite, story
-            assert not name.startswith("saved/"), story
+            assert not name.startswith("another/"), story
             assert asked & {*places, places[0].removesuffix(".db")}, story
             assert not inputs & {case / name, *(case / name).parents}, story
             assert not (case / name).exists() or is_whole(case / name), story
