@@ -17,13 +17,15 @@ from mindrlhf.configs.keys import ModelConfig, RunConfig
 from mindrlhf.utils.errors import CheckpointError, ConfigError
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "layouts": ("EMBEDDING", "LM_HEAD", "layer_prefix", "parameter_layouts", "stored_model_parallel"),
+    "layouts": (
+        "EMBEDDING", "FINAL_NORM", "LM_HEAD", "layer_prefix", "parameter_layouts", "stored_model_parallel",
+    ),
     "weight_names": ("canonical_to_hf", "count_layers", "is_derived", "is_hf"),
     "hf_keys": (
         "CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "finish_hf_config", "hf_config_from_model",
         "model_config_from_hf",
     ),
-    "decoder": ("Decoder",),
+    "decoder": ("DecoderLayer", "DecoderLayerGradient", "RMSNorm", "SharedInputs"),
     "generator_network": ("FusedDecoder",),
     "generator_weights": ("FusedWeights",),
 }  # fmt: skip
@@ -42,7 +44,7 @@ class Family:
         layouts: how each parameter is split; canonical names.
         weight_names: canonical names <-> Hugging Face's.
         hf_keys: keys of ``config.json`` <-> :class:`ModelConfig`.
-        decoder: token ids to final hidden states, for training and scoring.
+        decoder: the pieces of a decoder, for training and scoring.
         generator_network: the same with a cache, for generation.
         generator_weights: canonical shards <-> the stored parameters of the generator's network.
     """

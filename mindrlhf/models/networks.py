@@ -6,38 +6,116 @@ columns only: the logits that predict response token ``t`` are in column ``P - 1
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor
 
 from mindrlhf.configs.keys import ModelConfig
+from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.models.families import family_of
-from mindrlhf.models.heads import LMHead, ScoreHead, last_token
-from mindrlhf.parallel.collectives import CopyToGroup
+from mindrlhf.models.heads import Head, HeadTape, LanguageHead, Rows, ScalarHead, last_rows, response_rows
+from mindrlhf.models.passes import Decoder, DecoderTape
+from mindrlhf.models.pieces import Gradients
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
-from mindrlhf.parallel.tensor_parallel import RowsProduct, VocabParallelLogProbs
+from mindrlhf.parallel.tensor_parallel import empty_parameter
 
 
-class SequenceModel(nn.Cell):
-    """What the three networks share: sizes, layouts, loading and returning this rank's shards."""
+class Tape(NamedTuple):
+    """What a forward pass keeps for its backward pass."""
+
+    decoder: DecoderTape
+    head: HeadTape
+
+
+class Network(ABC):
+    """A decoder under a head: arrays of a batch -> outputs, and gradients of outputs -> of the weights.
+
+    Args:
+        decoder, head: over the same parameters.
+    """
+
+    def __init__(self, decoder: Decoder, head: Head) -> None:
+        self.decoder, self.head = decoder, head
+
+    @abstractmethod
+    def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
+        """What the head looks at; ``tokens`` (B, T), and what the network takes besides sequences."""
+
+    def __call__(
+        self, tokens: np.ndarray, valid: np.ndarray, position_ids: np.ndarray, *extra: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """The outputs for a batch, without a gradient.
+
+        Args:
+            tokens: (B, T) int32.
+            valid: (B, T) int32, 1 on real tokens.
+            position_ids: (B, T) int32.
+            extra: what else :meth:`rows` takes.
+        """
+        x, _ = self.decoder.forward(*map(Tensor, (tokens, valid, position_ids)))
+        outputs, _ = self.head.forward(x, self.rows(tokens, *extra))
+        return tuple(output.asnumpy() for output in outputs)
+
+    def forward(
+        self, tokens: np.ndarray, valid: np.ndarray, position_ids: np.ndarray, *extra: np.ndarray
+    ) -> tuple[tuple[Tensor, ...], Tape]:
+        """As a call, and what :meth:`backward` needs."""
+        x, decoder_tape = self.decoder.forward(*map(Tensor, (tokens, valid, position_ids)), keep=True)
+        assert decoder_tape is not None
+        outputs, head_tape = self.head.forward(x, self.rows(tokens, *extra))
+        return outputs, Tape(decoder_tape, head_tape)
+
+    def backward(self, tape: Tape, d_outputs: Sequence[Tensor], gradients: Gradients) -> None:
+        """Adds the gradients of all weights to their sums; uses the tape up.
+
+        Args:
+            tape: of :meth:`forward`.
+            d_outputs: gradients of its outputs.
+            gradients: the sums.
+        """
+        dx = self.head.backward(tape.head, d_outputs, gradients)
+        self.decoder.backward(tape.decoder, dx, gradients)
+
+
+class SequenceModel(Network):
+    """A network with its parameters: this rank's shards.
+
+    Args:
+        config: model sizes; the layout comes from ``groups.mesh``.
+        groups: this rank's groups.
+        lm_head, score_head: which heads it has.
+
+    Attributes:
+        layouts: canonical name -> layout of every parameter, in model order.
+        parameters: canonical name -> this rank's shard; zeros until they are loaded.
+    """
 
     def __init__(self, config: ModelConfig, groups: Groups, *, lm_head: bool, score_head: bool) -> None:
-        super().__init__()
         self.config = config
         self.groups = groups
         self.is_language_model = lm_head
-        family = family_of(config)
-        self.layouts: dict[str, Layout] = family.layouts.parameter_layouts(
+        self.layouts: dict[str, Layout] = family_of(config).layouts.parameter_layouts(
             config, groups.mesh, lm_head=lm_head, score_head=score_head
         )
-        self.model = family.decoder.Decoder(config, groups)
-        if lm_head and not config.tie_word_embeddings:
-            self.lm_head = LMHead(config, groups)
-        if score_head:
-            self.score_head = ScoreHead(config)
+        self.parameters: dict[str, Parameter] = {
+            name: empty_parameter(
+                layout.local_shape,
+                ms.float32 if name in SCORE_HEAD else ms_dtype(config.param_init_type),
+                name,
+            )
+            for name, layout in self.layouts.items()
+        }
+        super().__init__(Decoder(config, groups, self.layouts, self.parameters), self._make_head())
+
+    @abstractmethod
+    def _make_head(self) -> Head:
+        """The head over the parameters."""
 
     def load(self, shards: Mapping[str, np.ndarray]) -> None:
         """Loads this rank's shards.
@@ -48,7 +126,7 @@ class SequenceModel(nn.Cell):
         Raises:
             ValueError: names or shapes differ; the message lists every one.
         """
-        parameters = self.parameters_dict()
+        parameters = self.parameters
         faults = [f"{name}: not given" for name in parameters.keys() - shards.keys()]
         faults += [f"{name}: not in the model" for name in shards.keys() - parameters.keys()]
         faults += [
@@ -70,14 +148,16 @@ class SequenceModel(nn.Cell):
 
     def shards(self, names: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """This rank's shards by canonical name, in model order; all of them or those in ``names``."""
-        parameters = self.parameters_dict()
-        for name in self.layouts:
+        for name, parameter in self.parameters.items():
             if names is None or name in names:
-                yield name, parameters[name].asnumpy()
+                yield name, parameter.asnumpy()
 
 
 class PPOModelTrain(SequenceModel):
     """The policy under training: log-probs and entropy of responses, and values if it is also the critic.
+
+    Its outputs, (B, R) float32 each: log-prob of each response token; entropy of the distribution that it was
+    drawn from, zeros without ``with_entropy``; with a value head, the value before it.
 
     Args:
         config: model sizes; the layout comes from ``groups.mesh``.
@@ -88,6 +168,7 @@ class PPOModelTrain(SequenceModel):
         value_head: whether the backbone is shared with a value head.
         with_entropy: whether to compute the entropy, which costs a pass over the logits; a reference
             needs none.
+        entropy_gradient: whether the entropy is part of a loss.
     """
 
     def __init__(
@@ -100,96 +181,67 @@ class PPOModelTrain(SequenceModel):
         valid_vocab_size: int,
         value_head: bool = False,
         with_entropy: bool = True,
+        entropy_gradient: bool = False,
     ) -> None:
-        super().__init__(config, groups, lm_head=True, score_head=value_head)
         self.prompt_length = prompt_length
         self.valid_vocab_size = valid_vocab_size
-        self.tied = config.tie_word_embeddings
         self.value_head = value_head
-        if self.tied:
-            self.product = RowsProduct(self.model.compute_dtype, config.matmul_dtype)
-        self.copy_to_group = CopyToGroup(groups.mp_group)
-        self.log_probs = VocabParallelLogProbs(
-            config.vocab_size,
-            groups,
-            valid_vocab_size=valid_vocab_size,
-            temperature=temperature,
-            with_entropy=with_entropy,
-        )
+        self._settings = {
+            "valid_vocab_size": valid_vocab_size,
+            "temperature": temperature,
+            "with_entropy": with_entropy,
+            "entropy_gradient": entropy_gradient,
+        }
+        super().__init__(config, groups, lm_head=True, score_head=value_head)
 
-    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropy and values of the response columns.
+    def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
+        """The response columns."""
+        return response_rows(tokens, self.prompt_length)
 
-        Args:
-            tokens: (B, T) int32.
-            valid: (B, T) int32, 1 on real tokens.
-            position_ids: (B, T) int32.
-
-        Returns:
-            three (B, R) float32: log-prob of each response token, entropy of the distribution it was
-            drawn from (zeros without ``with_entropy``), value before it (zeros without a value head).
-        """
-        before_response = self.model(
-            tokens, valid, position_ids, (self.prompt_length - 1, tokens.shape[1] - 1)
-        )
-        logits = self.logits(before_response)
-        logprobs, entropy = self.log_probs(logits, tokens[:, self.prompt_length :])
-        values = self.score_head(before_response) if self.value_head else logprobs * 0.0
-        return logprobs, entropy, values
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's logits, before any temperature: (B, R, H) -> (B, R, V / mp)."""
-        hidden = self.copy_to_group(hidden)
-        if self.tied:
-            return self.product(hidden, self.model.tok_embeddings.embedding_weight)
-        return self.lm_head(hidden)
-
-
-class PolicyValues(nn.Cell):
-    """The values of a policy that is its own critic, without the logits that values do not need."""
-
-    def __init__(self, policy: PPOModelTrain) -> None:
-        super().__init__(auto_prefix=False)
-        self.policy = policy
-        self.prompt_length = policy.prompt_length
-
-    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
-        """(B, T) int32 each -> values (B, R) float32; see :class:`PPOModelTrain`."""
-        columns = (self.prompt_length - 1, tokens.shape[1] - 1)
-        return self.policy.score_head(self.policy.model(tokens, valid, position_ids, columns))
+    def _make_head(self) -> Head:
+        return LanguageHead(self.config, self.groups, self.parameters, **self._settings)
 
 
 class CriticModel(SequenceModel):
-    """A separate critic: the value before each response token."""
+    """A separate critic; its output is the value before each response token, (B, R) float32."""
 
     def __init__(self, config: ModelConfig, groups: Groups, *, prompt_length: int) -> None:
-        super().__init__(config, groups, lm_head=False, score_head=True)
         self.prompt_length = prompt_length
+        super().__init__(config, groups, lm_head=False, score_head=True)
 
-    def construct(self, tokens: Tensor, valid: Tensor, position_ids: Tensor) -> Tensor:
-        """(B, T) int32 each -> values (B, R) float32; see :class:`PPOModelTrain`."""
-        columns = (self.prompt_length - 1, tokens.shape[1] - 1)
-        return self.score_head(self.model(tokens, valid, position_ids, columns))
+    def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
+        """The response columns."""
+        return response_rows(tokens, self.prompt_length)
+
+    def _make_head(self) -> Head:
+        return ScalarHead(self.config, self.parameters)
+
+
+class PolicyValues(Network):
+    """The values of a policy that is its own critic, without the logits that values do not need."""
+
+    def __init__(self, policy: PPOModelTrain) -> None:
+        super().__init__(policy.decoder, ScalarHead(policy.config, policy.parameters))
+        self._policy = policy
+
+    def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
+        """The response columns."""
+        return self._policy.rows(tokens)
 
 
 class RewardModel(SequenceModel):
-    """One score per sequence, read at its last real token (InstructGPT, arXiv 2203.02155)."""
+    """One score per sequence, (B,) float32, read at its last real token (InstructGPT, arXiv 2203.02155).
+
+    It takes (B,) int32 response lengths besides sequences, at least 1 each.
+    """
 
     def __init__(self, config: ModelConfig, groups: Groups, *, prompt_length: int) -> None:
-        super().__init__(config, groups, lm_head=False, score_head=True)
         self.prompt_length = prompt_length
+        super().__init__(config, groups, lm_head=False, score_head=True)
 
-    def construct(
-        self, tokens: Tensor, valid: Tensor, position_ids: Tensor, response_lengths: Tensor
-    ) -> Tensor:
-        """Scores of sequences cut after their first stop token.
+    def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
+        """The last real token of each row."""
+        return last_rows(tokens, self.prompt_length, *extra)
 
-        Args:
-            tokens, valid, position_ids: (B, T) int32; ``valid`` is 0 after the cut.
-            response_lengths: (B,) int32, real response tokens, at least 1.
-
-        Returns:
-            (B,) float32.
-        """
-        hidden = self.model(tokens, valid, position_ids, (self.prompt_length, tokens.shape[1]))
-        return self.score_head(last_token(hidden, response_lengths - 1))
+    def _make_head(self) -> Head:
+        return ScalarHead(self.config, self.parameters)

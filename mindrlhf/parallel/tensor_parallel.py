@@ -1,8 +1,7 @@
-"""Tensor-parallel layers: each holds its own shard and talks to its model-parallel group.
+"""Tensor-parallel layers: each works on its own shard and talks to its model-parallel group.
 
-Split as in Megatron-LM (arXiv 1909.08053, section 3). Weights are stored ``(out, in)`` under
-MindFormers' names. A cell is built from full sizes; what it holds follows from ``groups.mesh``.
-Parameters start at zero and are meant to be loaded; nothing allocates a full tensor.
+Split as in Megatron-LM (arXiv 1909.08053, section 3). Weights are stored ``(out, in)``. Cells hold none: they
+take this rank's shards as inputs, so that one compiled graph serves all layers of a kind.
 """
 
 from __future__ import annotations
@@ -69,75 +68,38 @@ class AddBias(nn.Cell):
 class ColumnParallelLinear(nn.Cell):
     """``y = x W^T + b`` with the rows of ``W`` (output features) split over the group.
 
-    Args:
-        in_features, out_features: full sizes; ``out_features`` must divide by mp.
-        groups: the rank's groups.
-        has_bias: whether there is a bias (split like the rows).
-        compute_dtype: type of the product.
-        param_dtype: type of the stored parameters.
-        matmul_dtype: of the operands on CPU, see :class:`RowsProduct`.
+    Its input has passed :class:`CopyToGroup`; one copy serves several projections of one input.
 
-    Inputs: ``(..., in_features)``, equal on all ranks of the group, already passed through
-    :class:`CopyToGroup` (one copy serves several projections of one input).
-    Outputs: ``(..., out_features / mp)``, this rank's features.
+    Args:
+        compute_dtype: type of the product.
+        matmul_dtype: of the operands on CPU, see :class:`RowsProduct`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        groups: Groups,
-        *,
-        has_bias: bool,
-        compute_dtype: ms.dtype,
-        param_dtype: ms.dtype,
-        matmul_dtype: str = "float32",
-    ) -> None:
+    def __init__(self, compute_dtype: ms.dtype, matmul_dtype: str = "float32") -> None:
         super().__init__()
-        local_out = exact_div(out_features, groups.mesh.mp, "output features by mp")
-        self.has_bias = has_bias
         self.compute_dtype = compute_dtype
         self.product = RowsProduct(compute_dtype, matmul_dtype)
-        self.weight = empty_parameter((local_out, in_features), param_dtype, "weight")
-        if has_bias:
-            self.bias = empty_parameter((local_out,), param_dtype, "bias")
-            self.add_bias = AddBias()
+        self.add_bias = AddBias()
 
-    def construct(self, x: Tensor) -> Tensor:
-        """``x`` (..., in_features) -> (..., out_features / mp)."""
-        y = self.product(x, self.weight)
-        if self.has_bias:
-            rows = y.reshape((-1, y.shape[-1]))
-            y = self.add_bias(rows, ops.cast(self.bias, self.compute_dtype)).reshape(y.shape)
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x`` (n, in), ``weight`` (out / mp, in), ``bias`` (out / mp,) -> (n, out / mp)."""
+        y = self.product(x, weight)
+        if bias is not None:
+            y = self.add_bias(y, ops.cast(bias, self.compute_dtype))
         return y
 
 
 class RowParallelLinear(nn.Cell):
-    """``y = x W^T`` with the columns of ``W`` (input features) split over the group.
+    """``y = x W^T`` with the columns of ``W`` (input features) split over the group."""
 
-    Inputs: ``(..., in_features / mp)``, this rank's features.
-    Outputs: ``(..., out_features)``, equal on all ranks.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        groups: Groups,
-        *,
-        compute_dtype: ms.dtype,
-        param_dtype: ms.dtype,
-        matmul_dtype: str = "float32",
-    ) -> None:
+    def __init__(self, groups: Groups, compute_dtype: ms.dtype, matmul_dtype: str = "float32") -> None:
         super().__init__()
-        local_in = exact_div(in_features, groups.mesh.mp, "input features by mp")
         self.product = RowsProduct(compute_dtype, matmul_dtype)
-        self.weight = empty_parameter((out_features, local_in), param_dtype, "weight")
         self.reduce = ReduceFromGroup(groups.mp_group)
 
-    def construct(self, x: Tensor) -> Tensor:
-        """``x`` (..., in_features / mp) -> (..., out_features)."""
-        return self.reduce(self.product(x, self.weight))
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` (n, in / mp), ``weight`` (out, in / mp) -> (n, out), equal on all ranks of the group."""
+        return self.reduce(self.product(x, weight))
 
 
 class VocabParallelEmbedding(nn.Cell):
@@ -147,21 +109,23 @@ class VocabParallelEmbedding(nn.Cell):
     embedding.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, groups: Groups, *, param_dtype: ms.dtype) -> None:
+    def __init__(self, vocab_size: int, groups: Groups, compute_dtype: ms.dtype) -> None:
         super().__init__()
         self.rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
         self.first = groups.mp_index * self.rows
         self.split = groups.mesh.mp > 1
-        self.embedding_weight = empty_parameter((self.rows, hidden_size), param_dtype, "embedding_weight")
+        self.compute_dtype = compute_dtype
         self.reduce = ReduceFromGroup(groups.mp_group)
 
-    def construct(self, ids: Tensor) -> Tensor:
-        """Token ``ids`` (B, T) int32 in [0, vocab) -> (B, T, H)."""
+    def construct(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """``ids`` (B, T) int32 in [0, vocab), ``weight`` (V / mp, H) -> (B * T, H) in the compute type."""
+        ids = ids.reshape((-1,))
         if not self.split:
-            return ops.gather(self.embedding_weight, ids, 0)
+            return ops.cast(ops.gather(weight, ids, 0), self.compute_dtype)
         local, held = local_ids(ids, self.first, self.rows)
-        rows = ops.gather(self.embedding_weight, local, 0)
-        return self.reduce(rows * ops.expand_dims(ops.cast(held, rows.dtype), -1))
+        rows = ops.gather(weight, local, 0)
+        found = self.reduce(rows * ops.expand_dims(ops.cast(held, rows.dtype), -1))
+        return ops.cast(found, self.compute_dtype)
 
 
 class SamplingLogits(nn.Cell):
@@ -198,11 +162,14 @@ class VocabParallelLogProbs(nn.Cell):
     """Log-probability of given tokens, and entropy, from logits whose vocabulary is split over the group.
 
     No rank sees another's logits: the maximum, the sum of exponentials and the chosen logit are the
-    only things exchanged. Computed in float32 whatever the type of the logits.
+    only things exchanged. Computed in float32 whatever the type of the logits. With ``z`` the logits of a
+    row, ``p`` their softmax and ``H`` its entropy, ``d log p_t / dz = 1_t - p`` and
+    ``dH / dz = -p (log p + H)``; nothing but the logits is kept for it.
 
     Args:
         vocab_size, groups, valid_vocab_size, temperature: see :class:`SamplingLogits`.
         with_entropy: whether to compute the entropy; zeros otherwise.
+        entropy_gradient: whether the entropy has a gradient.
     """
 
     def __init__(
@@ -213,36 +180,59 @@ class VocabParallelLogProbs(nn.Cell):
         valid_vocab_size: int,
         temperature: float = 1.0,
         with_entropy: bool = True,
+        entropy_gradient: bool = False,
     ) -> None:
         super().__init__()
         self.rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
         self.first = groups.mp_index * self.rows
-        self.with_entropy = with_entropy
+        self.with_entropy, self.entropy_gradient = with_entropy, entropy_gradient
         self.sampling_logits = SamplingLogits(
             vocab_size, groups, valid_vocab_size=valid_vocab_size, temperature=temperature
         )
+        self.largest = ops.ReduceMax()
         self.group_max = GroupMax(groups)
         self.reduce = ReduceFromGroup(groups.mp_group)
 
     def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw local ``logits`` (B, R, V / mp), ``tokens`` (B, R) -> log-probs, entropy, (B, R) float32."""
-        # Rows of one matrix, and the maximum spelled out: on CPU, reductions over more dimensions and
-        # broadcasting in an operation are many times slower.
-        shape = tokens.shape
-        logits = self.sampling_logits(logits.reshape((-1, self.rows)))
-        largest = self.group_max(logits.max(axis=-1)).reshape((-1, 1))
-        shifted = logits - ops.tile(largest, (1, self.rows))
-        exp = ops.exp(shifted)
-        total = self.reduce(exp.sum(axis=-1))
+        """Raw local ``logits`` (n, V / mp), ``tokens`` (n,) int32 -> log-probs, entropy, (n,) float32."""
+        shifted, exp, total = self._exponentials(logits)
         log_total = ops.log(total)
         local, held = local_ids(tokens.reshape((-1, 1)), self.first, self.rows)
         chosen = ops.gather_elements(shifted, 1, local) * ops.cast(held, ms.float32)
         logprobs = self.reduce(chosen.reshape((-1,))) - log_total
-        if self.with_entropy:
+        if not self.with_entropy:
+            return logprobs, ops.zeros_like(logprobs)
+        return logprobs, log_total - self.reduce((exp * shifted).sum(axis=-1)) / total
+
+    def gradient(self, logits: Tensor, tokens: Tensor, of_logprobs: Tensor, of_entropy: Tensor) -> Tensor:
+        """The gradient of ``logits``, (n, V / mp), from those of the results, (n,) each."""
+        shifted, exp, total = self._exponentials(logits)
+        per_row = -of_logprobs
+        if self.entropy_gradient:
+            log_total = ops.log(total)
             entropy = log_total - self.reduce((exp * shifted).sum(axis=-1)) / total
+            # p (-dH (H - log total)) - p dH shifted = -dH p (log p + H)
+            per_row = per_row - of_entropy * (entropy - log_total)
+            spread = ops.tile(of_entropy.reshape((-1, 1)), (1, self.rows))
+            exp_share = exp * ops.tile((1.0 / total).reshape((-1, 1)), (1, self.rows))
+            gradient = exp_share * (ops.tile(per_row.reshape((-1, 1)), (1, self.rows)) - shifted * spread)
         else:
-            entropy = ops.zeros_like(logprobs)
-        return logprobs.reshape(shape), entropy.reshape(shape)
+            gradient = exp * ops.tile((per_row / total).reshape((-1, 1)), (1, self.rows))
+        local, held = local_ids(tokens.reshape((-1, 1)), self.first, self.rows)
+        chosen = of_logprobs.reshape((-1, 1)) * ops.cast(held, ms.float32)
+        gradient = ops.tensor_scatter_elements(gradient, local, chosen, 1, "add")
+        if self.sampling_logits.inverse_temperature != 1.0:
+            gradient = gradient * self.sampling_logits.inverse_temperature
+        return ops.cast(gradient, logits.dtype)
+
+    def _exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits minus their row's maximum, their exponentials (n, V / mp), and the sums of these (n,)."""
+        # The maximum is spelled out: on CPU, broadcasting in an operation is many times slower.
+        logits = self.sampling_logits(logits)
+        largest = self.group_max(self.largest(logits, -1)).reshape((-1, 1))
+        shifted = logits - ops.tile(largest, (1, self.rows))
+        exp = ops.exp(shifted)
+        return shifted, exp, self.reduce(exp.sum(axis=-1))
 
 
 PADDED_LOGIT = -1.0e9

@@ -44,10 +44,7 @@ class PPOModels:
 
     @cached_property
     def values(self) -> CriticModel | PolicyValues | None:
-        """The network that gives the values before an update, ``None`` without a critic.
-
-        It is one object, so that it compiles once.
-        """
+        """The network that gives the values before an update, ``None`` without a critic."""
         if not self.train.value_head:
             return self.critic
         return PolicyValues(self.train)
@@ -69,7 +66,9 @@ def build_models(
     """
     weights, ppo = weights.checked(), job.ppo
     infer = build_infer(job, create_groups(mesh_of(job.infer), rank))
-    train = _policy(job, job.train, rank, value_head=ppo.critic == "shared")
+    train = _policy(
+        job, job.train, rank, value_head=ppo.critic == "shared", entropy_gradient=ppo.entropy_coef > 0
+    )
     ref = _policy(job, job.infer, rank, with_entropy=False)
     reward = critic = None
     if with_reward_model:
@@ -125,17 +124,14 @@ def valid_vocab_size(job: JobConfig) -> int:
     return job.ppo.valid_vocab_size or job.infer.model.vocab_size
 
 
-def _policy(
-    job: JobConfig, config: RunConfig, rank: int, *, value_head: bool = False, with_entropy: bool = True
-) -> PPOModelTrain:
+def _policy(job: JobConfig, config: RunConfig, rank: int, **settings: bool) -> PPOModelTrain:
     return PPOModelTrain(
         config.model,
         create_groups(mesh_of(config), rank),
         prompt_length=job.ppo.max_prompt_length,
         temperature=job.ppo.temperature,
         valid_vocab_size=job.ppo.valid_vocab_size or config.model.vocab_size,
-        value_head=value_head,
-        with_entropy=with_entropy,
+        **settings,
     )
 
 

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from mindspore import Parameter, Tensor
-from mindspore.nn import Optimizer
 
 from mindrlhf.checkpoint.hf_config import CONFIG_NAME as HF_CONFIG
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
@@ -35,6 +34,7 @@ from mindrlhf.configs.keys import WEIGHTS_KEYS, RunConfig
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, together
+from mindrlhf.trainer.optimizer import AdamW
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError, bullet_list
 from mindrlhf.utils.files import atomic_file, remove, swap_in, sync_to_disk
 from mindrlhf.utils.logging import get_logger
@@ -68,7 +68,7 @@ class Trained(NamedTuple):
 
     name: str
     model: SequenceModel
-    optimizer: Optimizer
+    optimizer: AdamW
 
 
 class Stateful(Protocol):
@@ -201,12 +201,11 @@ class TrainingCheckpoints:
         meshes = _meshes(state)
         for name, model, optimizer in trained:
             model.load(load_shard(directory / name, model.layouts, self.rank))
-            states = _optimizer_states(optimizer, model)
-            layouts = {key: _state_layout(key, parameter, model) for key, parameter in states.items()}
+            layouts = {key: _state_layout(key, state, model) for key, state in optimizer.state.items()}
             moments = directory / f"{name}_optimizer"
             arrays = load_shard(moments, layouts, self.rank, stored=meshes[name])
             for key, array in arrays.items():
-                states[key].set_data(Tensor(array).astype(states[key].dtype))
+                optimizer.state[key].set_data(Tensor(array).astype(optimizer.state[key].dtype))
         for name, part in stateful.items():
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
@@ -270,7 +269,7 @@ class TrainingCheckpoints:
         for name, model, optimizer in trained:
             for part, arrays in (
                 (name, dict(model.shards())),
-                (f"{name}_optimizer", _optimizer_arrays(optimizer, model)),
+                (f"{name}_optimizer", _optimizer_arrays(optimizer)),
             ):
                 digest = Digest()
                 save_shard(temporary / part, self.rank, arrays, digest=digest)
@@ -397,16 +396,8 @@ def _gather_records(mine: Mapping[str, FileRecord], exchange: HostExchange) -> d
     return files
 
 
-def _optimizer_states(optimizer: Optimizer, model: SequenceModel) -> dict[str, Parameter]:
-    """Moments and step count by name; what the optimizer shares with the model is left out."""
-    own = model.parameters_dict().keys()
-    return {
-        parameter.name: parameter for parameter in optimizer.get_parameters() if parameter.name not in own
-    }
-
-
-def _optimizer_arrays(optimizer: Optimizer, model: SequenceModel) -> dict[str, np.ndarray]:
-    return {name: parameter.asnumpy() for name, parameter in _optimizer_states(optimizer, model).items()}
+def _optimizer_arrays(optimizer: AdamW) -> dict[str, np.ndarray]:
+    return {name: parameter.asnumpy() for name, parameter in optimizer.state.items()}
 
 
 def _state_layout(name: str, parameter: Parameter, model: SequenceModel) -> Layout:

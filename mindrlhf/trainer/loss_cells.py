@@ -1,6 +1,6 @@
-"""Loss cells: a network with PPO's loss, scaled by global token counts.
+"""PPO's losses of a network's outputs, scaled by global token counts.
 
-Each returns ``(loss, statistics)`` for :class:`mindrlhf.trainer.train_step.TrainStep`. Losses are divided
+Each returns ``(loss, statistics)`` for :class:`mindrlhf.trainer.train_step.Objective`. Losses are divided
 by the token count of the whole minibatch over all ranks and micro-batches, so that gradients add up.
 """
 
@@ -17,8 +17,8 @@ from mindrlhf.algorithms.losses import (
     value_loss_terms,
 )
 from mindrlhf.configs.keys import PPOConfig
-from mindrlhf.models.networks import CriticModel, PPOModelTrain
 from mindrlhf.trainer.experience import Experience
+from mindrlhf.trainer.train_step import MicroBatch
 
 RATIO_EDGES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.2, 1.4, 2.0)
 """Inner edges of the bins in which ratios are counted. None at 1: rounding would choose the bin there."""
@@ -34,39 +34,35 @@ class PolicyLoss(nn.Cell):
     """Clipped policy loss, minus ``entropy_coef`` times the entropy when that is not 0.
 
     Adds the value loss when the backbone is shared with the critic.
+
+    Args:
+        config: of PPO.
     """
 
-    def __init__(self, policy: PPOModelTrain, config: PPOConfig) -> None:
+    def __init__(self, config: PPOConfig) -> None:
         super().__init__(auto_prefix=False)
-        self.policy = policy
         self.cliprange = config.cliprange
         self.cliprange_value = config.cliprange_value
         self.log_ratio_clamp = config.log_ratio_clamp
         self.entropy_coef = config.entropy_coef
         self.vf_coef = config.vf_coef
-        self.shared = policy.value_head
+        self.shared = config.critic == "shared"
         self.statistics = (*POLICY_STATISTICS, *(VALUE_STATISTICS if self.shared else ()))
         self.log_edges = Tensor(np.log(RATIO_EDGES).astype(np.float32))
 
-    def construct(
-        self,
-        tokens: Tensor,
-        valid: Tensor,
-        position_ids: Tensor,
-        mask: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        inverse_count: Tensor,
-        *value_targets: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """One micro-batch, fields as in :class:`Experience`; ``inverse_count`` (1,) is 1 / global tokens.
+    def construct(self, logprobs: Tensor, entropy: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        """One micro-batch.
 
-        ``value_targets``, old values and returns, are given when the backbone is shared with the critic.
+        Args:
+            logprobs, entropy: (B, R) of the policy.
+            rest: its values (B, R) when it is also the critic; then the fields of :class:`Experience` as in
+                :func:`policy_batch`.
 
         Returns:
             the loss, and the sums named in ``statistics``.
         """
-        logprobs, entropy, values = self.policy(tokens, valid, position_ids)
+        values = rest[0] if self.shared else logprobs
+        mask, old_logprobs, advantages, inverse_count, *value_targets = rest[1:] if self.shared else rest
         policy_sum, *sums = policy_loss_terms(
             logprobs, old_logprobs, advantages, mask, self.cliprange, self.log_ratio_clamp
         )
@@ -93,58 +89,45 @@ class PolicyLoss(nn.Cell):
 class ValueLoss(nn.Cell):
     """Clipped value loss of a separate critic, times ``vf_coef``."""
 
-    def __init__(self, critic: CriticModel, config: PPOConfig) -> None:
+    def __init__(self, config: PPOConfig) -> None:
         super().__init__(auto_prefix=False)
         self.statistics = VALUE_STATISTICS
-        self.critic = critic
         self.cliprange_value = config.cliprange_value
         self.vf_coef = config.vf_coef
 
     def construct(
-        self,
-        tokens: Tensor,
-        valid: Tensor,
-        position_ids: Tensor,
-        mask: Tensor,
-        old_values: Tensor,
-        returns: Tensor,
-        inverse_count: Tensor,
+        self, values: Tensor, mask: Tensor, inverse_count: Tensor, old_values: Tensor, returns: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One micro-batch; returns the loss and the sums named in ``statistics``."""
-        values = self.critic(tokens, valid, position_ids)
+        """One micro-batch, (B, R) each but the count; returns loss and the sums named in ``statistics``."""
         value_sum, *sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
         statistics = (value_sum, *sums, (ops.stop_gradient(values) * mask).sum())
         return (self.vf_coef * value_sum * inverse_count).sum(), ops.stop_gradient(ops.stack(statistics))
 
 
-def policy_inputs(
+def policy_batch(
     experience: Experience, rows: np.ndarray, inverse_count: np.ndarray, *, shared_critic: bool
-) -> tuple[np.ndarray, ...]:
-    """The arguments of :meth:`PolicyLoss.construct` for some global rows."""
+) -> MicroBatch:
+    """Some global rows for :class:`PolicyLoss`; ``inverse_count`` (1,) is 1 / global tokens."""
     rollout = experience.rollout
-    return (
-        *rollout.inputs.rows(rows),
+    targets = (
         rollout.mask[rows].astype(np.float32),
         rollout.logprobs[rows],
         experience.advantages[rows],
         inverse_count,
         *(_value_targets(experience, rows) if shared_critic else ()),
     )
+    return MicroBatch(rollout.inputs.rows(rows), targets)
 
 
-def value_inputs(
-    experience: Experience, rows: np.ndarray, inverse_count: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """The arguments of :meth:`ValueLoss.construct` for some global rows."""
-    return (
-        *experience.rollout.inputs.rows(rows),
-        experience.rollout.mask[rows].astype(np.float32),
-        *_value_targets(experience, rows),
-        inverse_count,
-    )
+def value_batch(experience: Experience, rows: np.ndarray, inverse_count: np.ndarray) -> MicroBatch:
+    """Some global rows for :class:`ValueLoss`."""
+    rollout = experience.rollout
+    mask = rollout.mask[rows].astype(np.float32)
+    return MicroBatch(rollout.inputs.rows(rows), (mask, inverse_count, *_value_targets(experience, rows)))
 
 
 def _value_targets(experience: Experience, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Old values and returns."""
     assert experience.old_values is not None
     return experience.old_values[rows], experience.returns[rows]
 

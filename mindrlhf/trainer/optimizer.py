@@ -1,141 +1,138 @@
-"""Optimizer and learning-rate schedule of a YAML, built by MindFormers."""
+"""AdamW over this rank's shards, in place and one tensor at a time, on a schedule built by MindFormers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.nn import Optimizer
+import numpy as np
+from mindspore import Parameter, Tensor, ops
 
 from mindrlhf.configs.keys import RunConfig
 from mindrlhf.configs.optimizer_section import completed_schedule
+from mindrlhf.models.pieces import Gradients
+from mindrlhf.parallel.tensor_parallel import empty_parameter
 from mindrlhf.trainer.mindformers_builders import load_builders
 from mindrlhf.utils.errors import ConfigError
 
+_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # MindFormers' own
 
-def build_optimizer(config: RunConfig, parameters: Sequence[Parameter], total_steps: int) -> Optimizer:
-    """The YAML's ``optimizer`` driven by its ``lr_schedule``, over this rank's shards.
 
-    Norms and biases, which are the one-dimensional parameters, get no weight decay.
+class AdamW:
+    """AdamW with bias correction (Loshchilov and Hutter, arXiv 1711.05101), as in torch and MindFormers.
+
+    Norms and biases, which are the one-dimensional parameters, get no weight decay. A tensor's step is done
+    before the next one's begins, so that besides the state no array of more than one tensor exists. Weights
+    that are stored in fewer bits than float32 are rounded from a float32 copy, the master, which takes the
+    steps: those of a small learning rate would be lost in the rounding (arXiv 1710.03740).
 
     Args:
-        config: the YAML; both sections are passed to MindFormers unchanged.
-        parameters: what is trained.
+        config: its ``optimizer`` and ``lr_schedule``.
+        parameters: what is trained, by name.
         total_steps: optimizer steps of the whole job, used where the schedule says -1.
 
+    Attributes:
+        state: moments, masters and step count by name, under MindFormers' names.
+
     Raises:
-        ConfigError: MindFormers does not accept a section.
-    """
-    with _quiet():
-        return _build(config, parameters, total_steps, *load_builders())
-
-
-def _build(
-    config: RunConfig,
-    parameters: Sequence[Parameter],
-    total_steps: int,
-    build_lr: Callable[..., Any],
-    build_optim: Callable[..., Optimizer],
-) -> Optimizer:
-    try:
-        schedule = build_lr(completed_schedule(config.lr_schedule, total_steps))
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"{config.path}: lr_schedule: {error}"]) from error
-    optimizer = dict(config.optimizer)
-    optimizer.pop("learning_rate", None)  # the schedule has it
-    decay = float(optimizer.get("weight_decay", 0.0))
-    groups = [
-        {"params": [p for p in parameters if len(p.shape) > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if len(p.shape) == 1], "weight_decay": 0.0},
-        {"order_params": list(parameters)},
-    ]
-    try:
-        return build_optim(optimizer, default_args={"params": groups, "learning_rate": schedule})
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"{config.path}: optimizer: {error}"]) from error
-
-
-class FusedAdamW(nn.Cell):
-    """A step of MindFormers' ``AdamW`` by one kernel per parameter, on its own state and schedule.
-
-    The kernel of ``ops.AdamWeightDecay`` does not correct bias, ``w -= lr (m / (sqrt(v) + eps) + decay w)``;
-    with ``c = sqrt(1 - beta2^t) / (1 - beta1^t)``, ``lr c`` for its ``lr``, ``eps sqrt(1 - beta2^t)`` for its
-    ``eps`` and ``decay / c`` for its ``decay`` it is AdamW (Loshchilov and Hutter, arXiv 1711.05101), bias
-    corrected.
-
-    Args:
-        optimizer: a MindFormers ``AdamW`` for which :meth:`fits` holds; its state stays where it is.
+        ConfigError: MindFormers does not accept the schedule.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__(auto_prefix=False)
-        self.optimizer = optimizer
-        self.beta1 = float(optimizer.beta1.asnumpy()[0])
-        self.beta2 = float(optimizer.beta2.asnumpy()[0])
-        self.eps = float(optimizer.eps.asnumpy()[0])
-        self.parameters_in_order = optimizer.parameters
-        self.first_moments = optimizer.exp_avg
-        self.second_moments = optimizer.exp_avg_sq
-        self.kernel = ops.AdamWeightDecay()
-        self.map = ops.HyperMap()
+    def __init__(self, config: RunConfig, parameters: Mapping[str, Parameter], total_steps: int) -> None:
+        settings = {**_DEFAULTS, **config.optimizer}
+        self._betas: tuple[float, float] = tuple(settings["betas"])
+        self._eps, self._decay = float(settings["eps"]), float(settings["weight_decay"])
+        self._schedule = _build_schedule(config, total_steps)
+        self._parameters = parameters
+        self._step = Parameter(Tensor(np.zeros(1, np.int32)), name="global_step", requires_grad=False)
+        self.state: dict[str, Parameter] = {"global_step": self._step}
+        for name, parameter in parameters.items():
+            kinds = ["adam_m", "adam_v"] + (["master"] if parameter.dtype != ms.float32 else [])
+            for key in (f"{kind}.{name}" for kind in kinds):
+                self.state[key] = empty_parameter(parameter.shape, ms.float32, key, trainable=False)
+        self._kernel = ops.AdamWeightDecay() if ms.get_context("device_target") == "CPU" else None
+        self._has_masters = False
 
-    @staticmethod
-    def fits(optimizer: Optimizer) -> bool:
-        """Whether it is an ``AdamW`` over float32 parameters, on CPU, with one learning rate."""
-        return (
-            ms.get_context("device_target") == "CPU"
-            and type(optimizer).__name__ == "AdamW"
-            and hasattr(optimizer, "exp_avg_sq")
-            and not optimizer.is_group_lr
-            and all(parameter.dtype == ms.float32 for parameter in optimizer.parameters)
-        )
+    def step(self, gradients: Gradients, scale: float) -> float:
+        """One step; returns its learning rate.
 
-    def construct(self, gradients: tuple[Tensor, ...], scale: Tensor) -> Tensor:
-        """One gradient per parameter, and the factor () for all -> a value that depends on the whole step."""
-        decays = self.optimizer.get_weight_decay()
-        rate = self.optimizer.get_lr()
-        step = ops.assign_add(self.optimizer.global_step, self.optimizer.global_step_increase_tensor)
-        step = ops.cast(step, ms.float32)
-        root = ops.sqrt(1.0 - ops.pow(self.beta2, step))
-        correction = (root / (1.0 - ops.pow(self.beta1, step))).reshape(())
-        fused_rate = rate.reshape(()) * correction
-        fused_eps = (self.eps * root).reshape(())
-        step_one = ops.partial(self._step_one, fused_rate, fused_eps, correction, scale)
-        state = (self.parameters_in_order, self.first_moments, self.second_moments, gradients)
-        if self.optimizer.is_group:
-            done = self.map(step_one, decays, *state)
-        else:
-            done = self.map(ops.partial(step_one, decays), *state)
-        return ops.depend(fused_rate, done)
+        Args:
+            gradients: one for each parameter.
+            scale: factor of all of them.
+        """
+        if not self._has_masters:
+            self.fill_masters()
+        rate = float(self._schedule(Tensor(self._step)).asnumpy().reshape(-1)[0])
+        count = int(self._step.asnumpy()[0]) + 1
+        for name, parameter in self._parameters.items():
+            gradient = ops.cast(gradients[name], ms.float32) * scale
+            master = self.state.get(f"master.{name}", parameter)
+            moments = self.state[f"adam_m.{name}"], self.state[f"adam_v.{name}"]
+            decay = self._decay if parameter.ndim > 1 else 0.0
+            (self._fused if self._kernel else self._plain)(master, *moments, gradient, rate, decay, count)
+            if master is not parameter:
+                ops.assign(parameter, ops.cast(master, parameter.dtype))
+        ops.assign(self._step, Tensor(np.array([count], np.int32)))
+        return rate
 
-    def _step_one(
+    def fill_masters(self) -> None:
+        """Takes the masters from the weights, which have been loaded."""
+        for name, parameter in self._parameters.items():
+            if master := self.state.get(f"master.{name}"):
+                ops.assign(master, ops.cast(Tensor(parameter), ms.float32))
+        self._has_masters = True
+
+    def _fused(
         self,
-        rate: Tensor,
-        eps: Tensor,
-        correction: Tensor,
-        scale: Tensor,
-        decay: float | Tensor,
-        parameter: Parameter,
-        first_moment: Parameter,
-        second_moment: Parameter,
+        weight: Parameter,
+        first: Parameter,
+        second: Parameter,
         gradient: Tensor,
-    ) -> Tensor:
-        """One parameter's step; scalars are as the kernel takes them, except ``decay``; ``scale`` clips."""
-        return self.kernel(
-            parameter,
-            first_moment,
-            second_moment,
-            rate,
-            self.beta1,
-            self.beta2,
-            eps,
-            decay / correction,
-            gradient * scale,
-        )
+        rate: float,
+        decay: float,
+        count: int,
+    ) -> None:
+        """By one kernel, which does not correct bias: ``w -= lr (m / (sqrt(v) + eps) + decay w)``.
+
+        With ``c = sqrt(1 - beta2^t) / (1 - beta1^t)``, ``lr c`` for its ``lr``, ``eps sqrt(1 - beta2^t)`` for
+        its ``eps`` and ``decay / c`` for its ``decay`` it does.
+        """
+        beta1, beta2 = self._betas
+        root = float(np.sqrt(1.0 - beta2**count))
+        correction = root / (1.0 - beta1**count)
+        scalars = [Tensor(value, ms.float32) for value in (rate * correction, beta1, beta2, self._eps * root)]
+        assert self._kernel is not None
+        self._kernel(weight, first, second, *scalars, Tensor(decay / correction, ms.float32), gradient)
+
+    def _plain(
+        self,
+        weight: Parameter,
+        first: Parameter,
+        second: Parameter,
+        gradient: Tensor,
+        rate: float,
+        decay: float,
+        count: int,
+    ) -> None:
+        """By operators that every device has."""
+        beta1, beta2 = self._betas
+        ops.assign(first, first * beta1 + gradient * (1.0 - beta1))
+        ops.assign(second, second * beta2 + gradient * gradient * (1.0 - beta2))
+        root = ops.sqrt(second * (1.0 / (1.0 - beta2**count))) + self._eps
+        change = first * (1.0 / (1.0 - beta1**count)) / root + weight * decay
+        ops.assign(weight, weight - change * rate)
+
+
+def _build_schedule(config: RunConfig, total_steps: int) -> Any:
+    with _quiet():
+        build_lr, _ = load_builders()
+        try:
+            return build_lr(completed_schedule(config.lr_schedule, total_steps))
+        except (TypeError, ValueError) as error:
+            raise ConfigError([f"{config.path}: lr_schedule: {error}"]) from error
 
 
 @contextmanager

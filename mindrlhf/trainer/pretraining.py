@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.columns import LOSS_MASK, PRETRAIN_IDS, check_columns, check_tokens
 from mindrlhf.data.mindrecord import read_rows
 from mindrlhf.data.stream import RowStream
-from mindrlhf.models.networks import PPOModelTrain
-from mindrlhf.parallel.tensor_parallel import VocabParallelLogProbs
+from mindrlhf.models.heads import LanguageHead, Rows
+from mindrlhf.models.networks import Network, PPOModelTrain
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.trainer.builder import valid_vocab_size
 from mindrlhf.trainer.experience import SequenceInputs
+from mindrlhf.trainer.train_step import MicroBatch, Objective
 from mindrlhf.utils.errors import DataError
 
 FEWEST_COLUMNS = 16
@@ -132,44 +134,55 @@ def open_pretraining(path: Path, job: JobConfig) -> PretrainStream | None:
     )
 
 
-class PretrainLoss(nn.Cell):
-    """``ptx_coef`` times the mean cross-entropy of a text's tokens under the policy, at temperature 1."""
+class TextModel(Network):
+    """The policy on texts: log-probs (B, T) of a target for each token, at temperature 1.
 
-    def __init__(self, policy: PPOModelTrain, ptx_coef: float) -> None:
+    The rollout's temperature belongs to sampling; a text is not a sample. It takes the targets, (B, T) int32,
+    besides sequences.
+    """
+
+    def __init__(self, policy: PPOModelTrain) -> None:
+        parameters = {name: one for name, one in policy.parameters.items() if name not in SCORE_HEAD}
+        settings = {"valid_vocab_size": policy.valid_vocab_size, "with_entropy": False}
+        super().__init__(policy.decoder, LanguageHead(policy.config, policy.groups, parameters, **settings))
+
+    def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
+        """All columns."""
+        return Rows(np.arange(tokens.size, dtype=np.int32), extra[0].reshape(-1), tokens.shape)
+
+
+class PretrainLoss(nn.Cell):
+    """``ptx_coef`` times the mean cross-entropy of a text's tokens."""
+
+    def __init__(self, ptx_coef: float) -> None:
         super().__init__(auto_prefix=False)
-        self.policy = policy
         self.statistics = ("cross_entropy",)
         self.ptx_coef = ptx_coef
-        # The rollout's temperature belongs to sampling; the text is not a sample.
-        self.log_probs = VocabParallelLogProbs(
-            policy.config.vocab_size,
-            policy.groups,
-            valid_vocab_size=policy.valid_vocab_size,
-            with_entropy=False,
-        )
 
     def construct(
-        self,
-        tokens: Tensor,
-        valid: Tensor,
-        position_ids: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-        inverse_count: Tensor,
+        self, logprobs: Tensor, entropy: Tensor, mask: Tensor, inverse_count: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One micro-batch, fields as in :class:`PretrainBatch`; ``inverse_count`` (1,) is 1 / global targets.
+        """One micro-batch.
+
+        Args:
+            logprobs, entropy: (B, T) of a :class:`TextModel`.
+            mask: (B, T) float32, where a target is to be learned.
+            inverse_count: (1,) 1 / global targets.
 
         Returns:
             the loss, and (1,) the sum of the cross-entropy.
         """
-        hidden = self.policy.model(tokens, valid, position_ids)
-        logprobs, _ = self.log_probs(self.policy.logits(hidden), targets)
         total = cross_entropy_sum(logprobs, mask)
         return (self.ptx_coef * total * inverse_count).sum(), ops.stop_gradient(total.reshape((1,)))
 
 
-def pretrain_inputs(batch: PretrainBatch, mine: slice, size: int) -> Sequence[tuple[np.ndarray, ...]]:
-    """The arguments of :meth:`PretrainLoss.construct`, one per micro-batch.
+def pretraining_objective(policy: PPOModelTrain, ptx_coef: float) -> Objective:
+    """The loss that is mixed in."""
+    return Objective(TextModel(policy), PretrainLoss(ptx_coef))
+
+
+def pretrain_batches(batch: PretrainBatch, mine: slice, size: int) -> list[MicroBatch]:
+    """The micro-batches of one replica.
 
     Args:
         batch: the global batch.
@@ -179,4 +192,4 @@ def pretrain_inputs(batch: PretrainBatch, mine: slice, size: int) -> Sequence[tu
     inverse_count = np.array([1.0 / batch.mask.sum(dtype=np.float64)], np.float32)
     step = size or (mine.stop - mine.start)
     parts = [batch.rows(slice(first, first + step)) for first in range(mine.start, mine.stop, step)]
-    return [(*part.inputs, part.targets, part.mask, inverse_count) for part in parts]
+    return [MicroBatch((*part.inputs, part.targets), (part.mask, inverse_count)) for part in parts]

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from mindspore import Tensor
 
 from mindrlhf.configs.keys import PPOConfig
-from mindrlhf.models.networks import SequenceModel
+from mindrlhf.models.networks import Network
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Rollout, ScoredRollout
 from mindrlhf.trainer.skipped_updates import SkippedUpdate
 
-Forward = Callable[..., np.ndarray]
 ExtraScores = Callable[[Rollout], np.ndarray]
 """Gives (B,) float32 that are added to the reward model's scores, or used alone without one."""
 
@@ -46,8 +44,7 @@ def score_rollout(
     passes = _Passes(rollout, exchange, rows_per_pass, on_pass)
     values = None
     if models.values is not None:
-        network = models.values
-        values = passes.run(_values_mesh(models), lambda *arrays: network(*map(Tensor, arrays)).asnumpy())
+        values = passes.run(_values_mesh(models), models.values)
     scores = _reward_scores(models, passes)
     if extra_scores is not None:
         scores = scores + extra_scores(rollout)
@@ -74,25 +71,19 @@ def judge_rollout(
     return _ref_logprobs(models, passes), _reward_scores(models, passes)
 
 
-def policy_outputs(model: SequenceModel, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log-probs, entropy and values, (B, R) each, of a :class:`PPOModelTrain`, without a gradient."""
-    logprobs, entropy, values = model(*map(Tensor, arrays))
-    return logprobs.asnumpy(), entropy.asnumpy(), values.asnumpy()
-
-
 def _values_mesh(models: PPOModels) -> Mesh:
     return (models.critic or models.train).groups.mesh
 
 
 def _ref_logprobs(models: PPOModels, passes: _Passes) -> np.ndarray:
-    return passes.run(models.ref.groups.mesh, lambda *arrays: policy_outputs(models.ref, *arrays)[0])
+    return passes.run(models.ref.groups.mesh, models.ref)
 
 
 def _reward_scores(models: PPOModels, passes: _Passes) -> np.ndarray:
     reward, lengths = models.reward, passes.rollout.response_lengths
     if reward is None:
         return np.zeros(len(lengths), np.float32)
-    return passes.run(reward.groups.mesh, lambda *arrays: reward(*map(Tensor, arrays)).asnumpy(), lengths)
+    return passes.run(reward.groups.mesh, reward, lengths)
 
 
 def _without_faults(scored: ScoredRollout) -> ScoredRollout:
@@ -152,14 +143,14 @@ class _Passes:
         self.rollout, self.exchange, self.rows_per_pass = rollout, exchange, rows_per_pass
         self.on_pass = on_pass
 
-    def run(self, mesh: Mesh, forward: Forward, *extra: np.ndarray) -> np.ndarray:
-        """Runs ``forward`` over this replica's rows, pass by pass, and gathers the global result."""
+    def run(self, mesh: Mesh, network: Network, *extra: np.ndarray) -> np.ndarray:
+        """Runs a network over this replica's rows, pass by pass, and gathers its first output."""
         inputs = self.rollout.inputs
         mine = local_rows(len(inputs.tokens), mesh, self.exchange.runtime.rank)
         step = self.rows_per_pass or (mine.stop - mine.start)
         parts = []
         for first in range(mine.start, mine.stop, step):
             rows = slice(first, first + step)
-            parts.append(forward(*inputs.rows(rows), *(array[rows] for array in extra)))
+            parts.append(network(*inputs.rows(rows), *(array[rows] for array in extra))[0])
             self.on_pass()
         return self.exchange.gather_rows({"x": np.concatenate(parts).astype(np.float32)}, mesh)["x"]

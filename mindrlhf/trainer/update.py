@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from mindspore import nn
 
 from mindrlhf.configs.keys import JobConfig, PPOConfig, RunConfig
 from mindrlhf.models.networks import SequenceModel
@@ -14,26 +15,23 @@ from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows
 from mindrlhf.trainer.builder import PPOModels
 from mindrlhf.trainer.experience import Experience
-from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.loss_cells import (
     POLICY_STATISTICS,
     VALUE_STATISTICS,
     PolicyLoss,
     ValueLoss,
     inverse_token_count,
-    policy_inputs,
-    value_inputs,
+    policy_batch,
+    value_batch,
 )
-from mindrlhf.trainer.optimizer import build_optimizer
-from mindrlhf.trainer.pretraining import PretrainLoss, PretrainStream, pretrain_inputs
+from mindrlhf.trainer.optimizer import AdamW
+from mindrlhf.trainer.pretraining import PretrainStream, pretrain_batches, pretraining_objective
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
-from mindrlhf.trainer.train_step import Statistics, TrainStep
+from mindrlhf.trainer.train_step import MicroBatch, Objective, Statistics, TrainStep
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.seeds import random_stream
 
 logger = get_logger(__name__)
-
-MicroBatches = Sequence[tuple[np.ndarray, ...]]
 
 KL_MARGIN = 1.5
 """Largest ratio of ``policy/approxkl`` to ``target_kl``."""
@@ -96,26 +94,19 @@ class PPOUpdate:
         self.skips = SkippedUpdates(config.max_skipped_updates)
         self.policy_mesh = self.critic_mesh = models.train.groups.mesh
         self.shared_critic = models.train.value_head
-        buffers = GradientBuffers()  # shared: the critic's step begins when the policy's is done
         self.policy_step = _train_step(
-            PolicyLoss(models.train, config),
+            models.train,
+            PolicyLoss(config),
             job.train,
             config.policy_optimizer_steps,
-            models.train,
             config.max_grad_norm,
-            buffers,
-            PretrainLoss(models.train, config.ptx_coef) if pretraining is not None else None,
+            pretraining_objective(models.train, config.ptx_coef) if pretraining is not None else None,
         )
         self.critic_step: TrainStep | None = None
         if models.critic is not None:
             self.critic_mesh = models.critic.groups.mesh
             self.critic_step = _train_step(
-                ValueLoss(models.critic, config),
-                job.critic,
-                config.optimizer_steps,
-                models.critic,
-                config.max_grad_norm,
-                buffers,
+                models.critic, ValueLoss(config), job.critic, config.optimizer_steps, config.max_grad_norm
             )
 
     def run(self, experience: Experience, iteration: int, on_step: Callable[[], None]) -> UpdateResult:
@@ -190,7 +181,7 @@ class PPOUpdate:
         if self.pretraining is not None:
             batch = self.pretraining.next_batch()
             mine = local_rows(len(batch.mask), self.policy_mesh, self.exchange.runtime.rank)
-            micro = pretrain_inputs(batch, mine, self.config.micro_batch_size)
+            micro = pretrain_batches(batch, mine, self.config.micro_batch_size)
             log.pretrain.append(self.policy_step.accumulate(micro, mixed_in=True)["cross_entropy"])
             log.pretrain_tokens.append(float(batch.mask.sum(dtype=np.float64)))
         norm, rate = self.policy_step.update()
@@ -207,7 +198,7 @@ class PPOUpdate:
         """One optimizer step of a separate critic; returns whether it was taken."""
         inverse_count = inverse_token_count(experience.rollout.mask[rows])
         micro = [
-            value_inputs(experience, part, inverse_count) for part in self._micro_rows(rows, self.critic_mesh)
+            value_batch(experience, part, inverse_count) for part in self._micro_rows(rows, self.critic_mesh)
         ]
         log.value.append(step.accumulate(micro))
         losses = step.losses
@@ -255,11 +246,11 @@ class PPOUpdate:
             return np.zeros((len(statistics), len(names)))
         return self.exchange.sum(np.array([[row[name] for name in names] for row in statistics]), mesh)
 
-    def _policy_batches(self, experience: Experience, rows: np.ndarray) -> MicroBatches:
+    def _policy_batches(self, experience: Experience, rows: np.ndarray) -> list[MicroBatch]:
         """This replica's part of a minibatch for the policy, cut into micro-batches."""
         inverse_count = inverse_token_count(experience.rollout.mask[rows])
         return [
-            policy_inputs(experience, part, inverse_count, shared_critic=self.shared_critic)
+            policy_batch(experience, part, inverse_count, shared_critic=self.shared_critic)
             for part in self._micro_rows(rows, self.policy_mesh)
         ]
 
@@ -271,16 +262,15 @@ class PPOUpdate:
 
 
 def _train_step(
-    loss: PolicyLoss | ValueLoss,
+    model: SequenceModel,
+    loss: nn.Cell,
     config: RunConfig,
     steps: int,
-    model: SequenceModel,
     max_grad_norm: float,
-    buffers: GradientBuffers,
-    mixed_in: PretrainLoss | None = None,
+    mixed_in: Objective | None = None,
 ) -> TrainStep:
-    optimizer = build_optimizer(config, loss.trainable_params(), steps)
-    return TrainStep(loss, optimizer, model.layouts, model.groups, max_grad_norm, mixed_in, buffers)
+    optimizer = AdamW(config, model.parameters, steps)
+    return TrainStep(Objective(model, loss), optimizer, model.layouts, model.groups, max_grad_norm, mixed_in)
 
 
 def minibatches(count: int, config: PPOConfig, iteration: int) -> Iterator[np.ndarray]:

@@ -8,16 +8,15 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor
 
 from mindrlhf.algorithms.masks import attention_mask, policy_mask, position_ids
 from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain, RewardModel
+from mindrlhf.models.pieces import Gradients
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.trainer.gradients import GradientBuffers
-from mindrlhf.trainer.train_step import Backward
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,7 +30,7 @@ VALID = attention_mask(PROMPT_LENGTHS, RESPONSE_LENGTHS, PROMPT, RESPONSE)
 POSITIONS = position_ids(VALID)
 RESPONSE_MASK = policy_mask(RESPONSE_LENGTHS, RESPONSE)
 TOKENS = np.random.default_rng(0).integers(0, 60, VALID.shape).astype(np.int32)
-INPUTS = tuple(Tensor(array.astype(np.int32)) for array in (TOKENS, VALID, POSITIONS))
+INPUTS = tuple(array.astype(np.int32) for array in (TOKENS, VALID, POSITIONS))
 
 # layers, heads, kv heads, tied, ids of the tokenizer
 CASES = {
@@ -120,20 +119,6 @@ def reference(hf: Any, valid_vocab_size: int) -> tuple[Any, Any]:
     return chosen, -(distribution.exp() * distribution).sum(-1)
 
 
-class WeightedLogProbs(nn.Cell):
-    """``sum(weights * logprobs)``, with log-probs and entropy beside it."""
-
-    def __init__(self, policy: PPOModelTrain) -> None:
-        super().__init__(auto_prefix=False)
-        self.policy = policy
-
-    def construct(
-        self, tokens: Tensor, valid: Tensor, positions: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, _ = self.policy(tokens, valid, positions)
-        return (weights * logprobs).sum(), ops.stack((logprobs, entropy))
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, either_kernels: None) -> Case:
     layers, heads, kv_heads, tied, valid_vocab_size = CASES[request.param]
@@ -143,16 +128,16 @@ def case(request: pytest.FixtureRequest, either_kernels: None) -> Case:
         config, GROUPS, prompt_length=PROMPT, temperature=TEMPERATURE, valid_vocab_size=valid_vocab_size
     )
     policy.load(canonical(hf, dict(hf.named_parameters())))
-    loss = WeightedLogProbs(policy)
     weights = np.random.default_rng(2).standard_normal(RESPONSE_MASK.shape).astype(np.float32) * RESPONSE_MASK
-    gradients = GradientBuffers().matching(loss.trainable_params())
-    _, outputs = Backward(loss, gradients)(*INPUTS, Tensor(weights))
-    names = [parameter.name for parameter in loss.trainable_params()]
+    gradients = Gradients()
+    (logprobs, entropy), tape = policy.forward(*INPUTS)
+    policy.backward(tape, (Tensor(weights), Tensor(np.zeros_like(weights))), gradients)
     return Case(
         config,
         hf,
-        *outputs.asnumpy(),
-        gradients={name: g.asnumpy() for name, g in zip(names, gradients, strict=True)},
+        logprobs.asnumpy(),
+        entropy.asnumpy(),
+        gradients={name: gradients[name].asnumpy() for name in policy.parameters},
         weights=weights,
         valid_vocab_size=valid_vocab_size,
     )
@@ -210,7 +195,7 @@ def test_critic_values_stand_before_each_response_token(scalar_models: Any) -> N
     config, _, shards, values = scalar_models
     critic = CriticModel(config, GROUPS, prompt_length=PROMPT)
     critic.load(shards)
-    found = critic(*INPUTS).asnumpy()
+    (found,) = critic(*INPUTS)
     assert found.shape == RESPONSE_MASK.shape
     np.testing.assert_allclose(
         found[RESPONSE_MASK], values[:, PROMPT - 1 : -1][RESPONSE_MASK], atol=1e-4, rtol=0
@@ -221,6 +206,6 @@ def test_reward_is_read_at_the_last_real_token(scalar_models: Any) -> None:
     config, _, shards, values = scalar_models
     reward = RewardModel(config, GROUPS, prompt_length=PROMPT)
     reward.load(shards)
-    found = reward(*INPUTS, Tensor(RESPONSE_LENGTHS.astype(np.int32))).asnumpy()
+    (found,) = reward(*INPUTS, RESPONSE_LENGTHS.astype(np.int32))
     expected = values[np.arange(3), PROMPT + RESPONSE_LENGTHS - 1]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Layers of the training decoder between its products: norm, rotary positions, SwiGLU, masks.
+"""What the training decoder does between its products: norm, rotary positions, SwiGLU, masks.
 
 All of them work on rows of one matrix and, where it saves operations or memory, have their gradient
 written out. On CPU, reductions over a matrix are 5 to 20 times faster than over more dimensions, and
@@ -21,34 +21,27 @@ from mindrlhf.kernels.fused_layers import (
 )
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.parallel.groups import Groups
-from mindrlhf.parallel.tensor_parallel import empty_parameter
 from mindrlhf.utils.sizes import exact_div
 
 MASKED_SCORE = -1.0e9
 """Added to the attention score of a key that must not be seen. Finite, so that a row whose keys are all
 masked (a pad) gives a harmless average, not NaN; its exponential is exactly 0 beside any real score."""
 
-Columns = tuple[int, int]
-"""First and end of a run of columns."""
-
 
 class RMSNorm(nn.Cell):
-    """``x / sqrt(mean(x^2) + eps) * weight`` in ``compute_dtype`` (Zhang and Sennrich, arXiv 1910.07467)."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich, arXiv 1910.07467)."""
 
-    def __init__(self, hidden_size: int, eps: float, compute_dtype: ms.dtype, param_dtype: ms.dtype) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.eps = eps
-        self.compute_dtype = compute_dtype
-        self.weight = empty_parameter((hidden_size,), param_dtype, "weight")
+        self.compute_dtype = ms_dtype(config.layernorm_compute_type)
+        library = layer_kernels(self.compute_dtype)
+        eps = config.rms_norm_eps
+        self.normalise = KernelNormalise(library, eps) if library else _Normalise(config.hidden_size, eps)
 
-        library = layer_kernels(compute_dtype)
-        self.normalise = KernelNormalise(library, eps) if library else _Normalise(hidden_size, eps)
-
-    def construct(self, x: Tensor) -> Tensor:
-        """``x`` (..., H) -> the same shape and type."""
-        rows = ops.cast(x.reshape((-1, x.shape[-1])), self.compute_dtype)
-        y = self.normalise(rows, ops.cast(self.weight, self.compute_dtype).reshape((1, -1)))
-        return ops.cast(y, x.dtype).reshape(x.shape)
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` (n, H), ``weight`` (H,) -> the shape and type of ``x``."""
+        weight = ops.cast(weight, self.compute_dtype).reshape((1, -1))
+        return ops.cast(self.normalise(ops.cast(x, self.compute_dtype), weight), x.dtype)
 
 
 class _Normalise(nn.Cell):
@@ -249,29 +242,9 @@ class SharedInputs(nn.Cell):
             self._for_heads(sin, self.kv_heads),
         )
 
-    def of_queries(self, columns: Columns, attention_mask: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-        """The results of :meth:`construct`, with masks and tables of the queries cut to their ``columns``."""
-        length = attention_mask.shape[-1]
-        if self.flash:
-            attention_mask = attention_mask[:, :, columns[0] : columns[1]]
-        else:
-            attention_mask = take_columns(attention_mask, length, columns)
-        query_cos, query_sin, *key_tables = tables
-        by_column = (-1, self.heads * self.head_dim)
-        query_cos = take_columns(query_cos.reshape(by_column), length, columns)
-        query_sin = take_columns(query_sin.reshape(by_column), length, columns)
-        by_head = (-1, self.head_dim)
-        return attention_mask, query_cos.reshape(by_head), query_sin.reshape(by_head), *key_tables
-
     def _for_heads(self, table: Tensor, heads: int) -> Tensor:
         """(B * T, D) -> (B * T * heads, D)."""
         return ops.tile(table, (1, heads)).reshape((-1, self.head_dim))
-
-
-def take_columns(x: Tensor, length: int, columns: Columns) -> Tensor:
-    """(n * ``length``, k) -> (n * Q, k), the rows of the Q ``columns`` of each of n sequences."""
-    first, end = columns
-    return x.reshape((-1, length, x.shape[-1]))[:, first:end].reshape((-1, x.shape[-1]))
 
 
 def causal_padding_mask(valid: Tensor, dtype: ms.dtype) -> Tensor:

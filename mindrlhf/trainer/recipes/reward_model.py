@@ -26,7 +26,7 @@ from mindrlhf.trainer.recipes.supervised import (
 )
 from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.shown_metrics import REWARD_MODEL_METRICS
-from mindrlhf.trainer.train_step import Statistics
+from mindrlhf.trainer.train_step import MicroBatch, Statistics
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -41,29 +41,19 @@ class PairLoss(nn.Cell):
     The second term keeps scores around 0, which the first leaves free (Eisenstein et al., arXiv 2312.09244).
     """
 
-    def __init__(self, reward: RewardModel, center_coef: float) -> None:
+    def __init__(self, center_coef: float) -> None:
         super().__init__(auto_prefix=False)
         self.statistics = PAIR_STATISTICS
-        self.reward = reward
         self.center_coef = center_coef
         self.softplus = ops.Softplus()
 
-    def construct(
-        self,
-        tokens: Tensor,
-        valid: Tensor,
-        position_ids: Tensor,
-        response_lengths: Tensor,
-        inverse_count: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def construct(self, scores: Tensor, inverse_count: Tensor) -> tuple[Tensor, Tensor]:
         """One micro-batch of b pairs; returns the loss and the sums named in PAIR_STATISTICS.
 
         Args:
-            tokens, valid, position_ids: (2 b, T) int32, first the chosen sequences, then the rejected.
-            response_lengths: (2 b,) int32.
+            scores: (2 b,), first those of the chosen sequences, then of the rejected.
             inverse_count: (1,) 1 / pairs of the step, over all ranks and micro-batches.
         """
-        scores = self.reward(tokens, valid, position_ids, response_lengths)
         pairs = scores.shape[0] // 2
         chosen, rejected = scores[:pairs], scores[pairs:]
         margin = chosen - rejected
@@ -92,7 +82,7 @@ class RewardTrainer(SupervisedTrainer):
         groups = stage_groups(run, plan)
         self.reward = RewardModel(config, groups, prompt_length=rows.data.prompt_columns)
         fill_model(self.reward, options.load_sft_checkpoint, options.seed, "reward model", "reward")
-        super().__init__(options, plan, rows, run, self.reward, PairLoss(self.reward, options.center_coef))
+        super().__init__(options, plan, rows, run, self.reward, PairLoss(options.center_coef))
 
     def count(self, rows: np.ndarray) -> int:
         """Pairs."""
@@ -105,9 +95,9 @@ class RewardTrainer(SupervisedTrainer):
         responses = self.data.response_lengths[rows].sum() + self.data.rejected_lengths[rows].sum()
         return prompts + int(responses)
 
-    def inputs(self, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The arguments of :meth:`PairLoss.construct`."""
-        return (*self._arrays(self.data.read_pairs(rows)), inverse_count)
+    def micro_batch(self, rows: np.ndarray, inverse_count: np.ndarray) -> MicroBatch:
+        """For :class:`PairLoss`."""
+        return MicroBatch(self._arrays(self.data.read_pairs(rows)), (inverse_count,))
 
     def train_metrics(self, sums: Statistics, count: int) -> dict[str, float]:
         """Loss without the centring term, accuracy and margin of a step."""
@@ -130,7 +120,7 @@ class RewardTrainer(SupervisedTrainer):
     def scores(self, sequences: Sequences, on_rows: Callable[[int], None] = lambda count: None) -> np.ndarray:
         """(n,) float32 scores of any number of sequences; collective, equal on every rank."""
         return over_rows(
-            lambda *arrays: self.reward(*map(Tensor, arrays)).asnumpy(),
+            lambda *arrays: self.reward(*arrays)[0],
             self._arrays(sequences),
             self.reward.groups.mesh,
             self.exchange,

@@ -26,7 +26,7 @@ from mindrlhf.trainer.recipes.supervised import (
 from mindrlhf.trainer.run import Run, observed
 from mindrlhf.trainer.shown_metrics import SFT_METRICS
 from mindrlhf.trainer.tokenizer_checks import load_model_tokenizer
-from mindrlhf.trainer.train_step import Statistics
+from mindrlhf.trainer.train_step import MicroBatch, Statistics
 from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -35,22 +35,20 @@ logger = get_logger(__name__)
 class SFTLoss(nn.Cell):
     """Cross-entropy of the response tokens: ``-sum(log p(token)) / (global number of response tokens)``."""
 
-    def __init__(self, policy: PPOModelTrain) -> None:
+    def __init__(self) -> None:
         super().__init__(auto_prefix=False)
         self.statistics = ("cross_entropy",)
-        self.policy = policy
 
     def construct(
-        self, tokens: Tensor, valid: Tensor, position_ids: Tensor, mask: Tensor, inverse_count: Tensor
+        self, logprobs: Tensor, entropy: Tensor, mask: Tensor, inverse_count: Tensor
     ) -> tuple[Tensor, Tensor]:
         """One micro-batch; returns the loss and its sum before the division, (1,).
 
         Args:
-            tokens, valid, position_ids: (B, T) int32.
+            logprobs, entropy: (B, R) of the policy.
             mask: (B, R) float32, 1 on real response tokens.
             inverse_count: (1,) 1 / response tokens of the step, over all ranks and micro-batches.
         """
-        logprobs, _, _ = self.policy(tokens, valid, position_ids)
         total = cross_entropy_sum(logprobs, mask)
         return (total * inverse_count).sum(), ops.stop_gradient(total.reshape((1,)))
 
@@ -78,7 +76,7 @@ class SFTTrainer(SupervisedTrainer):
             with_entropy=False,
         )
         fill_model(self.policy, options.load_sft_checkpoint, options.seed, "policy")
-        super().__init__(options, plan, rows, run, self.policy, SFTLoss(self.policy))
+        super().__init__(options, plan, rows, run, self.policy, SFTLoss())
 
     def count(self, rows: np.ndarray) -> int:
         """Response tokens."""
@@ -88,9 +86,10 @@ class SFTTrainer(SupervisedTrainer):
         """Tokens of prompts and responses."""
         return self.count(rows) + int(self.data.prompt_lengths[rows].sum())
 
-    def inputs(self, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The arguments of :meth:`SFTLoss.construct`."""
-        return (*self._sequences(rows), inverse_count)
+    def micro_batch(self, rows: np.ndarray, inverse_count: np.ndarray) -> MicroBatch:
+        """For :class:`SFTLoss`."""
+        *inputs, mask = self._sequences(rows)
+        return MicroBatch(tuple(inputs), (mask, inverse_count))
 
     def train_metrics(self, sums: Statistics, count: int) -> dict[str, float]:
         """``loss/train``, the mean over the response tokens of the step."""
@@ -111,7 +110,7 @@ class SFTTrainer(SupervisedTrainer):
 
     def _row_losses(self, *arrays: np.ndarray) -> np.ndarray:
         *inputs, mask = arrays
-        logprobs = self.policy(*map(Tensor, inputs))[0].asnumpy()
+        logprobs = self.policy(*inputs)[0]
         return -np.where(mask > 0, logprobs, 0.0).sum(axis=1)
 
     def _sequences(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -23,14 +23,14 @@ from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows, together
 from mindrlhf.runtime.launching import scratch_directory
 from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, appearing, model_identity
-from mindrlhf.trainer.optimizer import build_optimizer
+from mindrlhf.trainer.optimizer import AdamW
 from mindrlhf.trainer.output_paths import output_of
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_results
 from mindrlhf.trainer.run import Observers, Run, open_run, start_worker
 from mindrlhf.trainer.shown_metrics import ShownMetrics
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
-from mindrlhf.trainer.train_step import Statistics, TrainStep
+from mindrlhf.trainer.train_step import MicroBatch, Objective, Statistics, TrainStep
 from mindrlhf.utils.errors import MindRLHFError
 from mindrlhf.utils.logging import get_logger
 from mindrlhf.utils.outputs import check_place
@@ -125,7 +125,7 @@ class SupervisedTrainer(ABC):
         rows: of the data set.
         run: this rank's run.
         model: what is trained.
-        loss: cell over ``model`` that returns (loss, statistics); divided by the GLOBAL count of a step.
+        loss: of the model's outputs; divided by the GLOBAL count of a step.
 
     Attributes:
         name: of what is trained, and of its directory in a checkpoint.
@@ -147,8 +147,9 @@ class SupervisedTrainer(ABC):
         self.options, self.plan, self.data, self.run, self.model = options, plan, rows.data, run, model
         self.exchange, self.held_out_rows = run.exchange, rows.held_out
         total = plan.total_steps(len(rows.train))
-        optimizer = build_optimizer(plan.config, loss.trainable_params(), total)
-        self.train_step = TrainStep(loss, optimizer, model.layouts, model.groups, options.max_grad_norm)
+        optimizer = AdamW(plan.config, model.parameters, total)
+        objective = Objective(model, loss)
+        self.train_step = TrainStep(objective, optimizer, model.layouts, model.groups, options.max_grad_norm)
         self.skips = SkippedUpdates(options.max_skipped_updates)
         self.rows = RowStream(
             rows.train, purpose="stage", seed=options.seed, source=rows.data.path, drop_last=True
@@ -179,7 +180,7 @@ class SupervisedTrainer(ABC):
         count = self.count(rows)
         inverse_count = np.array([1.0 / count], np.float32)
         mine = rows[local_rows(len(rows), mesh, self.exchange.runtime.rank)]
-        micro = [self.inputs(mine[i : i + size], inverse_count) for i in range(0, len(mine), size)]
+        micro = [self.micro_batch(mine[i : i + size], inverse_count) for i in range(0, len(mine), size)]
         # 2. Backward passes, and the optimizer step.
         with self.run.timer.phase("train"):
             sums = self.train_step.accumulate(micro)
@@ -218,8 +219,8 @@ class SupervisedTrainer(ABC):
         """Real tokens that a forward pass over these rows goes through."""
 
     @abstractmethod
-    def inputs(self, rows: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Arguments of the loss for some rows of the data set; ``inverse_count`` (1,) is 1 / global count."""
+    def micro_batch(self, rows: np.ndarray, inverse_count: np.ndarray) -> MicroBatch:
+        """Some rows of the data set for model and loss; ``inverse_count`` (1,) is 1 / global count."""
 
     @abstractmethod
     def train_metrics(self, sums: Statistics, count: int) -> dict[str, float]:
