@@ -74,7 +74,7 @@ def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
-            for module in ("decoding", "fused_layers"):
+            for module in ("decoding", "fused_layers", "log_probs"):
                 patch.setattr(f"mindrlhf.kernels.{module}.kernel_library", lambda: None)
         elif kernel_library() is None:
             pytest.skip("no kernels on this machine")

@@ -138,8 +138,11 @@ class RunnerConfig:
 class RunConfig:
     """One MindFormers YAML: a model, its split, device and optimizer.
 
-    ``optimizer`` and ``lr_schedule`` are passed unchanged to MindFormers' ``build_optim`` and ``build_lr``
-    (empty when the YAML has none); ``ignored`` names the sections that are not read.
+    ``lr_schedule`` is passed unchanged to MindFormers' ``build_lr`` (it and ``optimizer`` are empty when the
+    YAML has none). ``recompute`` of the layers, from the first on, compute their results anew in the backward
+    pass (``recompute_config.recompute``), and the optimizer's state is shared out over the replicas when
+    ``shards_optimizer`` (``parallel.enable_parallel_optimizer``); ``ignored`` names the sections that are not
+    read.
     """
 
     path: Path
@@ -149,6 +152,8 @@ class RunConfig:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     lr_schedule: Mapping[str, Any] = field(default_factory=dict)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
+    recompute: int = 0
+    shards_optimizer: bool = False
     ignored: tuple[str, ...] = ()
 
 

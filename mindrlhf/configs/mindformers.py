@@ -52,9 +52,9 @@ def _unsupported(
 
 
 _DROPOUT = "remove it or set it to 0: dropout would make old and new log-probs differ"
-_SHARDED_OPTIMIZER = "set it to False: every rank holds the whole optimizer state of its shard of the model"
+_SHARDED_OPTIMIZER = "remove it: parallel.enable_parallel_optimizer shares out the optimizer's state"
 _SEQUENCE_PARALLEL = "set it to False: activations are not split along the sequence"
-_RECOMPUTE = "set it to False: activations are kept; a smaller micro_batch_size takes less memory"
+_RECOMPUTE = "set it to False: recompute computes whole layers anew"
 _SWAP = "set it to False: nothing is moved to the host to save device memory"
 
 _ARCHITECTURE = "LlamaForCausalLM"
@@ -203,16 +203,12 @@ TOP = {
     "micro_batch_interleave_num": Foreign((1, None), "set it to 1: batches are not interleaved"),
 }  # fmt: skip
 
-# What must not be asked for in sections that are not read.
+# What must not be asked for in sections of which at most one key is read (see read_run.py).
 WITHIN_IGNORED = {
-    "recompute_config": {
-        **_unsupported(
-            "recompute", "select_recompute", "select_comm_recompute",
-            neutral=(False, None, [], {}), instead=_RECOMPUTE,
-        ),
-    },
+    "recompute_config": _unsupported(
+        "select_recompute", "select_comm_recompute", neutral=(False, None, [], {}), instead=_RECOMPUTE
+    ),
     "swap_config": _unsupported("swap", instead=_SWAP),
-    "parallel": {"enable_parallel_optimizer": Foreign((False, None), _SHARDED_OPTIMIZER)},
     "moe_config": {"expert_num": Foreign((1, None), "set it to 1: a Qwen2 model has no experts")},
 }  # fmt: skip
 

@@ -1,14 +1,14 @@
 """Sections ``optimizer`` and ``lr_schedule``, checked without importing MindFormers.
 
-Their classes are MindFormers' own and built by its ``build_optim`` and ``build_lr``. Those swallow
-unknown arguments or fail after minutes of compiling, so the arguments are checked here; a test compares
-the tables with the real signatures.
+Their classes and arguments are MindFormers'; its ``build_lr`` builds the schedules. It swallows unknown
+arguments or fails late, so the arguments are checked here; a test compares the tables with the real
+signatures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Len, Lt
 from pydantic import BeforeValidator, Strict
@@ -17,7 +17,6 @@ from mindrlhf.configs.faults import Faults, did_you_mean, shown
 from mindrlhf.configs.fields import (
     Count,
     CountOrMinusOne,
-    Flag,
     Fraction,
     Key,
     Natural,
@@ -35,7 +34,7 @@ _STEPS = Key(Natural, nullable=True)
 _TOTAL_STEPS = Key(CountOrMinusOne, nullable=True)  # -1: the optimizer steps of the job
 _RATIO = Key(Fraction, nullable=True)
 _POSITIVE = Key(Positive)
-_FLAG = Key(Flag)
+_OFF = Key(Annotated[Literal[False], Words("False")])
 
 
 def _tuple(value: object) -> object:
@@ -57,8 +56,8 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
         "betas": Key(_BETAS),
         "eps": _POSITIVE,
         "weight_decay": _RATE,
-        "use_fused": _FLAG,
-        "swap": _FLAG,
+        "use_fused": _OFF,  # the step is in place and tensor by tensor anyway
+        "swap": _OFF,
     }
 }
 

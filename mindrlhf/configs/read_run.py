@@ -33,6 +33,8 @@ class RunDraft:
     optimizer: dict[str, Any] = field(default_factory=dict)
     lr_schedule: dict[str, Any] = field(default_factory=dict)
     runner: dict[str, Any] = field(default_factory=dict)
+    recompute: int = 0
+    shards_optimizer: bool = False
     sections: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -56,6 +58,8 @@ class RunDraft:
             optimizer=self.optimizer,
             lr_schedule=self.lr_schedule,
             runner=RunnerConfig(**self.runner),
+            recompute=self.recompute,
+            shards_optimizer=self.shards_optimizer,
             ignored=self.ignored,
         )
 
@@ -91,6 +95,8 @@ def read_run(path: Path, faults: Faults, *, device_target: str | None, single_pr
     _fit_to_device(draft)
     runner = reader.section(root, "runner_config")
     draft.runner = reader.read(runner, "runner_config", RunnerConfig, mindformers.RUNNER)
+    draft.recompute = _recomputed_layers(root, draft, reader)
+    draft.shards_optimizer = reader.flag(root, "parallel.enable_parallel_optimizer")
     if (section := reader.section(root, "optimizer")) is not None:
         draft.optimizer = read_optimizer(section, reader.place("optimizer"), faults)
     if (section := reader.section(root, "lr_schedule")) is not None:
@@ -145,6 +151,17 @@ class _SectionReader:
         keys = keys_of(declaration)
         return read_section(section, keys, self.faults, where, accepted=foreign, remedies=remedies)
 
+    def flag(self, root: Mapping[Any, Any], key_path: str) -> bool:
+        """A key that is True or False, in a section of which nothing else is read; False when absent."""
+        section, _, name = key_path.partition(".")
+        of_section = root.get(section)
+        value = of_section.get(name) if isinstance(of_section, dict) else None
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            self.faults.add(self.place(key_path), f"wrong type ({shown(value)})", "must be True or False")
+        return value is True
+
     def check(self, section: Mapping[Any, Any], key_path: str, foreign: Mapping[str, Foreign]) -> None:
         """Refuses or records what MindFormers' other keys ask for."""
         where = self.place(key_path) if key_path else str(self.path)
@@ -162,6 +179,22 @@ class _SectionReader:
         for name, foreign in mindformers.WITHIN_IGNORED.items():
             if (section := self.section(root, name)) is not None:
                 self.check(section, name, foreign)
+
+
+def _recomputed_layers(root: Mapping[Any, Any], draft: RunDraft, reader: _SectionReader) -> int:
+    """``recompute_config.recompute``: True for all layers, or a list with their number, from the first on."""
+    layers: int = draft.model.get("num_layers", 0)
+    section = root.get("recompute_config")
+    value = section.get("recompute") if isinstance(section, dict) else None
+    if not isinstance(value, list) or not value:
+        return layers if value and reader.flag(root, "recompute_config.recompute") else 0
+    if len(value) == 1 and type(value[0]) is int and 0 <= value[0] <= layers:
+        return int(value[0])
+    place = reader.place("recompute_config.recompute")
+    reader.faults.add(
+        place, f"not supported ({shown(value)})", f"must be True, False or [number of layers, 0 .. {layers}]"
+    )
+    return 0
 
 
 def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 // What a decoder layer does between its products, forward and backward: custom operators of MindSpore on CPU.
 //
-// MindSpore has an operation for each sum and product, and each passes over memory; these pass once. Rows are cut
-// into pieces of a size that does not depend on the number of threads, so neither do the results.
+// MindSpore has an operation for each sum and product, and each passes over memory; these pass once.
 //
 // float32 throughout. Built by mindrlhf/kernels/library.py.
 
@@ -12,31 +11,12 @@
 #include <cstdint>
 #include <functional>
 
-#include "thread_pool.h"
+#include "rows.h"
 #include "vector_math.h"
 
 namespace {
 
 using namespace mindrlhf;
-
-constexpr int64_t kNumbersAtOnce = 1 << 14;  // of a piece of rows
-
-const float* Read(void* data) { return static_cast<const float*>(data); }
-float* Write(void* data) { return static_cast<float*>(data); }
-
-int64_t RowsAtOnce(int64_t columns) { return std::max<int64_t>(1, kNumbersAtOnce / columns); }
-
-// Calls work(row) for each row, by all threads.
-template <class Work>
-int EachRow(int64_t rows, int64_t columns, const Work& work) {
-  const int64_t step = RowsAtOnce(columns);
-  return Exclusively([&] {
-    SharedPool().Run(static_cast<int>(CeilDiv(rows, step)), [&](int piece, int) {
-      for (int64_t row = piece * step; row < std::min(rows, (piece + 1) * step); ++row) work(row);
-      return 0;
-    });
-  });
-}
 
 float InverseRootMeanSquare(const float* x, int64_t size, float eps) {
   return 1.0f / std::sqrt(Dot(x, x, size) / size + eps);

@@ -24,7 +24,7 @@ from mindrlhf.utils.ranks import env_int
 
 logger = get_logger(__name__)
 
-SOURCES = ("decode_steps.cpp", "fused_layers.cpp")
+SOURCES = ("decode_steps.cpp", "fused_layers.cpp", "log_probs.cpp")
 PRODUCTS = "bf16_products.cpp"
 """Compiled in only where the processor has instructions for it."""
 

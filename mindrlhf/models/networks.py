@@ -90,13 +90,16 @@ class SequenceModel(Network):
         config: model sizes; the layout comes from ``groups.mesh``.
         groups: this rank's groups.
         lm_head, score_head: which heads it has.
+        recompute: see :class:`Decoder`.
 
     Attributes:
         layouts: canonical name -> layout of every parameter, in model order.
         parameters: canonical name -> this rank's shard; zeros until they are loaded.
     """
 
-    def __init__(self, config: ModelConfig, groups: Groups, *, lm_head: bool, score_head: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, groups: Groups, *, lm_head: bool, score_head: bool, recompute: int = 0
+    ) -> None:
         self.config = config
         self.groups = groups
         self.is_language_model = lm_head
@@ -111,7 +114,8 @@ class SequenceModel(Network):
             )
             for name, layout in self.layouts.items()
         }
-        super().__init__(Decoder(config, groups, self.layouts, self.parameters), self._make_head())
+        decoder = Decoder(config, groups, self.layouts, self.parameters, recompute)
+        super().__init__(decoder, self._make_head())
 
     @abstractmethod
     def _make_head(self) -> Head:
@@ -169,6 +173,7 @@ class PPOModelTrain(SequenceModel):
         with_entropy: whether to compute the entropy, which costs a pass over the logits; a reference
             needs none.
         entropy_gradient: whether the entropy is part of a loss.
+        recompute: see :class:`Decoder`.
     """
 
     def __init__(
@@ -182,6 +187,7 @@ class PPOModelTrain(SequenceModel):
         value_head: bool = False,
         with_entropy: bool = True,
         entropy_gradient: bool = False,
+        recompute: int = 0,
     ) -> None:
         self.prompt_length = prompt_length
         self.valid_vocab_size = valid_vocab_size
@@ -192,7 +198,7 @@ class PPOModelTrain(SequenceModel):
             "with_entropy": with_entropy,
             "entropy_gradient": entropy_gradient,
         }
-        super().__init__(config, groups, lm_head=True, score_head=value_head)
+        super().__init__(config, groups, lm_head=True, score_head=value_head, recompute=recompute)
 
     def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
         """The response columns."""
@@ -205,9 +211,11 @@ class PPOModelTrain(SequenceModel):
 class CriticModel(SequenceModel):
     """A separate critic; its output is the value before each response token, (B, R) float32."""
 
-    def __init__(self, config: ModelConfig, groups: Groups, *, prompt_length: int) -> None:
+    def __init__(
+        self, config: ModelConfig, groups: Groups, *, prompt_length: int, recompute: int = 0
+    ) -> None:
         self.prompt_length = prompt_length
-        super().__init__(config, groups, lm_head=False, score_head=True)
+        super().__init__(config, groups, lm_head=False, score_head=True, recompute=recompute)
 
     def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
         """The response columns."""
@@ -235,9 +243,11 @@ class RewardModel(SequenceModel):
     It takes (B,) int32 response lengths besides sequences, at least 1 each.
     """
 
-    def __init__(self, config: ModelConfig, groups: Groups, *, prompt_length: int) -> None:
+    def __init__(
+        self, config: ModelConfig, groups: Groups, *, prompt_length: int, recompute: int = 0
+    ) -> None:
         self.prompt_length = prompt_length
-        super().__init__(config, groups, lm_head=False, score_head=True)
+        super().__init__(config, groups, lm_head=False, score_head=True, recompute=recompute)
 
     def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
         """The last real token of each row."""

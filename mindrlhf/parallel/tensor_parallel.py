@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from mindrlhf.kernels.bf16_products import bfloat16_rows_product
+from mindrlhf.kernels.log_probs import KernelLogitSums, logits_library
 from mindrlhf.parallel.collectives import GroupMax, ReduceFromGroup
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div
@@ -158,17 +159,72 @@ class SamplingLogits(nn.Cell):
         return logits
 
 
+class LogitSums(nn.Cell):
+    """Sums over the columns of logits, each times ``scale``, without those behind the first ``columns``."""
+
+    def __init__(self, scale: float, columns: int, size: int) -> None:
+        super().__init__()
+        self.scale, self.size, self.is_padded = scale, size, columns < size
+        real = np.arange(size) < columns
+        self.padding_bias = Tensor(np.where(real, 0.0, PADDED_LOGIT).astype(np.float32))
+        self.largest = ops.ReduceMax()
+
+    def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``logits`` (n, k), column numbers ``tokens`` (n,) int32, for ``x`` the scaled logits.
+
+        Returns:
+            four (n,) float32: the largest ``x``, the sums of ``exp(x - largest)`` and of
+            ``exp(x - largest) (x - largest)``, and the ``x`` of the token.
+        """
+        x = self._scaled(logits)
+        # Spelled out: on CPU, broadcasting in an operation is many times slower.
+        largest = self.largest(x, -1)
+        shifted = x - ops.tile(largest.reshape((-1, 1)), (1, self.size))
+        exp = ops.exp(shifted)
+        chosen = ops.gather_elements(x, 1, tokens.reshape((-1, 1))).reshape((-1,))
+        return largest, exp.sum(axis=-1), (exp * shifted).sum(axis=-1), chosen
+
+    def gradient(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        largest: Tensor,
+        inverse_total: Tensor,
+        constant: Tensor,
+        slope: Tensor,
+        of_token: Tensor,
+    ) -> Tensor:
+        """``scale (p (constant - slope (x - largest)) + of_token at the token)``, (n, k) in their type.
+
+        ``p`` is ``exp(x - largest) inverse_total``; all but the first two are (n,).
+        """
+        shifted = self._scaled(logits) - self._tiled(largest)
+        p = ops.exp(shifted) * self._tiled(inverse_total)
+        gradient = p * (self._tiled(constant) - shifted * self._tiled(slope))
+        tokens, of_token = tokens.reshape((-1, 1)), of_token.reshape((-1, 1))
+        gradient = ops.tensor_scatter_elements(gradient, tokens, of_token, 1, "add")
+        return ops.cast(gradient * self.scale, logits.dtype)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        x = ops.cast(logits, ms.float32) * self.scale
+        return x + self.padding_bias if self.is_padded else x
+
+    def _tiled(self, of_row: Tensor) -> Tensor:
+        return ops.tile(of_row.reshape((-1, 1)), (1, self.size))
+
+
 class VocabParallelLogProbs(nn.Cell):
     """Log-probability of given tokens, and entropy, from logits whose vocabulary is split over the group.
 
-    No rank sees another's logits: the maximum, the sum of exponentials and the chosen logit are the
-    only things exchanged. Computed in float32 whatever the type of the logits. With ``z`` the logits of a
-    row, ``p`` their softmax and ``H`` its entropy, ``d log p_t / dz = 1_t - p`` and
-    ``dH / dz = -p (log p + H)``; nothing but the logits is kept for it.
+    No rank sees another's logits: four sums per row are the only things exchanged. Computed in float32
+    whatever the type of the logits.
 
     Args:
-        vocab_size, groups, valid_vocab_size, temperature: see :class:`SamplingLogits`.
-        with_entropy: whether to compute the entropy; zeros otherwise.
+        vocab_size: full number of logits, padded rows included.
+        groups: the rank's groups.
+        valid_vocab_size: ids from this one on pad the vocabulary: they have probability 0.
+        temperature: divides the logits.
+        with_entropy: whether the entropy is wanted; zeros otherwise.
         entropy_gradient: whether the entropy has a gradient.
     """
 
@@ -186,53 +242,46 @@ class VocabParallelLogProbs(nn.Cell):
         self.rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
         self.first = groups.mp_index * self.rows
         self.with_entropy, self.entropy_gradient = with_entropy, entropy_gradient
-        self.sampling_logits = SamplingLogits(
-            vocab_size, groups, valid_vocab_size=valid_vocab_size, temperature=temperature
-        )
-        self.largest = ops.ReduceMax()
+        columns = min(max(valid_vocab_size - self.first, 0), self.rows)
+        library = logits_library()
+        if library:
+            self.sums = KernelLogitSums(library, 1.0 / temperature, columns)
+        else:
+            self.sums = LogitSums(1.0 / temperature, columns, self.rows)
         self.group_max = GroupMax(groups)
         self.reduce = ReduceFromGroup(groups.mp_group)
 
     def construct(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Raw local ``logits`` (n, V / mp), ``tokens`` (n,) int32 -> log-probs, entropy, (n,) float32."""
-        shifted, exp, total = self._exponentials(logits)
+        _, total, weighted, chosen = self._of_group(logits, tokens)
         log_total = ops.log(total)
-        local, held = local_ids(tokens.reshape((-1, 1)), self.first, self.rows)
-        chosen = ops.gather_elements(shifted, 1, local) * ops.cast(held, ms.float32)
-        logprobs = self.reduce(chosen.reshape((-1,))) - log_total
-        if not self.with_entropy:
-            return logprobs, ops.zeros_like(logprobs)
-        return logprobs, log_total - self.reduce((exp * shifted).sum(axis=-1)) / total
+        entropy = log_total - weighted / total if self.with_entropy else ops.zeros_like(chosen)
+        return chosen - log_total, entropy
 
     def gradient(self, logits: Tensor, tokens: Tensor, of_logprobs: Tensor, of_entropy: Tensor) -> Tensor:
-        """The gradient of ``logits``, (n, V / mp), from those of the results, (n,) each."""
-        shifted, exp, total = self._exponentials(logits)
-        per_row = -of_logprobs
-        if self.entropy_gradient:
-            log_total = ops.log(total)
-            entropy = log_total - self.reduce((exp * shifted).sum(axis=-1)) / total
-            # p (-dH (H - log total)) - p dH shifted = -dH p (log p + H)
-            per_row = per_row - of_entropy * (entropy - log_total)
-            spread = ops.tile(of_entropy.reshape((-1, 1)), (1, self.rows))
-            exp_share = exp * ops.tile((1.0 / total).reshape((-1, 1)), (1, self.rows))
-            gradient = exp_share * (ops.tile(per_row.reshape((-1, 1)), (1, self.rows)) - shifted * spread)
-        else:
-            gradient = exp * ops.tile((per_row / total).reshape((-1, 1)), (1, self.rows))
-        local, held = local_ids(tokens.reshape((-1, 1)), self.first, self.rows)
-        chosen = of_logprobs.reshape((-1, 1)) * ops.cast(held, ms.float32)
-        gradient = ops.tensor_scatter_elements(gradient, local, chosen, 1, "add")
-        if self.sampling_logits.inverse_temperature != 1.0:
-            gradient = gradient * self.sampling_logits.inverse_temperature
-        return ops.cast(gradient, logits.dtype)
+        """The gradient of ``logits``, (n, V / mp), from those of the results, (n,) each.
 
-    def _exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits minus their row's maximum, their exponentials (n, V / mp), and the sums of these (n,)."""
-        # The maximum is spelled out: on CPU, broadcasting in an operation is many times slower.
-        logits = self.sampling_logits(logits)
-        largest = self.group_max(self.largest(logits, -1)).reshape((-1, 1))
-        shifted = logits - ops.tile(largest, (1, self.rows))
-        exp = ops.exp(shifted)
-        return shifted, exp, self.reduce(exp.sum(axis=-1))
+        With ``p`` the softmax of ``x`` and ``H`` its entropy, ``d log p_t / dx = 1_t - p`` and
+        ``dH / dx = -p (log p + H)``.
+        """
+        largest, total, weighted, _ = self._of_group(logits, tokens)
+        constant, slope = -of_logprobs, ops.zeros_like(of_logprobs)
+        if self.entropy_gradient:  # log p + H = x - largest - weighted / total
+            constant, slope = constant + of_entropy * weighted / total, of_entropy
+        local, held = local_ids(tokens, self.first, self.rows)
+        of_token = of_logprobs * ops.cast(held, ms.float32)
+        return self.sums.gradient(logits, local, largest, 1.0 / total, constant, slope, of_token)
+
+    def _of_group(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The sums over the whole vocabulary, relative to its largest logit, as the chosen logit is, too."""
+        local, held = local_ids(tokens, self.first, self.rows)
+        own, total, weighted, chosen = self.sums(logits, local)
+        largest = self.group_max(own)
+        below = own - largest
+        factor = ops.exp(below)
+        weighted = self.reduce((weighted + total * below) * factor)
+        chosen = self.reduce((chosen - largest) * ops.cast(held, ms.float32))
+        return largest, self.reduce(total * factor), weighted, chosen
 
 
 PADDED_LOGIT = -1.0e9

@@ -80,7 +80,10 @@ def build_models(
         # lost in their rounding, so what is trained is kept in float32.
         trained = replace(job.critic.model, param_init_type="float32")
         critic = CriticModel(
-            trained, create_groups(mesh_of(job.critic), rank), prompt_length=ppo.max_prompt_length
+            trained,
+            create_groups(mesh_of(job.critic), rank),
+            prompt_length=ppo.max_prompt_length,
+            recompute=job.critic.recompute,
         )
 
     infer.load(load_shards(weights.infer, infer, "infer policy"))
@@ -131,6 +134,7 @@ def _policy(job: JobConfig, config: RunConfig, rank: int, **settings: bool) -> P
         prompt_length=job.ppo.max_prompt_length,
         temperature=job.ppo.temperature,
         valid_vocab_size=job.ppo.valid_vocab_size or config.model.vocab_size,
+        recompute=config.recompute,
         **settings,
     )
 

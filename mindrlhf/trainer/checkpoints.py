@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from mindspore import Parameter, Tensor
 
 from mindrlhf.checkpoint.hf_config import CONFIG_NAME as HF_CONFIG
 from mindrlhf.checkpoint.manifest import Digest, FileRecord, digest_file, write_manifest
@@ -201,11 +200,10 @@ class TrainingCheckpoints:
         meshes = _meshes(state)
         for name, model, optimizer in trained:
             model.load(load_shard(directory / name, model.layouts, self.rank))
-            layouts = {key: _state_layout(key, state, model) for key, state in optimizer.state.items()}
+            layouts = {key: _state_layout(key, shape, model) for key, shape in optimizer.shapes().items()}
             moments = directory / f"{name}_optimizer"
             arrays = load_shard(moments, layouts, self.rank, stored=meshes[name])
-            for key, array in arrays.items():
-                optimizer.state[key].set_data(Tensor(array).astype(optimizer.state[key].dtype))
+            optimizer.load(arrays)
         for name, part in stateful.items():
             if name in state["parts"]:
                 part.load_state_dict(state["parts"][name])
@@ -269,7 +267,7 @@ class TrainingCheckpoints:
         for name, model, optimizer in trained:
             for part, arrays in (
                 (name, dict(model.shards())),
-                (f"{name}_optimizer", _optimizer_arrays(optimizer)),
+                (f"{name}_optimizer", optimizer.arrays()),
             ):
                 digest = Digest()
                 save_shard(temporary / part, self.rank, arrays, digest=digest)
@@ -396,13 +394,9 @@ def _gather_records(mine: Mapping[str, FileRecord], exchange: HostExchange) -> d
     return files
 
 
-def _optimizer_arrays(optimizer: AdamW) -> dict[str, np.ndarray]:
-    return {name: parameter.asnumpy() for name, parameter in optimizer.state.items()}
-
-
-def _state_layout(name: str, parameter: Parameter, model: SequenceModel) -> Layout:
+def _state_layout(name: str, shape: tuple[int, ...], model: SequenceModel) -> Layout:
     """The layout of a moment is its parameter's; the step count is whole on every rank."""
     for own, layout in model.layouts.items():
         if name.endswith("." + own):
             return layout
-    return Layout(model.groups.mesh, tuple(parameter.shape), (None,) * len(parameter.shape))
+    return Layout(model.groups.mesh, shape, (None,) * len(shape))

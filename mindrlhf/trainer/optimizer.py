@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,15 @@ from mindspore import Parameter, Tensor, ops
 
 from mindrlhf.configs.keys import RunConfig
 from mindrlhf.configs.optimizer_section import completed_schedule
+from mindrlhf.models.networks import SequenceModel
 from mindrlhf.models.pieces import Gradients
+from mindrlhf.parallel.partition import Partition
 from mindrlhf.parallel.tensor_parallel import empty_parameter
-from mindrlhf.trainer.mindformers_builders import load_builders
+from mindrlhf.trainer.mindformers_schedules import load_build_lr
 from mindrlhf.utils.errors import ConfigError
 
+_Update = Callable[[Parameter, Parameter, Parameter, Tensor, float], None]
+"""Steps a weight in place: weight, first and second moment, gradient, weight decay."""
 _DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # MindFormers' own
 
 
@@ -29,10 +33,14 @@ class AdamW:
     that are stored in fewer bits than float32 are rounded from a float32 copy, the master, which takes the
     steps: those of a small learning rate would be lost in the rounding (arXiv 1710.03740).
 
+    With a partition, each replica has the state of its part of every tensor and steps that part; the weights
+    return from all of them.
+
     Args:
         config: its ``optimizer`` and ``lr_schedule``.
         parameters: what is trained, by name.
         total_steps: optimizer steps of the whole job, used where the schedule says -1.
+        partition: how replicas share out the states; ``None``: each has all.
 
     Attributes:
         state: moments, masters and step count by name, under MindFormers' names.
@@ -41,18 +49,25 @@ class AdamW:
         ConfigError: MindFormers does not accept the schedule.
     """
 
-    def __init__(self, config: RunConfig, parameters: Mapping[str, Parameter], total_steps: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        parameters: Mapping[str, Parameter],
+        total_steps: int,
+        partition: Partition | None = None,
+    ) -> None:
         settings = {**_DEFAULTS, **config.optimizer}
         self._betas: tuple[float, float] = tuple(settings["betas"])
         self._eps, self._decay = float(settings["eps"]), float(settings["weight_decay"])
         self._schedule = _build_schedule(config, total_steps)
-        self._parameters = parameters
+        self._parameters, self.partition = parameters, partition
         self._step = Parameter(Tensor(np.zeros(1, np.int32)), name="global_step", requires_grad=False)
         self.state: dict[str, Parameter] = {"global_step": self._step}
         for name, parameter in parameters.items():
+            shape = (partition.size(parameter.size),) if partition else parameter.shape
             kinds = ["adam_m", "adam_v"] + (["master"] if parameter.dtype != ms.float32 else [])
             for key in (f"{kind}.{name}" for kind in kinds):
-                self.state[key] = empty_parameter(parameter.shape, ms.float32, key, trainable=False)
+                self.state[key] = empty_parameter(shape, ms.float32, key, trainable=False)
         self._kernel = ops.AdamWeightDecay() if ms.get_context("device_target") == "CPU" else None
         self._has_masters = False
 
@@ -60,41 +75,66 @@ class AdamW:
         """One step; returns its learning rate.
 
         Args:
-            gradients: one for each parameter.
+            gradients: one for each parameter, or this replica's part of it.
             scale: factor of all of them.
         """
         if not self._has_masters:
-            self.fill_masters()
+            self._fill_masters()
         rate = float(self._schedule(Tensor(self._step)).asnumpy().reshape(-1)[0])
         count = int(self._step.asnumpy()[0]) + 1
+        update = (self._plain if self._kernel is None else self._fused)(rate, count)
         for name, parameter in self._parameters.items():
-            gradient = ops.cast(gradients[name], ms.float32) * scale
-            master = self.state.get(f"master.{name}", parameter)
+            gradient = gradients[name].astype(ms.float32) * scale
+            weight = self.state.get(f"master.{name}", parameter)
+            if self.partition and weight is parameter:
+                weight = Parameter(self.partition.take(Tensor(parameter)), requires_grad=False)
             moments = self.state[f"adam_m.{name}"], self.state[f"adam_v.{name}"]
-            decay = self._decay if parameter.ndim > 1 else 0.0
-            (self._fused if self._kernel else self._plain)(master, *moments, gradient, rate, decay, count)
-            if master is not parameter:
-                ops.assign(parameter, ops.cast(master, parameter.dtype))
+            update(weight, *moments, gradient, self._decay if parameter.ndim > 1 else 0.0)
+            if weight is not parameter:
+                self._return(weight, parameter)
         ops.assign(self._step, Tensor(np.array([count], np.int32)))
         return rate
 
-    def fill_masters(self) -> None:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The state without a partition, whatever there is: moments in the shapes of their parameters."""
+        if self.partition is None:
+            return {key: state.asnumpy() for key, state in self.state.items()}
+        return {
+            key: state.asnumpy()
+            if key == "global_step"
+            else self.partition.all_gather(Tensor(state), self._shape(key)).asnumpy()
+            for key, state in self.state.items()
+        }
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes up a state of :meth:`arrays`, of any partition."""
+        for key, array in arrays.items():
+            value = Tensor(np.ascontiguousarray(array)).astype(self.state[key].dtype)
+            is_part = self.partition and key != "global_step"
+            self.state[key].set_data(self.partition.take(value) if self.partition and is_part else value)
+        self._has_masters = any(key.startswith("master.") for key in arrays)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of :meth:`arrays`."""
+        return {key: (1,) if key == "global_step" else self._shape(key) for key in self.state}
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._parameters[key.partition(".")[2]].shape)
+
+    def _return(self, weight: Parameter, parameter: Parameter) -> None:
+        """Stores a stepped master, or part, in the parameter."""
+        value = ops.cast(Tensor(weight), parameter.dtype)
+        ops.assign(parameter, self.partition.all_gather(value, parameter.shape) if self.partition else value)
+
+    def _fill_masters(self) -> None:
         """Takes the masters from the weights, which have been loaded."""
         for name, parameter in self._parameters.items():
-            if master := self.state.get(f"master.{name}"):
-                ops.assign(master, ops.cast(Tensor(parameter), ms.float32))
+            if (master := self.state.get(f"master.{name}")) is not None:
+                value = ops.cast(Tensor(parameter), ms.float32)
+                ops.assign(master, self.partition.take(value) if self.partition else value)
         self._has_masters = True
 
-    def _fused(
-        self,
-        weight: Parameter,
-        first: Parameter,
-        second: Parameter,
-        gradient: Tensor,
-        rate: float,
-        decay: float,
-        count: int,
-    ) -> None:
+    def _fused(self, rate: float, count: int) -> _Update:
         """By one kernel, which does not correct bias: ``w -= lr (m / (sqrt(v) + eps) + decay w)``.
 
         With ``c = sqrt(1 - beta2^t) / (1 - beta1^t)``, ``lr c`` for its ``lr``, ``eps sqrt(1 - beta2^t)`` for
@@ -104,33 +144,42 @@ class AdamW:
         root = float(np.sqrt(1.0 - beta2**count))
         correction = root / (1.0 - beta1**count)
         scalars = [Tensor(value, ms.float32) for value in (rate * correction, beta1, beta2, self._eps * root)]
-        assert self._kernel is not None
-        self._kernel(weight, first, second, *scalars, Tensor(decay / correction, ms.float32), gradient)
+        decays = {decay: Tensor(decay / correction, ms.float32) for decay in (0.0, self._decay)}
 
-    def _plain(
-        self,
-        weight: Parameter,
-        first: Parameter,
-        second: Parameter,
-        gradient: Tensor,
-        rate: float,
-        decay: float,
-        count: int,
-    ) -> None:
+        def update(
+            weight: Parameter, first: Parameter, second: Parameter, gradient: Tensor, decay: float
+        ) -> None:
+            assert self._kernel is not None
+            self._kernel(weight, first, second, *scalars, decays[decay], gradient)
+
+        return update
+
+    def _plain(self, rate: float, count: int) -> _Update:
         """By operators that every device has."""
         beta1, beta2 = self._betas
-        ops.assign(first, first * beta1 + gradient * (1.0 - beta1))
-        ops.assign(second, second * beta2 + gradient * gradient * (1.0 - beta2))
-        root = ops.sqrt(second * (1.0 / (1.0 - beta2**count))) + self._eps
-        change = first * (1.0 / (1.0 - beta1**count)) / root + weight * decay
-        ops.assign(weight, weight - change * rate)
+        first_scale, second_scale = 1.0 / (1.0 - beta1**count), 1.0 / (1.0 - beta2**count)
+
+        def update(
+            weight: Parameter, first: Parameter, second: Parameter, gradient: Tensor, decay: float
+        ) -> None:
+            ops.assign(first, first * beta1 + gradient * (1.0 - beta1))
+            ops.assign(second, second * beta2 + gradient * gradient * (1.0 - beta2))
+            change = first * first_scale / (ops.sqrt(second * second_scale) + self._eps)
+            ops.assign(weight, weight - (change + weight * decay) * rate)
+
+        return update
+
+
+def build_optimizer(config: RunConfig, model: SequenceModel, total_steps: int) -> AdamW:
+    """The optimizer of a model, its state shared out over the replicas where the YAML says so."""
+    shares = config.shards_optimizer and model.groups.dp_group is not None
+    return AdamW(config, model.parameters, total_steps, Partition(model.groups) if shares else None)
 
 
 def _build_schedule(config: RunConfig, total_steps: int) -> Any:
     with _quiet():
-        build_lr, _ = load_builders()
         try:
-            return build_lr(completed_schedule(config.lr_schedule, total_steps))
+            return load_build_lr()(completed_schedule(config.lr_schedule, total_steps))
         except (TypeError, ValueError) as error:
             raise ConfigError([f"{config.path}: lr_schedule: {error}"]) from error
 

@@ -143,27 +143,25 @@ class TrainStep:
         A split parameter's square sum is added up over the model-parallel group, a replicated one counts
         once. Not finite on every rank when a loss or a gradient of any rank is not.
         """
-        if group := self._groups.dp_group:
-            self._gradients.transform(ops.AllReduce(group=group))
-        of_split = of_whole = 0.0
-        for name, layout in self._layouts.items():
-            square_sum = float(_square_sum(self._gradients[name]).asnumpy())
-            if layout.is_split:
-                of_split += square_sum
-            else:
-                of_whole += square_sum
+        mp_group, dp_group, partition = self._groups.mp_group, self._groups.dp_group, self.optimizer.partition
+        if dp_group:
+            reduce = partition.reduce_scatter if partition else ops.AllReduce(group=dp_group)
+            self._gradients.transform(reduce)
+        found = ops.stack([_square_sum(self._gradients[name]) for name in self._layouts]).asnumpy()
+        is_split = np.array([layout.is_split for layout in self._layouts.values()])
+        of_split, of_whole = found[is_split].sum(dtype=np.float64), found[~is_split].sum(dtype=np.float64)
         # A number that is not finite here reaches every rank.
-        sums = np.array(
-            [of_split, 0.0 if np.isfinite([*self._losses, of_split, of_whole]).all() else np.nan], np.float32
-        )
-        if group := self._groups.mp_group:
-            sums = ops.AllReduce(group=group)(Tensor(sums)).asnumpy()
-        if group := self._groups.dp_group:  # whose gradients, and so their sums, are equal by now
-            sums[1:] = ops.AllReduce(group=group)(Tensor(sums[1:])).asnumpy()
-        return math.sqrt(float(sums[0]) + of_whole) if math.isfinite(sums[1]) else math.nan
+        fault = 0.0 if np.isfinite([*self._losses, of_split, of_whole]).all() else np.nan
+        sums = np.array([of_split, of_whole, fault], np.float32)
+        if mp_group:  # whose ranks have equal gradients of what is not split
+            sums[[0, 2]] = ops.AllReduce(group=mp_group)(Tensor(sums[[0, 2]])).asnumpy()
+        if dp_group:  # whose ranks have equal gradients, or each its part
+            summed = slice(0, 3) if partition else slice(2, 3)
+            sums[summed] = ops.AllReduce(group=dp_group)(Tensor(sums[summed])).asnumpy()
+        return math.sqrt(float(sums[0]) + float(sums[1])) if np.isfinite(sums).all() else math.nan
 
 
 def _square_sum(gradient: Tensor) -> Tensor:
     """Sum of squares, () float32; by rows first: on CPU one sum over everything takes six times as long."""
-    wide = ops.cast(gradient, ms.float32).reshape((gradient.shape[0], -1))
+    wide = gradient.reshape((gradient.shape[0], -1)).astype(ms.float32)
     return ops.square(wide).sum(axis=1).sum()

@@ -24,7 +24,7 @@ from mindrlhf.trainer.loss_cells import (
     policy_batch,
     value_batch,
 )
-from mindrlhf.trainer.optimizer import AdamW
+from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.pretraining import PretrainStream, pretrain_batches, pretraining_objective
 from mindrlhf.trainer.skipped_updates import SkippedUpdates, not_finite
 from mindrlhf.trainer.train_step import MicroBatch, Objective, Statistics, TrainStep
@@ -269,7 +269,7 @@ def _train_step(
     max_grad_norm: float,
     mixed_in: Objective | None = None,
 ) -> TrainStep:
-    optimizer = AdamW(config, model.parameters, steps)
+    optimizer = build_optimizer(config, model, steps)
     return TrainStep(Objective(model, loss), optimizer, model.layouts, model.groups, max_grad_norm, mixed_in)
 
 

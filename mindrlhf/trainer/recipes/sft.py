@@ -74,6 +74,7 @@ class SFTTrainer(SupervisedTrainer):
             temperature=1.0,
             valid_vocab_size=options.valid_vocab_size or config.vocab_size,
             with_entropy=False,
+            recompute=plan.config.recompute,
         )
         fill_model(self.policy, options.load_sft_checkpoint, options.seed, "policy")
         super().__init__(options, plan, rows, run, self.policy, SFTLoss())

@@ -23,7 +23,7 @@ from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows, together
 from mindrlhf.runtime.launching import scratch_directory
 from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, appearing, model_identity
-from mindrlhf.trainer.optimizer import AdamW
+from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.output_paths import output_of
 from mindrlhf.trainer.recipe import EvaluationResult, HeldOut, Schedule, StepResult
 from mindrlhf.trainer.recorder import check_results
@@ -147,7 +147,7 @@ class SupervisedTrainer(ABC):
         self.options, self.plan, self.data, self.run, self.model = options, plan, rows.data, run, model
         self.exchange, self.held_out_rows = run.exchange, rows.held_out
         total = plan.total_steps(len(rows.train))
-        optimizer = AdamW(plan.config, model.parameters, total)
+        optimizer = build_optimizer(plan.config, model, total)
         objective = Objective(model, loss)
         self.train_step = TrainStep(objective, optimizer, model.layouts, model.groups, options.max_grad_norm)
         self.skips = SkippedUpdates(options.max_skipped_updates)

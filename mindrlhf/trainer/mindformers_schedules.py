@@ -1,7 +1,7 @@
-"""MindFormers' builders of optimizers and schedules, without the rest of MindFormers.
+"""MindFormers' builder of learning-rate schedules, without the rest of MindFormers.
 
 ``import mindformers`` imports all of it, and torch, datasets, scipy and pandas where they are installed: 4 s
-of processor time per worker. The two builders need 0.2 s.
+of processor time per worker. The builder needs 0.2 s.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from typing import Any
 
 _PACKAGES = ("mindformers", "mindformers.core")
 
-Builder = Callable[..., Any]
 
-
-def load_builders() -> tuple[Builder, Builder]:
-    """MindFormers' ``build_lr`` and ``build_optim``.
+def load_build_lr() -> Callable[..., Any]:
+    """MindFormers' ``build_lr``.
 
     The code of the two packages above them does not run until another name is imported from them, such as by
     ``from mindformers import AutoTokenizer``.
@@ -29,9 +27,8 @@ def load_builders() -> tuple[Builder, Builder]:
         _register(_PACKAGES[0])
     # Imported here because it makes a directory for logs, see LOCAL_DEFAULT_PATH in runtime/launching.py.
     from mindformers.core.lr import build_lr
-    from mindformers.core.optim import build_optim
 
-    return build_lr, build_optim
+    return build_lr  # type: ignore[no-any-return]
 
 
 def _register(name: str) -> None:

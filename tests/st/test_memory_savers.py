@@ -1,0 +1,76 @@
+"""What saves memory changes no results: recomputation, shared-out optimizer states, micro-batches, layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.st.stage_metrics import assert_metrics_close, read_lines
+from tests.st.test_stages_layouts import working_alone
+
+# Name: mesh, whether layers are recomputed, whether optimizer states are shared out, rows of a micro-batch, what
+# it resumes from. Every pair of settings occurs together once.
+JOBS: dict[str, tuple[tuple[int, int], bool, bool, int, str | None]] = {
+    "replicas": ((4, 1), False, True, 1, None),
+    "grid": ((2, 2), True, False, 0, None),
+    "split": ((1, 4), True, True, 2, None),
+    "grid from replicas": ((2, 2), False, True, 2, "replicas"),
+    "replicas from grid": ((4, 1), True, False, 2, "grid"),
+    "split from grid": ((1, 4), False, False, 1, "grid"),
+}
+
+
+def yaml_of(inputs: Any, directory: Path, mesh: tuple[int, int], recompute: bool, shards: bool) -> Path:
+    content = yaml.safe_load(inputs.yaml("finetune", *mesh).read_text())
+    content["recompute_config"]["recompute"] = recompute
+    content["parallel"]["enable_parallel_optimizer"] = shards
+    path = directory / f"{mesh[0]}_{mesh[1]}_{recompute}_{shards}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.msrun
+def test_memory_savers_change_no_results(
+    run_workers: Any, ppo_inputs: Any, pairs: Path, tmp_path: Path
+) -> None:
+    """Each equals one process without any of them, step by step, also when it resumes what another saved."""
+
+    def job(name: str, mesh: Any, recompute: bool, shards: bool, micro: int, source: str | None) -> Any:
+        given = {
+            "stage": "sft",
+            "config_path": str(yaml_of(ppo_inputs, tmp_path, mesh, recompute, shards)),
+            "mind_dataset_dir": str(pairs),
+            "load_sft_checkpoint": str(ppo_inputs.policy),
+            "save_ckpt_dir": str(tmp_path / name),
+            "batch_size": 8,
+            "epochs": 1,
+            "learning_rate": 3e-3,
+            "micro_batch_size": micro,
+            "save_interval": 4,
+            "keep_checkpoints": 0,
+            "watchdog_timeout": 0,
+        }
+        return given | ({"resume_from": str(tmp_path / source / "step_000004")} if source else {})
+
+    four = {name: job(name, *settings) for name, settings in JOBS.items()}
+    one = {
+        "one": job("one", (1, 1), False, False, 0, None),
+        "one from grid": job("one from grid", (1, 1), True, False, 4, "grid from replicas"),
+    }
+    one["one from grid"]["resume_from"] = str(tmp_path / "grid from replicas" / "step_000008")
+    files = {"four": four, "one": one}
+    for name, jobs in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(jobs))
+    with working_alone(tmp_path / "one.json", tmp_path) as alone:
+        run_workers("worker_stages.py", 4, str(tmp_path / "four.json"), timeout=400)
+        assert alone.wait(timeout=300) == 0, (tmp_path / "one.log").read_text()[-3000:]
+    wanted = read_lines(tmp_path / "one" / "metrics.jsonl")
+    assert len(wanted) >= 10
+    for name in [*four, "one from grid"]:
+        found = read_lines(tmp_path / name / "metrics.jsonl")
+        assert len(found) >= len(wanted) - 8
+        assert_metrics_close(found, wanted[-len(found) :], rel=1e-4)
