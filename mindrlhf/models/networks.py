@@ -172,7 +172,6 @@ class PPOModelTrain(SequenceModel):
         value_head: whether the backbone is shared with a value head.
         with_entropy: whether to compute the entropy, which costs a pass over the logits; a reference
             needs none.
-        entropy_gradient: whether the entropy is part of a loss.
         recompute: see :class:`Decoder`.
     """
 
@@ -186,7 +185,6 @@ class PPOModelTrain(SequenceModel):
         valid_vocab_size: int,
         value_head: bool = False,
         with_entropy: bool = True,
-        entropy_gradient: bool = False,
         recompute: int = 0,
     ) -> None:
         self.prompt_length = prompt_length
@@ -196,7 +194,6 @@ class PPOModelTrain(SequenceModel):
             "valid_vocab_size": valid_vocab_size,
             "temperature": temperature,
             "with_entropy": with_entropy,
-            "entropy_gradient": entropy_gradient,
         }
         super().__init__(config, groups, lm_head=True, score_head=value_head, recompute=recompute)
 

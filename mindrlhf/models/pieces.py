@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 
 class Gradients:
-    """Sums of gradients, by the name of their parameter."""
+    """Sums of gradients in float32, by the name of their parameter."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -21,6 +22,7 @@ class Gradients:
     def add(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
         """Adds one gradient for each name."""
         for name, gradient in zip(names, gradients, strict=True):
+            gradient = gradient.astype(ms.float32)
             if name in self._sums:
                 ops.assign_add(self._sums[name], gradient)
             else:

@@ -225,7 +225,6 @@ class VocabParallelLogProbs(nn.Cell):
         valid_vocab_size: ids from this one on pad the vocabulary: they have probability 0.
         temperature: divides the logits.
         with_entropy: whether the entropy is wanted; zeros otherwise.
-        entropy_gradient: whether the entropy has a gradient.
     """
 
     def __init__(
@@ -236,12 +235,11 @@ class VocabParallelLogProbs(nn.Cell):
         valid_vocab_size: int,
         temperature: float = 1.0,
         with_entropy: bool = True,
-        entropy_gradient: bool = False,
     ) -> None:
         super().__init__()
         self.rows = exact_div(vocab_size, groups.mesh.mp, "vocabulary by mp")
         self.first = groups.mp_index * self.rows
-        self.with_entropy, self.entropy_gradient = with_entropy, entropy_gradient
+        self.with_entropy = with_entropy
         columns = min(max(valid_vocab_size - self.first, 0), self.rows)
         library = logits_library()
         if library:
@@ -266,7 +264,7 @@ class VocabParallelLogProbs(nn.Cell):
         """
         largest, total, weighted, _ = self._of_group(logits, tokens)
         constant, slope = -of_logprobs, ops.zeros_like(of_logprobs)
-        if self.entropy_gradient:  # log p + H = x - largest - weighted / total
+        if self.with_entropy:  # log p + H = x - largest - weighted / total
             constant, slope = constant + of_entropy * weighted / total, of_entropy
         local, held = local_ids(tokens, self.first, self.rows)
         of_token = of_logprobs * ops.cast(held, ms.float32)

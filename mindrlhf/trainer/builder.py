@@ -66,9 +66,7 @@ def build_models(
     """
     weights, ppo = weights.checked(), job.ppo
     infer = build_infer(job, create_groups(mesh_of(job.infer), rank))
-    train = _policy(
-        job, job.train, rank, value_head=ppo.critic == "shared", entropy_gradient=ppo.entropy_coef > 0
-    )
+    train = _policy(job, job.train, rank, value_head=ppo.critic == "shared")
     ref = _policy(job, job.infer, rank, with_entropy=False)
     reward = critic = None
     if with_reward_model:

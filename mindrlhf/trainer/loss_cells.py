@@ -67,7 +67,7 @@ class PolicyLoss(nn.Cell):
             logprobs, old_logprobs, advantages, mask, self.cliprange, self.log_ratio_clamp
         )
         total = policy_sum
-        if self.entropy_coef > 0:  # decided when compiling: without a bonus no gradient runs through it
+        if self.entropy_coef > 0:
             total = total - self.entropy_coef * entropy_sum(entropy, mask)
         of_policy = ops.stack((policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum()))
         statistics = ops.concat((of_policy, self._ratios_above(logprobs, old_logprobs, mask)))

@@ -84,7 +84,7 @@ class AdamW:
         count = int(self._step.asnumpy()[0]) + 1
         update = (self._plain if self._kernel is None else self._fused)(rate, count)
         for name, parameter in self._parameters.items():
-            gradient = gradients[name].astype(ms.float32) * scale
+            gradient = gradients[name] * scale
             weight = self.state.get(f"master.{name}", parameter)
             if self.partition and weight is parameter:
                 weight = Parameter(self.partition.take(Tensor(parameter)), requires_grad=False)
@@ -124,7 +124,7 @@ class AdamW:
     def _return(self, weight: Parameter, parameter: Parameter) -> None:
         """Stores a stepped master, or part, in the parameter."""
         value = ops.cast(Tensor(weight), parameter.dtype)
-        ops.assign(parameter, self.partition.all_gather(value, parameter.shape) if self.partition else value)
+        parameter.set_data(self.partition.all_gather(value, parameter.shape) if self.partition else value)
 
     def _fill_masters(self) -> None:
         """Takes the masters from the weights, which have been loaded."""

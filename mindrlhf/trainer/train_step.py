@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -163,5 +162,4 @@ class TrainStep:
 
 def _square_sum(gradient: Tensor) -> Tensor:
     """Sum of squares, () float32; by rows first: on CPU one sum over everything takes six times as long."""
-    wide = gradient.reshape((gradient.shape[0], -1)).astype(ms.float32)
-    return ops.square(wide).sum(axis=1).sum()
+    return ops.square(gradient.reshape((gradient.shape[0], -1))).sum(axis=1).sum()

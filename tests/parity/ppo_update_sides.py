@@ -69,7 +69,7 @@ class Side:
 
 
 def reset(optimizer: Any) -> None:
-    for state in (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.global_step):
+    for state in optimizer.state.values():
         state.set_data(Tensor(np.zeros(state.shape), state.dtype))
 
 

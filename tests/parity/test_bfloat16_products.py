@@ -12,15 +12,14 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import ops
 
 from mindrlhf.algorithms.masks import attention_mask, position_ids
 from mindrlhf.models.networks import PPOModelTrain
+from mindrlhf.models.pieces import Gradients
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
-from mindrlhf.trainer.gradients import GradientBuffers
-from mindrlhf.trainer.train_step import Backward
 from tests.parity.ppo_update_case import (
     MODEL,
     PPO,
@@ -78,18 +77,6 @@ def rounding(hf: Any) -> Any:
     return hf
 
 
-class SumOfLogProbs(nn.Cell):
-    """Some scalar whose gradient reaches all weights."""
-
-    def __init__(self, policy: PPOModelTrain) -> None:
-        super().__init__(auto_prefix=False)
-        self.policy = policy
-
-    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs, _, values = self.policy(*inputs)
-        return logprobs.sum() + values.sum(), logprobs
-
-
 def ours(matmul_dtype: str) -> dict[str, np.ndarray]:
     """Log-probs, and the gradients by name."""
     model = PPOModelTrain(
@@ -101,13 +88,10 @@ def ours(matmul_dtype: str) -> dict[str, np.ndarray]:
         value_head=True,
     )
     model.load(canonical(hugging_face(seed=1), model.layouts))
-    loss = SumOfLogProbs(model)
-    gradients = GradientBuffers().matching(loss.trainable_params())
-    _, logprobs = Backward(loss, gradients)(*map(Tensor, INPUTS))
-    names = [parameter.name for parameter in loss.trainable_params()]
-    return {"logprobs": logprobs.asnumpy()} | {
-        name: gradient.asnumpy() for name, gradient in zip(names, gradients, strict=True)
-    }
+    gradients = Gradients()
+    (logprobs, entropy, values), tape = model.forward(*INPUTS)
+    model.backward(tape, (ops.ones_like(logprobs), ops.zeros_like(entropy), ops.ones_like(values)), gradients)
+    return {"logprobs": logprobs.asnumpy()} | {name: gradients[name].asnumpy() for name in model.parameters}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +164,7 @@ def test_log_probs_of_a_rollout_are_those_of_the_trained_network() -> None:
         model.load(canonical(weights, model.layouts))
         valid = attention_mask(PROMPT_LENGTHS, np.full(ROWS, RESPONSE), PROMPT, RESPONSE)
         arrays = (tokens, valid, position_ids(valid))
-        return model(*(Tensor(array.astype(np.int32)) for array in arrays))[0].asnumpy()
+        return model(*(array.astype(np.int32) for array in arrays))[0]
 
     def apart(matmul_dtype: str) -> np.ndarray:
         config = replace(MODEL, matmul_dtype=matmul_dtype)

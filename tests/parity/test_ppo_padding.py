@@ -86,7 +86,7 @@ def seeded(model: SequenceModel, seed: int) -> SequenceModel:
     model.load(
         {
             name: rng.normal(1.0 if "norm" in name else 0.0, 0.3, parameter.shape).astype(np.float32)
-            for name, parameter in model.parameters_dict().items()
+            for name, parameter in model.parameters.items()
         }
     )
     return model

@@ -11,15 +11,15 @@ from mindspore import nn
 
 from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.data.sequences import Sequences
-from mindrlhf.models.networks import PPOModelTrain, RewardModel
+from mindrlhf.models.networks import PPOModelTrain, RewardModel, SequenceModel
+from mindrlhf.models.pieces import Gradients
 from mindrlhf.models.qwen2.weight_names import hf_to_canonical
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.experience import sequence_inputs
-from mindrlhf.trainer.gradients import GradientBuffers
 from mindrlhf.trainer.recipes.reward_model import PairLoss
 from mindrlhf.trainer.recipes.sft import SFTLoss
-from mindrlhf.trainer.train_step import Backward
+from mindrlhf.trainer.train_step import MicroBatch, Objective
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -88,17 +88,12 @@ def real_tokens(part: Sequences) -> list[tuple[Any, int]]:
 
 
 def gradients_of(
-    loss: nn.Cell, micro_batches: list[tuple[np.ndarray, ...]]
+    model: SequenceModel, loss: nn.Cell, micro_batches: list[MicroBatch]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Statistics summed over micro-batches, and the accumulated gradient of every parameter."""
-    total = GradientBuffers().matching(loss.trainable_params())
-    backward = Backward(loss, total)
-    sums = []
-    for arrays in micro_batches:
-        _, part = backward(*map(ms.Tensor, arrays))
-        sums.append(part.asnumpy())
-    names = [parameter.name for parameter in loss.trainable_params()]
-    return np.sum(sums, axis=0), {name: g.asnumpy() for name, g in zip(names, total, strict=True)}
+    gradients, objective = Gradients(), Objective(model, loss)
+    sums = [objective.backward(batch, gradients)[1].asnumpy() for batch in micro_batches]
+    return np.sum(sums, axis=0), {name: gradients[name].asnumpy() for name in model.parameters}
 
 
 def assert_gradients_equal(actual: dict[str, np.ndarray], hf: Any) -> None:
@@ -134,9 +129,12 @@ def test_sft_loss_and_gradient(hf: Any) -> None:
     load(policy, hf)
     mask = (np.arange(RESPONSE) < CHOSEN_LENGTHS[:, None]).astype(np.float32)
     inverse = np.array([1 / count], np.float32)
-    arrays = (*sequence_inputs(*part, PROMPT), mask)
-    micro = [(*(array[rows] for array in arrays), inverse) for rows in (slice(0, 2), slice(2, 4))]
-    sums, gradients = gradients_of(SFTLoss(policy), micro)
+    inputs = sequence_inputs(*part, PROMPT)
+    micro = [
+        MicroBatch(tuple(array[rows] for array in inputs), (mask[rows], inverse))
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    sums, gradients = gradients_of(policy, SFTLoss(), micro)
     assert sums.shape == (1,)
     assert float(sums[0]) == pytest.approx(total.item(), rel=1e-5)
     assert_gradients_equal(gradients, hf)
@@ -165,8 +163,8 @@ def test_pair_loss_and_gradient(hf: Any) -> None:
     micro = []
     for rows in (slice(0, 2), slice(2, 4)):
         both = Sequences(*(np.concatenate([a[rows], b[rows]]) for a, b in zip(chosen, rejected, strict=True)))
-        micro.append((*sequence_inputs(*both, PROMPT), both.response_lengths, inverse))
-    (loss, correct, margin), gradients = gradients_of(PairLoss(reward, CENTER), micro)
+        micro.append(MicroBatch((*sequence_inputs(*both, PROMPT), both.response_lengths), (inverse,)))
+    (loss, correct, margin), gradients = gradients_of(reward, PairLoss(CENTER), micro)
     assert loss == pytest.approx(float(terms.sum()), rel=1e-5)
     assert margin == pytest.approx(float((good - bad).sum()), rel=1e-4)
     assert correct == int((good > bad).sum())

@@ -1,4 +1,4 @@
-"""What saves memory changes no results: recomputation, shared-out optimizer states, micro-batches, layouts."""
+"""Recomputation, shared-out optimizer states, micro-batches and layouts change no results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import yaml
 from tests.st.stage_metrics import assert_metrics_close, read_lines
 from tests.st.test_stages_layouts import working_alone
 
-# Name: mesh, whether layers are recomputed, whether optimizer states are shared out, rows of a micro-batch, what
-# it resumes from. Every pair of settings occurs together once.
+# Mesh, whether layers are recomputed, whether optimizer states are shared out, rows of a micro-batch, and the job
+# that is resumed. Every pair of settings occurs together once.
 JOBS: dict[str, tuple[tuple[int, int], bool, bool, int, str | None]] = {
     "replicas": ((4, 1), False, True, 1, None),
     "grid": ((2, 2), True, False, 0, None),

@@ -154,39 +154,34 @@ def check_checksums(groups: dict[Mesh, Groups], rank: int) -> Iterator[tuple[str
 
 
 class ShardedNet(nn.Cell):
-    """Embedding, a gated pair of linears, and log-probs: every sharded layer once."""
+    """Embedding, a gated pair of linears, and logits: every sharded layer once."""
 
     def __init__(self, groups: Groups) -> None:
         super().__init__()
-        types = {"compute_dtype": ms.float32, "param_dtype": ms.float32}
-        self.embedding = VocabParallelEmbedding(VOCAB, HIDDEN, groups, param_dtype=ms.float32)
+        self.embedding = VocabParallelEmbedding(VOCAB, groups, ms.float32)
         self.copy = CopyToGroup(groups.mp_group)
-        self.up = ColumnParallelLinear(HIDDEN, INTER, groups, has_bias=True, **types)
-        self.down = RowParallelLinear(INTER, HIDDEN, groups, **types)
-        self.head = ColumnParallelLinear(HIDDEN, VOCAB, groups, has_bias=False, **types)
-        self.logprobs = VocabParallelLogProbs(VOCAB, groups, valid_vocab_size=VALID_VOCAB)
-
-    def construct(self, ids: Tensor, x: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        embedded = self.embedding(ids)
-        up = self.up(self.copy(embedded + x))
-        # A square, since MindSpore's tanh on CPU is off by 1e-5 and would hide what is tested here.
-        hidden = self.down(up * up * SQUARE_SCALE)
-        logprobs, entropy = self.logprobs(self.head(self.copy(hidden)), tokens)
-        return embedded, hidden, logprobs, entropy
-
-
-class ShardedLoss(nn.Cell):
-    """The sum of the outputs, weighted so that every element's gradient differs."""
-
-    def __init__(self, net: ShardedNet) -> None:
-        super().__init__()
-        self.net = net
+        self.column = ColumnParallelLinear(ms.float32)
+        self.row = RowParallelLinear(groups, ms.float32)
 
     def construct(
-        self, ids: Tensor, x: Tensor, tokens: Tensor, g_hidden: Tensor, g_logprobs: Tensor, g_entropy: Tensor
-    ) -> Tensor:
-        _, hidden, logprobs, entropy = self.net(ids, x, tokens)
-        return (hidden * g_hidden).sum() + (logprobs * g_logprobs).sum() + (entropy * g_entropy).sum()
+        self, ids: Tensor, x: Tensor, embedding: Tensor, up: Tensor, bias: Tensor, down: Tensor, head: Tensor
+    ) -> tuple[Tensor, ...]:
+        embedded = self.embedding(ids, embedding)
+        inner = self.column(self.copy(embedded + x), up, bias)
+        # A square, since MindSpore's tanh on CPU is off by 1e-5 and would hide what is tested here.
+        hidden = self.row(inner * inner * SQUARE_SCALE, down)
+        return embedded, hidden, self.column(self.copy(hidden), head)
+
+
+class LogProbsOf(nn.Cell):
+    """Log-probs and entropy, and the gradient of the logits from theirs."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.log_probs = VocabParallelLogProbs(VOCAB, groups, valid_vocab_size=VALID_VOCAB)
+
+    def construct(self, logits: Tensor, tokens: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        return *self.log_probs(logits, tokens), self.log_probs.gradient(logits, tokens, w, u)
 
 
 def net_inputs() -> dict[str, np.ndarray]:
@@ -222,23 +217,23 @@ def run_sharded_net(groups: Groups) -> dict[str, np.ndarray]:
         "down.weight": Layout(groups.mesh, (HIDDEN, INTER), (None, "mp")),
         "head.weight": Layout(groups.mesh, (VOCAB, HIDDEN), ("mp", None)),
     }
+    weights = [Tensor(np.ascontiguousarray(layouts[name].take(full[name], groups.rank))) for name in layouts]
     net = ShardedNet(groups)
-    parameters = dict(net.parameters_and_names())
-    if set(parameters) != set(layouts):
-        raise AssertionError(f"parameters {sorted(parameters)}")
-    for name, parameter in parameters.items():
-        parameter.set_data(Tensor(np.ascontiguousarray(layouts[name].take(full[name], groups.rank))))
-    inputs = [Tensor(full[name]) for name in ("ids", "x", "tokens", "g_hidden", "g_logprobs", "g_entropy")]
-    outputs = net(*inputs[:3])
-    order = list(parameters)
-    gradient = ops.GradOperation(get_all=True, get_by_list=True)(
-        ShardedLoss(net), ms.ParameterTuple([parameters[name] for name in order])
-    )
-    of_inputs, of_weights = gradient(*inputs)
-    named = dict(zip(("embedded", "hidden", "logprobs", "entropy"), outputs, strict=True))
-    arrays = {f"out/{name}": value.asnumpy() for name, value in named.items()}
-    arrays["grad/x"] = of_inputs[1].asnumpy()
-    arrays |= {f"grad/{name}": value.asnumpy() for name, value in zip(order, of_weights, strict=True)}
+    inputs = Tensor(full["ids"]), Tensor(full["x"].reshape(-1, HIDDEN)), *weights
+    embedded, hidden, logits = net(*inputs)
+    rows = [Tensor(full[name].reshape(-1)) for name in ("tokens", "g_logprobs", "g_entropy")]
+    logprobs, entropy, d_logits = LogProbsOf(groups)(logits, *rows)
+    # Weighted so that every element's gradient differs.
+    douts = ops.zeros_like(embedded), Tensor(full["g_hidden"].reshape(-1, HIDDEN)), d_logits
+    gradient = ops.GradOperation(get_all=True, sens_param=True)(net)
+    _, of_x, *of_weights = gradient(*inputs, douts)
+    named = {"embedded": embedded, "hidden": hidden, "logprobs": logprobs, "entropy": entropy}
+    shape = (BATCH, COLUMNS)
+    arrays = {
+        f"out/{name}": value.asnumpy().reshape(*shape, *value.shape[1:]) for name, value in named.items()
+    }
+    arrays["grad/x"] = of_x.asnumpy().reshape(full["x"].shape)
+    arrays |= {f"grad/{name}": value.asnumpy() for name, value in zip(layouts, of_weights, strict=True)}
     for name in layouts:
         begin = [part.start for part in layouts[name].slices(groups.rank)]
         arrays[f"begin/{name}"] = np.array(begin)

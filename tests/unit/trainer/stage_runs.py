@@ -12,7 +12,6 @@ import mindspore as ms
 import numpy as np
 import pytest
 import yaml
-from mindspore import Tensor
 
 from mindrlhf.checkpoint.sources import ArraySource
 from mindrlhf.checkpoint.weight_files import write_weights
@@ -78,10 +77,7 @@ class Compiled:
         self.made: dict[Any, Any] = {}
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module, name in (
-            *((sft, "PPOModelTrain"), (sft, "SFTLoss")),
-            *((reward_model, "RewardModel"), (reward_model, "PairLoss")),
-        ):
+        for module, name in ((sft, "PPOModelTrain"), (reward_model, "RewardModel")):
             monkeypatch.setattr(module, name, partial(self.once, name, getattr(module, name)))
         monkeypatch.setattr(supervised, "build_optimizer", self.optimizer)
         monkeypatch.setattr(supervised, "TrainStep", self.step)
@@ -91,15 +87,13 @@ class Compiled:
             self.made[key] = make(*arguments, **options)
         return self.made[key]
 
-    def optimizer(self, config: Any, parameters: Any, total_steps: int) -> Any:
-        key = ("optimizer", id(parameters[0]))
-        optimizer = self.once(key, build_optimizer, config, parameters, total_steps)
-        for state in (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.global_step):
-            state.set_data(Tensor(np.zeros(state.shape, np.float32)).astype(state.dtype))
+    def optimizer(self, config: Any, model: Any, total_steps: int) -> Any:
+        optimizer = self.once(("optimizer", id(model)), build_optimizer, config, model, total_steps)
+        optimizer.load({key: np.zeros(shape) for key, shape in optimizer.shapes().items()})
         return optimizer
 
-    def step(self, loss: Any, optimizer: Any, *arguments: Any) -> Any:
-        step = self.once(("step", id(optimizer)), TrainStep, loss, optimizer, *arguments)
+    def step(self, objective: Any, optimizer: Any, *arguments: Any) -> Any:
+        step = self.once(("step", id(optimizer)), TrainStep, objective, optimizer, *arguments)
         step.discard()
         return step
 

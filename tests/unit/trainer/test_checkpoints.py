@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mindspore import Tensor
 
 from mindrlhf.checkpoint.hf_config import check_described, check_language_model
 from mindrlhf.checkpoint.manifest import read_manifest
@@ -63,8 +62,7 @@ class Training:
         for role, model in (("policy", self.models.train), ("critic", self.models.critic)):
             arrays |= {f"{role}/{name}": array.copy() for name, array in model.shards()}
         for number, optimizer in enumerate(self.optimizers()):
-            states = (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.global_step)
-            arrays |= {f"{number}/{state.name}": state.asnumpy().copy() for state in states}
+            arrays |= {f"{number}/{key}": array.copy() for key, array in optimizer.arrays().items()}
         return arrays
 
     def fill(self, seed: int) -> None:
@@ -74,9 +72,8 @@ class Training:
         for model in (self.models.train, self.models.critic):
             model.load({name: rng.standard_normal(array.shape) for name, array in model.shards()})
         for optimizer in self.optimizers():
-            for state in (*optimizer.exp_avg, *optimizer.exp_avg_sq):
-                state.set_data(Tensor(rng.standard_normal(state.shape).astype(np.float32)))
-            optimizer.global_step.set_data(Tensor([seed], optimizer.global_step.dtype))
+            moments = {key: rng.standard_normal(shape) for key, shape in optimizer.shapes().items()}
+            optimizer.load(moments | {"global_step": np.array([seed])})
 
 
 @pytest.fixture(scope="module")

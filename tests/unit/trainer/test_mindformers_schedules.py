@@ -1,4 +1,4 @@
-"""MindFormers' builder of schedules comes without the rest of it, which is there all the same when it is asked for."""
+"""MindFormers' builder of schedules comes without the rest of it, which is there when it is asked for."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.columns import prompt_schema
 from mindrlhf.data.mindrecord import Column, write_mindrecord
-from mindrlhf.trainer.pretraining import PretrainStream, open_pretraining, pretrain_inputs
+from mindrlhf.trainer.pretraining import PretrainStream, open_pretraining, pretrain_batches
 from mindrlhf.utils.errors import DataError
 
 ROWS, COLUMNS, VOCAB = 5, 40, 24
@@ -138,9 +138,10 @@ def test_a_job_without_ptx_opens_nothing(tiny_job: JobConfig, tmp_path: Path) ->
 def test_micro_batches_cover_this_replicas_rows_and_know_the_global_count(path: Path) -> None:
     batch = stream(path, batch_size=4).next_batch()
     for size, counts in ((0, [2]), (1, [1, 1])):
-        parts = pretrain_inputs(batch, slice(2, 4), size)
-        assert [len(part[0]) for part in parts] == counts
+        parts = pretrain_batches(batch, slice(2, 4), size)
+        assert [len(part.inputs[0]) for part in parts] == counts
         for number, field in enumerate((*batch.inputs, batch.targets, batch.mask)):
-            np.testing.assert_array_equal(np.concatenate([part[number] for part in parts]), field[2:4])
+            found = [[*part.inputs, *part.targets][number] for part in parts]
+            np.testing.assert_array_equal(np.concatenate(found), field[2:4])
         for part in parts:
-            assert part[-1] == pytest.approx(1 / batch.mask.sum())
+            assert part.targets[-1] == pytest.approx(1 / batch.mask.sum())

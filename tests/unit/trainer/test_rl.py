@@ -332,6 +332,6 @@ def state_of(trainer: PPOTrainer) -> dict[str, np.ndarray]:
         assert step is not None
         for name, array in model.shards():
             found[f"{type(model).__name__}/{name}"] = array.copy()
-        for state in (*step.optimizer.exp_avg, *step.optimizer.exp_avg_sq, step.optimizer.global_step):
-            found[f"{type(model).__name__}/{state.name}"] = state.asnumpy().copy()
+        for key, array in step.optimizer.arrays().items():
+            found[f"{type(model).__name__}/{key}"] = array.copy()
     return found

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mindspore import Tensor
 
 from mindrlhf.configs.keys import PPOConfig
 from mindrlhf.parallel.groups import Groups
@@ -31,13 +30,8 @@ class Network:
     def __init__(self, numbers: np.ndarray) -> None:
         self.numbers = numbers
 
-    def __call__(self, tokens: Tensor, *others: Tensor) -> Tensor:
-        return Tensor(self.numbers[tokens.asnumpy()[:, 0]])
-
-
-class Policy(Network):
-    def __call__(self, tokens: Tensor, *others: Tensor) -> Any:
-        return (super().__call__(tokens), Tensor(0), Tensor(0))
+    def __call__(self, tokens: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+        return (self.numbers[tokens[:, 0]],)
 
 
 class Case:
@@ -62,7 +56,7 @@ class Case:
         roles: dict[str, Any] = {
             "infer": None,
             "train": SimpleNamespace(value_head=False),
-            "ref": Policy(self.ref_logprobs),
+            "ref": Network(self.ref_logprobs),
             "reward": Network(self.scores) if reward else None,
             "critic": Network(self.values) if critic else None,
         }

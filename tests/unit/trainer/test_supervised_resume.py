@@ -20,6 +20,7 @@ from mindrlhf.configs.load import load_run_config
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.trainer.recipes.supervised import SupervisedTrainer
+from mindrlhf.trainer.train_step import MicroBatch
 from mindrlhf.utils.errors import CheckpointError, MindRLHFError
 from mindrlhf.utils.files import job_lock
 from mindrlhf.utils.result_files import SKIPPED_FILE
@@ -272,18 +273,18 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     step = SupervisedTrainer.step
 
     def spoilt(self: SupervisedTrainer, done: int) -> Any:
-        inputs, calls = self.inputs, []
+        micro_batch, calls = self.micro_batch, []
 
-        def scaled(part: np.ndarray, inverse_count: np.ndarray) -> tuple[np.ndarray, ...]:
+        def scaled(part: np.ndarray, inverse_count: np.ndarray) -> MicroBatch:
             calls.append(part)
-            return inputs(part, inverse_count * np.float32(np.inf if len(calls) == 2 else 1))
+            return micro_batch(part, inverse_count * np.float32(np.inf if len(calls) == 2 else 1))
 
         if done + 1 in steps:
-            self.inputs = scaled  # type: ignore[method-assign]
+            self.micro_batch = scaled  # type: ignore[method-assign]
         try:
             return step(self, done)
         finally:
-            self.inputs = inputs  # type: ignore[method-assign]
+            self.micro_batch = micro_batch  # type: ignore[method-assign]
 
     monkeypatch.setattr(SupervisedTrainer, "step", spoilt)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mindspore import Tensor
 
 from mindrlhf.configs.keys import JobConfig
 from mindrlhf.data.mindrecord import Column, write_mindrecord
@@ -62,9 +61,7 @@ class Training:
         trained = self.trained()
         for role, (model, step) in trained.items():
             model.load(self.start[role])
-            optimizer = step.optimizer
-            for state in (*optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.global_step):
-                state.set_data(Tensor(np.zeros(state.shape), state.dtype))
+            step.optimizer.load({key: np.zeros(shape) for key, shape in step.optimizer.shapes().items()})
         original = self.update.config
         self.update.config = replace(original, **changes)
         try:
@@ -86,7 +83,8 @@ class Training:
 
     def steps_counted(self) -> dict[str, int]:
         return {
-            role: int(step.optimizer.global_step.asnumpy()[0]) for role, (_, step) in self.trained().items()
+            role: int(step.optimizer.state["global_step"].asnumpy()[0])
+            for role, (_, step) in self.trained().items()
         }
 
     def moved(self, weights: dict[str, np.ndarray], role: str) -> list[str]:
@@ -103,10 +101,7 @@ def training(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> T
     critic = CriticModel(job.critic.model, GROUPS, prompt_length=4)
     rng = np.random.default_rng(0)
     start = {
-        role: {
-            name: rng.normal(0, 0.3, p.shape).astype(np.float32)
-            for name, p in model.parameters_dict().items()
-        }
+        role: {name: rng.normal(0, 0.3, p.shape).astype(np.float32) for name, p in model.parameters.items()}
         for role, model in (("policy", train), ("critic", critic))
     }
     rollout = Rollout.of(
@@ -119,7 +114,7 @@ def training(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> T
     )
     mask = rollout.mask.astype(np.float32)
     train.load(start["policy"])
-    rollout = rollout._replace(logprobs=mask * train(*map(Tensor, rollout.inputs))[0].asnumpy())
+    rollout = rollout._replace(logprobs=mask * train(*rollout.inputs)[0])
     numbers = {name: mask * rng.normal(0, 1, mask.shape).astype(np.float32) for name in FIELDS}
     models = PPOModels(infer=None, train=train, ref=None, reward=None, critic=critic)  # type: ignore[arg-type]
     update = PPOUpdate(
@@ -136,6 +131,17 @@ def counts(result: UpdateResult) -> list[int]:
     """Minibatches that were counted, seen by policy and critic, and steps of policy and critic."""
     seen = (result.policy["ratio"], result.value["value"])
     return [len(each) for each in (result.tokens, *seen, result.grad_norm, result.critic_grad_norm)]
+
+
+def assert_same_weights(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:
+    """To rounding; the gradient of a key bias is nothing but rounding, which AdamW scales to the rate."""
+    for name, array in wanted.items():
+        if not name.endswith("wk.bias"):
+            np.testing.assert_allclose(found[name], array, atol=1e-6, err_msg=name)
+
+
+def of_critic(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in weights.items() if name.startswith("critic/")}
 
 
 def assert_same(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], count: int) -> None:
@@ -166,9 +172,7 @@ def test_only_the_critic_learns_while_it_warms_up(
     assert training.moved(weights, "policy") == []
     assert training.steps_counted() == {"policy": 0, "critic": STEPS}
     # The critic learns as it does without a warm-up: it has its own backbone.
-    for name, array in whole[1].items():
-        if name.startswith("critic/"):
-            np.testing.assert_allclose(weights[name], array, atol=1e-6, err_msg=name)
+    assert_same_weights(weights, of_critic(whole[1]))
     metrics = update_metrics(result, training.update.config)
     assert all(np.isfinite(value) for value in metrics.values())
     assert (metrics["policy/steps"], metrics["lr"], metrics["grad_norm"]) == (0, 0, 0)
@@ -197,8 +201,7 @@ def test_steps_end_before_the_minibatch_that_is_too_far(
     assert_same(result.value, whole[0].value, 2)
     # Two steps and nothing of a third: what one epoch gives.
     _, one_epoch = training.run(ppo_epochs=1)
-    for name, array in one_epoch.items():
-        np.testing.assert_allclose(weights[name], array, atol=1e-6, err_msg=name)
+    assert_same_weights(weights, one_epoch)
     metrics = update_metrics(result, training.update.config)
     assert metrics["policy/steps"] == 2
     assert metrics["policy/approxkl"] == pytest.approx(
@@ -284,9 +287,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_others_are_not(training
     metrics = update_metrics(result, training.update.config)
     assert all(np.isfinite(value) for value in metrics.values())
     assert (metrics["policy/steps"], metrics["update/skipped"]) == (2, 2)
-    for name, array in whole_run[1].items():
-        if name.startswith("critic/"):
-            np.testing.assert_allclose(weights[name], array, atol=1e-6, err_msg=name)
+    assert_same_weights(weights, of_critic(whole_run[1]))
     assert update_metrics(whole_run[0], training.update.config)["update/skipped"] == 0
 
 
@@ -352,8 +353,7 @@ def test_the_policy_learns_the_same_with_and_without_a_separate_critic(
     result, weights = training.run()
     assert (dict(result.value), len(result.critic_grad_norm), result.skipped) == ({}, 0, 0)
     assert_same(result.policy, whole[0].policy, STEPS)
-    for name, array in weights.items():
-        np.testing.assert_allclose(array, whole[1][name], atol=1e-6, err_msg=name)
+    assert_same_weights(whole[1], weights)
     with_critic = update_metrics(whole[0], training.update.config)
     metrics = update_metrics(result, training.update.config)
     assert with_critic.keys() - metrics.keys() == {

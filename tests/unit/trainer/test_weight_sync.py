@@ -75,7 +75,7 @@ def test_one_process_copies_straight_into_the_generating_model(
 )
 def test_verify_names_a_weight_that_differs_in_its_last_bit(weight_sync: WeightSync, name: str) -> None:
     weight_sync.sync()
-    parameter = weight_sync.train.parameters_dict()[name]
+    parameter = weight_sync.train.parameters[name]
     array = parameter.asnumpy().copy()
     array.flat[-1] = np.nextafter(array.flat[-1], np.float32(9))
     parameter.set_data(Tensor(array))

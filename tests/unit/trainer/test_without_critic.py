@@ -20,7 +20,7 @@ from tests.unit.trainer.evaluated_run import EvaluatedRun, assert_same_metrics, 
 def test_no_critic_is_built_and_the_policy_has_no_value_head(evaluated_run: EvaluatedRun) -> None:
     trainer = evaluated_run.trainer
     assert (trainer.models.critic, trainer.models.values, trainer.ppo_update.critic_step) == (None,) * 3
-    assert not set(SCORE_HEAD) & trainer.ppo_model_train.parameters_dict().keys()
+    assert not set(SCORE_HEAD) & trainer.ppo_model_train.parameters.keys()
     assert [trained.name for trained in trainer.trained] == ["policy"]
 
 
