@@ -19,6 +19,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.kernels.fused_layers import layer_kernels
+from mindrlhf.models.chunks import chunk_rows
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.models.families import family_of
 from mindrlhf.models.pieces import Gradients, Piece, Weights
@@ -26,9 +27,6 @@ from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.collectives import CopyToGroup
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import RowsProduct, VocabParallelLogProbs
-
-LOGITS_BYTES = 64 << 20
-"""Bound of one (chunk of tokens, this rank's vocabulary) array in float32."""
 
 
 class SelectRows(nn.Cell):
@@ -262,19 +260,13 @@ class LanguageHead(Head):
         return d_hidden
 
     def _chunks(self, hidden: Tensor, rows: Rows) -> Iterator[tuple[Tensor, ...]]:
-        """Arguments of the piece, for as many rows at a time as LOGITS_BYTES allow, evenly."""
+        """Arguments of the piece, for as many rows at a time as LOGITS_BYTES allows, evenly."""
         assert rows.targets is not None
         count = len(rows.numbers)
         size = chunk_rows(count, self._vocabulary)
         for first in range(0, count, size):
             part = hidden if size >= count else hidden[first : first + size]
             yield part, Tensor(rows.targets[first : first + size])
-
-
-def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows of a chunk: the fewest chunks of equal size, but for the last, within LOGITS_BYTES of logits."""
-    chunks = -(-rows * vocabulary * 4 // LOGITS_BYTES)
-    return -(-rows // max(1, min(chunks, rows)))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

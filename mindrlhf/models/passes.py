@@ -13,17 +13,13 @@ from mindspore import Parameter, Tensor, nn
 
 from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.kernels.fused_layers import layer_kernels
+from mindrlhf.models import chunks
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.models.families import family_of
 from mindrlhf.models.pieces import Gradients, Piece, Recomputed, Weights
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
 from mindrlhf.parallel.tensor_parallel import VocabParallelEmbedding
-
-LAYERS_PER_GRAPH = 3
-"""Decoder layers in one compiled graph, at most. One graph serves them all, whatever their number. On two
-cores, MindSpore runs graphs of up to 100 kernels from a single thread, one layer takes 30 to 45 % longer by
-itself than among others (measured), and three have more kernels than that."""
 
 
 @dataclass
@@ -179,8 +175,8 @@ class Decoder:
         self._embedding = Weights(parameters, [names.EMBEDDING])
         self._blocks = []
         for start, end in ((0, recompute), (recompute, config.num_layers)):
-            for first in range(start, end, LAYERS_PER_GRAPH):
-                layers = range(first, min(first + LAYERS_PER_GRAPH, end))
+            for first in range(start, end, chunks.LAYERS_PER_GRAPH):
+                layers = range(first, min(first + chunks.LAYERS_PER_GRAPH, end))
                 of_layers = [
                     name for layer in layers for name in layouts if name.startswith(names.layer_prefix(layer))
                 ]

@@ -8,12 +8,12 @@ index tables of transposes (8 bytes per element), which only generation has, and
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
 from mindrlhf.configs.keys import ModelConfig
+from mindrlhf.models.chunks import LAYERS_PER_GRAPH, chunk_rows
 from mindrlhf.models.decode_schedule import QUERY_BLOCK, DecodeSchedule
 from mindrlhf.models.families import family_of
 from mindrlhf.models.score_head import SCORE_HEAD
@@ -34,9 +34,11 @@ class DeviceTraits:
         transpose_index: bytes per element that a ``Transpose`` kernel keeps, as long as its graph lives.
         broadcast_index: the same for an element-wise kernel that broadcasts.
         first_graph: bytes that compiling anything at all takes: threads, generated code.
-        forward_layer, backward_layer, decode_layer: bytes of a compiled layer in a graph of each kind; the
-            graphs of an optimizer step count with the backward pass.
-        fused_optimizer: whether an AdamW step is one kernel per parameter, which needs no copies.
+        scoring_graphs, training_graphs: bytes of the compiled pieces of a forward and of a backward pass; one
+            set serves all layers.
+        decode_layer: bytes of a compiled layer in the decode graph.
+        logit_arrays: float32 arrays beside a chunk's logits that log-probs take; their gradients take twice
+            all of that.
         host_shared: whether the models live in the memory of the process.
     """
 
@@ -46,10 +48,10 @@ class DeviceTraits:
     transpose_index: int
     broadcast_index: int
     first_graph: int
-    forward_layer: int
-    backward_layer: int
+    scoring_graphs: int
+    training_graphs: int
     decode_layer: int
-    fused_optimizer: bool
+    logit_arrays: int
     host_shared: bool
 
 
@@ -60,15 +62,15 @@ CPU = DeviceTraits(
     transpose_index=8,
     broadcast_index=16,
     first_graph=50 * MIB,
-    forward_layer=7 * MIB,
-    backward_layer=25 * MIB,
+    scoring_graphs=60 * MIB,
+    training_graphs=120 * MIB,
     decode_layer=2 * MIB,
-    fused_optimizer=True,
+    logit_arrays=0,
     host_shared=True,
 )
 """Measured with MindSpore 2.9.0: what its CPU kernels keep, by chains of ten operations of one kind; compiled
-graphs, by how the heap grows from phase to phase on models of 4, 6 and 8 layers, and by the peak of the quick
-start's 30 layers; a decode layer with the operators of :mod:`mindrlhf.kernels`, and 3 MiB more without."""
+graphs, by how the heap grows from phase to phase; a decode layer with the operators of
+:mod:`mindrlhf.kernels`, and 3 MiB more without."""
 
 ASCEND = DeviceTraits(
     measured=False,
@@ -77,10 +79,10 @@ ASCEND = DeviceTraits(
     transpose_index=0,
     broadcast_index=0,
     first_graph=0,
-    forward_layer=0,
-    backward_layer=0,
+    scoring_graphs=0,
+    training_graphs=0,
     decode_layer=0,
-    fused_optimizer=False,
+    logit_arrays=4,
     host_shared=False,
 )
 """Assumed: 2 GiB for runtime and communication (HCCL takes 2 x 200 MB per group), nothing in kernels."""
@@ -170,8 +172,6 @@ class ParameterCount:
         largest: of the largest parameter.
         layer: of a decoder layer.
         embedding: of the embedding table, which is looked up and not multiplied unless it is tied.
-        shapes: how often each shape occurs in the body.
-        head_shapes: the same for the scalar head.
     """
 
     body: int
@@ -179,8 +179,6 @@ class ParameterCount:
     largest: int
     layer: int
     embedding: int
-    shapes: Counter[tuple[int, ...]]
-    head_shapes: Counter[tuple[int, ...]]
 
     @property
     def total(self) -> int:
@@ -190,16 +188,6 @@ class ParameterCount:
     def weight_bytes(self, param: int) -> int:
         """Bytes of the weights when the body takes ``param`` bytes per number."""
         return self.body * param + self.head * FLOAT32
-
-    def kinds(self, param: int) -> Counter[tuple[tuple[int, ...], int]]:
-        """How often each (shape, bytes per number) occurs, when the body takes ``param`` bytes per number."""
-        body = Counter({(shape, param): count for shape, count in self.shapes.items()})
-        return body + Counter({(shape, FLOAT32): n for shape, n in self.head_shapes.items()})
-
-
-def kinds_bytes(kinds: Counter[tuple[tuple[int, ...], int]]) -> int:
-    """Bytes of all tensors that are counted."""
-    return sum(prod(shape) * size * count for (shape, size), count in kinds.items())
 
 
 @lru_cache(maxsize=512)
@@ -215,18 +203,16 @@ def count_parameters(config: ModelConfig, mp: int, *, lm_head: bool, score_head:
         largest=max(numbers.values()),
         layer=sum(number for name, number in numbers.items() if name.startswith(names.layer_prefix(0))),
         embedding=numbers[names.EMBEDDING],
-        shapes=Counter(layout.local_shape for name, layout in layouts.items() if name not in head),
-        head_shapes=Counter(layouts[name].local_shape for name in head),
     )
 
 
-FLASH_STATISTICS = 64
-"""Bytes per head and token that flash attention keeps for its gradient: 8 float32 of maximum and of sum."""
+STEP_ARRAYS = 3
+"""Arrays of a parameter's size that its optimizer step takes at a time, the scaled gradient among them."""
 
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Bytes of one compiled graph: what it takes from the pool, what its kernels keep, its code."""
+    """Bytes of the graphs of a pass: what they take from the pool, what their kernels keep, their code."""
 
     activations: int
     kernels: int
@@ -242,22 +228,16 @@ class Pass:
         columns: T.
         responses: R, whose logits or values are computed.
         logits: whether there is a language-model head.
-        values: whether there is a scalar head.
-        entropy: whether the entropy is computed.
-        entropy_gradient: whether it has a gradient.
-        padded_vocab: whether padding of the vocabulary is masked.
-        last_token: whether a score is read at the last token alone (reward model).
+        recompute: layers whose results the backward pass computes anew.
+        repeated: whether gradients of an earlier pass are there already.
     """
 
     rows: int
     columns: int
     responses: int
     logits: bool = False
-    values: bool = False
-    entropy: bool = False
-    entropy_gradient: bool = False
-    padded_vocab: bool = False
-    last_token: bool = False
+    recompute: int = 0
+    repeated: bool = False
 
     @property
     def tokens(self) -> int:
@@ -271,28 +251,31 @@ class Pass:
 
 
 def scoring_graph(sizes: RankSizes, work: Pass, device: DeviceTraits) -> GraphMemory:
-    """A forward pass: what one layer needs at its widest, or the head, plus what all layers share."""
-    widest = work.tokens * max(_attention_forward(sizes, work.columns), _feed_forward(sizes))
-    activations = work.tokens * _shared(sizes, work.columns) + max(widest, _head_forward(sizes, work))
-    kernels = device.broadcast_index * _broadcast_once(sizes, work)
-    return GraphMemory(activations, kernels, device.forward_layer * sizes.layers)
+    """A forward pass: what all layers share, and a block of layers with its results, or the head."""
+    block = _kept_by_block(sizes) + sizes.hidden * sizes.compute + _widest_forward(sizes, work.columns)
+    head = sizes.hidden * sizes.compute * work.tokens + _head(sizes, work, device)
+    activations = work.tokens * _shared(sizes, work.columns) + max(work.tokens * block, head)
+    return GraphMemory(activations, _broadcast_index(work, device), device.scoring_graphs)
 
 
 def training_graph(
     sizes: RankSizes, work: Pass, parameters: ParameterCount, device: DeviceTraits
 ) -> GraphMemory:
-    """Forward and backward pass, which adds its gradients to buffers.
+    """Forward and backward pass, without the sums of the gradients.
 
-    The pool is fullest when the backward pass begins: all layers' activations and the head's gradients. Of
-    the parameters' gradients, one layer's and the largest one exist before they are added (measured on CPU).
+    The pool is fullest when the backward pass begins: all layers' results and the head, or the last block.
+    Gradients become the sums, or are added to them, block by block, and the head's chunk by chunk.
     """
-    layer = work.tokens * _kept_by_layer(sizes, work.columns)
-    start = sizes.layers * layer + work.tokens * sizes.hidden * (sizes.norm + sizes.compute)
-    start += _weight_copies(sizes, parameters) + (parameters.layer + parameters.largest) * sizes.param
-    widest = max(_head_backward(sizes, work), work.tokens * _layer_backward(sizes, work.columns))
-    activations = work.tokens * _shared(sizes, work.columns) + start + widest
-    kernels = device.broadcast_index * _broadcast_once(sizes, work)
-    return GraphMemory(activations, kernels, device.backward_layer * sizes.layers)
+    whole = sizes.layers - work.recompute
+    inputs = -(-work.recompute // LAYERS_PER_GRAPH)
+    kept = whole * _kept_by_layer(sizes) + inputs * sizes.hidden * sizes.compute
+    block = _widest_backward(sizes, work.columns) + (_kept_by_block(sizes) if work.recompute else 0)
+    of_block = min(LAYERS_PER_GRAPH, sizes.layers) * parameters.layer * FLOAT32 if work.repeated else 0
+    of_head = sizes.vocab * sizes.hidden * FLOAT32 if work.logits else 0
+    last = max(work.tokens * block + of_block, 2 * _head(sizes, work, device) + of_head)
+    activations = work.tokens * (_shared(sizes, work.columns) + kept + sizes.hidden * sizes.compute) + last
+    activations = max(activations, STEP_ARRAYS * parameters.largest * FLOAT32)
+    return GraphMemory(activations, _broadcast_index(work, device), device.training_graphs)
 
 
 def generation_graphs(
@@ -320,14 +303,9 @@ def kv_cache_bytes(sizes: RankSizes, rows: int, columns: int) -> int:
     return 2 * sizes.layers * rows * columns * sizes.keys * sizes.compute
 
 
-def _broadcast_once(sizes: RankSizes, work: Pass) -> int:
-    """Elements that are made by broadcasting."""
-    elements = work.columns**2 + work.rows * work.columns**2
-    if work.padded_vocab and work.logits:
-        elements += work.response_tokens * sizes.vocab
-    if work.last_token:
-        elements += work.response_tokens * sizes.hidden
-    return elements
+def _broadcast_index(work: Pass, device: DeviceTraits) -> int:
+    """What the kernels of the masks keep, which are made by broadcasting."""
+    return device.broadcast_index * (work.columns**2 + work.rows * work.columns**2)
 
 
 def _shared(sizes: RankSizes, columns: int) -> int:
@@ -336,62 +314,36 @@ def _shared(sizes: RankSizes, columns: int) -> int:
     return mask + 2 * (sizes.queries + sizes.keys) * sizes.rotary
 
 
-def _attention_forward(sizes: RankSizes, columns: int) -> int:
-    """Bytes per token where attention is widest: residual and projections beside scores or rotation."""
-    carried = sizes.hidden * sizes.compute + (sizes.queries + 2 * sizes.keys) * sizes.compute
-    rotation = 4 * sizes.queries * sizes.rotary + sizes.hidden * sizes.compute
-    scores = 0 if sizes.flash else 3 * sizes.heads * columns * sizes.softmax
-    return carried + max(rotation, scores, sizes.queries * sizes.compute)
+def _kept_by_layer(sizes: RankSizes) -> int:
+    """Bytes per token of a layer's results: see :class:`mindrlhf.models.qwen2.decoder.DecoderLayer`.
 
-
-def _feed_forward(sizes: RankSizes) -> int:
-    """Bytes per token at the widest point of the feed-forward: residual, norm, gate, up, SwiGLU's steps."""
-    return (2 * sizes.hidden + 5 * sizes.inner) * sizes.compute
-
-
-def _head_forward(sizes: RankSizes, work: Pass) -> int:
-    """Bytes of the head: the responses' hidden states; logits, shifted logits, exponentials in float32."""
-    total = work.response_tokens * sizes.hidden * sizes.compute
-    if work.logits:
-        arrays = 4 if work.entropy else 3
-        total += work.response_tokens * sizes.vocab * arrays * FLOAT32
-    if work.last_token:
-        total += 2 * work.response_tokens * sizes.hidden * sizes.compute
-    return total
-
-
-def _kept_by_layer(sizes: RankSizes, columns: int) -> int:
-    """Bytes per token that a layer keeps for its gradient.
-
-    Both norms' inputs and outputs (4 H); turned queries, keys, values and the heads' mix, all by head; the
-    attention weights; gate, up and their product.
+    Its output and the stream between its halves; query and the mixed values; key and value; gate and up.
     """
-    norms = 2 * sizes.hidden * (sizes.norm + sizes.compute)
-    by_head = (2 * sizes.queries + 2 * sizes.keys) * sizes.compute
-    if sizes.flash:
-        weights = sizes.heads * FLASH_STATISTICS + sizes.queries * sizes.compute
-    else:
-        # In a type other than the products', the weights are kept in both.
-        cast = sizes.compute if sizes.compute != sizes.softmax else 0
-        weights = sizes.heads * columns * (sizes.softmax + cast)
-    return norms + by_head + weights + 3 * sizes.inner * sizes.compute
+    return 2 * (sizes.hidden + sizes.queries + sizes.keys + sizes.inner) * sizes.compute
 
 
-def _layer_backward(sizes: RankSizes, columns: int) -> int:
-    """Bytes per token at the widest point of a layer's backward pass: scores, or SwiGLU's five arrays."""
-    scores = 0 if sizes.flash else sizes.heads * columns * sizes.softmax
-    return max(scores, 5 * sizes.inner * sizes.compute) + 2 * sizes.hidden * sizes.compute
+def _kept_by_block(sizes: RankSizes) -> int:
+    return min(LAYERS_PER_GRAPH, sizes.layers) * _kept_by_layer(sizes)
 
 
-def _head_backward(sizes: RankSizes, work: Pass) -> int:
-    """Bytes of the head when the backward pass begins: exponentials and the gradients through them."""
-    total = work.response_tokens * sizes.hidden * (sizes.compute + FLOAT32 * work.values)
+def _widest_forward(sizes: RankSizes, columns: int) -> int:
+    """Bytes per token between a layer's results: ordered heads, scores and weights; or norm and SwiGLU."""
+    heads = (2 * sizes.queries + 2 * sizes.keys) * sizes.compute
+    scores = 0 if sizes.flash else 2 * sizes.heads * columns * sizes.softmax
+    return max(heads + scores, (sizes.hidden + sizes.inner) * sizes.compute)
+
+
+def _widest_backward(sizes: RankSizes, columns: int) -> int:
+    """Bytes per token: as forward, and the gradients of all these; three of gate and up's size."""
+    heads = 2 * (2 * sizes.queries + 2 * sizes.keys) * sizes.compute
+    scores = 0 if sizes.flash else 3 * sizes.heads * columns * sizes.softmax
+    return max(heads + scores, 3 * sizes.inner * sizes.compute) + 2 * sizes.hidden * sizes.compute
+
+
+def _head(sizes: RankSizes, work: Pass, device: DeviceTraits) -> int:
+    """Bytes of the head: the rows that it looks at, and a chunk of logits with what is computed from it."""
+    total = 2 * work.response_tokens * sizes.hidden * sizes.compute
     if work.logits:
-        arrays = 6 if work.entropy_gradient else 4
-        total += work.response_tokens * sizes.vocab * arrays * FLOAT32
+        chunk = chunk_rows(work.response_tokens, sizes.vocab)
+        total += chunk * sizes.vocab * (sizes.compute + device.logit_arrays * FLOAT32)
     return total
-
-
-def _weight_copies(sizes: RankSizes, parameters: ParameterCount) -> int:
-    """Weights cast to the compute type, which the backward pass needs again."""
-    return 0 if sizes.param == sizes.compute else (parameters.body - parameters.embedding) * sizes.compute

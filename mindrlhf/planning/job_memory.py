@@ -6,9 +6,8 @@ What a rank stores follows from the layouts of its models, what their graphs tak
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from mindrlhf.configs.keys import JobConfig, RunConfig
@@ -28,7 +27,6 @@ from mindrlhf.planning.graph_memory import (
     RankSizes,
     count_parameters,
     generation_graphs,
-    kinds_bytes,
     kv_cache_bytes,
     rank_sizes,
     scoring_graph,
@@ -52,11 +50,8 @@ class ModelMemory:
         mesh: its split.
         parameters: numbers per rank.
         weights: their bytes.
-        moments: of the optimizer, on the device.
-        host_moments: of the optimizer, kept on the host (``optimizer.swap``).
-        gradient_kinds: how often there is a gradient of each shape and number of bytes.
-        step_sets: sets of gradients that the optimizer step makes: the clipped one, which the fused kernel
-            makes one parameter at a time.
+        moments: of the optimizer, and its float32 copies of weights in other types.
+        gradients: their sums.
         kv_cache: keys and values of a generate call.
         graphs: phase -> what its compiled graph takes.
     """
@@ -66,16 +61,9 @@ class ModelMemory:
     parameters: int
     weights: int
     moments: int = 0
-    host_moments: int = 0
-    gradient_kinds: Counter[tuple[tuple[int, ...], int]] = field(default_factory=Counter)
-    step_sets: int = 0
+    gradients: int = 0
     kv_cache: int = 0
     graphs: dict[str, GraphMemory]
-
-    @property
-    def gradients(self) -> int:
-        """One set."""
-        return kinds_bytes(self.gradient_kinds)
 
     @property
     def activations(self) -> int:
@@ -89,7 +77,7 @@ class ModelMemory:
 
     @property
     def resident(self) -> int:
-        """What stays on the device between phases, besides the gradients."""
+        """What stays on the device between phases."""
         return self.weights + self.moments + self.kv_cache
 
 
@@ -119,13 +107,9 @@ def _sizes(config: RunConfig, *, lm_head: bool, score_head: bool) -> tuple[RankS
     return rank_sizes(config.model, mp), count
 
 
-def _scoring_pass(job: JobConfig, config: RunConfig, **parts: bool) -> Pass:
+def _scoring_pass(job: JobConfig, config: RunConfig, *, logits: bool = False) -> Pass:
     rows = job.ppo.score_batch_size or rollout_rows(job, config)
-    return Pass(rows=rows, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **parts)
-
-
-def _padded(job: JobConfig, config: RunConfig) -> bool:
-    return 0 < job.ppo.valid_vocab_size < config.model.vocab_size
+    return Pass(rows=rows, columns=job.ppo.max_length, responses=job.ppo.max_response_length, logits=logits)
 
 
 def _generator(job: JobConfig, device: DeviceTraits) -> ModelMemory:
@@ -147,25 +131,16 @@ def _generator(job: JobConfig, device: DeviceTraits) -> ModelMemory:
 def _policy(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     shared = job.ppo.critic == "shared"
     sizes, count = _sizes(job.train, lm_head=True, score_head=shared)
-    scoring = (
-        {SCORING: scoring_graph(sizes, _scoring_pass(job, job.train, values=True), device)} if shared else {}
-    )
-    work = {
-        "logits": True,
-        "values": shared,
-        "entropy": True,
-        "entropy_gradient": job.ppo.entropy_coef > 0,
-        "padded_vocab": _padded(job, job.train),
-    }
-    return _trained("policy train", job, job.train, sizes, count, work, scoring, device)
+    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.train), device)} if shared else {}
+    return _trained("policy train", job, job.train, sizes, count, scoring, device, logits=True)
 
 
 def _critic(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     sizes, count = _sizes(job.critic, lm_head=False, score_head=True)
     # Trained weights are kept in float32 whatever the YAML says (trainer/builder.py).
     sizes = replace(sizes, param=FLOAT32)
-    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic, values=True), device)}
-    return _trained("critic", job, job.critic, sizes, count, {"values": True}, scoring, device)
+    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic), device)}
+    return _trained("critic", job, job.critic, sizes, count, scoring, device, logits=False)
 
 
 def _trained(
@@ -174,32 +149,38 @@ def _trained(
     config: RunConfig,
     sizes: RankSizes,
     count: ParameterCount,
-    parts: dict[str, bool],
     graphs: dict[str, GraphMemory],
     device: DeviceTraits,
+    *,
+    logits: bool,
 ) -> ModelMemory:
     """A model with an optimizer; ``graphs`` are those of the phases before."""
     rows = minibatch_rows(job, config)
     micro = job.ppo.micro_batch_size or rows
-    work = Pass(rows=micro, columns=job.ppo.max_length, responses=job.ppo.max_response_length, **parts)
-    moments = MOMENTS * FLOAT32 * count.total
-    on_host = bool(config.optimizer.get("swap")) and not device.host_shared
+    work = Pass(
+        rows=micro,
+        columns=job.ppo.max_length,
+        responses=job.ppo.max_response_length,
+        logits=logits,
+        recompute=config.recompute,
+        repeated=micro < rows,
+    )
+    masters = count.body if sizes.param < FLOAT32 else 0
+    replicas = config.parallel.data_parallel if config.shards_optimizer else 1
     return ModelMemory(
         name=name,
         mesh=mesh_of(config),
         parameters=count.total,
         weights=count.weight_bytes(sizes.param),
-        moments=0 if on_host else moments,
-        host_moments=moments if on_host else 0,
-        gradient_kinds=count.kinds(sizes.param),
-        step_sets=int(not device.fused_optimizer),
+        moments=FLOAT32 * -(-(MOMENTS * count.total + masters) // replicas),
+        gradients=FLOAT32 * count.total,
         graphs=graphs | {TRAINING: training_graph(sizes, work, count, device)},
     )
 
 
 def _reference(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     sizes, count = _sizes(job.infer, lm_head=True, score_head=False)
-    work = _scoring_pass(job, job.infer, logits=True, padded_vocab=_padded(job, job.infer))
+    work = _scoring_pass(job, job.infer, logits=True)
     return ModelMemory(
         name="reference",
         mesh=mesh_of(job.infer),
@@ -211,7 +192,7 @@ def _reference(job: JobConfig, device: DeviceTraits) -> ModelMemory:
 
 def _reward(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     sizes, count = _sizes(job.reward, lm_head=False, score_head=True)
-    work = _scoring_pass(job, job.reward, values=True, last_token=True)
+    work = _scoring_pass(job, job.reward)
     return ModelMemory(
         name="reward",
         mesh=mesh_of(job.reward),
@@ -305,7 +286,7 @@ def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTrait
     phases = []
     for name in PHASES:
         copies = _buckets(job) if name == SYNC else 0
-        phases.append(_phase(name, models, _pool(models, name), 0, 0, copies, device.process))
+        phases.append(_phase(name, models, *_pool(models, name), 0, 0, copies, device.process))
     return tuple(phases)
 
 
@@ -318,14 +299,16 @@ def _cumulative(
     memory than loading a model has left free. From the second iteration on, all phases are at the peak.
     """
     phases = []
-    pool = kernels = graphs = 0
+    pool, kernels, graphs = (0, 0), 0, 0
     for name in PHASES:
-        pool = max(pool, _pool(models, name))
-        kernels += sum(model.graphs[name].kernels for model in models if name in model.graphs)
-        graphs += sum(model.graphs[name].compiled for model in models if name in model.graphs)
+        pool = max(pool, _pool(models, name), key=sum)
+        of_phase = [model.graphs[name] for model in models if name in model.graphs]
+        # Models share their graphs, unless they differ in sizes.
+        kernels += max((graph.kernels for graph in of_phase), default=0)
+        graphs += max((graph.compiled for graph in of_phase), default=0)
         copies = _buckets(job) if name in (SYNC, SAVE) else 0
         process = device.process + device.training_imports
-        phase = _phase(name, models, pool, kernels, graphs, copies, process)
+        phase = _phase(name, models, *pool, kernels, graphs, copies, process)
         if name in (ROLLOUT, SCORING):
             phase.parts["moments"] = min(phase.parts["moments"], max(model.weights for model in models))
         phases.append(phase)
@@ -335,6 +318,7 @@ def _cumulative(
 def _phase(
     name: str,
     models: tuple[ModelMemory, ...],
+    gradients: int,
     activations: int,
     kernels: int,
     graphs: int,
@@ -344,7 +328,7 @@ def _phase(
     parts = {
         "weights": sum(model.weights for model in models),
         "moments": sum(model.moments for model in models),
-        "gradients": _gradient_buffers(models),
+        "gradients": gradients,
         "activations": activations,
         "kv_cache": sum(model.kv_cache for model in models),
         "kernels": kernels,
@@ -355,23 +339,14 @@ def _phase(
     return PhaseMemory(name, parts)
 
 
-def _gradient_buffers(models: tuple[ModelMemory, ...]) -> int:
-    """Gradients accumulate in buffers that all trained models share where shapes are equal."""
-    shared: Counter[tuple[tuple[int, ...], int]] = Counter()
-    for model in models:
-        shared |= model.gradient_kinds
-    return kinds_bytes(shared)
-
-
-def _pool(models: tuple[ModelMemory, ...], phase: str) -> int:
-    """What the pool holds at the fullest moment of a phase; models run one after another.
-
-    A backward pass adds each gradient to its buffer once it is computed, so the pool holds no set of them.
-    """
-    found = [model.graphs[phase].activations for model in models if phase in model.graphs]
-    if phase == TRAINING:
-        found += [model.step_sets * model.gradients for model in models]
-    return max(found, default=0)
+def _pool(models: tuple[ModelMemory, ...], phase: str) -> tuple[int, int]:
+    """What the pool holds at the fullest moment of a phase: gradients, and the rest; models take turns."""
+    active = [model for model in models if phase in model.graphs]
+    if not active:
+        return 0, 0
+    gradients = {model.name: model.gradients if phase == TRAINING else 0 for model in active}
+    fullest = max(active, key=lambda model: gradients[model.name] + model.graphs[phase].activations)
+    return gradients[fullest.name], fullest.graphs[phase].activations
 
 
 def _buckets(job: JobConfig) -> int:
@@ -381,10 +356,8 @@ def _buckets(job: JobConfig) -> int:
 
 
 def _host_bytes(models: tuple[ModelMemory, ...]) -> int:
-    """The process, moments kept there, and the largest copy: a model loaded or synced, or moments saved."""
-    moments = sum(model.host_moments for model in models)
-    copies = [model.weights for model in models] + [model.moments for model in models]
-    return HOST_PROCESS + moments + max(copies)
+    """The process, and the largest copy: a model that is loaded or synced, or moments that are saved."""
+    return HOST_PROCESS + max(max(model.weights, 2 * model.gradients) for model in models)
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,6 @@ def _model_dict(model: ModelMemory) -> dict[str, Any]:
         "parameters": model.parameters,
         "weights": model.weights,
         "moments": model.moments,
-        "host_moments": model.host_moments,
         "gradients": model.gradients,
         "activations": model.activations,
         "kernels": model.kernels,
@@ -291,15 +290,12 @@ def _models_table(plan: MemoryPlan) -> Table:
 
 
 def _model_row(model: ModelMemory, with_kernels: bool) -> list[str]:
-    moments = gigabytes(model.moments)
-    if model.host_moments:
-        moments = f"{gigabytes(model.host_moments)} (host)"
     row = [
         model.name,
         str(model.mesh),
         f"{model.parameters / 1e6:,.1f} M",
         gigabytes(model.weights),
-        moments,
+        gigabytes(model.moments),
         gigabytes(model.gradients),
         gigabytes(model.activations),
         gigabytes(model.kv_cache),

@@ -200,15 +200,21 @@ def _levers(job: JobConfig, with_reward_model: bool, *, keep_splits: bool = Fals
         )
     if job.ppo.critic == "separate":
         levers.append(_single("critic", 4, "--set critic=shared", _shared_critic))
-    if on_device and not job.train.optimizer.get("swap"):
-        text = f"{job.train.path.name}: optimizer swap True (AdamW's moments in host memory; slower)"
-        levers.append(_single("swap", 5, text, _swapped))
+    trained = [job.train, *([job.critic] if job.ppo.critic == "separate" else [])]
+    names = " and ".join(dict.fromkeys(run.path.name for run in trained))
+    if any(run.parallel.data_parallel > 1 and not run.shards_optimizer for run in trained):
+        text = f"{names}: parallel.enable_parallel_optimizer True"
+        levers.append(_single("optimizer", 2, text, partial(_trained_with, shards_optimizer=True)))
+    if any(run.recompute < run.model.num_layers for run in trained):
+        text = f"{names}: recompute_config.recompute True (a third more time in the update)"
+        recomputed = partial(_trained_with, recompute=job.train.model.num_layers)
+        levers.append(_single("recompute", 3, text, recomputed))
     if len(_shorter_responses(job)) > 0:
         levers.append(_Lever("responses", 6, True, _shorter_responses))
     if with_reward_model:
         levers.append(_single("reward model", 7, NO_REWARD_MODEL, lambda job: job))
     if on_device and job.train.model.param_init_type == "float32":
-        text = f"{job.train.path.name}: param_init_type bfloat16 (steps of a small learning rate are lost)"
+        text = f"{job.train.path.name}: param_init_type bfloat16 (with float32 masters)"
         levers.append(_single("train type", 9, text, _train_bfloat16))
     # Splits first: what the rows must divide by follows from them.
     return sorted(levers, key=lambda lever: lever.ordered)
@@ -270,12 +276,9 @@ def _shared_critic(job: JobConfig) -> JobConfig:
     return replace(job, ppo=replace(job.ppo, critic="shared", critic_warmup_iterations=0))
 
 
-def _swapped(job: JobConfig) -> JobConfig:
-    changed: dict[str, Any] = {
-        role: replace(run, optimizer={**run.optimizer, "swap": True})
-        for role, run in (("train", job.train), ("critic", job.critic))
-    }
-    return replace(job, **changed)
+def _trained_with(job: JobConfig, **settings: Any) -> JobConfig:
+    roles = ("train", "critic")
+    return replace(job, **{role: replace(getattr(job, role), **settings) for role in roles})
 
 
 def _train_bfloat16(job: JobConfig) -> JobConfig:

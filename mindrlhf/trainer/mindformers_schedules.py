@@ -28,7 +28,7 @@ def load_build_lr() -> Callable[..., Any]:
     # Imported here because it makes a directory for logs, see LOCAL_DEFAULT_PATH in runtime/launching.py.
     from mindformers.core.lr import build_lr
 
-    return build_lr  # type: ignore[no-any-return]
+    return build_lr
 
 
 def _register(name: str) -> None:

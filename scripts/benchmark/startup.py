@@ -85,11 +85,11 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     laps.lap("import mindspore")
     from mindrlhf.runtime import compile_cache
     from mindrlhf.runtime.device import Runtime
-    from mindrlhf.trainer import mindformers_builders
+    from mindrlhf.trainer.mindformers_schedules import load_build_lr
     from mindrlhf.trainer.recipes.ppo_job import graph_configuration
 
-    mindformers_builders.load_builders()
-    laps.lap("import mindrlhf and MindFormers' builders")
+    load_build_lr()
+    laps.lap("import mindrlhf and MindFormers' schedules")
     from ppo_iteration import build_job, build_trainer, write_inputs
 
     time_compilations(compiled)

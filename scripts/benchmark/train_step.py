@@ -50,38 +50,29 @@ class Case:
 
     step: Any
     model: Any
-    inputs: tuple[Any, ...]
+    batch: Any
     flops: int
-    no_fault: Any  # (1,) zero: the loss is finite
 
     def backward(self) -> None:
-        from mindrlhf.trainer.gradients import clear
-
-        clear(self.step._gradients)
-        _, statistics = self.step._backward(*self.inputs)
-        statistics.asnumpy()
+        self.step.accumulate([self.batch])
 
     def update(self) -> None:
-        norm = self.step._norm(self.no_fault)
-        norm.asnumpy()
-        self.step._update(norm).asnumpy()
+        self.step.update()
 
     def score(self) -> None:
-        self.model(*self.inputs[:3])[0].asnumpy()
+        self.model(*self.batch.inputs)
 
 
 def build(args: argparse.Namespace) -> Case:
     """The policy's training step with random weights and random sequences without padding."""
-    from mindspore import Tensor
-
     from mindrlhf.configs.keys import ContextConfig, ParallelConfig, PPOConfig, RunConfig
     from mindrlhf.models.networks import PPOModelTrain
     from mindrlhf.models.qwen2.layouts import EMBEDDING, LM_HEAD
     from mindrlhf.parallel.groups import Groups
     from mindrlhf.parallel.layout import Mesh
     from mindrlhf.trainer.loss_cells import PolicyLoss
-    from mindrlhf.trainer.optimizer import build_optimizer
-    from mindrlhf.trainer.train_step import TrainStep
+    from mindrlhf.trainer.optimizer import AdamW
+    from mindrlhf.trainer.train_step import MicroBatch, Objective, TrainStep
 
     changes = {"num_layers": args.layers} if args.layers else {}
     config = model_config(args.model, **changes)
@@ -96,7 +87,7 @@ def build(args: argparse.Namespace) -> Case:
         value_head=args.value_head,
     )
     model.load(random_shards(model.layouts))
-    loss = PolicyLoss(model, PPOConfig())
+    loss = PolicyLoss(PPOConfig(critic="shared" if args.value_head else "none"))
     run = RunConfig(
         path=Path("-"),
         context=ContextConfig(),
@@ -105,16 +96,16 @@ def build(args: argparse.Namespace) -> Case:
         optimizer=OPTIMIZER,
         lr_schedule=SCHEDULE,
     )
-    step = TrainStep(
-        loss, build_optimizer(run, loss.trainable_params(), 1000), model.layouts, groups, max_grad_norm=1.0
-    )
+    optimizer = AdamW(run, model.parameters, 1000)
+    step = TrainStep(Objective(model, loss), optimizer, model.layouts, groups, max_grad_norm=1.0)
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (batch, columns)).astype(np.int32)
     positions = np.tile(np.arange(columns, dtype=np.int32), (batch, 1))
-    columns_of = [rng.standard_normal((batch, args.response)).astype(np.float32) for _ in range(4)]
+    numbers = [rng.standard_normal((batch, args.response)).astype(np.float32) for _ in range(4)]
     mask = np.ones((batch, args.response), np.float32)
-    arrays = [tokens, np.ones_like(tokens), positions, mask, *columns_of]
-    arrays.append(np.array([1.0 / mask.sum()], np.float32))
+    targets = (mask, *numbers[:2], np.array([1.0 / mask.sum()], np.float32))
+    if args.value_head:
+        targets += tuple(numbers[2:])
     head = config.vocab_size * config.hidden_size
     inner = sum(
         int(np.prod(layout.shape))
@@ -122,8 +113,7 @@ def build(args: argparse.Namespace) -> Case:
         if len(layout.shape) == 2 and name not in (EMBEDDING, LM_HEAD)
     )
     products = 2 * batch * (inner * columns + head * args.response)
-    no_fault = Tensor(np.zeros(1, np.float32))
-    return Case(step, model, tuple(map(Tensor, arrays)), products, no_fault)
+    return Case(step, model, MicroBatch((tokens, np.ones_like(tokens), positions), targets), products)
 
 
 def timed(call: Callable[[], None]) -> float:

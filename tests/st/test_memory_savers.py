@@ -12,8 +12,8 @@ import yaml
 from tests.st.stage_metrics import assert_metrics_close, read_lines
 from tests.st.test_stages_layouts import working_alone
 
-# Mesh, whether layers are recomputed, whether optimizer states are shared out, rows of a micro-batch, and the job
-# that is resumed. Every pair of settings occurs together once.
+# Mesh, whether layers are recomputed, whether optimizer states are shared out, rows of a micro-batch, and the
+# job that is resumed. Every pair of settings occurs together once.
 JOBS: dict[str, tuple[tuple[int, int], bool, bool, int, str | None]] = {
     "replicas": ((4, 1), False, True, 1, None),
     "grid": ((2, 2), True, False, 0, None),

@@ -8,8 +8,9 @@ import pytest
 from mindspore import Tensor
 
 from mindrlhf.configs.keys import ModelConfig
-from mindrlhf.models import heads
-from mindrlhf.models.heads import ScoreHead, chunk_rows, last_rows, response_rows
+from mindrlhf.models import chunks
+from mindrlhf.models.chunks import chunk_rows
+from mindrlhf.models.heads import ScoreHead, last_rows, response_rows
 from mindrlhf.models.networks import PPOModelTrain
 from mindrlhf.models.pieces import Gradients
 from mindrlhf.models.score_head import new_score_head
@@ -76,7 +77,7 @@ def test_chunks_do_not_change_log_probs_or_gradients(
         return [x.asnumpy() for x in (*outputs, *(gradients[name] for name in model.parameters))]
 
     whole = run()
-    monkeypatch.setattr(heads, "LOGITS_BYTES", rows_at_once * 24 * 4)
+    monkeypatch.setattr(chunks, "LOGITS_BYTES", rows_at_once * 24 * 4)
     for found, wanted in zip(run(), whole, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
 

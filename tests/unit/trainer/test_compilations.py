@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mindrlhf.configs.keys import JobConfig
-from mindrlhf.models import passes
+from mindrlhf.models import chunks
 from mindrlhf.runtime.device import Runtime
 from mindrlhf.runtime.host_exchange import HostExchange
 from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
@@ -61,7 +61,7 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Compil
     result = Compilations([], [], [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mindspore.graph.api, "_check_recompile", counting)
-        patch.setattr(passes, "LAYERS_PER_GRAPH", 1)
+        patch.setattr(chunks, "LAYERS_PER_GRAPH", 1)
         trainer = PPOTrainer(job, weights, data, training)
         training.begin(trainer)
         roll_out, decode = trainer.rollout, trainer.ppo_model_infer._decode
