@@ -141,6 +141,7 @@ def run_worker(directory: Path, job: JobConfig) -> None:
     from mindrlhf.runtime.device import start_runtime
     from mindrlhf.runtime.host_exchange import HostExchange
     from mindrlhf.trainer.loop import train
+    from mindrlhf.trainer.recipes import rl
     from mindrlhf.trainer.recipes.ppo_job import open_checkpoints
     from mindrlhf.trainer.recipes.rl import DataPaths, PPOTrainer
     from mindrlhf.trainer.run import Run
@@ -159,14 +160,15 @@ def run_worker(directory: Path, job: JobConfig) -> None:
     weights = WeightPaths(train=directory / "weights.ckpt")
     shared = job.ppo.critic == "shared"
     run = Run(open_checkpoints(job, directory / "run", HostExchange(runtime)), listeners=[peaks])
+    # The quick start's reward is a function; what it computes does not matter here.
+    rl.function_scores = lambda *arguments: np.full(rows, 0.5, np.float32)
     trainer = PPOTrainer(
         job,
         weights if shared else replace(weights, reward=weights.train, critic=weights.train),
         DataPaths(directory / "prompts.mindrecord"),
         run,
-        # The quick start's reward is a function; what it computes does not matter here.
         tokenizer=_no_tokenizer() if shared else None,
-        reward_function=(lambda prompts, responses: [0.5] * len(prompts)) if shared else None,
+        reward_function=(lambda prompts, responses: []) if shared else None,
     )
     train(run, trainer)
     peaks.take("between")
