@@ -35,9 +35,12 @@ class Partition:
         return -(-elements // self._replicas)
 
     def take(self, x: Tensor) -> Tensor:
-        """This replica's part of ``x`` of any shape, in one row."""
+        """This replica's part of ``x`` of any shape, in one row, in memory of its own.
+
+        Not a view: what a kernel writes to one in place is lost (MindSpore 2.9.0 on CPU, AdamWeightDecay).
+        """
         size = self.size(x.size)
-        return self._padded(x)[self._index * size : (self._index + 1) * size]
+        return self._padded(x)[self._index * size : (self._index + 1) * size].copy()
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """This replica's part of the sum of ``x`` over the replicas; collective."""
@@ -58,7 +61,7 @@ class Partition:
         elements = 1
         for size in shape:
             elements *= size
-        return row[:elements].reshape(shape)
+        return row[:elements].reshape(shape).copy()
 
     def _padded(self, x: Tensor) -> Tensor:
         row = x.reshape((-1,))

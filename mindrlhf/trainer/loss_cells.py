@@ -61,8 +61,9 @@ class PolicyLoss(nn.Cell):
         Returns:
             the loss, and the sums named in ``statistics``.
         """
-        values = rest[0] if self.shared else logprobs
-        mask, old_logprobs, advantages, inverse_count, *value_targets = rest[1:] if self.shared else rest
+        first = 1 if self.shared else 0
+        mask, old_logprobs, advantages = rest[first], rest[first + 1], rest[first + 2]
+        inverse_count = rest[first + 3]
         policy_sum, *sums = policy_loss_terms(
             logprobs, old_logprobs, advantages, mask, self.cliprange, self.log_ratio_clamp
         )
@@ -72,7 +73,7 @@ class PolicyLoss(nn.Cell):
         of_policy = ops.stack((policy_sum, *sums, (ops.stop_gradient(entropy) * mask).sum()))
         statistics = ops.concat((of_policy, self._ratios_above(logprobs, old_logprobs, mask)))
         if self.shared:
-            old_values, returns = value_targets
+            values, old_values, returns = rest[0], rest[5], rest[6]
             value_sum, *value_sums = value_loss_terms(values, old_values, returns, mask, self.cliprange_value)
             total = total + self.vf_coef * value_sum
             of_value = ops.stack((value_sum, *value_sums, (ops.stop_gradient(values) * mask).sum()))

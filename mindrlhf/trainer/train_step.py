@@ -54,14 +54,13 @@ class _LossGradient(nn.Cell):
 
     def __init__(self, loss: nn.Cell, outputs: int) -> None:
         super().__init__()
-        self.value_and_grad = ops.value_and_grad(loss, tuple(range(outputs)), None, has_aux=True)
+        places = 0 if outputs == 1 else tuple(range(outputs))
+        self.value_and_grad = ops.value_and_grad(loss, places, None, has_aux=True)
         self.is_one = outputs == 1
 
     def construct(self, *args: Tensor) -> tuple[Tensor, ...]:
         (loss, statistics), gradients = self.value_and_grad(*args)
-        if self.is_one and not isinstance(gradients, tuple):
-            return loss, statistics, gradients
-        return loss, statistics, *gradients
+        return (loss, statistics, gradients) if self.is_one else (loss, statistics, *gradients)
 
 
 class TrainStep:

@@ -196,12 +196,7 @@ def digests(trainer: PPOTrainer) -> dict[str, str]:
         found["critic"] = dict(trainer.models.critic.shards())
     for what, step in steps.items():
         if step is not None:
-            states = step.optimizer.get_parameters()
-            found[what] = {
-                state.name: state.asnumpy()
-                for state in states
-                if state.name.startswith(("adam_", "global_step"))
-            }
+            found[what] = step.optimizer.arrays()
     return {
         f"{what}/{name}": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
         for what, arrays in found.items()
