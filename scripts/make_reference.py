@@ -105,7 +105,7 @@ def _comment(key: Key) -> str:
 
 def _model_keys() -> Iterator[str]:
     yield from ("", "## generate_X.yaml and finetune_X.yaml", "")
-    yield "Keys of MindFormers that are used. `optimizer` and `lr_schedule` go to MindFormers unchanged. Its"
+    yield "Keys of MindFormers that are used. `lr_schedule` goes to MindFormers unchanged. Its"
     yield "other keys may appear as long as they ask for nothing; a value that asks for something is refused"
     yield "or, where it is harmless, named in a warning."
     sections = {
@@ -117,10 +117,22 @@ def _model_keys() -> Iterator[str]:
     for name, declaration in sections.items():
         yield from ("", f"### {name}", "")
         yield from _table(keys_of(declaration))
+    yield from ("", "### recompute_config and parallel", "", *_HEAD)
+    yield (
+        "| `recompute_config.recompute` | `False` | True, False, or a list with one number | which layers, from "
+        "the first on, compute their results anew in the backward pass; less memory, more time |"
+    )
+    yield (
+        "| `parallel.enable_parallel_optimizer` | `False` | True or False | whether data-parallel replicas share "
+        "out moments and float32 masters (ZeRO stage 1) |"
+    )
+
+
+_HEAD = ("| key | default | allowed | what it is |", "| --- | --- | --- | --- |")
 
 
 def _table(keys: Mapping[str, Key]) -> Iterator[str]:
-    yield from ("| key | default | allowed | what it is |", "| --- | --- | --- | --- |")
+    yield from _HEAD
     for name, key in keys.items():
         default = "required" if key.required else "" if key.default is ... else f"`{key.default}`"
         yield f"| `{name}` | {default} | {_cell(key.allowed)} | {_cell(key.help)} |"
