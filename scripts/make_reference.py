@@ -119,11 +119,11 @@ def _model_keys() -> Iterator[str]:
         yield from _table(keys_of(declaration))
     yield from ("", "### recompute_config and parallel", "", *_HEAD)
     yield (
-        "| `recompute_config.recompute` | `False` | True, False, or a list with one number | which layers, from "
-        "the first on, compute their results anew in the backward pass; less memory, more time |"
+        "| `recompute_config.recompute` | `False` | True, False, or a list with one number | which layers, "
+        "from the first on, compute their results anew in the backward pass; less memory, more time |"
     )
     yield (
-        "| `parallel.enable_parallel_optimizer` | `False` | True or False | whether data-parallel replicas share "
+        "| `parallel.enable_parallel_optimizer` | `False` | True or False | whether replicas share "
         "out moments and float32 masters (ZeRO stage 1) |"
     )
 
