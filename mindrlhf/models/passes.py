@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn
 
 from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.kernels.fused_layers import layer_kernels
-from mindrlhf.models import chunks
+from mindrlhf.models.chunks import blocks
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.models.families import family_of
 from mindrlhf.models.pieces import Gradients, Piece, Recomputed, Weights
@@ -175,11 +175,9 @@ class Decoder:
         self._embedding = Weights(parameters, [names.EMBEDDING])
         self._blocks = []
         for start, end in ((0, recompute), (recompute, config.num_layers)):
-            for first in range(start, end, chunks.LAYERS_PER_GRAPH):
-                layers = range(first, min(first + chunks.LAYERS_PER_GRAPH, end))
-                of_layers = [
-                    name for layer in layers for name in layouts if name.startswith(names.layer_prefix(layer))
-                ]
+            for layers in blocks(end - start):
+                prefixes = [names.layer_prefix(start + layer) for layer in layers]
+                of_layers = [name for prefix in prefixes for name in layouts if name.startswith(prefix)]
                 size = len(of_layers) // len(layers)
                 pieces = _block_pieces(config, groups, len(layers), size, kernels)
                 self._blocks.append(_LayerRun(pieces, Weights(parameters, of_layers), start < recompute))

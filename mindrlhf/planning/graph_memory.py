@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import prod
 
 from mindrlhf.configs.keys import ModelConfig
-from mindrlhf.models.chunks import LAYERS_PER_GRAPH, chunk_rows
+from mindrlhf.models.chunks import blocks, chunk_rows
 from mindrlhf.models.decode_schedule import QUERY_BLOCK, DecodeSchedule
 from mindrlhf.models.families import family_of
 from mindrlhf.models.score_head import SCORE_HEAD
@@ -267,10 +267,10 @@ def training_graph(
     Gradients become the sums, or are added to them, block by block, and the head's chunk by chunk.
     """
     whole = sizes.layers - work.recompute
-    inputs = -(-work.recompute // LAYERS_PER_GRAPH)
+    inputs = len(blocks(work.recompute))
     kept = whole * _kept_by_layer(sizes) + inputs * sizes.hidden * sizes.compute
     block = _widest_backward(sizes, work.columns) + (_kept_by_block(sizes) if work.recompute else 0)
-    of_block = min(LAYERS_PER_GRAPH, sizes.layers) * parameters.layer * FLOAT32 if work.repeated else 0
+    of_block = _largest_block(sizes) * parameters.layer * FLOAT32 if work.repeated else 0
     of_head = sizes.vocab * sizes.hidden * FLOAT32 if work.logits else 0
     last = max(work.tokens * block + of_block, 2 * _head(sizes, work, device) + of_head)
     activations = work.tokens * (_shared(sizes, work.columns) + kept + sizes.hidden * sizes.compute) + last
@@ -323,7 +323,12 @@ def _kept_by_layer(sizes: RankSizes) -> int:
 
 
 def _kept_by_block(sizes: RankSizes) -> int:
-    return min(LAYERS_PER_GRAPH, sizes.layers) * _kept_by_layer(sizes)
+    return _largest_block(sizes) * _kept_by_layer(sizes)
+
+
+def _largest_block(sizes: RankSizes) -> int:
+    """Layers that share a graph."""
+    return max(map(len, blocks(sizes.layers)))
 
 
 def _widest_forward(sizes: RankSizes, columns: int) -> int:

@@ -54,7 +54,7 @@ class Case:
     logprobs: np.ndarray
     entropy: np.ndarray
     gradients: dict[str, np.ndarray]
-    weights: np.ndarray
+    weights: tuple[np.ndarray, np.ndarray]
     valid_vocab_size: int
 
 
@@ -128,10 +128,13 @@ def case(request: pytest.FixtureRequest, either_kernels: None) -> Case:
         config, GROUPS, prompt_length=PROMPT, temperature=TEMPERATURE, valid_vocab_size=valid_vocab_size
     )
     policy.load(canonical(hf, dict(hf.named_parameters())))
-    weights = np.random.default_rng(2).standard_normal(RESPONSE_MASK.shape).astype(np.float32) * RESPONSE_MASK
+    rng = np.random.default_rng(2)
+    weights = tuple(
+        rng.standard_normal(RESPONSE_MASK.shape).astype(np.float32) * RESPONSE_MASK for _ in range(2)
+    )
     gradients = Gradients()
     (logprobs, entropy), tape = policy.forward(*INPUTS)
-    policy.backward(tape, (Tensor(weights), Tensor(np.zeros_like(weights))), gradients)
+    policy.backward(tape, tuple(map(Tensor, weights)), gradients)
     return Case(
         config,
         hf,
@@ -160,8 +163,9 @@ def test_logprobs_and_entropy_equal_transformers(case: Case) -> None:
 
 def test_gradients_equal_torch_autograd(case: Case) -> None:
     case.hf.zero_grad()
-    logprobs, _ = reference(case.hf, case.valid_vocab_size)
-    (torch.from_numpy(case.weights) * logprobs).sum().backward()
+    logprobs, entropy = reference(case.hf, case.valid_vocab_size)
+    of_logprobs, of_entropy = map(torch.from_numpy, case.weights)
+    (of_logprobs * logprobs + of_entropy * entropy).sum().backward()
     expected = canonical(case.hf, {name: p.grad for name, p in case.hf.named_parameters()})
     assert case.gradients.keys() == expected.keys()
     for name, gradient in expected.items():

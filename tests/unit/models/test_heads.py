@@ -57,6 +57,15 @@ def test_chunks_are_as_few_as_the_bound_allows_and_even(rows: int, vocabulary: i
     assert chunk_rows(rows, vocabulary) == size  # of 2^24 numbers at most, or one row
 
 
+@pytest.mark.parametrize(
+    ("layers", "sizes"), [(0, []), (1, [1]), (2, [2]), (3, [3]), (7, [3, 4]), (8, [4, 4]), (30, [3] * 10)]
+)
+def test_layers_that_share_a_graph_are_even_runs(layers: int, sizes: list[int]) -> None:
+    runs = chunks.blocks(layers)
+    assert [len(run) for run in runs] == sizes
+    assert [layer for run in runs for layer in run] == list(range(layers))
+
+
 @pytest.mark.parametrize("value_head", [False, True])
 @pytest.mark.parametrize("rows_at_once", [1, 3])
 def test_chunks_do_not_change_log_probs_or_gradients(
@@ -84,7 +93,7 @@ def test_chunks_do_not_change_log_probs_or_gradients(
 
 @pytest.mark.parametrize("recompute", [1, 4, 7])
 def test_recomputed_layers_give_the_same_gradients(recompute: int) -> None:
-    """7 layers go through graphs of 3 and fewer, cut where those begin that keep their results."""
+    """7 layers go through several graphs, cut where those begin that keep their results."""
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 24, (2, 9)).astype(np.int32)

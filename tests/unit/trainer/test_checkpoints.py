@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import ops
 
 from mindrlhf.checkpoint.hf_config import check_described, check_language_model
 from mindrlhf.checkpoint.manifest import read_manifest
 from mindrlhf.configs.keys import JobConfig
 from mindrlhf.models.networks import CriticModel, PPOModelTrain
+from mindrlhf.models.pieces import Gradients
+from mindrlhf.models.score_head import SCORE_HEAD
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.device import Runtime
@@ -72,22 +76,26 @@ class Training:
         for model in (self.models.train, self.models.critic):
             model.load({name: rng.standard_normal(array.shape) for name, array in model.shards()})
         for optimizer in self.optimizers():
-            moments = {key: rng.standard_normal(shape) for key, shape in optimizer.shapes().items()}
+            moments = {key: abs(rng.standard_normal(shape)) for key, shape in optimizer.shapes().items()}
             optimizer.load(moments | {"global_step": np.array([seed])})
 
 
-@pytest.fixture(scope="module")
-def training(tiny_job: JobConfig) -> Training:
+def training_of(job: JobConfig) -> Training:
     groups = Groups(Mesh(), 0)
-    model, prompt = tiny_job.train.model, tiny_job.ppo.max_prompt_length
+    model, prompt = job.train.model, job.ppo.max_prompt_length
     train = PPOModelTrain(
         model, groups, prompt_length=prompt, temperature=1.0, valid_vocab_size=model.vocab_size
     )
     critic = CriticModel(model, groups, prompt_length=prompt)
     models = PPOModels(infer=None, train=train, ref=None, reward=None, critic=critic)  # type: ignore[arg-type]
-    training = Training(models, PPOUpdate(models, tiny_job, EXCHANGE), tiny_job)
+    training = Training(models, PPOUpdate(models, job, EXCHANGE), job)
     training.fill(0)
     return training
+
+
+@pytest.fixture(scope="module")
+def training(tiny_job: JobConfig) -> Training:
+    return training_of(tiny_job)
 
 
 class Note:
@@ -105,6 +113,12 @@ class Note:
 
 def save(training: Training, checkpoints: TrainingCheckpoints, iteration: int, **parts: Note) -> Path:
     return checkpoints.save(iteration, training.trained(), parts)
+
+
+def assert_equal(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_path: Path) -> None:
@@ -128,10 +142,32 @@ def test_all_weights_and_moments_come_back_bit_for_bit(training: Training, tmp_p
     note = Note()
     assert training.checkpoints(tmp_path, 2).load(directory, training.trained(), {"note": note}) == 1
     assert note.text == "as given"
-    loaded = training.state()
-    assert loaded.keys() == saved.keys()
-    for name, array in saved.items():
-        np.testing.assert_array_equal(loaded[name], array, err_msg=name)
+    assert_equal(training.state(), saved)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_masters_of_weights_in_fewer_bits_come_back_and_are_gone_on_with(
+    tiny_job: JobConfig, tmp_path: Path, dtype: str
+) -> None:
+    run = replace(tiny_job.train, model=replace(tiny_job.train.model, param_init_type=dtype))
+    whole, resumed = (training_of(replace(tiny_job, train=run, critic=run)) for _ in range(2))
+    whole.fill(3)
+    saved = whole.state()
+    directory = save(whole, whole.checkpoints(tmp_path), 1)
+    resumed.checkpoints(tmp_path).load(directory, resumed.trained(), {})
+    assert_equal(resumed.state(), saved)
+    for _, model, optimizer in (*whole.trained(), *resumed.trained()):
+        gradients = Gradients()
+        for name, parameter in model.parameters.items():
+            gradients.add((name,), (ops.ones(parameter.shape, ms.float32),))
+        optimizer.step(gradients, 1.0)
+    stepped = whole.state()
+    masters = {name for name in saved if "/master." in name}
+    assert len(masters) == sum(
+        name not in SCORE_HEAD for _, model, _ in whole.trained() for name in model.layouts
+    )
+    assert all(np.isfinite(stepped[name]).all() and (stepped[name] != saved[name]).all() for name in masters)
+    assert_equal(resumed.state(), stepped)
 
 
 def test_older_checkpoints_go_when_a_newer_one_is_whole(training: Training, tmp_path: Path) -> None:
