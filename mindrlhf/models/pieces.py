@@ -20,7 +20,7 @@ class Gradients:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
-        """Adds one gradient for each name."""
+        """Adds one gradient for each name; takes the tensors over: what is added later goes into them."""
         for name, gradient in zip(names, gradients, strict=True):
             gradient = gradient.astype(ms.float32)
             if name in self._sums:

@@ -252,7 +252,8 @@ class Pass:
 
 def scoring_graph(sizes: RankSizes, work: Pass, device: DeviceTraits) -> GraphMemory:
     """A forward pass: what all layers share, and a block of layers with its results, or the head."""
-    block = _kept_by_block(sizes) + sizes.hidden * sizes.compute + _widest_forward(sizes, work.columns)
+    results = max(map(len, blocks(sizes.layers))) * _kept_by_layer(sizes)
+    block = results + sizes.hidden * sizes.compute + _widest_forward(sizes, work.columns)
     head = sizes.hidden * sizes.compute * work.tokens + _head(sizes, work, device)
     activations = work.tokens * _shared(sizes, work.columns) + max(work.tokens * block, head)
     return GraphMemory(activations, _broadcast_index(work, device), device.scoring_graphs)
@@ -269,8 +270,10 @@ def training_graph(
     whole = sizes.layers - work.recompute
     inputs = len(blocks(work.recompute))
     kept = whole * _kept_by_layer(sizes) + inputs * sizes.hidden * sizes.compute
-    block = _widest_backward(sizes, work.columns) + (_kept_by_block(sizes) if work.recompute else 0)
-    of_block = _largest_block(sizes) * parameters.layer * FLOAT32 if work.repeated else 0
+    recomputed = max(map(len, blocks(work.recompute)), default=0) * _kept_by_layer(sizes)
+    block = _widest_backward(sizes, work.columns) + recomputed
+    largest = max(map(len, [*blocks(work.recompute), *blocks(whole)]))
+    of_block = largest * parameters.layer * FLOAT32 if work.repeated else 0
     of_head = sizes.vocab * sizes.hidden * FLOAT32 if work.logits else 0
     last = max(work.tokens * block + of_block, 2 * _head(sizes, work, device) + of_head)
     activations = work.tokens * (_shared(sizes, work.columns) + kept + sizes.hidden * sizes.compute) + last
@@ -320,15 +323,6 @@ def _kept_by_layer(sizes: RankSizes) -> int:
     Its output and the stream between its halves; query and the mixed values; key and value; gate and up.
     """
     return 2 * (sizes.hidden + sizes.queries + sizes.keys + sizes.inner) * sizes.compute
-
-
-def _kept_by_block(sizes: RankSizes) -> int:
-    return _largest_block(sizes) * _kept_by_layer(sizes)
-
-
-def _largest_block(sizes: RankSizes) -> int:
-    """Layers that share a graph."""
-    return max(map(len, blocks(sizes.layers)))
 
 
 def _widest_forward(sizes: RankSizes, columns: int) -> int:

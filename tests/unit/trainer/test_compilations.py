@@ -44,7 +44,8 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Compil
         stop_token_ids=tuple(range(1, 24, 3)),  # a third of the ids: some batches end early
         micro_batch_size=1,
     )
-    job = replace(tiny_job, ppo=ppo)
+    deep = replace(tiny_job.train, model=replace(tiny_job.train.model, num_layers=3))
+    job = replace(tiny_job, infer=deep, train=deep, reward=deep, critic=deep, ppo=ppo)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 24, length) for length in rng.integers(1, PROMPT + 1, 20)]
     data = DataPaths(write_prompts(directory / "data.mindrecord", prompts, job))
@@ -93,10 +94,16 @@ def run(tiny_job: JobConfig, tmp_path_factory: pytest.TempPathFactory) -> Compil
 def test_one_graph_serves_all_layers_of_all_models(run: Compilations) -> None:
     """Models that generate, learn and score differ in rows and types alone."""
     compiled = Counter(name for name, _ in run.compiled[0].elements())
-    assert (compiled["_Prefill"], compiled["_Decode"]) == (1, 1)
-    # Rows of a pass and of a micro-batch, which the critic shares with the policy.
-    assert compiled["Block"] == 2
-    assert compiled["_LossGradient"] == 2
+    expected = {
+        **{"_Prefill": 1, "_Decode": 1},
+        # For the rows of a pass and those of a micro-batch, which the critic shares with the policy.
+        **{"SharedInputs": 2, "VocabParallelEmbedding": 2, "Block": 2},
+        **{"SelectRows": 3, "ScoreHead": 3},  # for the reward model's rows as well
+        "LogProbs": 2,  # of policy and reference, which computes no entropy
+        "_LossGradient": 2,
+        "_Backward": 5,  # embedding, block, rows, scores, log-probs
+    }
+    assert {name: compiled[name] for name in expected} == expected
 
 
 def test_later_iterations_compile_nothing(run: Compilations) -> None:
