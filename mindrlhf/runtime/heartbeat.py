@@ -106,13 +106,22 @@ class HeartbeatWriter:
 def read_heartbeats(directory: Path) -> dict[int, Heartbeat]:
     """The last heartbeat of every process by rank; empty when the directory is gone."""
     heartbeats = {}
-    for path in directory.glob("*.json"):
+    for path in _files_of(directory):
         try:
             heartbeat = Heartbeat(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue  # the process has just gone
         heartbeats[heartbeat.rank] = heartbeat
     return heartbeats
+
+
+def _files_of(directory: Path) -> list[Path]:
+    """Not ``Path.glob``, which raises when the directory goes while it looks."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [directory / name for name in names if name.endswith(".json")]
 
 
 def stack_file(directory: Path, rank: int) -> Path:

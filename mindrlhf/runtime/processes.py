@@ -54,7 +54,11 @@ class Host:
 
     def wants_to_compute(self, pid: int) -> bool:
         """Whether a thread of a process runs, or waits for a processor or a disk."""
-        threads = (_stat(thread / "stat") for thread in Path(f"/proc/{pid}/task").glob("*"))
+        tasks = f"/proc/{pid}/task"
+        try:
+            threads = [_stat(Path(tasks, thread, "stat")) for thread in os.listdir(tasks)]
+        except OSError:  # the process has just gone
+            return False
         return any(fields is not None and fields[0] in "RD" for fields in threads)
 
     def out_of_memory_kills(self) -> int:

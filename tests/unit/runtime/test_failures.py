@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -314,6 +316,26 @@ def test_heartbeats_are_read_back_and_junk_is_not(tmp_path: Path) -> None:
     assert found[3].place == "in phase sync (5 of 7 parameters done) of iteration 2"
     assert found[3].time == 12.5
     assert read_heartbeats(tmp_path / "gone") == {}
+
+
+def test_heartbeats_of_a_job_that_ends_while_they_are_read(tmp_path: Path) -> None:
+    directory = tmp_path / "job"
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            directory.mkdir()
+            HeartbeatWriter(directory, 0, 1)
+            shutil.rmtree(directory)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(5000):
+            assert set(read_heartbeats(directory)) <= {0}
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_heartbeat_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
