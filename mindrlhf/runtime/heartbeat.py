@@ -118,10 +118,9 @@ def read_heartbeats(directory: Path) -> dict[int, Heartbeat]:
 def _files_of(directory: Path) -> list[Path]:
     """Not ``Path.glob``, which raises when the directory goes while it looks."""
     try:
-        names = os.listdir(directory)
+        return [path for path in directory.iterdir() if path.suffix == ".json"]
     except OSError:
         return []
-    return [directory / name for name in names if name.endswith(".json")]
 
 
 def stack_file(directory: Path, rank: int) -> Path:

@@ -54,9 +54,8 @@ class Host:
 
     def wants_to_compute(self, pid: int) -> bool:
         """Whether a thread of a process runs, or waits for a processor or a disk."""
-        tasks = f"/proc/{pid}/task"
         try:
-            threads = [_stat(Path(tasks, thread, "stat")) for thread in os.listdir(tasks)]
+            threads = [_stat(thread / "stat") for thread in Path(f"/proc/{pid}/task").iterdir()]
         except OSError:  # the process has just gone
             return False
         return any(fields is not None and fields[0] in "RD" for fields in threads)
