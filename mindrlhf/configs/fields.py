@@ -69,6 +69,10 @@ def _not_zero(number: int) -> int:
     return number
 
 
+def _on_off(value: object) -> object:
+    return {"ON": True, "OFF": False}.get(value, value) if isinstance(value, str) else value
+
+
 # bool is a subclass of int, but strict checks refuse it; strict floats take whole numbers, too.
 _Int = Annotated[int, Strict(), Le(MAX_INT)]
 _Float = Annotated[float, Strict(), AllowInfNan(False)]
@@ -81,6 +85,8 @@ Fraction = Annotated[_Float, Ge(0), Le(1)]
 Temperature = Annotated[_Float, Ge(1e-6)]
 CountOrMinusOne = Annotated[_Int, AfterValidator(_not_zero), Ge(-1), Words("-1 or a whole number >= 1")]
 Flag = Annotated[bool, Strict()]
+# Without quotes, YAML itself makes True of ON.
+OnOff = Annotated[bool, BeforeValidator(_on_off), Strict(), Words("ON or OFF")]
 Text = Annotated[str, Strict()]
 TokenIds = Annotated[
     tuple[Natural, ...],

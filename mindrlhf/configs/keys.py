@@ -24,6 +24,7 @@ from mindrlhf.configs.fields import (
     Natural,
     NotNegative,
     OneOf,
+    OnOff,
     Positive,
     Temperature,
     Text,
@@ -122,6 +123,11 @@ class ContextConfig:
     )
     max_device_memory: Text | None = key(
         None, "bound of MindSpore's memory pool, such as 58GB; not used on CPU", nullable=True
+    )
+    memory_offload: OnOff = key(
+        False,
+        "ON: models of this YAML are in host memory while another one that has it ON is used; optimizer.swap "
+        "does it for the optimizer's states",
     )
     max_call_depth: Count = key(10_000, "MindSpore's recursion limit when it compiles")
 

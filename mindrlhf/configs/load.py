@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -113,8 +114,14 @@ def load_ppo_job(options: PPOOptions, world_size: int | None) -> JobConfig:
 
 
 def _beside(train_config: Path, faults: Faults) -> Path | None:
-    """``ppo_X.yaml`` beside ``finetune_X.yaml``; ``None`` and a fault when there is none."""
+    """``ppo_X.yaml`` beside ``finetune_X.yaml``, or ``finetune_X_8p.yaml``: it is for any number of workers.
+
+    Returns:
+        ``None``, and a fault, when there is none.
+    """
     found = train_config.with_name("ppo_" + train_config.name.removeprefix("finetune_"))
+    if not found.is_file():
+        found = found.with_name(re.sub(r"_\d+p(?=\.\w+$)", "", found.name))
     if not found.is_file():
         faults.add("--ppo_config", f"not given, and there is no {found}", "pass --ppo_config")
         return None

@@ -55,7 +55,7 @@ _DROPOUT = "remove it or set it to 0: dropout would make old and new log-probs d
 _SHARDED_OPTIMIZER = "remove it: parallel.enable_parallel_optimizer shares out the optimizer's state"
 _SEQUENCE_PARALLEL = "set it to False: activations are not split along the sequence"
 _RECOMPUTE = "set it to False: recompute computes whole layers anew"
-_SWAP = "set it to False: nothing is moved to the host to save device memory"
+_SWAP = "set it to False: context.memory_offload ON moves models to the host, optimizer.swap their moments"
 
 _ARCHITECTURE = "LlamaForCausalLM"
 ARCH = _unsupported(
@@ -143,7 +143,6 @@ CONTEXT = {
     "device_id": Foreign((0, None), "remove it: msrun gives each rank its device; for one process set "
                          "ASCEND_RT_VISIBLE_DEVICES"),
     "deterministic": Foreign(("OFF", False, None), "set it to OFF: kernels choose their order"),
-    "memory_offload": Foreign(("OFF", False, None), _SWAP),
     "enable_compile_cache": Foreign((False, None), "remove it; --enable_compile_cache True keeps graphs"),
     "jit_config": Foreign((None, {}), "remove it: graphs are compiled at MindSpore's default level"),
     "ascend_config": Foreign((None, {}, {"precision_mode": "must_keep_origin_dtype"}), "remove it: "

@@ -17,6 +17,7 @@ from mindrlhf.configs.faults import Faults, did_you_mean, shown
 from mindrlhf.configs.fields import (
     Count,
     CountOrMinusOne,
+    Flag,
     Fraction,
     Key,
     Natural,
@@ -57,7 +58,7 @@ OPTIMIZERS: dict[str, dict[str, Key]] = {
         "eps": _POSITIVE,
         "weight_decay": _RATE,
         "use_fused": _OFF,  # the step is in place and tensor by tensor anyway
-        "swap": _OFF,
+        "swap": Key(Flag),  # states in host memory
     }
 }
 

@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from mindrlhf.configs.keys import ModelConfig
 from mindrlhf.models.decode_schedule import decode_schedule
+from mindrlhf.models.device_memory import DeviceMemory, ParameterStore, empty
 from mindrlhf.models.families import family_of
 from mindrlhf.models.sampling import VocabParallelSampler
 from mindrlhf.parallel.groups import Groups
@@ -83,6 +84,8 @@ class PPOModelInfer:
 
     Attributes:
         layouts: canonical name -> layout of every parameter.
+        store: the parameters as graphs take them, wherever they are.
+        device_memory: in which it takes turns; ``None``: it is always on the device.
         timer: seconds spent in the phases ``"prefill"`` and ``"decode"``, until reset.
 
     Raises:
@@ -123,10 +126,15 @@ class PPOModelInfer:
         )
         picker = _TokenPicker(sampler, generation, batch_size)
         self._weights = family.generator_weights.FusedWeights(decoder, config, self.layouts)
+        self._cache = decoder.cache_parameters()
+        self._cache_shape = self._cache[0].shape
+        self._free_cache()
         self._prefill = _Prefill(decoder, picker, batch_size)
         self._decode = _Decode(decoder, picker, self._steps)
         self._prefill.set_train(False)
         self._decode.set_train(False)
+        self.store: ParameterStore = self._weights.store
+        self.device_memory: DeviceMemory | None = None
 
     def load(self, shards: Shards) -> None:
         """Overwrites all parameters in place with this rank's canonical shards.
@@ -144,6 +152,11 @@ class PPOModelInfer:
         """This rank's canonical shards, bit-identical to what was loaded (in the stored type)."""
         shards: Iterator[tuple[str, np.ndarray]] = self._weights.shards()
         return shards
+
+    @property
+    def cache_bytes(self) -> int:
+        """What keys and values take on the device; 0 but while :meth:`generate` runs and after a stream."""
+        return sum(parameter.nbytes for parameter in self._cache)
 
     def generate(
         self,
@@ -165,9 +178,13 @@ class PPOModelInfer:
         """
         self._check_inputs(prompt_ids, prompt_lengths, uniforms)
         parts = []
-        for first in range(0, len(prompt_ids), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            parts.append(self._generate((prompt_ids[rows], prompt_lengths[rows], uniforms[rows]), on_tokens))
+        try:
+            for first in range(0, len(prompt_ids), self.batch_size):
+                rows = slice(first, first + self.batch_size)
+                inputs = prompt_ids[rows], prompt_lengths[rows], uniforms[rows]
+                parts.append(self._generate(inputs, on_tokens))
+        finally:
+            self._free_cache()
         tokens = np.concatenate([part[0] for part in parts])
         logprobs = np.concatenate([part[1] for part in parts])
         return self._output(tokens, logprobs)
@@ -220,6 +237,7 @@ class PPOModelInfer:
         draws = np.zeros((self.batch_size, 1 + self._calls * self._steps), np.float32)
         draws[:, :response] = uniforms
         starts = Tensor((prompt - prompt_lengths).astype(np.int32))
+        self._prepare_device()
         with self.timer.phase("prefill"):
             token, logprob, done = self._prefill(
                 Tensor(prompt_ids.astype(np.int32)), starts, Tensor(draws[:, 0].copy())
@@ -238,6 +256,20 @@ class PPOModelInfer:
                 )
                 chunk = new_tokens.asnumpy(), new_logprobs.asnumpy()
             yield chunk
+
+    def _prepare_device(self) -> None:
+        """Brings the weights to the device if they are not there, and makes room for keys and values."""
+        if self.device_memory is not None:
+            self.device_memory.use(self.store)
+        for parameter in self._cache:
+            if parameter.shape != self._cache_shape:
+                parameter.set_data(ops.zeros(self._cache_shape, parameter.dtype), slice_shape=True)
+        if self.device_memory is not None:
+            self.device_memory.measure()
+
+    def _free_cache(self) -> None:
+        for parameter in self._cache:
+            empty(parameter)
 
     def _output(self, tokens: np.ndarray, logprobs: np.ndarray) -> GenerationOutput:
         is_stop = np.isin(tokens, self.generation.stop_token_ids)

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from mindrlhf.configs.keys import ModelConfig
+from mindrlhf.models.device_memory import DeviceMemory, ParameterStore
 from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.models.families import family_of
 from mindrlhf.models.heads import Head, HeadTape, LanguageHead, Rows, ScalarHead, last_rows, response_rows
@@ -47,6 +48,10 @@ class Network(ABC):
     def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
         """What the head looks at; ``tokens`` (B, T), and what the network takes besides sequences."""
 
+    @abstractmethod
+    def to_device(self) -> None:
+        """Makes sure that the weights are on the device."""
+
     def __call__(
         self, tokens: np.ndarray, valid: np.ndarray, position_ids: np.ndarray, *extra: np.ndarray
     ) -> tuple[np.ndarray, ...]:
@@ -58,6 +63,7 @@ class Network(ABC):
             position_ids: (B, T) int32.
             extra: what else :meth:`rows` takes.
         """
+        self.to_device()
         x, _ = self.decoder.forward(*map(Tensor, (tokens, valid, position_ids)))
         outputs, _ = self.head.forward(x, self.rows(tokens, *extra))
         return tuple(output.asnumpy() for output in outputs)
@@ -66,6 +72,7 @@ class Network(ABC):
         self, tokens: np.ndarray, valid: np.ndarray, position_ids: np.ndarray, *extra: np.ndarray
     ) -> tuple[tuple[Tensor, ...], Tape]:
         """As a call, and what :meth:`backward` needs."""
+        self.to_device()
         x, decoder_tape = self.decoder.forward(*map(Tensor, (tokens, valid, position_ids)), keep=True)
         assert decoder_tape is not None
         outputs, head_tape = self.head.forward(x, self.rows(tokens, *extra))
@@ -94,7 +101,10 @@ class SequenceModel(Network):
 
     Attributes:
         layouts: canonical name -> layout of every parameter, in model order.
-        parameters: canonical name -> this rank's shard; zeros until they are loaded.
+        parameters: canonical name -> this rank's shard; zeros until they are loaded, empty while they are in
+            host memory.
+        store: the same, wherever they are.
+        device_memory: in which it takes turns; ``None``: it is always on the device.
     """
 
     def __init__(
@@ -114,12 +124,19 @@ class SequenceModel(Network):
             )
             for name, layout in self.layouts.items()
         }
+        self.store = ParameterStore(self.parameters)
+        self.device_memory: DeviceMemory | None = None
         decoder = Decoder(config, groups, self.layouts, self.parameters, recompute)
         super().__init__(decoder, self._make_head())
 
     @abstractmethod
     def _make_head(self) -> Head:
         """The head over the parameters."""
+
+    def to_device(self) -> None:
+        """See :class:`Network`."""
+        if self.device_memory is not None:
+            self.device_memory.use(self.store)
 
     def load(self, shards: Mapping[str, np.ndarray]) -> None:
         """Loads this rank's shards.
@@ -130,18 +147,18 @@ class SequenceModel(Network):
         Raises:
             ValueError: names or shapes differ; the message lists every one.
         """
-        parameters = self.parameters
-        faults = [f"{name}: not given" for name in parameters.keys() - shards.keys()]
-        faults += [f"{name}: not in the model" for name in shards.keys() - parameters.keys()]
+        layouts = self.layouts
+        faults = [f"{name}: not given" for name in layouts.keys() - shards.keys()]
+        faults += [f"{name}: not in the model" for name in shards.keys() - layouts.keys()]
         faults += [
-            f"{name}: shape {tuple(shards[name].shape)}, expected {tuple(parameters[name].shape)}"
-            for name in parameters.keys() & shards.keys()
-            if tuple(shards[name].shape) != tuple(parameters[name].shape)
+            f"{name}: shape {tuple(shards[name].shape)}, expected {layouts[name].local_shape}"
+            for name in layouts.keys() & shards.keys()
+            if tuple(shards[name].shape) != layouts[name].local_shape
         ]
         if faults:
             raise ValueError("these shards do not fit the model:\n  " + "\n  ".join(sorted(faults)))
-        for name, parameter in parameters.items():
-            parameter.set_data(Tensor(np.ascontiguousarray(shards[name])).astype(parameter.dtype))
+        for name, parameter in self.parameters.items():
+            self.store.set(name, Tensor(np.ascontiguousarray(shards[name])).astype(parameter.dtype))
 
     def described(self) -> dict[str, Any]:
         """The ``config.json`` beside its rank directories."""
@@ -152,9 +169,9 @@ class SequenceModel(Network):
 
     def shards(self, names: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """This rank's shards by canonical name, in model order; all of them or those in ``names``."""
-        for name, parameter in self.parameters.items():
+        for name in self.layouts:
             if names is None or name in names:
-                yield name, parameter.asnumpy()
+                yield name, self.store.array(name)
 
 
 class PPOModelTrain(SequenceModel):
@@ -228,6 +245,10 @@ class PolicyValues(Network):
     def __init__(self, policy: PPOModelTrain) -> None:
         super().__init__(policy.decoder, ScalarHead(policy.config, policy.parameters))
         self._policy = policy
+
+    def to_device(self) -> None:
+        """The policy's weights."""
+        self._policy.to_device()
 
     def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
         """The response columns."""

@@ -36,6 +36,11 @@ class Gradients:
         for name in sorted(self._sums):
             self._sums[name] = function(self._sums[name])
 
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(one.nbytes for one in self._sums.values())
+
     def clear(self) -> None:
         """Forgets them all and frees their memory."""
         self._sums.clear()

@@ -20,6 +20,7 @@ from mindrlhf.planning.graph_memory import (
     BYTES,
     FLOAT32,
     HOST_PROCESS,
+    STEP_ARRAYS,
     DeviceTraits,
     GraphMemory,
     ParameterCount,
@@ -52,8 +53,10 @@ class ModelMemory:
         weights: their bytes.
         moments: of the optimizer, and its float32 copies of weights in other types.
         gradients: their sums.
-        kv_cache: keys and values of a generate call.
+        kv_cache: keys and values, while responses are generated.
         graphs: phase -> what its compiled graph takes.
+        offloaded: whether the weights are in host memory while another model that is offloaded is used.
+        swapped: whether the moments are in host memory, but for one tensor's during its step.
     """
 
     name: str
@@ -64,6 +67,8 @@ class ModelMemory:
     gradients: int = 0
     kv_cache: int = 0
     graphs: dict[str, GraphMemory]
+    offloaded: bool = False
+    swapped: bool = False
 
     @property
     def activations(self) -> int:
@@ -77,8 +82,27 @@ class ModelMemory:
 
     @property
     def resident(self) -> int:
-        """What stays on the device between phases."""
-        return self.weights + self.moments + self.kv_cache
+        """What stays on a device between phases."""
+        return (0 if self.offloaded else self.weights) + (0 if self.swapped else self.moments)
+
+    @property
+    def on_host(self) -> int:
+        """What is in host memory between phases."""
+        return self.weights + self.moments - self.resident
+
+    def taken(self, phase: str, *, alone: bool) -> dict[str, int]:
+        """What it takes for its part of a phase and then returns, by part.
+
+        Args:
+            phase: one in which it has a graph.
+            alone: whether its weights are there for this time only, if it is offloaded.
+        """
+        return {
+            "weights": self.weights if self.offloaded and alone else 0,
+            "gradients": self.gradients if phase == TRAINING else 0,
+            "activations": self.graphs[phase].activations,
+            "kv_cache": self.kv_cache,
+        }
 
 
 def job_models(job: JobConfig, device: DeviceTraits, *, with_reward_model: bool) -> list[ModelMemory]:
@@ -125,6 +149,7 @@ def _generator(job: JobConfig, device: DeviceTraits) -> ModelMemory:
         weights=count.weight_bytes(sizes.param),
         kv_cache=kv_cache_bytes(sizes, rows, schedule.columns),
         graphs={ROLLOUT: generation_graphs(sizes, rows, prompt, schedule, device)},
+        offloaded=job.infer.context.memory_offload,
     )
 
 
@@ -137,8 +162,6 @@ def _policy(job: JobConfig, device: DeviceTraits) -> ModelMemory:
 
 def _critic(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     sizes, count = _sizes(job.critic, lm_head=False, score_head=True)
-    # Trained weights are kept in float32 whatever the YAML says (trainer/builder.py).
-    sizes = replace(sizes, param=FLOAT32)
     scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic), device)}
     return _trained("critic", job, job.critic, sizes, count, scoring, device, logits=False)
 
@@ -165,16 +188,25 @@ def _trained(
         recompute=config.recompute,
         repeated=micro < rows,
     )
-    masters = count.body if sizes.param < FLOAT32 else 0
+    masters = 1 if sizes.param < FLOAT32 else 0
     replicas = config.parallel.data_parallel if config.shards_optimizer else 1
+    swapped = bool(config.optimizer.get("swap"))
+    states = MOMENTS * count.total + masters * count.body
+    # The step of the largest tensor, with its states if they come for it.
+    fetched = (MOMENTS + masters) / replicas if swapped else 0
+    step = int((STEP_ARRAYS + fetched) * count.largest * FLOAT32)
+    training = training_graph(sizes, work, count, device)
+    training = replace(training, activations=max(training.activations, step))
     return ModelMemory(
         name=name,
         mesh=mesh_of(config),
         parameters=count.total,
         weights=count.weight_bytes(sizes.param),
-        moments=FLOAT32 * -(-(MOMENTS * count.total + masters) // replicas),
+        moments=FLOAT32 * -(-states // replicas),
         gradients=FLOAT32 * count.total,
-        graphs=graphs | {TRAINING: training_graph(sizes, work, count, device)},
+        graphs=graphs | {TRAINING: training},
+        offloaded=config.context.memory_offload,
+        swapped=swapped,
     )
 
 
@@ -187,6 +219,7 @@ def _reference(job: JobConfig, device: DeviceTraits) -> ModelMemory:
         parameters=count.total,
         weights=count.weight_bytes(sizes.param),
         graphs={SCORING: scoring_graph(sizes, work, device)},
+        offloaded=job.infer.context.memory_offload,
     )
 
 
@@ -199,6 +232,7 @@ def _reward(job: JobConfig, device: DeviceTraits) -> ModelMemory:
         parameters=count.total,
         weights=count.weight_bytes(sizes.param),
         graphs={SCORING: scoring_graph(sizes, work, device)},
+        offloaded=job.reward.context.memory_offload,
     )
 
 
@@ -282,11 +316,19 @@ def plan_sync(job: JobConfig) -> SyncTraffic:
 
 
 def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTraits) -> tuple[PhaseMemory, ...]:
-    """On a device: what stays, and what the phase takes from the pool and returns."""
+    """On a device: what stays, and what the phase takes from the pool and returns; models take turns."""
+    stays = {
+        "weights": sum(model.weights for model in models if not model.offloaded),
+        "moments": sum(model.moments for model in models if not model.swapped),
+        "process": device.process,
+    }
+    # The last to be trained stays until the next rollout.
+    last = max((model.weights for model in models if model.offloaded and model.gradients), default=0)
     phases = []
     for name in PHASES:
-        copies = _buckets(job) if name == SYNC else 0
-        phases.append(_phase(name, models, *_pool(models, name), 0, 0, copies, device.process))
+        taken = _fullest(models, name, alone=True) or {"weights": last}
+        copies = {"copies": _buckets(job) if name == SYNC else 0}
+        phases.append(_phase(name, stays, taken, copies))
     return tuple(phases)
 
 
@@ -297,56 +339,38 @@ def _cumulative(
 
     Rollout and scoring are those of the first iteration, when the moments, which are zeros, take no more
     memory than loading a model has left free. From the second iteration on, all phases are at the peak.
+    Nothing is saved by moving models to the host, which is the device.
     """
+    stays = {
+        "weights": sum(model.weights for model in models),
+        "moments": sum(model.moments for model in models),
+        "process": device.process + device.training_imports,
+    }
     phases = []
-    pool, kernels, graphs = (0, 0), 0, 0
+    pool: dict[str, int] = {}
+    compiled = {"kernels": 0, "graphs": 0}
     for name in PHASES:
-        pool = max(pool, _pool(models, name), key=sum)
+        pool = max(pool, _fullest(models, name, alone=False), key=lambda taken: sum(taken.values()))
         of_phase = [model.graphs[name] for model in models if name in model.graphs]
         # Models share their graphs, unless they differ in sizes.
-        kernels += max((graph.kernels for graph in of_phase), default=0)
-        graphs += max((graph.compiled for graph in of_phase), default=0)
-        copies = _buckets(job) if name in (SYNC, SAVE) else 0
-        process = device.process + device.training_imports
-        phase = _phase(name, models, *pool, kernels, graphs, copies, process)
+        compiled["kernels"] += max((graph.kernels for graph in of_phase), default=0)
+        compiled["graphs"] += max((graph.compiled for graph in of_phase), default=0)
+        copies = {"copies": _buckets(job) if name in (SYNC, SAVE) else 0}
+        phase = _phase(name, stays, pool, compiled, copies)
         if name in (ROLLOUT, SCORING):
             phase.parts["moments"] = min(phase.parts["moments"], max(model.weights for model in models))
         phases.append(phase)
     return tuple(phases)
 
 
-def _phase(
-    name: str,
-    models: tuple[ModelMemory, ...],
-    gradients: int,
-    activations: int,
-    kernels: int,
-    graphs: int,
-    copies: int,
-    process: int,
-) -> PhaseMemory:
-    parts = {
-        "weights": sum(model.weights for model in models),
-        "moments": sum(model.moments for model in models),
-        "gradients": gradients,
-        "activations": activations,
-        "kv_cache": sum(model.kv_cache for model in models),
-        "kernels": kernels,
-        "graphs": graphs,
-        "copies": copies,
-        "process": process,
-    }
-    return PhaseMemory(name, parts)
+def _phase(name: str, *contributions: Mapping[str, int]) -> PhaseMemory:
+    return PhaseMemory(name, {part: sum(one.get(part, 0) for one in contributions) for part in PARTS})
 
 
-def _pool(models: tuple[ModelMemory, ...], phase: str) -> tuple[int, int]:
-    """What the pool holds at the fullest moment of a phase: gradients, and the rest; models take turns."""
-    active = [model for model in models if phase in model.graphs]
-    if not active:
-        return 0, 0
-    gradients = {model.name: model.gradients if phase == TRAINING else 0 for model in active}
-    fullest = max(active, key=lambda model: gradients[model.name] + model.graphs[phase].activations)
-    return gradients[fullest.name], fullest.graphs[phase].activations
+def _fullest(models: tuple[ModelMemory, ...], phase: str, *, alone: bool) -> dict[str, int]:
+    """What the model that takes most in a phase takes (:meth:`ModelMemory.taken`); empty if none does."""
+    taken = [model.taken(phase, alone=alone) for model in models if phase in model.graphs]
+    return max(taken, key=lambda one: sum(one.values()), default={})
 
 
 def _buckets(job: JobConfig) -> int:
@@ -356,8 +380,9 @@ def _buckets(job: JobConfig) -> int:
 
 
 def _host_bytes(models: tuple[ModelMemory, ...]) -> int:
-    """The process, and the largest copy: a model that is loaded or synced, or moments that are saved."""
-    return HOST_PROCESS + max(max(model.weights, 2 * model.gradients) for model in models)
+    """The process, what is offloaded, and the largest copy: a model in loading or sync, moments in saving."""
+    resting = sum(model.on_host for model in models)
+    return HOST_PROCESS + resting + max(max(model.weights, 2 * model.gradients) for model in models)
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,8 @@ def _model_dict(model: ModelMemory) -> dict[str, Any]:
         "activations": model.activations,
         "kernels": model.kernels,
         "kv_cache": model.kv_cache,
+        "offloaded": model.offloaded,
+        "swapped": model.swapped,
     }
 
 
@@ -283,7 +285,10 @@ def _models_table(plan: MemoryPlan) -> Table:
     columns = ["model", "split", "parameters", "weights", "moments", "gradients", "activations", "KV cache"]
     if plan.device.host_shared:
         columns.append("kernels")
-    table = _table("A rank's memory by model", columns)
+    title = "A rank's memory by model"
+    if any(model.on_host for model in plan.models) and not plan.device.host_shared:
+        title += " (* in host memory while not in use)"
+    table = _table(title, columns)
     for model in plan.models:
         table.add_row(*_model_row(model, plan.device.host_shared))
     return table
@@ -294,8 +299,8 @@ def _model_row(model: ModelMemory, with_kernels: bool) -> list[str]:
         model.name,
         str(model.mesh),
         f"{model.parameters / 1e6:,.1f} M",
-        gigabytes(model.weights),
-        gigabytes(model.moments),
+        gigabytes(model.weights) + ("*" if model.offloaded and not with_kernels else ""),
+        gigabytes(model.moments) + ("*" if model.swapped and not with_kernels else ""),
         gigabytes(model.gradients),
         gigabytes(model.activations),
         gigabytes(model.kv_cache),

@@ -11,7 +11,15 @@ from typing import Any
 
 from mindrlhf.configs.keys import JobConfig, ParallelConfig
 from mindrlhf.planning.job_memory import MemoryPlan, plan_memory
-from mindrlhf.planning.splits import ROWS, common_splits, runs_of, smaller_parts, with_splits, with_world_size
+from mindrlhf.planning.splits import (
+    ROLES,
+    ROWS,
+    common_splits,
+    runs_of,
+    smaller_parts,
+    with_splits,
+    with_world_size,
+)
 from mindrlhf.utils.errors import ConfigError
 
 MAX_SUGGESTIONS = 3
@@ -209,6 +217,14 @@ def _levers(job: JobConfig, with_reward_model: bool, *, keep_splits: bool = Fals
         text = f"{names}: recompute_config.recompute True (a third more time in the update)"
         recomputed = partial(_trained_with, recompute=job.train.model.num_layers)
         levers.append(_single("recompute", 3, text, recomputed))
+    runs = runs_of(job)
+    if on_device and not all(run.context.memory_offload for run in runs.values()):
+        files = " and ".join(dict.fromkeys(run.path.name for run in runs.values()))
+        text = f'{files}: context.memory_offload "ON" (more time for moving weights)'
+        levers.append(_single("offload", 3, text, _offloaded))
+    if on_device and not all(run.optimizer.get("swap") for run in trained):
+        text = f"{names}: optimizer.swap True (the update fetches the optimizer's states from host memory)"
+        levers.append(_single("swap", 4, text, _swapped))
     if len(_shorter_responses(job)) > 0:
         levers.append(_Lever("responses", 6, True, _shorter_responses))
     if with_reward_model:
@@ -274,6 +290,22 @@ def _infer_bfloat16(job: JobConfig) -> JobConfig:
 
 def _shared_critic(job: JobConfig) -> JobConfig:
     return replace(job, ppo=replace(job.ppo, critic="shared", critic_warmup_iterations=0))
+
+
+def _offloaded(job: JobConfig) -> JobConfig:
+    runs = {role: getattr(job, role) for role in ROLES}
+    changed: dict[str, Any] = {
+        role: replace(run, context=replace(run.context, memory_offload=True)) for role, run in runs.items()
+    }
+    return replace(job, **changed)
+
+
+def _swapped(job: JobConfig) -> JobConfig:
+    changed: dict[str, Any] = {
+        role: replace(run, optimizer={**run.optimizer, "swap": True})
+        for role, run in (("train", job.train), ("critic", job.critic))
+    }
+    return replace(job, **changed)
 
 
 def _trained_with(job: JobConfig, **settings: Any) -> JobConfig:

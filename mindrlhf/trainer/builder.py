@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from mindrlhf.checkpoint.element_types import to_mindspore
 from mindrlhf.checkpoint.shards import open_model
 from mindrlhf.checkpoint.sources import LocalSource
 from mindrlhf.configs.keys import JobConfig, RunConfig
+from mindrlhf.models.device_memory import DeviceMemory
 from mindrlhf.models.generator import GenerationConfig, PPOModelInfer
 from mindrlhf.models.networks import CriticModel, PolicyValues, PPOModelTrain, RewardModel, SequenceModel
 from mindrlhf.models.score_head import new_score_head
@@ -34,6 +35,7 @@ class PPOModels:
         ref: the reference policy.
         reward: ``None`` when rewards come from a function alone.
         critic: a separate critic; ``None`` when the policy's backbone is shared, or without a critic.
+        device_memory: in which they all are, and of which those that are offloaded take turns.
     """
 
     infer: PPOModelInfer
@@ -41,6 +43,7 @@ class PPOModels:
     ref: PPOModelTrain
     reward: RewardModel | None
     critic: CriticModel | None
+    device_memory: DeviceMemory = field(default_factory=DeviceMemory)
 
     @cached_property
     def values(self) -> CriticModel | PolicyValues | None:
@@ -64,37 +67,45 @@ def build_models(
     Raises:
         CheckpointError: a checkpoint's names or shapes do not fit its model.
     """
-    weights, ppo = weights.checked(), job.ppo
+    # One after the other, so that models that are offloaded are never on the device together.
+    weights, ppo, memory = weights.checked(), job.ppo, DeviceMemory()
     infer = build_infer(job, create_groups(mesh_of(job.infer), rank))
+    infer.load(load_shards(weights.infer, infer, "infer policy"))
+    memory.watch("kv_cache", lambda: infer.cache_bytes)
+    _place(infer, job.infer, memory)
+
     train = _policy(job, job.train, rank, value_head=ppo.critic == "shared")
+    fill_model(train, weights.train, ppo.seed, "train policy", "critic", ppo.value_head_init_scale)
+    _place(train, job.train, memory)
+
     ref = _policy(job, job.infer, rank, with_entropy=False)
+    fill_model(ref, weights.ref, ppo.seed, "reference")
+    _place(ref, job.infer, memory)
+
     reward = critic = None
     if with_reward_model:
         reward = RewardModel(
             job.reward.model, create_groups(mesh_of(job.reward), rank), prompt_length=ppo.max_prompt_length
         )
+        fill_model(reward, weights.reward or weights.train, ppo.seed, "reward model", "reward")
+        _place(reward, job.reward, memory)
     if ppo.critic == "separate":
-        # Its YAML may be one for inference, with bfloat16 weights; steps of a small learning rate would be
-        # lost in their rounding, so what is trained is kept in float32.
-        trained = replace(job.critic.model, param_init_type="float32")
         critic = CriticModel(
-            trained,
+            job.critic.model,
             create_groups(mesh_of(job.critic), rank),
             prompt_length=ppo.max_prompt_length,
             recompute=job.critic.recompute,
         )
-
-    infer.load(load_shards(weights.infer, infer, "infer policy"))
-    scale = ppo.value_head_init_scale
-    fill_model(train, weights.train, ppo.seed, "train policy", "critic", scale)
-    fill_model(ref, weights.ref, ppo.seed, "reference")
-    if reward is not None:
-        path = weights.reward or weights.train
-        fill_model(reward, path, ppo.seed, "reward model", "reward")
-    if critic is not None:
         path = weights.critic or weights.train
-        fill_model(critic, path, ppo.seed, "critic", "critic", scale)
-    return PPOModels(infer, train, ref, reward, critic)
+        fill_model(critic, path, ppo.seed, "critic", "critic", ppo.value_head_init_scale)
+        _place(critic, job.critic, memory)
+    return PPOModels(infer, train, ref, reward, critic, memory)
+
+
+def _place(model: SequenceModel | PPOModelInfer, config: RunConfig, memory: DeviceMemory) -> None:
+    """Adds a model to the device's account; one that is offloaded goes to host memory."""
+    memory.add(model.store, offloaded=config.context.memory_offload)
+    model.device_memory = memory
 
 
 def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import mindspore as ms
@@ -13,6 +14,7 @@ from mindspore import Parameter, Tensor, ops
 
 from mindrlhf.configs.keys import RunConfig
 from mindrlhf.configs.optimizer_section import completed_schedule
+from mindrlhf.models.device_memory import ParameterStore
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.models.pieces import Gradients
 from mindrlhf.parallel.partition import Partition
@@ -34,16 +36,18 @@ class AdamW:
     steps: those of a small learning rate would be lost in the rounding (arXiv 1710.03740).
 
     With a partition, each replica has the state of its part of every tensor and steps that part; the weights
-    return from all of them.
+    return from all of them (ZeRO-1, arXiv 1910.02054). States that are swapped rest in host memory and come
+    to the device for their tensor's step.
 
     Args:
         config: its ``optimizer`` and ``lr_schedule``.
-        parameters: what is trained, by name.
+        weights: what is trained; on the device whenever a step is taken.
         total_steps: optimizer steps of the whole job, used where the schedule says -1.
         partition: how replicas share out the states; ``None``: each has all.
 
     Attributes:
         state: moments, masters and step count by name, under MindFormers' names.
+        is_swapped: whether they rest in host memory (``optimizer.swap``).
 
     Raises:
         ConfigError: MindFormers does not accept the schedule.
@@ -52,7 +56,7 @@ class AdamW:
     def __init__(
         self,
         config: RunConfig,
-        parameters: Mapping[str, Parameter],
+        weights: ParameterStore,
         total_steps: int,
         partition: Partition | None = None,
     ) -> None:
@@ -60,14 +64,23 @@ class AdamW:
         self._betas: tuple[float, float] = tuple(settings["betas"])
         self._eps, self._decay = float(settings["eps"]), float(settings["weight_decay"])
         self._schedule = _build_schedule(config, total_steps)
-        self._parameters, self.partition = parameters, partition
+        self._weights, self.partition = weights, partition
+        self.is_swapped = bool(settings.get("swap"))
         self._step = Parameter(Tensor(np.zeros(1, np.int32)), name="global_step", requires_grad=False)
-        self.state: dict[str, Parameter] = {"global_step": self._step}
-        for name, parameter in parameters.items():
-            shape = (partition.size(parameter.size),) if partition else parameter.shape
-            kinds = ["adam_m", "adam_v"] + (["master"] if parameter.dtype != ms.float32 else [])
-            for key in (f"{kind}.{name}" for kind in kinds):
-                self.state[key] = empty_parameter(shape, ms.float32, key, trainable=False)
+        self._shapes = {name: tuple(weights[name].shape) for name in weights}
+        self._keys: dict[str, list[str]] = {}
+        self.state = ParameterStore({"global_step": self._step})
+        for name, shape in self._shapes.items():
+            kinds = ["adam_m", "adam_v"]
+            if weights.parameter(name).dtype != ms.float32:
+                kinds.append("master")
+            self._keys[name] = [f"{kind}.{name}" for kind in kinds]
+            if partition:
+                shape = (partition.size(prod(shape)),)
+            for key in self._keys[name]:
+                self.state.add(
+                    empty_parameter(shape, ms.float32, key, trainable=False), on_host=self.is_swapped
+                )
         self._kernel = ops.AdamWeightDecay() if ms.get_context("device_target") == "CPU" else None
         self._has_masters = False
 
@@ -83,35 +96,40 @@ class AdamW:
         rate = float(self._schedule(Tensor(self._step)).asnumpy().reshape(-1)[0])
         count = int(self._step.asnumpy()[0]) + 1
         update = (self._plain if self._kernel is None else self._fused)(rate, count)
-        for name, parameter in self._parameters.items():
-            gradient = gradients[name] * scale
-            weight = self.state.get(f"master.{name}", parameter)
+        for name, keys in self._keys.items():
+            self.state.to_device(keys)
+            parameter = self._weights.parameter(name)
+            first, second, *masters = (self.state.parameter(key) for key in keys)
+            weight = masters[0] if masters else parameter
             if self.partition and weight is parameter:
                 weight = Parameter(self.partition.take(Tensor(parameter)), requires_grad=False)
-            moments = self.state[f"adam_m.{name}"], self.state[f"adam_v.{name}"]
-            update(weight, *moments, gradient, self._decay if parameter.ndim > 1 else 0.0)
+            decay = self._decay if parameter.ndim > 1 else 0.0
+            update(weight, first, second, gradients[name] * scale, decay)
             if weight is not parameter:
                 self._return(weight, parameter)
+            if self.is_swapped:
+                self.state.to_host(keys)
         ops.assign(self._step, Tensor(np.array([count], np.int32)))
         return rate
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state without a partition, whatever there is: moments in the shapes of their parameters."""
+        arrays = {key: self.state.array(key) for key in self.state}
         if self.partition is None:
-            return {key: state.asnumpy() for key, state in self.state.items()}
+            return arrays
         return {
-            key: state.asnumpy()
+            key: array
             if key == "global_step"
-            else self.partition.all_gather(Tensor(state), self._shape(key)).asnumpy()
-            for key, state in self.state.items()
+            else self.partition.all_gather(Tensor(array), self._shape(key)).asnumpy()
+            for key, array in arrays.items()
         }
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes up a state of :meth:`arrays`, of any partition."""
         for key, array in arrays.items():
-            value = Tensor(np.ascontiguousarray(array)).astype(self.state[key].dtype)
+            value = Tensor(np.ascontiguousarray(array)).astype(self.state.parameter(key).dtype)
             is_part = self.partition and key != "global_step"
-            self.state[key].set_data(self.partition.take(value) if self.partition and is_part else value)
+            self.state.set(key, self.partition.take(value) if self.partition and is_part else value)
         self._has_masters = any(key.startswith("master.") for key in arrays)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,7 +137,7 @@ class AdamW:
         return {key: (1,) if key == "global_step" else self._shape(key) for key in self.state}
 
     def _shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._parameters[key.partition(".")[2]].shape)
+        return self._shapes[key.partition(".")[2]]
 
     def _return(self, weight: Parameter, parameter: Parameter) -> None:
         """Stores a stepped master, or part, in the parameter."""
@@ -128,10 +146,10 @@ class AdamW:
 
     def _fill_masters(self) -> None:
         """Takes the masters from the weights, which have been loaded."""
-        for name, parameter in self._parameters.items():
-            if (master := self.state.get(f"master.{name}")) is not None:
-                value = ops.cast(Tensor(parameter), ms.float32)
-                ops.assign(master, self.partition.take(value) if self.partition else value)
+        for name, keys in self._keys.items():
+            for key in keys[2:]:
+                value = ops.cast(Tensor(self._weights.parameter(name)), ms.float32)
+                self.state.set(key, self.partition.take(value) if self.partition else value)
         self._has_masters = True
 
     def _fused(self, rate: float, count: int) -> _Update:
@@ -173,7 +191,7 @@ class AdamW:
 def build_optimizer(config: RunConfig, model: SequenceModel, total_steps: int) -> AdamW:
     """The optimizer of a model, its state shared out over the replicas where the YAML says so."""
     shares = config.shards_optimizer and model.groups.dp_group is not None
-    return AdamW(config, model.parameters, total_steps, Partition(model.groups) if shares else None)
+    return AdamW(config, model.store, total_steps, Partition(model.groups) if shares else None)
 
 
 def _build_schedule(config: RunConfig, total_steps: int) -> Any:

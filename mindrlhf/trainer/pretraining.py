@@ -145,6 +145,11 @@ class TextModel(Network):
         parameters = {name: one for name, one in policy.parameters.items() if name not in SCORE_HEAD}
         settings = {"valid_vocab_size": policy.valid_vocab_size, "with_entropy": False}
         super().__init__(policy.decoder, LanguageHead(policy.config, policy.groups, parameters, **settings))
+        self._policy = policy
+
+    def to_device(self) -> None:
+        """The policy's weights."""
+        self._policy.to_device()
 
     def rows(self, tokens: np.ndarray, *extra: np.ndarray) -> Rows:
         """All columns."""

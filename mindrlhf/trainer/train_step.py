@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mindrlhf.models.device_memory import DeviceMemory
 from mindrlhf.models.networks import Network
 from mindrlhf.models.pieces import Gradients
 from mindrlhf.parallel.groups import Groups
@@ -93,6 +94,7 @@ class TrainStep:
         self._layouts, self._groups, self._max_grad_norm = layouts, groups, max_grad_norm
         self._gradients = Gradients()
         self._losses: list[float] = []
+        self._memory: DeviceMemory | None = None
 
     def accumulate(self, micro_batches: Iterable[MicroBatch], *, mixed_in: bool = False) -> Statistics:
         """Adds the gradients of some micro-batches to those that :meth:`update` will take.
@@ -117,6 +119,8 @@ class TrainStep:
         The norm is taken first. When it is not finite, because a loss or a gradient of any rank is not, the
         step is skipped on every rank: weights, moments and schedule do not change, and the rate is 0.
         """
+        if self._memory is not None:
+            self._memory.measure()
         norm, rate = self._global_norm(), 0.0
         if math.isfinite(norm):
             # torch.nn.utils.clip_grad_norm_'s formula, so that updates can be compared to the last digits
@@ -124,6 +128,12 @@ class TrainStep:
             rate = self.optimizer.step(self._gradients, scale)
         self.discard()
         return norm, rate
+
+    def watch(self, memory: DeviceMemory) -> None:
+        """Adds optimizer states and gradients to the device's account, which is then taken at each step."""
+        memory.watch("moments", lambda: self.optimizer.state.device_bytes)
+        memory.watch("gradients", lambda: self._gradients.nbytes)
+        self._memory = memory
 
     @property
     def losses(self) -> list[float]:

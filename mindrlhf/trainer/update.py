@@ -108,6 +108,9 @@ class PPOUpdate:
             self.critic_step = _train_step(
                 models.critic, ValueLoss(config), job.critic, config.optimizer_steps, config.max_grad_norm
             )
+        for step in (self.policy_step, self.critic_step):
+            if step is not None:
+                step.watch(models.device_memory)
 
     def run(self, experience: Experience, iteration: int, on_step: Callable[[], None]) -> UpdateResult:
         """``ppo_epochs`` passes over the experience, a fresh permutation each.

@@ -40,7 +40,7 @@ class WeightSync:
         self.infer.load(self._resharded(on_parameter))
 
     def _resharded(self, on_parameter: Callable[[], None]) -> Iterator[tuple[str, np.ndarray]]:
-        for shard in self._resharder.reshard(self.train.parameters):
+        for shard in self._resharder.reshard(self.train.store):
             yield shard
             on_parameter()
 

@@ -69,8 +69,8 @@ class Side:
 
 
 def reset(optimizer: Any) -> None:
-    for state in optimizer.state.values():
-        state.set_data(Tensor(np.zeros(state.shape), state.dtype))
+    for key in optimizer.state:
+        optimizer.state.change(key, lambda array: array.fill(0))
 
 
 def our_side(

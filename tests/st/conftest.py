@@ -147,17 +147,19 @@ class PPOInputs:
         """The hyper-parameters."""
         return self.directory / "ppo_small.yaml"
 
-    def yaml(self, kind: str, dp: int, mp: int) -> Path:
-        """``generate`` or ``finetune`` YAML of a layout."""
-        path = self.directory / f"{kind}_dp{dp}mp{mp}.yaml"
+    def yaml(self, kind: str, dp: int, mp: int, *, offload: bool = False) -> Path:
+        """``generate`` or ``finetune`` YAML of a layout, with all that can be in host memory there or not."""
+        path = self.directory / f"{kind}_dp{dp}mp{mp}{'_offload' if offload else ''}.yaml"
         if not path.exists():
+            trained = {"lr_schedule": {"learning_rate": 2e-3}, "optimizer": {"swap": offload}}
             _change_yaml(
                 CONFIGS / f"{kind}_qwen2_tiny.yaml",
                 path,
                 {
                     "parallel_config": {"data_parallel": dp, "model_parallel": mp},
                     "model.model_config": SMALL_MODEL,
-                    **({"lr_schedule": {"learning_rate": 2e-3}} if kind == "finetune" else {}),
+                    "context": {"memory_offload": "ON" if offload else "OFF"},
+                    **(trained if kind == "finetune" else {}),
                 },
             )
         return path

@@ -25,6 +25,7 @@ class Case:
     resume: bool = False
     resume_other: str = ""  # a case of fewer workers, whose checkpoint is gone on from, too
     broken: dict[str, tuple[str, int]] = field(default_factory=dict)
+    offload: bool = False
 
     @property
     def name(self) -> str:
@@ -56,12 +57,18 @@ CASES = {
         Case((1, 1), (1, 1), "none", ("advantage=reinforce",)),
         Case((2, 1), (1, 2), "none", ("advantage=reinforce", "micro_batch_size=2")),
         Case((2, 1), (1, 2), "shared", ("micro_batch_size=2",), broken={REPLICATED: (REPLICATED, 1)}),
-        Case((1, 2), (2, 1), "separate", ("score_batch_size=2",), greedy=True, broken={SPLIT: (SPLIT, 1)}),
+        Case(
+            *((1, 2), (2, 1), "separate", ("score_batch_size=2",)),
+            greedy=True,
+            broken={SPLIT: (SPLIT, 1)},
+            offload=True,
+        ),
         Case(
             *((1, 4), (2, 2), "shared", ("generation_batch_size=4",)),
             resume=True,
             resume_other="dp2mp1_dp1mp2_shared",
             broken=BOTH,
+            offload=True,
         ),
     )
 }
@@ -97,7 +104,8 @@ def write_cases(path: Path, world_size: int, inputs: Any, others: Path | None = 
     for name, case in CASES.items():
         if case.world_size != world_size:
             continue
-        infer, train = inputs.yaml("generate", *case.infer), inputs.yaml("finetune", *case.train)
+        infer = inputs.yaml("generate", *case.infer, offload=case.offload)
+        train = inputs.yaml("finetune", *case.train, offload=case.offload)
         cases[name] = {
             "infer": str(infer),
             "train": str(train),

@@ -1,4 +1,4 @@
-"""Recomputation, shared-out optimizer states, micro-batches and layouts change no results."""
+"""Recomputation, optimizer states shared out or swapped, micro-batches and layouts change no results."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import yaml
 from tests.st.stage_metrics import assert_metrics_close, read_lines
 from tests.st.test_stages_layouts import working_alone
 
-# Mesh, whether layers are recomputed, whether optimizer states are shared out, rows of a micro-batch, and the
-# job that is resumed. Every pair of settings occurs together once.
-JOBS: dict[str, tuple[tuple[int, int], bool, bool, int, str | None]] = {
-    "replicas": ((4, 1), False, True, 1, None),
-    "grid": ((2, 2), True, False, 0, None),
-    "split": ((1, 4), True, True, 2, None),
-    "grid from replicas": ((2, 2), False, True, 2, "replicas"),
-    "replicas from grid": ((4, 1), True, False, 2, "grid"),
-    "split from grid": ((1, 4), False, False, 1, "grid"),
+# Mesh, what the YAML asks for, rows of a micro-batch, and the job that is resumed. Every pair of settings
+# occurs together once.
+JOBS: dict[str, tuple[tuple[int, int], frozenset[str], int, str | None]] = {
+    "replicas": ((4, 1), frozenset({"share", "swap"}), 1, None),
+    "grid": ((2, 2), frozenset({"recompute"}), 0, None),
+    "split": ((1, 4), frozenset({"recompute", "share", "swap"}), 2, None),
+    "grid from replicas": ((2, 2), frozenset({"share"}), 2, "replicas"),
+    "replicas from grid": ((4, 1), frozenset({"recompute"}), 2, "grid"),
+    "split from grid": ((1, 4), frozenset({"swap"}), 1, "grid"),
 }
 
 
-def yaml_of(inputs: Any, directory: Path, mesh: tuple[int, int], recompute: bool, shards: bool) -> Path:
+def yaml_of(inputs: Any, directory: Path, mesh: tuple[int, int], savers: frozenset[str]) -> Path:
     content = yaml.safe_load(inputs.yaml("finetune", *mesh).read_text())
-    content["recompute_config"]["recompute"] = recompute
-    content["parallel"]["enable_parallel_optimizer"] = shards
-    path = directory / f"{mesh[0]}_{mesh[1]}_{recompute}_{shards}.yaml"
+    content["recompute_config"]["recompute"] = "recompute" in savers
+    content["parallel"]["enable_parallel_optimizer"] = "share" in savers
+    content["optimizer"]["swap"] = "swap" in savers
+    path = directory / f"{mesh[0]}_{mesh[1]}_{'_'.join(sorted(savers))}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -39,10 +40,10 @@ def test_memory_savers_change_no_results(
 ) -> None:
     """Each equals one process without any of them, step by step, also when it resumes what another saved."""
 
-    def job(name: str, mesh: Any, recompute: bool, shards: bool, micro: int, source: str | None) -> Any:
+    def job(name: str, mesh: Any, savers: frozenset[str], micro: int, source: str | None) -> Any:
         given = {
             "stage": "sft",
-            "config_path": str(yaml_of(ppo_inputs, tmp_path, mesh, recompute, shards)),
+            "config_path": str(yaml_of(ppo_inputs, tmp_path, mesh, savers)),
             "mind_dataset_dir": str(pairs),
             "load_sft_checkpoint": str(ppo_inputs.policy),
             "save_ckpt_dir": str(tmp_path / name),
@@ -58,8 +59,8 @@ def test_memory_savers_change_no_results(
 
     four = {name: job(name, *settings) for name, settings in JOBS.items()}
     one = {
-        "one": job("one", (1, 1), False, False, 0, None),
-        "one from grid": job("one from grid", (1, 1), True, False, 4, "grid from replicas"),
+        "one": job("one", (1, 1), frozenset(), 0, None),
+        "one from grid": job("one from grid", (1, 1), frozenset({"recompute"}), 4, "grid from replicas"),
     }
     one["one from grid"]["resume_from"] = str(tmp_path / "grid from replicas" / "step_000008")
     files = {"four": four, "one": one}

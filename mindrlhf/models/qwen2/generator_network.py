@@ -280,6 +280,10 @@ class FusedDecoder(nn.Cell):
         self.cache_columns = Tensor(np.arange(sizes.columns, dtype=np.int32)[None])
         self.prompt_columns = Tensor(np.arange(sizes.prompt_columns, dtype=np.int32)[None])
 
+    def cache_parameters(self) -> list[Parameter]:
+        """Keys and values of all layers, of one shape."""
+        return [table for layer in self.layers for table in (layer.cache.keys, layer.cache.values)]
+
     def prefill(self, prompt_ids: Tensor, starts: Tensor) -> Tensor:
         """``prompt_ids`` (B, P), ``starts`` (B,) first real column of each row -> logits (B, V / mp)."""
         sizes = self.sizes

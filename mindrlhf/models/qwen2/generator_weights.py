@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from mindspore import Parameter, Tensor, get_context
+from mindspore import Parameter, Tensor
 
 from mindrlhf.configs.keys import ModelConfig
+from mindrlhf.models.device_memory import ParameterStore
 from mindrlhf.models.generator import Shards
 from mindrlhf.models.qwen2.generator_layers import LocalSizes
 from mindrlhf.models.qwen2.generator_network import FusedDecoder, FusedLayer
@@ -39,11 +41,16 @@ class FusedWeights:
         decoder: the network that owns the parameters.
         config: model sizes.
         layouts: canonical name -> layout of every parameter.
+
+    Attributes:
+        store: the fused parameters by the first of their canonical names, wherever they are.
     """
 
     def __init__(self, decoder: FusedDecoder, config: ModelConfig, layouts: Mapping[str, Layout]) -> None:
         self._shapes = {name: layout.local_shape for name, layout in layouts.items()}
-        self._holder = {name: fused for fused in _fused_parameters(decoder, config) for name in fused.names}
+        fused_parameters = list(_fused_parameters(decoder, config))
+        self._holder = {name: fused for fused in fused_parameters for name in fused.names}
+        self.store = ParameterStore({fused.names[0]: fused.parameter for fused in fused_parameters})
 
     def load(self, shards: Shards) -> None:
         """Overwrites all parameters in place.
@@ -72,7 +79,8 @@ class FusedWeights:
             waiting[name] = _numpy(array)
             holder = self._holder[name]
             if all(part in waiting for part in holder.names):
-                _write(holder, [waiting.pop(part) for part in holder.names])
+                parts = [waiting.pop(part) for part in holder.names]
+                self.store.change(holder.names[0], partial(holder.fuse, parts))
         faults = self._faults(seen) + repeated
         if faults:
             raise _load_error(faults)
@@ -83,7 +91,7 @@ class FusedWeights:
         for name in self._shapes:
             if name not in waiting:
                 holder = self._holder[name]
-                parts = holder.split(_numpy(holder.parameter))
+                parts = holder.split(self.store.array(holder.names[0]))
                 waiting.update(zip(holder.names, parts, strict=True))
             yield name, np.ascontiguousarray(waiting.pop(name))
 
@@ -156,14 +164,6 @@ def _projection(parameter: Parameter, prefix: str, kind: str, sizes: LocalSizes)
 
     names = tuple(f"{prefix}{projection}.{kind}" for projection in ("wq", "wk", "wv"))
     return _Fused(parameter, names, fuse, split)
-
-
-def _write(fused: _Fused, parts: Sequence[np.ndarray]) -> None:
-    """Fuses ``parts`` into the parameter; on CPU its array is its memory, elsewhere a copy."""
-    stored = fused.parameter.asnumpy()
-    fused.fuse(parts, stored)
-    if get_context("device_target") != "CPU":
-        fused.parameter.set_data(Tensor(stored))
 
 
 def _numpy(array: np.ndarray | Tensor) -> np.ndarray:

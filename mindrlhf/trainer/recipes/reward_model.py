@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +76,9 @@ class RewardTrainer(SupervisedTrainer):
     shown = REWARD_MODEL_METRICS
 
     def __init__(self, options: RewardOptions, plan: StagePlan, rows: StageRows, run: Run) -> None:
-        # Steps of a small learning rate would be lost in bfloat16's rounding; see build_models.
-        config = replace(plan.config.model, param_init_type="float32")
         groups = stage_groups(run, plan)
         self.reward = RewardModel(
-            config, groups, prompt_length=rows.data.prompt_columns, recompute=plan.config.recompute
+            plan.config.model, groups, prompt_length=rows.data.prompt_columns, recompute=plan.config.recompute
         )
         fill_model(self.reward, options.load_sft_checkpoint, options.seed, "reward model", "reward")
         super().__init__(options, plan, rows, run, self.reward, PairLoss(options.center_coef))

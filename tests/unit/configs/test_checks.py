@@ -89,7 +89,12 @@ ONE_KEY_CASES = [
     ("reward", M + "residual_dtype", "float16", "residual_dtype: not supported ('float16')"),
     ("reward", "context.mode", 1, "context.mode: not supported (1) - must be 0 (graph)"),
     ("reward", "context.deterministic", "ON", "context.deterministic: not supported ('ON')"),
-    ("reward", "context.memory_offload", "ON", "context.memory_offload: not supported ('ON')"),
+    (
+        "reward",
+        "context.memory_offload",
+        "yes",
+        "context.memory_offload: wrong type ('yes') - must be ON or OFF",
+    ),
     ("reward", "context.jit_config", {"jit_level": "O1"}, "context.jit_config: not supported ({'jit_level'"),
     ("reward", "context.device_id", 3, "context.device_id: not supported (3) - remove it: msrun gives"),
     ("reward", "context.ascend_config", {"precision_mode": "force_fp16"}, "ascend_config: not supported"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ def test_every_yaml_is_loaded(path: Path) -> None:
 def test_every_shipped_yaml_belongs_to_a_known_model() -> None:
     models = [f"qwen2_{size}" for size in SIZES] + ["smollm2_135m"]
     expected = {f"{kind}_{model}.yaml" for kind in ("generate", "finetune", "ppo") for model in models}
+    expected |= {
+        f"{kind}_qwen2_{size}_8p.yaml" for kind in ("generate", "finetune") for size in ("7b", "0_5b")
+    }
     assert {path.name for path in (ROOT / "model_configs").rglob("*.yaml")} == expected
 
 
@@ -67,7 +71,28 @@ def test_shipped_jobs(size: str, device_target: str | None, model_configs: Path)
         assert run.model.eos_token_id == job.ppo.stop_token_ids
         assert run.model.pad_token_id == job.ppo.pad_token_id
     assert job.infer.model.param_init_type == ("float32" if on_cpu else "bfloat16")
-    assert job.train.model.param_init_type == "float32"
+    assert job.train.model.param_init_type == ("bfloat16" if size == "7b" and not on_cpu else "float32")
+
+
+@pytest.mark.parametrize("size", ["7b", "0_5b"])
+def test_pairs_for_eight_workers_take_the_settings_of_four(size: str, model_configs: Path) -> None:
+    """They differ from the others in their splits, and in what need not go to host memory there."""
+    job, four = (
+        load_job(
+            sft_path_infer=model_configs / f"generate_qwen2_{name}.yaml",
+            sft_path_train=model_configs / f"finetune_qwen2_{name}.yaml",
+            reward_path=model_configs / f"generate_qwen2_{name}.yaml",
+            critic_path=model_configs / f"generate_qwen2_{name}.yaml",
+            world_size=workers,
+        )
+        for name, workers in ((f"{size}_8p", 8), (size, 4))
+    )
+    assert job.ppo == four.ppo
+    for run, other in ((job.infer, four.infer), (job.train, four.train)):
+        assert run.parallel.world_size == 8
+        same = replace(run, path=other.path, parallel=other.parallel, optimizer=other.optimizer)
+        assert same == other
+        assert {**run.optimizer, "swap": None} == {**other.optimizer, "swap": None}
 
 
 def test_job_of_the_quick_start(model_configs: Path) -> None:

@@ -67,7 +67,7 @@ def shipped_job(repo_root: Path) -> Callable[..., JobConfig]:
             sft_path_train=folder / f"finetune_{size}.yaml",
             reward_path=generate,
             critic_path=generate,
-            ppo_config=folder / f"ppo_{size}.yaml",
+            ppo_config=folder / f"ppo_{size.removesuffix('_8p')}.yaml",
             overrides=overrides,
             device_target=device,
         )

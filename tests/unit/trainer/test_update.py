@@ -83,7 +83,7 @@ class Training:
 
     def steps_counted(self) -> dict[str, int]:
         return {
-            role: int(step.optimizer.state["global_step"].asnumpy()[0])
+            role: int(step.optimizer.state.array("global_step")[0])
             for role, (_, step) in self.trained().items()
         }
 
