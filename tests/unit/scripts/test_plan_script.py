@@ -30,7 +30,7 @@ def plan(repo_root: Path, *arguments: object) -> dict[str, Any]:
 
 
 def test_tables_for_people(repo_root: Path) -> None:
-    result = run(repo_root, *yamls(repo_root, "qwen2_7b"), "--device_memory", "64GB")
+    result = run(repo_root, *yamls(repo_root, "qwen2_7b"), "--device_memory", "24GB")
     assert result.returncode == 0
     assert result.stderr == ""
     for text in (
