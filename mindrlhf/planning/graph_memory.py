@@ -3,7 +3,7 @@
 Letters: m rows of a pass, T columns, n = m T, R response columns, P prompt columns; sizes are one rank's.
 A graph takes memory in two ways. What lives between two operations is returned to a pool that all graphs
 share (``activations``). What a kernel keeps lives as long as its graph (``kernels``): on CPU the
-index tables of transposes (8 bytes per element), which only generation has, and of broadcasts (16).
+index tables of broadcasts (16 bytes per element).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class DeviceTraits:
         measured: whether the constants were measured (on this project's machine) or assumed.
         process: bytes of the process, or of the device's runtime, before any model is built.
         training_imports: additional bytes once MindFormers' optimizer is imported.
-        transpose_index: bytes per element that a ``Transpose`` kernel keeps, as long as its graph lives.
-        broadcast_index: the same for an element-wise kernel that broadcasts.
+        broadcast_index: bytes per element that an element-wise kernel that broadcasts keeps, as long as its
+            graph lives.
         first_graph: bytes that compiling anything at all takes: threads, generated code.
         scoring_graphs, training_graphs: bytes of the compiled pieces of a forward and of a backward pass; one
             set serves all layers.
@@ -45,7 +45,6 @@ class DeviceTraits:
     measured: bool
     process: int
     training_imports: int
-    transpose_index: int
     broadcast_index: int
     first_graph: int
     scoring_graphs: int
@@ -59,7 +58,6 @@ CPU = DeviceTraits(
     measured=True,
     process=400 * MIB,
     training_imports=30 * MIB,
-    transpose_index=8,
     broadcast_index=16,
     first_graph=50 * MIB,
     scoring_graphs=60 * MIB,
@@ -76,7 +74,6 @@ ASCEND = DeviceTraits(
     measured=False,
     process=2048 * MIB,
     training_imports=0,
-    transpose_index=0,
     broadcast_index=0,
     first_graph=0,
     scoring_graphs=0,
@@ -294,9 +291,7 @@ def generation_graphs(
     prefill = tokens * max(attention, feed_forward) + scores + 2 * tokens * qkv * sizes.compute
     decode = rows * (3 * sizes.heads * cache_columns * sizes.softmax + 4 * sizes.vocab * FLOAT32)
     tables = 2 * cache_columns * qkv * sizes.compute
-    transposed = tokens * (qkv + sizes.queries) + steps * rows * (qkv + 2 * sizes.hidden)
-    kernels = device.transpose_index * (sizes.layers * transposed + (1 + steps) * rows * sizes.vocab)
-    kernels += device.broadcast_index * rows * (prompt * prompt + 2 * steps * cache_columns)
+    kernels = device.broadcast_index * rows * (prompt * prompt + 2 * steps * cache_columns)
     compiled = device.first_graph + device.decode_layer * sizes.layers * (1 + steps)
     return GraphMemory(max(prefill, decode) + tables, kernels, compiled)
 

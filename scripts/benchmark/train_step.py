@@ -96,7 +96,7 @@ def build(args: argparse.Namespace) -> Case:
         optimizer=OPTIMIZER,
         lr_schedule=SCHEDULE,
     )
-    optimizer = AdamW(run, model.parameters, 1000)
+    optimizer = AdamW(run, model.store, 1000)
     step = TrainStep(Objective(model, loss), optimizer, model.layouts, groups, max_grad_norm=1.0)
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (batch, columns)).astype(np.int32)

@@ -84,6 +84,19 @@ def local_sizes(
     )
 
 
+class SwapOrder(nn.Cell):
+    """Vectors in the order (batch, first, second) -> (batch, second, first), as training does by Reorder."""
+
+    def __init__(self, batch: int, first: int, second: int) -> None:
+        super().__init__()
+        rows = np.arange(batch * first * second, dtype=np.int32).reshape(batch, first, second)
+        self.order = Tensor(rows.transpose(0, 2, 1).reshape(-1))
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (batch * first * second, k), the same shape."""
+        return ops.gather(x, self.order, 0)
+
+
 class ColumnsProduct(nn.Cell):
     """``W X`` for the few columns ``X`` of a decode step."""
 

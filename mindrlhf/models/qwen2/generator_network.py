@@ -27,6 +27,7 @@ from mindrlhf.models.qwen2.generator_layers import (
     LocalSizes,
     RMSNorm,
     Rotary,
+    SwapOrder,
     local_sizes,
 )
 from mindrlhf.parallel.groups import Groups
@@ -136,9 +137,8 @@ class FusedLayer(nn.Cell):
         """
         sizes = self.sizes
         fused = self.rotary(self.qkv(self.attention_norm(x)), cos, sin)
-        grid = (sizes.rows, sizes.prompt_columns, sizes.kv_heads, sizes.slots, sizes.head_dim)
         heads, columns, size = sizes.rows * sizes.kv_heads, sizes.prompt_columns, sizes.head_dim
-        fused = ops.transpose(ops.reshape(fused, grid), (0, 2, 3, 1, 4))
+        fused = self.attend.by_head(ops.reshape(fused, (-1, size)))
         fused = ops.reshape(fused, (heads, sizes.slots, columns, size))
         queries = ops.slice(fused, (0, 0, 0, 0), (heads, sizes.queries, columns, size))
         keys = ops.slice(fused, (0, sizes.queries, 0, 0), (heads, 1, columns, size))
@@ -167,6 +167,9 @@ class PrefillAttention(nn.Cell):
             (first, min(first + QUERY_BLOCK, sizes.prompt_columns))
             for first in range(0, sizes.prompt_columns, QUERY_BLOCK)
         )
+        prompt = sizes.prompt_columns
+        self.by_head = SwapOrder(sizes.rows, prompt, sizes.kv_heads * sizes.slots)
+        self.by_column = SwapOrder(sizes.rows, sizes.kv_heads * sizes.queries, prompt)
         columns = np.arange(sizes.prompt_columns)
         self.causal = Tensor((columns[None, :] <= columns[:, None])[None, None])
         self.scores = ops.BatchMatMul(transpose_b=True)
@@ -198,8 +201,7 @@ class PrefillAttention(nn.Cell):
             for first, last in self.blocks:
                 parts.append(self._block(queries, keys, values, visible, first, last))
             mixed = ops.concat(parts, 2)
-        by_row = (sizes.rows, sizes.kv_heads * sizes.queries, sizes.prompt_columns, sizes.head_dim)
-        mixed = ops.transpose(ops.reshape(mixed, by_row), (0, 2, 1, 3))
+        mixed = self.by_column(ops.reshape(mixed, (-1, sizes.head_dim)))
         return ops.reshape(mixed, (-1, sizes.attention))
 
     def _block(
