@@ -130,7 +130,7 @@ def _own_sizes(weights: Path, config: Path | None, device_target: str | None) ->
     if config is not None and config.suffix in (".yaml", ".yml"):
         run = load_run_config(config, device_target=device_target)
         check_described(weights, run.model, str(config))
-        return Sizes(run.model, run.context, str(config))
+        return Sizes(run.generator_model, run.context, str(config))
     if (weights / CONFIG_NAME).is_file():
         return _hf_sizes(weights, device_target)
     return None if config is None else _hf_sizes(config, device_target)

@@ -8,7 +8,7 @@ which checks them; building one by hand checks nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,7 +71,12 @@ class ModelConfig:
     compute_dtype: DType = key(
         "float32", "type of products and activations; float32 on CPU, with a log line", required=True
     )
-    param_init_type: DType = key("float32", "type of stored weights", required=True)
+    param_init_type: DType = key(
+        "float32",
+        "type of stored weights; training keeps float32 copies of others; on CPU the generating policy's are "
+        "float32, and those of other models become it when they are used",
+        required=True,
+    )
     layernorm_compute_type: DType = key("float32", "type inside RMSNorm")
     softmax_compute_type: DType = key("float32", "type inside the attention's softmax")
     rotary_dtype: DType = key("float32", "type of the rotation")
@@ -161,6 +166,12 @@ class RunConfig:
     recompute: int = 0
     shards_optimizer: bool = False
     ignored: tuple[str, ...] = ()
+
+    @property
+    def generator_model(self) -> ModelConfig:
+        """The model as it generates: CPU's kernels for that take float32 weights alone."""
+        on_cpu = self.context.device_target == "CPU"
+        return replace(self.model, param_init_type="float32") if on_cpu else self.model
 
 
 PPO_GROUPS = ("run", "batches", "sequences", "sampling", "reward", "advantages", "loss")

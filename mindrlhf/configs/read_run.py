@@ -18,7 +18,9 @@ from mindrlhf.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-DTYPE_KEYS = tuple(name for name in keys_of(ModelConfig) if name.endswith(("dtype", "_type")))
+COMPUTE_TYPES = tuple(
+    name for name in keys_of(ModelConfig) if name.endswith(("dtype", "_type")) and name != "param_init_type"
+)
 
 
 @dataclass
@@ -215,11 +217,13 @@ def _read_model(root: Mapping[Any, Any], reader: _SectionReader) -> dict[str, An
 
 
 def _fit_to_device(draft: RunDraft) -> None:
-    """Replaces what has no kernels: on CPU all types except float32, off Ascend flash attention."""
+    """Replaces what has no kernels: types other than float32 on CPU, flash attention off Ascend."""
     target = draft.context.get("device_target")
     changes: dict[str, Any] = {}
     if target == "CPU":
-        changes |= {name: "float32" for name in DTYPE_KEYS if draft.model.get(name, "float32") != "float32"}
+        changes |= {
+            name: "float32" for name in COMPUTE_TYPES if draft.model.get(name, "float32") != "float32"
+        }
     if target in ("CPU", "GPU") and draft.model.get("use_flash_attention"):
         changes["use_flash_attention"] = False
     if changes:

@@ -241,7 +241,8 @@ class LanguageHead(Head):
         self._values = ScalarHead(config, parameters) if parameters.keys() >= set(SCORE_HEAD) else None
 
     def _outputs(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, ...]:
-        chunks = [self._log_probs(*args, *self._table.tensors) for args in self._chunks(hidden, rows)]
+        table = self._table.tensors
+        chunks = [self._log_probs(*args, *table) for args in self._chunks(hidden, rows)]
         outputs = tuple(_joined(parts) for parts in zip(*chunks, strict=True))
         return outputs if self._values is None else outputs + self._values._outputs(hidden, rows)
 

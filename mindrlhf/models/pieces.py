@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from mindrlhf.models.dtypes import float32_copy
+
 
 class Gradients:
     """Sums of gradients in float32, by the name of their parameter."""
@@ -60,8 +62,15 @@ class Weights:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors that share the parameters' memory; for each Parameter a graph would be compiled anew."""
-        return tuple(Tensor(parameter) for parameter in self._parameters)
+        """Tensors that share the parameters' memory; for each Parameter a graph would be compiled anew.
+
+        On CPU, where nothing computes in fewer bits than float32, they are float32 copies of other types.
+        """
+        widen = ms.get_context("device_target") == "CPU"
+        return tuple(
+            float32_copy(one) if widen and one.dtype != ms.float32 else Tensor(one)
+            for one in self._parameters
+        )
 
 
 class Piece:

@@ -50,12 +50,11 @@ class Partition:
 
     def all_gather(self, part: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that shape whose parts these are; collective."""
-        if self._by_sum:
+        if self._by_sum:  # in float32, the type that CPU has all of this for
             before, after = self._index, self._replicas - 1 - self._index
-            row = ops.concat(
-                [ops.zeros(before * part.size, part.dtype), part, ops.zeros(after * part.size, part.dtype)]
-            )
-            row = self._sum(row)
+            wide, size = ops.cast(part, ms.float32), part.size
+            row = ops.concat([ops.zeros(before * size), wide, ops.zeros(after * size)])
+            row = ops.cast(self._sum(row), part.dtype)
         else:
             row = self._all_gather(part)
         elements = 1

@@ -247,12 +247,15 @@ class Pass:
         return self.rows * self.responses
 
 
-def scoring_graph(sizes: RankSizes, work: Pass, device: DeviceTraits) -> GraphMemory:
+def scoring_graph(
+    sizes: RankSizes, work: Pass, parameters: ParameterCount, device: DeviceTraits
+) -> GraphMemory:
     """A forward pass: what all layers share, and a block of layers with its results, or the head."""
     results = max(map(len, blocks(sizes.layers))) * _kept_by_layer(sizes)
     block = results + sizes.hidden * sizes.compute + _widest_forward(sizes, work.columns)
     head = sizes.hidden * sizes.compute * work.tokens + _head(sizes, work, device)
     activations = work.tokens * _shared(sizes, work.columns) + max(work.tokens * block, head)
+    activations += _widened(sizes, max(map(len, blocks(sizes.layers))), parameters, device)
     return GraphMemory(activations, _broadcast_index(work, device), device.scoring_graphs)
 
 
@@ -273,6 +276,7 @@ def training_graph(
     of_block = largest * parameters.layer * FLOAT32 if work.repeated else 0
     of_head = sizes.vocab * sizes.hidden * FLOAT32 if work.logits else 0
     last = max(work.tokens * block + of_block, 2 * _head(sizes, work, device) + of_head)
+    last += _widened(sizes, largest, parameters, device)
     activations = work.tokens * (_shared(sizes, work.columns) + kept + sizes.hidden * sizes.compute) + last
     activations = max(activations, STEP_ARRAYS * parameters.largest * FLOAT32)
     return GraphMemory(activations, _broadcast_index(work, device), device.training_graphs)
@@ -299,6 +303,12 @@ def generation_graphs(
 def kv_cache_bytes(sizes: RankSizes, rows: int, columns: int) -> int:
     """Keys and values of all layers: ``2 x layers x rows x columns x key features x bytes``."""
     return 2 * sizes.layers * rows * columns * sizes.keys * sizes.compute
+
+
+def _widened(sizes: RankSizes, layers: int, parameters: ParameterCount, device: DeviceTraits) -> int:
+    """Float32 copies of a block's weights, or the embedding, where CPU stores another type."""
+    is_needed = device.host_shared and sizes.param < FLOAT32
+    return max(layers * parameters.layer, parameters.embedding) * FLOAT32 if is_needed else 0
 
 
 def _broadcast_index(work: Pass, device: DeviceTraits) -> int:

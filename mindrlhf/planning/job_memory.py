@@ -138,7 +138,8 @@ def _scoring_pass(job: JobConfig, config: RunConfig, *, logits: bool = False) ->
 
 def _generator(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     ppo = job.ppo
-    sizes, count = _sizes(job.infer, lm_head=True, score_head=False)
+    infer = replace(job.infer, model=job.infer.generator_model)
+    sizes, count = _sizes(infer, lm_head=True, score_head=False)
     rows = ppo.generation_batch_size or rollout_rows(job, job.infer)
     prompt = ppo.max_prompt_length
     schedule = decode_schedule(prompt, ppo.max_response_length, ppo.decode_steps_per_call)
@@ -156,13 +157,13 @@ def _generator(job: JobConfig, device: DeviceTraits) -> ModelMemory:
 def _policy(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     shared = job.ppo.critic == "shared"
     sizes, count = _sizes(job.train, lm_head=True, score_head=shared)
-    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.train), device)} if shared else {}
+    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.train), count, device)} if shared else {}
     return _trained("policy train", job, job.train, sizes, count, scoring, device, logits=True)
 
 
 def _critic(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     sizes, count = _sizes(job.critic, lm_head=False, score_head=True)
-    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic), device)}
+    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic), count, device)}
     return _trained("critic", job, job.critic, sizes, count, scoring, device, logits=False)
 
 
@@ -218,7 +219,7 @@ def _reference(job: JobConfig, device: DeviceTraits) -> ModelMemory:
         mesh=mesh_of(job.infer),
         parameters=count.total,
         weights=count.weight_bytes(sizes.param),
-        graphs={SCORING: scoring_graph(sizes, work, device)},
+        graphs={SCORING: scoring_graph(sizes, work, count, device)},
         offloaded=job.infer.context.memory_offload,
     )
 
@@ -231,7 +232,7 @@ def _reward(job: JobConfig, device: DeviceTraits) -> ModelMemory:
         mesh=mesh_of(job.reward),
         parameters=count.total,
         weights=count.weight_bytes(sizes.param),
-        graphs={SCORING: scoring_graph(sizes, work, device)},
+        graphs={SCORING: scoring_graph(sizes, work, count, device)},
         offloaded=job.reward.context.memory_offload,
     )
 
@@ -311,7 +312,7 @@ def plan_sync(job: JobConfig) -> SyncTraffic:
     return sync_traffic(
         layouts["train_policy"],
         layouts["infer_policy"],
-        number_bytes=BYTES[job.infer.model.param_init_type],
+        number_bytes=BYTES[job.infer.generator_model.param_init_type],
     )
 
 

@@ -123,7 +123,7 @@ def build_infer(job: JobConfig, groups: Groups) -> PPOModelInfer:
         valid_vocab_size=valid_vocab_size(job),
     )
     return PPOModelInfer(
-        job.infer.model,
+        job.infer.generator_model,
         groups,
         generation,
         batch_size=ppo.generation_batch_size or ppo.rollout_batch_size // groups.mesh.dp,

@@ -154,7 +154,7 @@ def _sft_responses(
     unit = dp * at_once
     filled = np.resize(rows, -(-len(rows) // unit) * unit)  # every call has the same number of rows
     model = PPOModelInfer(
-        config.model,
+        config.generator_model,
         groups,
         GenerationConfig(
             max_prompt_length=data.prompt_columns,

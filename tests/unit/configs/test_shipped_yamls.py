@@ -70,8 +70,9 @@ def test_shipped_jobs(size: str, device_target: str | None, model_configs: Path)
         assert run.model.use_flash_attention == (not on_cpu)
         assert run.model.eos_token_id == job.ppo.stop_token_ids
         assert run.model.pad_token_id == job.ppo.pad_token_id
-    assert job.infer.model.param_init_type == ("float32" if on_cpu else "bfloat16")
-    assert job.train.model.param_init_type == ("bfloat16" if size == "7b" and not on_cpu else "float32")
+    assert job.infer.model.param_init_type == ("float32" if size.startswith("tiny") else "bfloat16")
+    assert job.infer.generator_model.param_init_type == ("float32" if on_cpu else "bfloat16")
+    assert job.train.model.param_init_type == ("bfloat16" if size == "7b" else "float32")
 
 
 @pytest.mark.parametrize("size", ["7b", "0_5b"])

@@ -127,19 +127,25 @@ def test_deep_models_keep_little_when_they_recompute(tiny_job: MakeJob) -> None:
 
 def test_a_scoring_pass_keeps_no_layers(tiny_job: MakeJob) -> None:
     sizes = rank_sizes(tiny_job().train.model, 1)
+    count = count_parameters(tiny_job().train.model, 1, lm_head=True, score_head=False)
     work = Pass(rows=3, columns=10, responses=6, logits=True)
-    graph = scoring_graph(sizes, work, CPU)
+    graph = scoring_graph(sizes, work, count, CPU)
     # Both layers' results, the input, and heads in order beside two of 4 x 10 scores.
     block = 2 * 120 + 16 + (48 + 2 * 40)
     assert graph.activations == 4 * 30 * (88 + block)
     assert graph.kernels == 16 * (10 * 10 + 3 * 10 * 10)
+    # Weights in bfloat16 become float32 on CPU, a block at a time: both layers.
+    narrow = scoring_graph(replace(sizes, param=2), work, count, CPU)
+    assert narrow.activations - graph.activations == 4 * 2 * LAYER
 
 
 def test_logits_exist_by_the_chunk(tiny_job: MakeJob) -> None:
     config = replace(tiny_job().train.model, vocab_size=2**20)
-    sizes = rank_sizes(config, 1)
+    sizes, count = rank_sizes(config, 1), count_parameters(config, 1, lm_head=True, score_head=False)
     few, many = (
-        scoring_graph(sizes, Pass(rows=1, columns=rows + 1, responses=rows, logits=True), CPU).activations
+        scoring_graph(
+            sizes, Pass(rows=1, columns=rows + 1, responses=rows, logits=True), count, CPU
+        ).activations
         for rows in (16, 1024)
     )
     assert few > 4 * 2**20 * 16  # 16 rows are a chunk of 64 MiB
