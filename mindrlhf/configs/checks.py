@@ -22,6 +22,7 @@ from mindrlhf.configs.read_ppo import PPODraft
 from mindrlhf.configs.read_run import RunDraft
 
 MODEL = "model.model_config"
+ACCUMULATION = "runner_config.gradient_accumulation_steps"
 
 
 def check_run(draft: RunDraft, faults: Faults) -> None:
@@ -174,6 +175,11 @@ def check_job(roles: Mapping[str, RunDraft], ppo: PPODraft, world_size: int | No
     for role, draft in roles.items():
         if role != "critic" or ppo.get("critic") != ("shared",):  # a shared critic is a head on the policy
             _check_batches(role, draft, ppo, faults)
+    trained = {roles[role].path for role in ("train", "critic") if role in roles}
+    for draft in {draft.path: draft for draft in roles.values() if draft.path not in trained}.values():
+        if draft.micro_batches > 1:
+            fault = f"not used ({draft.micro_batches}): no model of this file is trained"
+            faults.add(draft.where(ACCUMULATION), fault, "set it, and micro_batch_num, to 1")
     _check_warm_up(roles, ppo, faults)
 
 
@@ -255,7 +261,14 @@ def _check_batches(role: str, draft: RunDraft, ppo: PPODraft, faults: Faults) ->
             faults.add(ppo.where("num_minibatches"), fault, "change rollout_batch_size or num_minibatches")
         else:
             whose = f"minibatch rows per rank of {draft.path}"
-            _check_part(ppo, "micro_batch_size", rows // dp, whose, faults)
+            if draft.micro_batches == 1:
+                _check_part(ppo, "micro_batch_size", rows // dp, whose, faults)
+            elif size := ppo.values.get("micro_batch_size"):
+                fault = f"{size}, but {draft.path} has {draft.micro_batches} gradient_accumulation_steps"
+                faults.add(ppo.where("micro_batch_size"), fault, "both cut a minibatch: set one to 0 or 1")
+            elif (rows // dp) % draft.micro_batches:
+                fault = f"{draft.micro_batches} does not divide the {whose} ({rows // dp})"
+                faults.add(draft.where(ACCUMULATION), fault, "choose a divisor")
 
 
 def _check_part(ppo: PPODraft, key: str, rows: int, whose: str, faults: Faults) -> None:
@@ -285,11 +298,15 @@ def check_stage(draft: RunDraft, options: Mapping[str, Any], world_size: int, fa
     dp = draft.parallel.get("data_parallel")
     if dp is None or "batch_size" not in options:
         return
-    batch_size = options["batch_size"] or draft.runner.get("batch_size", RunnerConfig.batch_size) * dp
+    of_yaml = draft.runner.get("batch_size", RunnerConfig.batch_size) * draft.micro_batches * dp
+    batch_size = options["batch_size"] or of_yaml
     micro = options.get("micro_batch_size", 0)
     if batch_size % dp:
         fault = f"{batch_size} is not divisible by data_parallel ({dp}) of {draft.path}"
         faults.add("--batch_size", fault, "choose a multiple")
+    elif not micro and (batch_size // dp) % draft.micro_batches:
+        fault = f"{draft.micro_batches} does not divide the {batch_size // dp} rows of a step on one rank"
+        faults.add(draft.where(ACCUMULATION), fault, "choose a divisor, or give --micro_batch_size")
     elif micro and (batch_size // dp) % micro:
         fault = f"{micro} does not divide the {batch_size // dp} rows of a step on one rank"
         faults.add("--micro_batch_size", fault, "choose a divisor, or 0 for all")

@@ -142,7 +142,10 @@ class RunnerConfig:
     """Section ``runner_config``; PPO's own counts are in :class:`PPOConfig`."""
 
     epochs: Count = key(1, "passes over the data of sft.py and reward_model.py")
-    batch_size: Count = key(1, "rows of one replica per optimizer step of sft.py and reward_model.py")
+    batch_size: Count = key(1, "rows of a replica's micro-batch in sft.py and reward_model.py")
+    gradient_accumulation_steps: Count = key(
+        1, "micro-batches whose gradients add up to an optimizer step; in PPO they cut a minibatch"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +156,8 @@ class RunConfig:
     YAML has none). ``recompute`` of the layers, from the first on, compute their results anew in the backward
     pass (``recompute_config.recompute``), and the optimizer's state is shared out over the replicas when
     ``shards_optimizer`` (``parallel.enable_parallel_optimizer``); ``ignored`` names the sections that are not
-    read.
+    read. ``micro_batches`` make up an optimizer step (``runner_config.gradient_accumulation_steps`` or
+    ``parallel_config.micro_batch_num``).
     """
 
     path: Path
@@ -165,6 +169,7 @@ class RunConfig:
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     recompute: int = 0
     shards_optimizer: bool = False
+    micro_batches: int = 1
     ignored: tuple[str, ...] = ()
 
     @property
@@ -354,6 +359,13 @@ class JobConfig:
     reward: RunConfig
     critic: RunConfig
     ppo: PPOConfig
+
+    def micro_batch_rows(self, trained: RunConfig) -> int:
+        """Rows per forward/backward of a rank of ``train`` or ``critic``."""
+        rows = self.ppo.minibatch_size // trained.parallel.data_parallel
+        return (
+            rows // trained.micro_batches if trained.micro_batches > 1 else self.ppo.micro_batch_size or rows
+        )
 
 
 @dataclass(frozen=True)

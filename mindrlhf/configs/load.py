@@ -200,12 +200,12 @@ def load_stage(options: StageOptions, world_size: int) -> StagePlan:
         check_stage(draft, valid, world_size, faults)
     config = _with_rate(draft.build(), options.learning_rate)
     dp = config.parallel.data_parallel
-    batch_size = options.batch_size or config.runner.batch_size * dp
+    batch_size = options.batch_size or config.runner.batch_size * config.micro_batches * dp
     return StagePlan(
         config,
         epochs=options.epochs or config.runner.epochs,
         batch_size=batch_size,
-        micro_batch_size=options.micro_batch_size or batch_size // dp,
+        micro_batch_size=options.micro_batch_size or batch_size // dp // config.micro_batches,
     )
 
 

@@ -54,6 +54,10 @@ def _unsupported(
 _DROPOUT = "remove it or set it to 0: dropout would make old and new log-probs differ"
 _SHARDED_OPTIMIZER = "remove it: parallel.enable_parallel_optimizer shares out the optimizer's state"
 _SEQUENCE_PARALLEL = "set it to False: activations are not split along the sequence"
+_PIPELINE = (
+    "set it to 1 and raise model_parallel: layers are not split into stages, which would wait for each other "
+    "in every token of a rollout"
+)
 _RECOMPUTE = "set it to False: recompute computes whole layers anew"
 _SWAP = "set it to False: context.memory_offload ON moves models to the host, optimizer.swap their moments"
 
@@ -93,7 +97,7 @@ MODEL = {
     "quant_config": Foreign((None, {}), "remove it"),
     "moe_config": Foreign((None, {}, {"expert_num": 1}), "remove it"),
     "parallel_config": Foreign((None, {}), "remove it: the split is parallel_config of the YAML"),
-    "pipeline_stage": Foreign((None, 1), "remove it: layers are not split into stages"),
+    "pipeline_stage": Foreign((None, 1), _PIPELINE),
     "pp_interleave_num": Foreign((0, 1, None), "remove it or set it to 1"),
     "parallel_optimizer": Foreign((False, None), _SHARDED_OPTIMIZER),
     **_unsupported(
@@ -126,13 +130,14 @@ SYNONYMS = {
 
 PARALLEL = {
     **_describes_nothing("context_parallel_algo", "mem_coeff"),
+    "micro_batch_num": Foreign(None),  # see read_run.py
     **_harmless("gradient_aggregation_group", neutral=(4, None)),
     **_harmless("vocab_emb_dp"),
+    "pipeline_stage": Foreign((1, None), _PIPELINE),
     **_unsupported(
-        "pipeline_stage", "context_parallel", "expert_parallel", "seq_split_num", "ulysses_degree_in_cp",
+        "context_parallel", "expert_parallel", "seq_split_num", "ulysses_degree_in_cp",
         neutral=(1, None),
     ),
-    "micro_batch_num": Foreign((1, None), "set it to 1: micro_batch_size of the PPO settings accumulates"),
     "use_seq_parallel": Foreign((False, None), _SEQUENCE_PARALLEL),
     "optimizer_shard": Foreign((False, None, 1), _SHARDED_OPTIMIZER),
 }  # fmt: skip
@@ -166,8 +171,6 @@ RUNNER = {
     **_describes_nothing("num_classes", "image_size"),
     **_harmless("sink_mode"),
     **_harmless("sink_size", neutral=(1, -1, 0, None)),
-    "gradient_accumulation_steps": Foreign((1, None), "set it to 1: micro_batch_size of the PPO settings, or "
-                                           "--micro_batch_size, accumulates"),
     "stop_step": Foreign((0, None), "remove it: total_iterations or --epochs says when a job ends"),
     **_unsupported("has_trained_epoches", "has_trained_steps", neutral=(0, None),
                    instead="remove it: --resume_training True resumes from a checkpoint"),

@@ -37,6 +37,7 @@ class RunDraft:
     runner: dict[str, Any] = field(default_factory=dict)
     recompute: int = 0
     shards_optimizer: bool = False
+    micro_batches: int = 1
     sections: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -62,6 +63,7 @@ class RunDraft:
             runner=RunnerConfig(**self.runner),
             recompute=self.recompute,
             shards_optimizer=self.shards_optimizer,
+            micro_batches=self.micro_batches,
             ignored=self.ignored,
         )
 
@@ -97,6 +99,7 @@ def read_run(path: Path, faults: Faults, *, device_target: str | None, single_pr
     _fit_to_device(draft)
     runner = reader.section(root, "runner_config")
     draft.runner = reader.read(runner, "runner_config", RunnerConfig, mindformers.RUNNER)
+    draft.micro_batches = _micro_batches(parallel or {}, draft, reader)
     draft.recompute = _recomputed_layers(root, draft, reader)
     draft.shards_optimizer = reader.flag(root, "parallel.enable_parallel_optimizer")
     if (section := reader.section(root, "optimizer")) is not None:
@@ -181,6 +184,23 @@ class _SectionReader:
         for name, foreign in mindformers.WITHIN_IGNORED.items():
             if (section := self.section(root, name)) is not None:
                 self.check(section, name, foreign)
+
+
+def _micro_batches(parallel: Mapping[Any, Any], draft: RunDraft, reader: _SectionReader) -> int:
+    """Micro-batches of an optimizer step: MindFormers has a name for them with pipelines, and one without."""
+    steps = int(draft.runner.get("gradient_accumulation_steps", 1))
+    value = parallel.get("micro_batch_num")
+    if value in (None, 1, steps) and not isinstance(value, bool):
+        return steps
+    place = reader.place("parallel_config.micro_batch_num")
+    if type(value) is not int or value < 1:
+        reader.faults.add(place, f"wrong type ({shown(value)})", "must be a whole number >= 1")
+    elif steps > 1:
+        fault = f"differs from runner_config.gradient_accumulation_steps ({value} against {steps})"
+        reader.faults.add(place, fault, "both are the micro-batches of a step: give one of them")
+    else:
+        return value
+    return 1
 
 
 def _recomputed_layers(root: Mapping[Any, Any], draft: RunDraft, reader: _SectionReader) -> int:

@@ -180,7 +180,7 @@ def _trained(
 ) -> ModelMemory:
     """A model with an optimizer; ``graphs`` are those of the phases before."""
     rows = minibatch_rows(job, config)
-    micro = job.ppo.micro_batch_size or rows
+    micro = job.micro_batch_rows(config)
     work = Pass(
         rows=micro,
         columns=job.ppo.max_length,

@@ -89,6 +89,9 @@ class PPOUpdate:
         pretraining: PretrainStream | None = None,
     ) -> None:
         self.config = config = job.ppo
+        self.micro_batch_rows = {
+            role: job.micro_batch_rows(getattr(job, role)) for role in ("train", "critic")
+        }
         self.exchange = exchange
         self.pretraining = pretraining
         self.skips = SkippedUpdates(config.max_skipped_updates)
@@ -184,7 +187,7 @@ class PPOUpdate:
         if self.pretraining is not None:
             batch = self.pretraining.next_batch()
             mine = local_rows(len(batch.mask), self.policy_mesh, self.exchange.runtime.rank)
-            micro = pretrain_batches(batch, mine, self.config.micro_batch_size)
+            micro = pretrain_batches(batch, mine, self.micro_batch_rows["train"])
             log.pretrain.append(self.policy_step.accumulate(micro, mixed_in=True)["cross_entropy"])
             log.pretrain_tokens.append(float(batch.mask.sum(dtype=np.float64)))
         norm, rate = self.policy_step.update()
@@ -201,7 +204,8 @@ class PPOUpdate:
         """One optimizer step of a separate critic; returns whether it was taken."""
         inverse_count = inverse_token_count(experience.rollout.mask[rows])
         micro = [
-            value_batch(experience, part, inverse_count) for part in self._micro_rows(rows, self.critic_mesh)
+            value_batch(experience, part, inverse_count)
+            for part in self._micro_rows(rows, self.critic_mesh, "critic")
         ]
         log.value.append(step.accumulate(micro))
         losses = step.losses
@@ -216,7 +220,7 @@ class PPOUpdate:
         self, model: str, number: int, rows: np.ndarray, norm: float, losses: Sequence[float], mesh: Mesh
     ) -> None:
         """Notes a step that was not taken; collective."""
-        size = self.config.micro_batch_size
+        size = self.micro_batch_rows["train" if model == "policy" else "critic"]
         update = not_finite(
             model, rows, losses, norm, mesh, self.exchange, micro_batch_size=size, minibatch=number
         )
@@ -254,13 +258,13 @@ class PPOUpdate:
         inverse_count = inverse_token_count(experience.rollout.mask[rows])
         return [
             policy_batch(experience, part, inverse_count, shared_critic=self.shared_critic)
-            for part in self._micro_rows(rows, self.policy_mesh)
+            for part in self._micro_rows(rows, self.policy_mesh, "train")
         ]
 
-    def _micro_rows(self, rows: np.ndarray, mesh: Mesh) -> list[np.ndarray]:
+    def _micro_rows(self, rows: np.ndarray, mesh: Mesh, role: str) -> list[np.ndarray]:
         """This replica's part of a minibatch's rows, cut into micro-batches."""
         mine = rows[local_rows(len(rows), mesh, self.exchange.runtime.rank)]
-        size = self.config.micro_batch_size or len(mine)
+        size = self.micro_batch_rows[role]
         return [mine[first : first + size] for first in range(0, len(mine), size)]
 
 

@@ -16,7 +16,7 @@ from tests.st.test_stages_layouts import working_alone
 # occurs together once.
 JOBS: dict[str, tuple[tuple[int, int], frozenset[str], int, str | None]] = {
     "replicas": ((4, 1), frozenset({"share", "swap"}), 1, None),
-    "grid": ((2, 2), frozenset({"recompute"}), 0, None),
+    "grid": ((2, 2), frozenset({"recompute", "accumulate"}), 0, None),
     "split": ((1, 4), frozenset({"recompute", "share", "swap"}), 2, None),
     "grid from replicas": ((2, 2), frozenset({"share"}), 2, "replicas"),
     "replicas from grid": ((4, 1), frozenset({"recompute"}), 2, "grid"),
@@ -34,6 +34,7 @@ def yaml_of(inputs: Any, directory: Path, mesh: tuple[int, int], savers: frozens
     content["recompute_config"]["recompute"] = "recompute" in savers
     content["parallel"]["enable_parallel_optimizer"] = "share" in savers
     content["optimizer"]["swap"] = "swap" in savers
+    content["runner_config"]["gradient_accumulation_steps"] = 2 if "accumulate" in savers else 1
     if "bfloat16" in savers:
         content["model"]["model_config"]["param_init_type"] = "bfloat16"
     path = directory / f"{mesh[0]}_{mesh[1]}_{'_'.join(sorted(savers))}.yaml"

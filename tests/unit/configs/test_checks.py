@@ -82,7 +82,7 @@ ONE_KEY_CASES = [
         "reward",
         "parallel_config.micro_batch_num",
         4,
-        "micro_batch_num: not supported (4) - set it to 1: micro_",
+        "gradient_accumulation_steps: not used (4): no model of this file is trained",
     ),
     ("reward", "parallel_config.optimizer_shard", 8, "optimizer_shard: not supported (8)"),
     ("reward", M + "parallel_optimizer", True, "parallel_optimizer: not supported (True)"),
@@ -106,7 +106,19 @@ ONE_KEY_CASES = [
         "reward",
         "runner_config.gradient_accumulation_steps",
         2,
-        "gradient_accumulation_steps: not supported (2)",
+        "gradient_accumulation_steps: not used (2): no model of this file is trained",
+    ),
+    (
+        "train",
+        "parallel_config.micro_batch_num",
+        True,
+        "micro_batch_num: wrong type (True) - must be a whole",
+    ),
+    (
+        "train",
+        "parallel_config.micro_batch_num",
+        3,
+        "accumulation_steps: 3 does not divide the minibatch rows",
     ),
     # unknown keys
     ("reward", M + "hiden_size", 64, "hiden_size: unknown key - did you mean hidden_size?"),
@@ -323,6 +335,25 @@ def test_batch_sizes_that_divide_are_taken(job: Any) -> None:
     assert fault.startswith(
         "--set score_batch_size: 8 does not divide the rollout rows per rank of critic.yaml (4)"
     )
+
+
+@pytest.mark.parametrize(
+    "key", ["runner_config.gradient_accumulation_steps", "parallel_config.micro_batch_num"]
+)
+def test_accumulation_by_mindformers_names_cuts_the_minibatches_of_its_file(job: Any, key: str) -> None:
+    rows = {role: job.load().micro_batch_rows(getattr(job.load(), role)) for role in ("train", "critic")}
+    assert rows["train"] == 2
+    job.edit("train", key, 2)
+    loaded = job.load()
+    assert loaded.micro_batch_rows(loaded.train) == 1
+    assert loaded.micro_batch_rows(loaded.critic) == rows["critic"]
+    (fault,) = job.faults(overrides=["micro_batch_size=1"])
+    assert fault.startswith("--set micro_batch_size: 1, but ")
+    assert fault.endswith("has 2 gradient_accumulation_steps - both cut a minibatch: set one to 0 or 1")
+    job.edit("train", "runner_config.gradient_accumulation_steps", 2)
+    job.edit("train", "parallel_config.micro_batch_num", 4)
+    (fault,) = job.faults()
+    assert "micro_batch_num: differs from runner_config.gradient_accumulation_steps (4 against 2)" in fault
 
 
 def test_one_process_has_one_context(job: Any) -> None:
