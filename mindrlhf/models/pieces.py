@@ -13,6 +13,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindrlhf.models.dtypes import float32_copy
+from mindrlhf.parallel.partition import buckets
 
 
 class Gradients:
@@ -33,10 +34,10 @@ class Gradients:
     def __getitem__(self, name: str) -> Tensor:
         return self._sums[name]
 
-    def transform(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replaces each sum by a function of it, one at a time, in an order that is the same on all ranks."""
-        for name in sorted(self._sums):
-            self._sums[name] = function(self._sums[name])
+    def transform(self, function: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
+        """Replaces the sums by a function of them, some at a time, in an order that is equal on all ranks."""
+        for names in buckets({name: self._sums[name].nbytes for name in sorted(self._sums)}):
+            self._sums |= zip(names, function([self._sums[name] for name in names]), strict=True)
 
     @property
     def nbytes(self) -> int:

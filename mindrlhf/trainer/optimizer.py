@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -17,13 +18,14 @@ from mindrlhf.configs.optimizer_section import completed_schedule
 from mindrlhf.models.device_memory import ParameterStore
 from mindrlhf.models.networks import SequenceModel
 from mindrlhf.models.pieces import Gradients
-from mindrlhf.parallel.partition import Partition
+from mindrlhf.parallel.partition import Partition, buckets
 from mindrlhf.parallel.tensor_parallel import empty_parameter
 from mindrlhf.trainer.mindformers_schedules import load_build_lr
 from mindrlhf.utils.errors import ConfigError
 
 _Update = Callable[[Parameter, Parameter, Parameter, Tensor, float], None]
 """Steps a weight in place: weight, first and second moment, gradient, weight decay."""
+FLOAT32_BYTES = 4
 _DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # MindFormers' own
 
 
@@ -68,6 +70,8 @@ class AdamW:
         self.is_swapped = bool(settings.get("swap"))
         self._step = Parameter(Tensor(np.zeros(1, np.int32)), name="global_step", requires_grad=False)
         self._shapes = {name: tuple(weights[name].shape) for name in weights}
+        sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in self._shapes.items()}
+        self._last_of_buckets = {names[-1] for names in buckets(sizes)}
         self._keys: dict[str, list[str]] = {}
         self.state = ParameterStore({"global_step": self._step})
         for name, shape in self._shapes.items():
@@ -96,6 +100,7 @@ class AdamW:
         rate = float(self._schedule(Tensor(self._step)).asnumpy().reshape(-1)[0])
         count = int(self._step.asnumpy()[0]) + 1
         update = (self._plain if self._kernel is None else self._fused)(rate, count)
+        stepped: dict[str, Tensor] = {}
         for name, keys in self._keys.items():
             self.state.to_device(keys)
             parameter = self._weights.parameter(name)
@@ -106,9 +111,11 @@ class AdamW:
             decay = self._decay if parameter.ndim > 1 else 0.0
             update(weight, first, second, gradients[name] * scale, decay)
             if weight is not parameter:
-                self._return(weight, parameter)
+                stepped[name] = ops.cast(Tensor(weight), parameter.dtype)
             if self.is_swapped:
                 self.state.to_host(keys)
+            if name in self._last_of_buckets:
+                self._return(stepped)
         ops.assign(self._step, Tensor(np.array([count], np.int32)))
         return rate
 
@@ -120,7 +127,7 @@ class AdamW:
         return {
             key: array
             if key == "global_step"
-            else self.partition.all_gather(Tensor(array), self._shape(key)).asnumpy()
+            else self.partition.all_gather([Tensor(array)], [self._shape(key)])[0].asnumpy()
             for key, array in arrays.items()
         }
 
@@ -139,10 +146,18 @@ class AdamW:
     def _shape(self, key: str) -> tuple[int, ...]:
         return self._shapes[key.partition(".")[2]]
 
-    def _return(self, weight: Parameter, parameter: Parameter) -> None:
-        """Stores a stepped master, or part, in the parameter."""
-        value = ops.cast(Tensor(weight), parameter.dtype)
-        parameter.set_data(self.partition.all_gather(value, parameter.shape) if self.partition else value)
+    def _return(self, stepped: dict[str, Tensor]) -> None:
+        """Stores weights that were stepped elsewhere, or parts of them, in their parameters."""
+        by_type: dict[Any, list[str]] = defaultdict(list)
+        for name, value in stepped.items():
+            by_type[value.dtype].append(name)
+        for names in by_type.values():
+            values = [stepped[name] for name in names]
+            if self.partition:
+                values = self.partition.all_gather(values, [self._shapes[name] for name in names])
+            for name, value in zip(names, values, strict=True):
+                self._weights.parameter(name).set_data(value)
+        stepped.clear()
 
     def _fill_masters(self) -> None:
         """Takes the masters from the weights, which have been loaded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from mindrlhf.models.networks import Network
 from mindrlhf.models.pieces import Gradients
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.layout import Layout
+from mindrlhf.parallel.partition import sum_together
 from mindrlhf.trainer.optimizer import AdamW
 
 Statistics = dict[str, np.float32]
@@ -153,7 +155,8 @@ class TrainStep:
         """
         mp_group, dp_group, partition = self._groups.mp_group, self._groups.dp_group, self.optimizer.partition
         if dp_group:
-            reduce = partition.reduce_scatter if partition else ops.AllReduce(group=dp_group)
+            all_reduce = ops.AllReduce(group=dp_group)
+            reduce = partition.reduce_scatter if partition else partial(sum_together, all_reduce=all_reduce)
             self._gradients.transform(reduce)
         found = ops.stack([_square_sum(self._gradients[name]) for name in self._layouts]).asnumpy()
         is_split = np.array([layout.is_split for layout in self._layouts.values()])
