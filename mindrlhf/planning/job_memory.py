@@ -1,4 +1,4 @@
-"""Memory of one rank, by model and phase of a job, and what a weight sync moves.
+"""Memory of one rank, by model and phase of a job.
 
 What a rank stores follows from the layouts of its models, what their graphs take from
 :mod:`mindrlhf.planning.graph_memory`.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 
 from mindrlhf.configs.keys import JobConfig, RunConfig
 from mindrlhf.models.decode_schedule import decode_schedule
 from mindrlhf.models.job_layouts import job_layouts
-from mindrlhf.parallel.exchange_plan import plan_exchange
-from mindrlhf.parallel.layout import Layout, Mesh, mesh_of
+from mindrlhf.parallel.layout import Mesh, mesh_of
 from mindrlhf.parallel.reshard import BUCKET_BYTES
 from mindrlhf.planning.graph_memory import (
-    BYTES,
     FLOAT32,
     HOST_PROCESS,
     STEP_ARRAYS,
@@ -57,6 +54,7 @@ class ModelMemory:
         graphs: phase -> what its compiled graph takes.
         offloaded: whether the weights are in host memory while another model that is offloaded is used.
         swapped: whether the moments are in host memory, but for one tensor's during its step.
+        saved: host copies of the moments while a checkpoint is written: of all replicas' parts.
     """
 
     name: str
@@ -69,6 +67,7 @@ class ModelMemory:
     graphs: dict[str, GraphMemory]
     offloaded: bool = False
     swapped: bool = False
+    saved: int = 0
 
     @property
     def activations(self) -> int:
@@ -208,6 +207,7 @@ def _trained(
         graphs=graphs | {TRAINING: training},
         offloaded=config.context.memory_offload,
         swapped=swapped,
+        saved=0 if swapped and replicas == 1 else FLOAT32 * states,
     )
 
 
@@ -306,16 +306,6 @@ def plan_memory(job: JobConfig, *, with_reward_model: bool = True) -> MemoryPlan
     return MemoryPlan(job, device, models, phases, 0 if device.host_shared else _host_bytes(models))
 
 
-def plan_sync(job: JobConfig) -> SyncTraffic:
-    """What one weight sync of the job moves."""
-    layouts = job_layouts(job)
-    return sync_traffic(
-        layouts["train_policy"],
-        layouts["infer_policy"],
-        number_bytes=BYTES[job.infer.generator_model.param_init_type],
-    )
-
-
 def _pooled(job: JobConfig, models: tuple[ModelMemory, ...], device: DeviceTraits) -> tuple[PhaseMemory, ...]:
     """On a device: what stays, and what the phase takes from the pool and returns; models take turns."""
     stays = {
@@ -383,67 +373,4 @@ def _buckets(job: JobConfig) -> int:
 def _host_bytes(models: tuple[ModelMemory, ...]) -> int:
     """The process, what is offloaded, and the largest copy: a model in loading or sync, moments in saving."""
     resting = sum(model.on_host for model in models)
-    return HOST_PROCESS + resting + max(max(model.weights, 2 * model.gradients) for model in models)
-
-
-@dataclass(frozen=True)
-class SyncTraffic:
-    """Bytes of one sync from the trained to the generating policy, in the type in which that one stores them.
-
-    Attributes:
-        received: by rank, what comes from other ranks.
-        sent: by rank, what goes to other ranks.
-        needed: by rank, what its target slices hold that its source slices do not: the minimum for any scheme
-            of moving weights.
-        pairs: of ranks that communicate, counted per direction.
-        buckets: messages of all pairs.
-    """
-
-    received: tuple[int, ...]
-    sent: tuple[int, ...]
-    needed: tuple[int, ...]
-    pairs: int
-    buckets: int
-
-    @property
-    def total(self) -> int:
-        """Received by all ranks together."""
-        return sum(self.received)
-
-    @property
-    def least(self) -> int:
-        """Needed by all ranks together."""
-        return sum(self.needed)
-
-
-def sync_traffic(
-    source: Mapping[str, Layout], target: Mapping[str, Layout], *, number_bytes: int
-) -> SyncTraffic:
-    """Traffic from ``source`` to ``target`` layouts over the same ranks.
-
-    Args:
-        source, target: canonical name -> layout; ``source`` may name more.
-        number_bytes: of a number as the target stores it; it is cast before it travels.
-    """
-    ranks = range(next(iter(target.values())).mesh.size)
-    plan = plan_exchange(source, target, bucket_elements=BUCKET_BYTES // number_bytes)
-    sent = [
-        sum(transfer.elements for transfer in plan.transfers if transfer.sender == rank) for rank in ranks
-    ]
-    needed = [sum(_missing(source[name], wanted, rank) for name, wanted in target.items()) for rank in ranks]
-    return SyncTraffic(
-        received=tuple(plan.received(rank) * number_bytes for rank in ranks),
-        sent=tuple(count * number_bytes for count in sent),
-        needed=tuple(count * number_bytes for count in needed),
-        pairs=len(plan.transfers),
-        buckets=plan.collectives,
-    )
-
-
-def _missing(held: Layout, wanted: Layout, rank: int) -> int:
-    """Elements of a rank's target slice that its source slice lacks."""
-    sides = (
-        max(0, min(a.stop, b.stop) - max(a.start, b.start))
-        for a, b in zip(held.slices(rank), wanted.slices(rank), strict=True)
-    )
-    return prod(wanted.local_shape) - prod(sides)
+    return HOST_PROCESS + resting + max(max(model.weights, model.saved) for model in models)

@@ -14,9 +14,10 @@ from rich.text import Text
 
 from mindrlhf.configs.faults import shown
 from mindrlhf.configs.keys import JobConfig
-from mindrlhf.planning.job_memory import PARTS, MemoryPlan, ModelMemory, SyncTraffic, plan_memory, plan_sync
+from mindrlhf.planning.job_memory import PARTS, MemoryPlan, ModelMemory, plan_memory
 from mindrlhf.planning.remedies import Suggestion, lowest_peak, smallest_changes, smallest_world
 from mindrlhf.planning.splits import common_splits, runs_of, with_splits
+from mindrlhf.planning.traffic import SyncTraffic, plan_sync
 from mindrlhf.utils.errors import ConfigError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -10,7 +10,7 @@ from mindrlhf.configs.keys import JobConfig
 from mindrlhf.models.qwen2.layouts import parameter_layouts
 from mindrlhf.parallel.layout import Layout, Mesh
 from mindrlhf.parallel.reshard import Resharder
-from mindrlhf.planning.job_memory import SyncTraffic, plan_sync, sync_traffic
+from mindrlhf.planning.traffic import SyncTraffic, plan_sync, sync_traffic
 
 MakeJob = Callable[..., JobConfig]
 MESHES = [Mesh(4, 1), Mesh(2, 2), Mesh(1, 4)]
