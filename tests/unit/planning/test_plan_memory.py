@@ -280,7 +280,7 @@ def test_of_what_is_offloaded_one_model_at_a_time_counts(tiny_job: MakeJob) -> N
     swapped = replace(moved, **{role: replace(getattr(moved, role), **swap) for role in ("train", "critic")})
     plan = plan_memory(swapped)
     assert {phase.parts["moments"] for phase in plan.phases} == {0}
-    # Moments in host memory are saved from there; others pass through it, the policy's being the largest copy.
+    # Moments in host memory are saved from there; others pass through it, most of all the policy's.
     assert plan.host - plan_memory(moved).host == 8 * (POLICY + CRITIC) - 8 * POLICY + 4 * POLICY
 
 
