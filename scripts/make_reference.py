@@ -117,7 +117,7 @@ def _model_keys() -> Iterator[str]:
     for name, declaration in sections.items():
         yield from ("", f"### {name}", "")
         yield from _table(keys_of(declaration))
-    yield from ("", "### recompute_config and parallel", "", *_HEAD)
+    yield from ("", "### Switches of memory", "", *_HEAD)
     yield (
         "| `recompute_config.recompute` | `False` | True, False, or a list with one number | which layers, "
         "from the first on, compute their results anew in the backward pass; less memory, more time |"
@@ -125,6 +125,10 @@ def _model_keys() -> Iterator[str]:
     yield (
         "| `parallel.enable_parallel_optimizer` | `False` | True or False | whether replicas share "
         "out moments and float32 masters (ZeRO stage 1) |"
+    )
+    yield (
+        "| `parallel_config.use_seq_parallel` | `False` | True or False | whether ranks of model_parallel "
+        "split activations between the products by tokens (sequence parallelism), in training and scoring |"
     )
 
 

@@ -155,8 +155,9 @@ class RunConfig:
     ``lr_schedule`` is passed unchanged to MindFormers' ``build_lr`` (it and ``optimizer`` are empty when the
     YAML has none). ``recompute`` of the layers, from the first on, compute their results anew in the backward
     pass (``recompute_config.recompute``), and the optimizer's state is shared out over the replicas when
-    ``shards_optimizer`` (``parallel.enable_parallel_optimizer``); ``ignored`` names the sections that are not
-    read. ``micro_batches`` make up an optimizer step (``runner_config.gradient_accumulation_steps`` or
+    ``shards_optimizer`` (``parallel.enable_parallel_optimizer``). ``splits_rows`` is sequence parallelism
+    (``parallel_config.use_seq_parallel``); ``ignored`` names the sections that are not read.
+    ``micro_batches`` make up an optimizer step (``runner_config.gradient_accumulation_steps`` or
     ``parallel_config.micro_batch_num``).
     """
 
@@ -169,6 +170,7 @@ class RunConfig:
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     recompute: int = 0
     shards_optimizer: bool = False
+    splits_rows: bool = False
     micro_batches: int = 1
     ignored: tuple[str, ...] = ()
 

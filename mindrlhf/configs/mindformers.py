@@ -53,7 +53,6 @@ def _unsupported(
 
 _DROPOUT = "remove it or set it to 0: dropout would make old and new log-probs differ"
 _SHARDED_OPTIMIZER = "remove it: parallel.enable_parallel_optimizer shares out the optimizer's state"
-_SEQUENCE_PARALLEL = "set it to False: activations are not split along the sequence"
 _PIPELINE = (
     "set it to 1 and raise model_parallel: layers are not split into stages, which would wait for each other "
     "in every token of a rollout"
@@ -131,6 +130,7 @@ SYNONYMS = {
 PARALLEL = {
     **_describes_nothing("context_parallel_algo", "mem_coeff"),
     "micro_batch_num": Foreign(None),  # see read_run.py
+    "use_seq_parallel": Foreign(None),  # see read_run.py
     **_harmless("gradient_aggregation_group", neutral=(4, None)),
     **_harmless("vocab_emb_dp"),
     "pipeline_stage": Foreign((1, None), _PIPELINE),
@@ -138,7 +138,6 @@ PARALLEL = {
         "context_parallel", "expert_parallel", "seq_split_num", "ulysses_degree_in_cp",
         neutral=(1, None),
     ),
-    "use_seq_parallel": Foreign((False, None), _SEQUENCE_PARALLEL),
     "optimizer_shard": Foreign((False, None, 1), _SHARDED_OPTIMIZER),
 }  # fmt: skip
 

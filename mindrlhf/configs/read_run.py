@@ -37,6 +37,7 @@ class RunDraft:
     runner: dict[str, Any] = field(default_factory=dict)
     recompute: int = 0
     shards_optimizer: bool = False
+    splits_rows: bool = False
     micro_batches: int = 1
     sections: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -63,6 +64,7 @@ class RunDraft:
             runner=RunnerConfig(**self.runner),
             recompute=self.recompute,
             shards_optimizer=self.shards_optimizer,
+            splits_rows=self.splits_rows,
             micro_batches=self.micro_batches,
             ignored=self.ignored,
         )
@@ -102,6 +104,7 @@ def read_run(path: Path, faults: Faults, *, device_target: str | None, single_pr
     draft.micro_batches = _micro_batches(parallel or {}, draft, reader)
     draft.recompute = _recomputed_layers(root, draft, reader)
     draft.shards_optimizer = reader.flag(root, "parallel.enable_parallel_optimizer")
+    draft.splits_rows = reader.flag(root, "parallel_config.use_seq_parallel")
     if (section := reader.section(root, "optimizer")) is not None:
         draft.optimizer = read_optimizer(section, reader.place("optimizer"), faults)
     if (section := reader.section(root, "lr_schedule")) is not None:
@@ -157,7 +160,7 @@ class _SectionReader:
         return read_section(section, keys, self.faults, where, accepted=foreign, remedies=remedies)
 
     def flag(self, root: Mapping[Any, Any], key_path: str) -> bool:
-        """A key that is True or False, in a section of which nothing else is read; False when absent."""
+        """A key that is True or False, not declared in :mod:`mindrlhf.configs.keys`; False when absent."""
         section, _, name = key_path.partition(".")
         of_section = root.get(section)
         value = of_section.get(name) if isinstance(of_section, dict) else None

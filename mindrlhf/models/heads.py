@@ -24,7 +24,7 @@ from mindrlhf.models.dtypes import ms_dtype
 from mindrlhf.models.families import family_of
 from mindrlhf.models.pieces import Gradients, Piece, Weights
 from mindrlhf.models.score_head import SCORE_HEAD
-from mindrlhf.parallel.collectives import CopyToGroup
+from mindrlhf.parallel.collectives import CopyToGroup, WholeRows
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import RowsProduct, VocabParallelLogProbs
 
@@ -32,13 +32,14 @@ from mindrlhf.parallel.tensor_parallel import RowsProduct, VocabParallelLogProbs
 class SelectRows(nn.Cell):
     """The last norm of some rows of the decoder's hidden states."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, groups: Groups) -> None:
         super().__init__()
+        self.whole_rows = WholeRows(groups)
         self.norm = family_of(config).decoder.RMSNorm(config)
 
     def construct(self, x: Tensor, rows: Tensor, norm: Tensor) -> Tensor:
-        """``x`` (B * T, H), row numbers (n,) int32 without repetitions -> (n, H)."""
-        return self.norm(ops.gather(x, rows, 0), norm)
+        """``x`` (B * T, H), or this rank's rows of it, row numbers (n,) int32, each once -> (n, H)."""
+        return self.norm(ops.gather(self.whole_rows(x), rows, 0), norm)
 
 
 class Logits(nn.Cell):
@@ -149,10 +150,10 @@ class _Pieces(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _pieces(config: ModelConfig, kernels: Path | None) -> _Pieces:
+def _pieces(config: ModelConfig, groups: Groups, kernels: Path | None) -> _Pieces:
     """Models that agree in these share compiled graphs."""
     return _Pieces(
-        Piece(SelectRows(config), inputs=1, constants=1), Piece(ScoreHead(), inputs=1, constants=0)
+        Piece(SelectRows(config, groups), inputs=1, constants=1), Piece(ScoreHead(), inputs=1, constants=0)
     )
 
 
@@ -161,15 +162,21 @@ class Head(ABC):
 
     Args:
         config: model sizes.
+        groups: this rank's groups.
         parameters: of the model.
     """
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Parameter]) -> None:
-        self._pieces = _pieces(config, layer_kernels(ms.float32))
+    def __init__(self, config: ModelConfig, groups: Groups, parameters: Mapping[str, Parameter]) -> None:
+        self._pieces = _pieces(config, groups, layer_kernels(ms.float32))
         self._norm = Weights(parameters, [family_of(config).layouts.FINAL_NORM])
 
     def forward(self, x: Tensor, rows: Rows) -> tuple[tuple[Tensor, ...], HeadTape]:
-        """``x`` (B * T, H) -> outputs of the shape of ``rows``, float32, and what :meth:`backward` needs."""
+        """Outputs of the shape of ``rows``, float32, and what :meth:`backward` needs.
+
+        Args:
+            x: a decoder's result.
+            rows: of its B * T rows.
+        """
         numbers = Tensor(rows.numbers)
         hidden = self._pieces.select(x, numbers, *self._norm.tensors)
         outputs = self._outputs(hidden, rows)
@@ -203,8 +210,8 @@ class Head(ABC):
 class ScalarHead(Head):
     """One number per row: values, or scores."""
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Parameter]) -> None:
-        super().__init__(config, parameters)
+    def __init__(self, config: ModelConfig, groups: Groups, parameters: Mapping[str, Parameter]) -> None:
+        super().__init__(config, groups, parameters)
         self._weights = Weights(parameters, SCORE_HEAD)
 
     def _outputs(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, ...]:
@@ -231,14 +238,16 @@ class LanguageHead(Head):
     def __init__(
         self, config: ModelConfig, groups: Groups, parameters: Mapping[str, Parameter], **settings: Any
     ) -> None:
-        super().__init__(config, parameters)
+        super().__init__(config, groups, parameters)
         layouts = family_of(config).layouts
         table = layouts.EMBEDDING if config.tie_word_embeddings else layouts.LM_HEAD
         self._table = Weights(parameters, [table])
         self._vocabulary: int = parameters[table].shape[0]  # this rank's rows of it
         log_probs = LogProbs(config, groups, **settings)
         self._log_probs = Piece(log_probs, inputs=1, constants=1, gradient=LogProbsGradient(log_probs))
-        self._values = ScalarHead(config, parameters) if parameters.keys() >= set(SCORE_HEAD) else None
+        self._values = (
+            ScalarHead(config, groups, parameters) if parameters.keys() >= set(SCORE_HEAD) else None
+        )
 
     def _outputs(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         table = self._table.tensors

@@ -64,8 +64,9 @@ class Network(ABC):
             extra: what else :meth:`rows` takes.
         """
         self.to_device()
-        x, _ = self.decoder.forward(*map(Tensor, (tokens, valid, position_ids)))
-        outputs, _ = self.head.forward(x, self.rows(tokens, *extra))
+        inputs, rows = self._arguments(tokens, valid, position_ids, *extra)
+        x, _ = self.decoder.forward(*inputs)
+        outputs, _ = self.head.forward(x, rows)
         return tuple(output.asnumpy() for output in outputs)
 
     def forward(
@@ -73,9 +74,10 @@ class Network(ABC):
     ) -> tuple[tuple[Tensor, ...], Tape]:
         """As a call, and what :meth:`backward` needs."""
         self.to_device()
-        x, decoder_tape = self.decoder.forward(*map(Tensor, (tokens, valid, position_ids)), keep=True)
+        inputs, rows = self._arguments(tokens, valid, position_ids, *extra)
+        x, decoder_tape = self.decoder.forward(*inputs, keep=True)
         assert decoder_tape is not None
-        outputs, head_tape = self.head.forward(x, self.rows(tokens, *extra))
+        outputs, head_tape = self.head.forward(x, rows)
         return outputs, Tape(decoder_tape, head_tape)
 
     def backward(self, tape: Tape, d_outputs: Sequence[Tensor], gradients: Gradients) -> None:
@@ -88,6 +90,20 @@ class Network(ABC):
         """
         dx = self.head.backward(tape.head, d_outputs, gradients)
         self.decoder.backward(tape.decoder, dx, gradients)
+
+    def _arguments(
+        self, tokens: np.ndarray, valid: np.ndarray, position_ids: np.ndarray, *extra: np.ndarray
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Rows]:
+        """Of the decoder and of the head; columns of pads are added if the ranks could not split the rows."""
+        rows, columns = self.rows(tokens, *extra), tokens.shape[1]
+        arrays, parts = [tokens, valid, position_ids], self.decoder.row_parts
+        if tokens.size % parts:
+            added = -columns % parts
+            arrays = [np.pad(array, ((0, 0), (0, added))) for array in arrays]
+            row, column = np.divmod(rows.numbers, columns)
+            rows = rows._replace(numbers=(row * (columns + added) + column).astype(np.int32))
+        inputs = Tensor(arrays[0]), Tensor(arrays[1]), Tensor(arrays[2])
+        return inputs, rows
 
 
 class SequenceModel(Network):
@@ -236,14 +252,14 @@ class CriticModel(SequenceModel):
         return response_rows(tokens, self.prompt_length)
 
     def _make_head(self) -> Head:
-        return ScalarHead(self.config, self.parameters)
+        return ScalarHead(self.config, self.groups, self.parameters)
 
 
 class PolicyValues(Network):
     """The values of a policy that is its own critic, without the logits that values do not need."""
 
     def __init__(self, policy: PPOModelTrain) -> None:
-        super().__init__(policy.decoder, ScalarHead(policy.config, policy.parameters))
+        super().__init__(policy.decoder, ScalarHead(policy.config, policy.groups, policy.parameters))
         self._policy = policy
 
     def to_device(self) -> None:
@@ -272,4 +288,4 @@ class RewardModel(SequenceModel):
         return last_rows(tokens, self.prompt_length, *extra)
 
     def _make_head(self) -> Head:
-        return ScalarHead(self.config, self.parameters)
+        return ScalarHead(self.config, self.groups, self.parameters)

@@ -159,6 +159,9 @@ class Decoder:
         parameters: this rank's shards, by name.
         recompute: in this many of the layers, from the first on, the backward pass computes results anew
             that would otherwise be kept.
+
+    Attributes:
+        row_parts: what B * T must divide by: ranks that split the rows.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class Decoder:
         names = family_of(config).layouts
         kernels = layer_kernels(ms.float32)
         self._first = _first_pieces(config, groups, kernels)
+        self.row_parts = groups.mesh.mp if groups.splits_rows else 1
         self._embedding = Weights(parameters, [names.EMBEDDING])
         self._blocks = []
         for start, end in ((0, recompute), (recompute, config.num_layers)):
@@ -194,7 +198,8 @@ class Decoder:
             keep: whether a backward pass will follow.
 
         Returns:
-            (B * T, H) in the compute type; values at pads are finite and meaningless. The tape if it is kept.
+            (B * T, H), or this rank's rows of it, in the compute type; values at pads are finite and
+            meaningless. The tape if it is kept.
         """
         shared = self._first.shared_inputs(valid, position_ids)
         x = self._first.embedding(tokens, *self._embedding.tensors)

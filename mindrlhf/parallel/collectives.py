@@ -1,12 +1,16 @@
-"""Collectives of a model-parallel group: sums in conjugate pairs, maximum, and gathers.
+"""Collectives of a model-parallel group: sums and splits of rows in conjugate pairs, maximum, and gathers.
 
 What one of a conjugate pair does forward, its partner does backward (Megatron-LM, arXiv 1909.08053, section
 3, ``f`` and ``g``). ``ops.AllReduce``'s own gradient is an all-reduce, which counts every gradient ``mp``
 times once the loss is replicated; hence the explicit ``bprop`` of each. A group of ``None`` (a rank on its
 own) communicates nothing.
 
-CPU has AllGather for the world group only ("AllGather only support mccl_world_group on CPU"), but AllReduce
-(SUM) for any group; hence two ways of gathering, each with its own use.
+With sequence parallelism (Korthikanti et al., arXiv 2205.05198, section 4.2.2, ``g`` and ``g-bar``) a rank
+holds its part of the rows between the products: they are gathered before a column-parallel product, and the
+sum behind a row-parallel one is scattered. Both ways together move as much as an all-reduce does.
+
+CPU has no ReduceScatter, and AllGather for the world group only ("AllGather only support mccl_world_group on
+CPU"), but AllReduce (SUM) for any group; hence more than one way of gathering, each with its own use.
 """
 
 from __future__ import annotations
@@ -64,6 +68,115 @@ class ReduceFromGroup(nn.Cell):
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """Gradient of ``x``: ``dout`` itself."""
         return (dout,)
+
+
+class GatherRows(nn.Cell):
+    """Joins the ranks' rows forward; backward sums over the group and keeps this rank's rows.
+
+    Placed before a column-parallel layer, in place of :class:`CopyToGroup`.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.all_gather, self.reduce_scatter = _AllGatherRows(groups), _ReduceScatterRows(groups)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (n / mp, k) of every rank -> (n, k)."""
+        return self.all_gather(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Gradient of ``x``: this rank's rows of the sum of ``dout``."""
+        return (self.reduce_scatter(dout),)
+
+
+class ScatterRows(nn.Cell):
+    """Sums over the group and keeps this rank's rows forward; joins the ranks' rows backward.
+
+    Placed after a row-parallel layer, in place of :class:`ReduceFromGroup`.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.all_gather, self.reduce_scatter = _AllGatherRows(groups), _ReduceScatterRows(groups)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Partial sums ``x`` (n, k) of every rank -> (n / mp, k)."""
+        return self.reduce_scatter(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Gradient of ``x``: that of all rows."""
+        return (self.all_gather(dout),)
+
+
+class WholeRows(nn.Cell):
+    """Joins the ranks' rows, if they are split, for what every rank computes alike.
+
+    The ranks send back equal gradients, of which each keeps its rows.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.active, self.index = groups.splits_rows, groups.mp_index
+        if self.active:
+            self.all_gather = _AllGatherRows(groups)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """``x`` (n / mp, k) of every rank -> (n, k)."""
+        if self.active:
+            return self.all_gather(x)
+        return x
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Gradient of ``x``: this rank's rows of ``dout``."""
+        if self.active:
+            return (dout[self.index * x.shape[0] : (self.index + 1) * x.shape[0]],)
+        return (dout,)
+
+
+def before_columns(groups: Groups) -> nn.Cell:
+    """What stands before column-parallel layers: activations as they are kept -> (n, k)."""
+    return GatherRows(groups) if groups.splits_rows else CopyToGroup(groups.mp_group)
+
+
+def behind_rows(groups: Groups) -> nn.Cell:
+    """What stands behind a row-parallel layer: partial sums (n, k) -> activations as they are kept."""
+    return ScatterRows(groups) if groups.splits_rows else ReduceFromGroup(groups.mp_group)
+
+
+class _AllGatherRows(nn.Cell):
+    """The rows (n / mp, k) of every rank -> (n, k); on CPU each adds its rows to zeros."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.ranks, self.index = groups.mesh.mp, groups.mp_index
+        self.by_sum = ms.get_context("device_target") == "CPU"
+        collective = ops.AllReduce if self.by_sum else ops.AllGather
+        self.collective = collective(group=groups.mp_group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.by_sum:
+            return self.collective(x)
+        zeros = ops.zeros_like(x)
+        parts = [x if rank == self.index else zeros for rank in range(self.ranks)]
+        return self.collective(ops.concat(parts, 0))
+
+
+class _ReduceScatterRows(nn.Cell):
+    """This rank's rows (n / mp, k) of the sum of (n, k); on CPU out of the whole sum."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.ranks, self.index = groups.mesh.mp, groups.mp_index
+        self.by_sum = ms.get_context("device_target") == "CPU"
+        collective = ops.AllReduce if self.by_sum else ops.ReduceScatter
+        self.collective = collective(group=groups.mp_group)
+
+    def construct(self, x: Tensor) -> Tensor:
+        found = self.collective(x)
+        if not self.by_sum:
+            return found
+        rows = x.shape[0] // self.ranks
+        return found[self.index * rows : (self.index + 1) * rows]
 
 
 class GroupAllGather(nn.Cell):

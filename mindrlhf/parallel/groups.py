@@ -9,12 +9,17 @@ from mindrlhf.parallel.layout import Mesh
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups one rank communicates in; ``None`` where the rank would be alone."""
+    """The groups one rank communicates in; ``None`` where the rank would be alone.
+
+    ``splits_rows``: activations between the products are split over the model-parallel group by rows
+    (sequence parallelism, see :mod:`mindrlhf.parallel.collectives`).
+    """
 
     mesh: Mesh
     rank: int
     mp_group: str | None = None
     dp_group: str | None = None
+    splits_rows: bool = False
 
     @property
     def mp_index(self) -> int:
@@ -27,15 +32,17 @@ class Groups:
         return self.mesh.dp_index(self.rank)
 
 
-def create_groups(mesh: Mesh, rank: int) -> Groups:
+def create_groups(mesh: Mesh, rank: int, *, splits_rows: bool = False) -> Groups:
     """Creates (or finds) the groups of ``rank`` in ``mesh``; every rank must call it in the same order.
 
     Group names spell out their ranks, so two models whose meshes agree on a group share one
     communicator. ``mindspore.communication.init`` must have run when the mesh has more than one rank.
+    ``splits_rows`` has no effect on a rank that holds a whole model.
     """
     if mesh.size == 1:
         return Groups(mesh, rank)
-    return Groups(mesh, rank, _group(mesh.mp_ranks(rank)), _group(mesh.dp_ranks(rank)))
+    mp_group, dp_group = _group(mesh.mp_ranks(rank)), _group(mesh.dp_ranks(rank))
+    return Groups(mesh, rank, mp_group, dp_group, splits_rows and mesh.mp > 1)
 
 
 _created: set[str] = set()

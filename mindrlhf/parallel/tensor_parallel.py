@@ -13,7 +13,7 @@ from mindspore.common.initializer import initializer
 
 from mindrlhf.kernels.bf16_products import bfloat16_rows_product
 from mindrlhf.kernels.log_probs import KernelLogitSums, logits_library
-from mindrlhf.parallel.collectives import GroupMax, ReduceFromGroup
+from mindrlhf.parallel.collectives import GroupMax, ReduceFromGroup, behind_rows
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.utils.sizes import exact_div
 
@@ -69,7 +69,7 @@ class AddBias(nn.Cell):
 class ColumnParallelLinear(nn.Cell):
     """``y = x W^T + b`` with the rows of ``W`` (output features) split over the group.
 
-    Its input has passed :class:`CopyToGroup`; one copy serves several projections of one input.
+    Its input has passed :func:`before_columns`; one copy serves several projections of one input.
 
     Args:
         compute_dtype: type of the product.
@@ -96,10 +96,10 @@ class RowParallelLinear(nn.Cell):
     def __init__(self, groups: Groups, compute_dtype: ms.dtype, matmul_dtype: str = "float32") -> None:
         super().__init__()
         self.product = RowsProduct(compute_dtype, matmul_dtype)
-        self.reduce = ReduceFromGroup(groups.mp_group)
+        self.reduce = behind_rows(groups)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x`` (n, in / mp), ``weight`` (out, in / mp) -> (n, out), equal on all ranks of the group."""
+        """``x`` (n, in / mp), ``weight`` (out, in / mp) -> (n, out), or this rank's rows of it."""
         return self.reduce(self.product(x, weight))
 
 
@@ -116,10 +116,13 @@ class VocabParallelEmbedding(nn.Cell):
         self.first = groups.mp_index * self.rows
         self.split = groups.mesh.mp > 1
         self.compute_dtype = compute_dtype
-        self.reduce = ReduceFromGroup(groups.mp_group)
+        self.reduce = behind_rows(groups)
 
     def construct(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """``ids`` (B, T) int32 in [0, vocab), ``weight`` (V / mp, H) -> (B * T, H) in the compute type."""
+        """``ids`` (B, T) int32 in [0, vocab), ``weight`` (V / mp, H) -> (B * T, H) in the compute type.
+
+        Where rows are split, this rank's of them.
+        """
         ids = ids.reshape((-1,))
         if not self.split:
             return ops.cast(ops.gather(weight, ids, 0), self.compute_dtype)

@@ -105,6 +105,8 @@ class RankSizes:
     Attributes:
         layers: decoder layers.
         hidden: H.
+        stream: features of the residual stream on this rank, for each token: H, or H / mp with sequence
+            parallelism.
         queries: features of this rank's query heads.
         keys: features of this rank's key heads; the value heads have as many.
         heads: query heads of this rank.
@@ -116,6 +118,7 @@ class RankSizes:
 
     layers: int
     hidden: int
+    stream: int
     queries: int
     keys: int
     heads: int
@@ -130,7 +133,7 @@ class RankSizes:
 
 
 @lru_cache(maxsize=512)
-def rank_sizes(config: ModelConfig, mp: int) -> RankSizes:
+def rank_sizes(config: ModelConfig, mp: int, *, splits_rows: bool = False) -> RankSizes:
     """This rank's sizes, from the layouts that the model itself is built from.
 
     Raises:
@@ -145,6 +148,7 @@ def rank_sizes(config: ModelConfig, mp: int) -> RankSizes:
     return RankSizes(
         layers=config.num_layers,
         hidden=config.hidden_size,
+        stream=exact_div(config.hidden_size, mp, "hidden size by mp") if splits_rows else config.hidden_size,
         queries=queries,
         keys=shapes[f"{layer}attention.wk.weight"][0],
         heads=exact_div(queries, config.head_dim, "query features by head size"),
@@ -252,8 +256,8 @@ def scoring_graph(
 ) -> GraphMemory:
     """A forward pass: what all layers share, and a block of layers with its results, or the head."""
     results = max(map(len, blocks(sizes.layers))) * _kept_by_layer(sizes)
-    block = results + sizes.hidden * sizes.compute + _widest_forward(sizes, work.columns)
-    head = sizes.hidden * sizes.compute * work.tokens + _head(sizes, work, device)
+    block = results + sizes.stream * sizes.compute + _widest_forward(sizes, work.columns)
+    head = sizes.stream * sizes.compute * work.tokens + _head(sizes, work, device)
     activations = work.tokens * _shared(sizes, work.columns) + max(work.tokens * block, head)
     activations += _widened(sizes, max(map(len, blocks(sizes.layers))), parameters, device)
     return GraphMemory(activations, _broadcast_index(work, device), device.scoring_graphs)
@@ -269,7 +273,7 @@ def training_graph(
     """
     whole = sizes.layers - work.recompute
     inputs = len(blocks(work.recompute))
-    kept = whole * _kept_by_layer(sizes) + inputs * sizes.hidden * sizes.compute
+    kept = whole * _kept_by_layer(sizes) + inputs * sizes.stream * sizes.compute
     recomputed = max(map(len, blocks(work.recompute)), default=0) * _kept_by_layer(sizes)
     block = _widest_backward(sizes, work.columns) + recomputed
     largest = max(map(len, [*blocks(work.recompute), *blocks(whole)]))
@@ -277,7 +281,7 @@ def training_graph(
     of_head = sizes.vocab * sizes.hidden * FLOAT32 if work.logits else 0
     last = max(work.tokens * block + of_block, 2 * _head(sizes, work, device) + of_head)
     last += _widened(sizes, largest, parameters, device)
-    activations = work.tokens * (_shared(sizes, work.columns) + kept + sizes.hidden * sizes.compute) + last
+    activations = work.tokens * (_shared(sizes, work.columns) + kept + sizes.stream * sizes.compute) + last
     activations = max(activations, STEP_ARRAYS * parameters.largest * FLOAT32)
     return GraphMemory(activations, _broadcast_index(work, device), device.training_graphs)
 
@@ -327,7 +331,7 @@ def _kept_by_layer(sizes: RankSizes) -> int:
 
     Its output and the stream between its halves; query and the mixed values; key and value; gate and up.
     """
-    return 2 * (sizes.hidden + sizes.queries + sizes.keys + sizes.inner) * sizes.compute
+    return 2 * (sizes.stream + sizes.queries + sizes.keys + sizes.inner) * sizes.compute
 
 
 def _widest_forward(sizes: RankSizes, columns: int) -> int:
@@ -345,8 +349,12 @@ def _widest_backward(sizes: RankSizes, columns: int) -> int:
 
 
 def _head(sizes: RankSizes, work: Pass, device: DeviceTraits) -> int:
-    """Bytes of the head: the rows that it looks at, and a chunk of logits with what is computed from it."""
-    total = 2 * work.response_tokens * sizes.hidden * sizes.compute
+    """Bytes of the head: the rows that it looks at, and a chunk of logits with what is computed from it.
+
+    Where the residual stream is split, all its rows are gathered first.
+    """
+    total = work.tokens * sizes.hidden * sizes.compute if sizes.stream < sizes.hidden else 0
+    total += 2 * work.response_tokens * sizes.hidden * sizes.compute
     if work.logits:
         chunk = chunk_rows(work.response_tokens, sizes.vocab)
         total += chunk * sizes.vocab * (sizes.compute + device.logit_arrays * FLOAT32)

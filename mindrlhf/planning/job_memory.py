@@ -127,7 +127,7 @@ def minibatch_rows(job: JobConfig, config: RunConfig) -> int:
 def _sizes(config: RunConfig, *, lm_head: bool, score_head: bool) -> tuple[RankSizes, ParameterCount]:
     mp = config.parallel.model_parallel
     count = count_parameters(config.model, mp, lm_head=lm_head, score_head=score_head)
-    return rank_sizes(config.model, mp), count
+    return rank_sizes(config.model, mp, splits_rows=config.splits_rows), count
 
 
 def _scoring_pass(job: JobConfig, config: RunConfig, *, logits: bool = False) -> Pass:

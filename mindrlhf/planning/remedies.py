@@ -213,6 +213,9 @@ def _levers(job: JobConfig, with_reward_model: bool, *, keep_splits: bool = Fals
     if any(run.parallel.data_parallel > 1 and not run.shards_optimizer for run in trained):
         text = f"{names}: parallel.enable_parallel_optimizer True"
         levers.append(_single("optimizer", 2, text, partial(_trained_with, shards_optimizer=True)))
+    if any(run.parallel.model_parallel > 1 and not run.splits_rows for run in trained):
+        text = f"{names}: parallel_config.use_seq_parallel True"
+        levers.append(_single("rows", 2, text, partial(_trained_with, splits_rows=True)))
     if any(run.recompute < run.model.num_layers for run in trained):
         text = f"{names}: recompute_config.recompute True (a third more time in the update)"
         recomputed = partial(_trained_with, recompute=job.train.model.num_layers)

@@ -85,14 +85,14 @@ def build_models(
     reward = critic = None
     if with_reward_model:
         reward = RewardModel(
-            job.reward.model, create_groups(mesh_of(job.reward), rank), prompt_length=ppo.max_prompt_length
+            job.reward.model, sequence_groups(job.reward, rank), prompt_length=ppo.max_prompt_length
         )
         fill_model(reward, weights.reward or weights.train, ppo.seed, "reward model", "reward")
         _place(reward, job.reward, memory)
     if ppo.critic == "separate":
         critic = CriticModel(
             job.critic.model,
-            create_groups(mesh_of(job.critic), rank),
+            sequence_groups(job.critic, rank),
             prompt_length=ppo.max_prompt_length,
             recompute=job.critic.recompute,
         )
@@ -136,10 +136,15 @@ def valid_vocab_size(job: JobConfig) -> int:
     return job.ppo.valid_vocab_size or job.infer.model.vocab_size
 
 
+def sequence_groups(config: RunConfig, rank: int) -> Groups:
+    """Groups of a network over whole sequences, as its YAML asks for; every rank must call it."""
+    return create_groups(mesh_of(config), rank, splits_rows=config.splits_rows)
+
+
 def _policy(job: JobConfig, config: RunConfig, rank: int, **settings: bool) -> PPOModelTrain:
     return PPOModelTrain(
         config.model,
-        create_groups(mesh_of(config), rank),
+        sequence_groups(config, rank),
         prompt_length=job.ppo.max_prompt_length,
         temperature=job.ppo.temperature,
         valid_vocab_size=job.ppo.valid_vocab_size or config.model.vocab_size,

@@ -147,16 +147,26 @@ class PPOInputs:
         """The hyper-parameters."""
         return self.directory / "ppo_small.yaml"
 
-    def yaml(self, kind: str, dp: int, mp: int, *, offload: bool = False) -> Path:
-        """``generate`` or ``finetune`` YAML of a layout, with all that can be in host memory there or not."""
-        path = self.directory / f"{kind}_dp{dp}mp{mp}{'_offload' if offload else ''}.yaml"
+    def yaml(self, kind: str, dp: int, mp: int, *, offload: bool = False, splits_rows: bool = False) -> Path:
+        """``generate`` or ``finetune`` YAML of a layout.
+
+        Args:
+            offload: all that can be in host memory is there.
+            splits_rows: with sequence parallelism.
+        """
+        suffix = f"{'_offload' if offload else ''}{'_rows' if splits_rows else ''}"
+        path = self.directory / f"{kind}_dp{dp}mp{mp}{suffix}.yaml"
         if not path.exists():
             trained = {"lr_schedule": {"learning_rate": 2e-3}, "optimizer": {"swap": offload}}
             _change_yaml(
                 CONFIGS / f"{kind}_qwen2_tiny.yaml",
                 path,
                 {
-                    "parallel_config": {"data_parallel": dp, "model_parallel": mp},
+                    "parallel_config": {
+                        "data_parallel": dp,
+                        "model_parallel": mp,
+                        "use_seq_parallel": splits_rows,
+                    },
                     "model.model_config": SMALL_MODEL,
                     "context": {"memory_offload": "ON" if offload else "OFF"},
                     **(trained if kind == "finetune" else {}),

@@ -26,6 +26,7 @@ class Case:
     resume_other: str = ""  # a case of fewer workers, whose checkpoint is gone on from, too
     broken: dict[str, tuple[str, int]] = field(default_factory=dict)
     offload: bool = False
+    splits_rows: bool = False
 
     @property
     def name(self) -> str:
@@ -69,6 +70,7 @@ CASES = {
             resume_other="dp2mp1_dp1mp2_shared",
             broken=BOTH,
             offload=True,
+            splits_rows=True,
         ),
     )
 }
@@ -104,8 +106,9 @@ def write_cases(path: Path, world_size: int, inputs: Any, others: Path | None = 
     for name, case in CASES.items():
         if case.world_size != world_size:
             continue
-        infer = inputs.yaml("generate", *case.infer, offload=case.offload)
-        train = inputs.yaml("finetune", *case.train, offload=case.offload)
+        savers = {"offload": case.offload, "splits_rows": case.splits_rows}
+        infer = inputs.yaml("generate", *case.infer, **savers)
+        train = inputs.yaml("finetune", *case.train, **savers)
         cases[name] = {
             "infer": str(infer),
             "train": str(train),

@@ -1,4 +1,7 @@
-"""Recomputation, optimizer states shared out or swapped, micro-batches and layouts change no results."""
+"""What saves memory, micro-batches and layouts change no results.
+
+Recomputation, sequence parallelism ("rows"), optimizer states shared out or swapped.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from tests.st.test_stages_layouts import working_alone
 # occurs together once.
 JOBS: dict[str, tuple[tuple[int, int], frozenset[str], int, str | None]] = {
     "replicas": ((4, 1), frozenset({"share", "swap"}), 1, None),
-    "grid": ((2, 2), frozenset({"recompute", "accumulate"}), 0, None),
+    "grid": ((2, 2), frozenset({"recompute", "accumulate", "rows"}), 0, None),
     "split": ((1, 4), frozenset({"recompute", "share", "swap"}), 2, None),
-    "grid from replicas": ((2, 2), frozenset({"share"}), 2, "replicas"),
+    "grid from replicas": ((2, 2), frozenset({"share", "rows"}), 2, "replicas"),
     "replicas from grid": ((4, 1), frozenset({"recompute"}), 2, "grid"),
-    "split from grid": ((1, 4), frozenset({"swap"}), 1, "grid"),
+    "split from grid": ((1, 4), frozenset({"swap", "rows"}), 1, "grid"),
 }
 NARROW = {"narrow grid": ((2, 2), frozenset({"bfloat16", "share", "swap"}), 2, None)}
 """With bfloat16 weights, whose roundings come back in every number: they equal one process with them."""
@@ -32,6 +35,7 @@ def yaml_of(inputs: Any, directory: Path, mesh: tuple[int, int], savers: frozens
     content = yaml.safe_load(inputs.yaml("finetune", *mesh).read_text())
     content["recompute_config"]["recompute"] = "recompute" in savers
     content["parallel"]["enable_parallel_optimizer"] = "share" in savers
+    content["parallel_config"]["use_seq_parallel"] = "rows" in savers
     content["optimizer"]["swap"] = "swap" in savers
     content["runner_config"]["gradient_accumulation_steps"] = 2 if "accumulate" in savers else 1
     if "bfloat16" in savers:

@@ -4,6 +4,9 @@ Grouped-query attention with rotary positions, RMSNorm and a SwiGLU feed-forward
 arXiv 2407.10671). A piece takes its weights as inputs, in the order of
 :mod:`mindrlhf.models.qwen2.layouts`; :mod:`mindrlhf.models.passes` runs them. Generation has its own network
 in :mod:`mindrlhf.models.qwen2.generator_network`.
+
+The residual stream, written (N, H), has all B * T rows; with sequence parallelism (``groups.splits_rows``) it
+has this rank's B * T / mp.
 """
 
 from __future__ import annotations
@@ -22,12 +25,27 @@ from mindrlhf.models.qwen2.layers import (
     swiglu,
     transposed_rows,
 )
-from mindrlhf.parallel.collectives import CopyToGroup
+from mindrlhf.parallel.collectives import CopyToGroup, before_columns
 from mindrlhf.parallel.groups import Groups
 from mindrlhf.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from mindrlhf.utils.sizes import exact_div
 
 __all__ = ["DecoderLayer", "DecoderLayerGradient", "RMSNorm", "SharedInputs"]
+
+
+class NormedInput(nn.Cell):
+    """Norm of the residual stream, for column-parallel projections."""
+
+    def __init__(self, config: ModelConfig, groups: Groups) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config)
+        # A rank that norms its own rows has a part of the weight's gradient only.
+        self.share_weight = CopyToGroup(groups.mp_group if groups.splits_rows else None)
+        self.before_columns = before_columns(groups)
+
+    def construct(self, x: Tensor, norm: Tensor) -> Tensor:
+        """``x`` (N, H), ``norm`` (H,) -> (B * T, H)."""
+        return self.before_columns(self.norm(x, self.share_weight(norm)))
 
 
 class QueryKeyValue(nn.Cell):
@@ -38,8 +56,7 @@ class QueryKeyValue(nn.Cell):
         self.head_dim, self.has_bias = config.head_dim, config.qkv_has_bias
         self.compute_dtype = ms_dtype(config.compute_dtype)
         self.rotary_dtype = ms_dtype(config.rotary_dtype)
-        self.norm = RMSNorm(config)
-        self.copy_to_group = CopyToGroup(groups.mp_group)
+        self.normed = NormedInput(config, groups)
         self.project = ColumnParallelLinear(self.compute_dtype, config.matmul_dtype)
         self.rotary = rotary(self.rotary_dtype)
 
@@ -53,8 +70,8 @@ class QueryKeyValue(nn.Cell):
         norm: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``x`` (B * T, H), tables of :class:`SharedInputs` -> query, key, value (B * T, heads * D)."""
-        x = self.copy_to_group(self.norm(x, norm))
+        """``x`` (N, H), tables of :class:`SharedInputs` -> query, key, value (B * T, heads * D)."""
+        x = self.normed(x, norm)
         query, key, value = self._projections(x, *weights)
         return self._rotated(query, query_cos, query_sin), self._rotated(key, key_cos, key_sin), value
 
@@ -144,7 +161,7 @@ class AttentionOutput(nn.Cell):
         self.project = RowParallelLinear(groups, ms_dtype(config.compute_dtype), config.matmul_dtype)
 
     def construct(self, mixed: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """(B * T, heads * D), (B * T, H) -> (B * T, H)."""
+        """(B * T, heads * D), (N, H) -> (N, H)."""
         return x + self.project(mixed, weight)
 
 
@@ -153,13 +170,12 @@ class GateUp(nn.Cell):
 
     def __init__(self, config: ModelConfig, groups: Groups) -> None:
         super().__init__()
-        self.norm = RMSNorm(config)
-        self.copy_to_group = CopyToGroup(groups.mp_group)
+        self.normed = NormedInput(config, groups)
         self.project = ColumnParallelLinear(ms_dtype(config.compute_dtype), config.matmul_dtype)
 
     def construct(self, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
-        """(B * T, H) -> twice (B * T, I)."""
-        x = self.copy_to_group(self.norm(x, norm))
+        """(N, H) -> twice (B * T, I)."""
+        x = self.normed(x, norm)
         return self.project(x, w1), self.project(x, w3)
 
 
@@ -172,7 +188,7 @@ class Down(nn.Cell):
         self.project = RowParallelLinear(groups, ms_dtype(config.compute_dtype), config.matmul_dtype)
 
     def construct(self, gate: Tensor, up: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Twice (B * T, I), (B * T, H) -> (B * T, H)."""
+        """Twice (B * T, I), (N, H) -> (N, H)."""
         return x + self.project(self.swiglu(gate, up), weight)
 
 
@@ -197,12 +213,12 @@ class DecoderLayer(nn.Cell):
         """Everything that a gradient may need.
 
         Args:
-            x: (B * T, H).
+            x: (N, H).
             attention_mask: of :class:`SharedInputs`.
             rest: its four tables, and the weights of the layer.
 
         Returns:
-            (B * T, H), then the results of the parts: query, key, value, mixed values, the residual stream
+            (N, H), then the results of the parts: query, key, value, mixed values, the residual stream
             between the halves, gate and up.
         """
         tables, weights = rest[:4], rest[4:]
@@ -228,7 +244,7 @@ class DecoderLayerGradient(nn.Cell):
         """Gradients of ``x`` and of each weight.
 
         Args:
-            dout: of the first result, (B * T, H).
+            dout: of the first result, (N, H).
             kept: the other results of the layer.
             x, attention_mask, rest: its inputs.
         """

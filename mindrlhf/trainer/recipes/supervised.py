@@ -18,10 +18,11 @@ from mindrlhf.configs.keys import StagePlan
 from mindrlhf.data.sequences import SequenceData
 from mindrlhf.data.stream import RowStream
 from mindrlhf.models.networks import SequenceModel
-from mindrlhf.parallel.groups import Groups, create_groups
-from mindrlhf.parallel.layout import Mesh, mesh_of
+from mindrlhf.parallel.groups import Groups
+from mindrlhf.parallel.layout import Mesh
 from mindrlhf.runtime.host_exchange import HostExchange, local_rows, together
 from mindrlhf.runtime.launching import scratch_directory
+from mindrlhf.trainer.builder import sequence_groups
 from mindrlhf.trainer.checkpoints import Stateful, Trained, TrainingCheckpoints, appearing, model_identity
 from mindrlhf.trainer.optimizer import build_optimizer
 from mindrlhf.trainer.output_paths import output_of
@@ -251,7 +252,7 @@ def _held_out(rows: np.ndarray) -> HeldOut | None:
 
 def stage_groups(run: Run, plan: StagePlan) -> Groups:
     """This rank's groups in the mesh of a stage's YAML."""
-    return create_groups(mesh_of(plan.config), run.runtime.rank)
+    return sequence_groups(plan.config, run.runtime.rank)
 
 
 def over_rows(

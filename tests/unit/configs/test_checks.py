@@ -77,7 +77,12 @@ ONE_KEY_CASES = [
         1,
         "enable_parallel_optimizer: wrong type (1) - must be",
     ),
-    ("reward", "parallel_config.use_seq_parallel", True, "use_seq_parallel: not supported (True)"),
+    (
+        "reward",
+        "parallel_config.use_seq_parallel",
+        1,
+        "use_seq_parallel: wrong type (1) - must be True or False",
+    ),
     (
         "reward",
         "parallel_config.micro_batch_num",

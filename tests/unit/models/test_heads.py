@@ -115,6 +115,25 @@ def test_recomputed_layers_give_the_same_gradients(recompute: int) -> None:
     assert min(np.abs(gradient).max() for gradient in found[0].values()) > 1e-4
 
 
+def test_columns_that_are_added_to_split_the_rows_change_nothing() -> None:
+    """18 tokens in 4 parts: 2 rows of 12 columns in place of 9."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 24, (2, 9)).astype(np.int32)
+    inputs = (tokens, np.ones_like(tokens), np.tile(np.arange(9, dtype=np.int32), (2, 1)))
+    dout = [Tensor(rng.normal(0, 1, (2, 5)).astype(np.float32)) for _ in range(2)]
+    found = []
+    for parts in (1, 4):
+        model, gradients = small_policy(), Gradients()
+        model.decoder.row_parts = parts
+        outputs, tape = model.forward(*inputs)
+        assert tape.decoder.tokens.shape == (2, 9 if parts == 1 else 12)
+        model.backward(tape, dout, gradients)
+        found.append([x.asnumpy() for x in (*outputs, *(gradients[name] for name in model.parameters))])
+    for padded, wanted in zip(*reversed(found), strict=True):
+        np.testing.assert_allclose(padded, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
 def small_policy(*, num_layers: int = 1, value_head: bool = False, recompute: int = 0) -> PPOModelTrain:
     """Random weights, the same each time."""
     config = ModelConfig(

@@ -112,6 +112,20 @@ def test_activations_of_a_training_pass(tiny_job: MakeJob) -> None:
     assert recomputed.activations == 4 * 30 * (shared + 16 + last_output + 2 * layer + widest)
 
 
+def test_split_rows_take_their_part_of_the_residual_stream(tiny_job: MakeJob) -> None:
+    config = tiny_job().train.model
+    whole, split = rank_sizes(config, 2), rank_sizes(config, 2, splits_rows=True)
+    count = count_parameters(config, 2, lm_head=True, score_head=False)
+    work = Pass(rows=3, columns=10, responses=6, logits=True)
+    # Two layers keep 2 x 16 numbers of it for a token, and the last output has 16.
+    plain, saved = (training_graph(sizes, work, count, CPU).activations for sizes in (whole, split))
+    assert plain - saved == 4 * 30 * (2 * 32 + 16) // 2
+    # Recomputed: the block's input, the layers' results in its turn, and the last output.
+    work = replace(work, recompute=2)
+    plain, saved = (training_graph(sizes, work, count, CPU).activations for sizes in (whole, split))
+    assert plain - saved == 4 * 30 * (16 + 2 * 32 + 16) // 2
+
+
 def test_deep_models_keep_little_when_they_recompute(tiny_job: MakeJob) -> None:
     """30 layers in blocks of 3: 10 inputs of 16 numbers a token and 3 layers' results in place of 30's."""
     config = replace(tiny_job().train.model, num_layers=30)
