@@ -229,7 +229,7 @@ class Pass:
         columns: T.
         responses: R, whose logits or values are computed.
         logits: whether there is a language-model head.
-        recompute: layers whose results the backward pass computes anew.
+        recompute: of the network: layers whose results a backward pass computes anew.
         repeated: whether gradients of an earlier pass are there already.
     """
 
@@ -255,11 +255,13 @@ def scoring_graph(
     sizes: RankSizes, work: Pass, parameters: ParameterCount, device: DeviceTraits
 ) -> GraphMemory:
     """A forward pass: what all layers share, and a block of layers with its results, or the head."""
-    results = max(map(len, blocks(sizes.layers))) * _kept_by_layer(sizes)
-    block = results + sizes.stream * sizes.compute + _widest_forward(sizes, work.columns)
+    largest = _largest_block(sizes, work)
+    block = (
+        largest * _kept_by_layer(sizes) + sizes.stream * sizes.compute + _widest_forward(sizes, work.columns)
+    )
     head = sizes.stream * sizes.compute * work.tokens + _head(sizes, work, device)
     activations = work.tokens * _shared(sizes, work.columns) + max(work.tokens * block, head)
-    activations += _widened(sizes, max(map(len, blocks(sizes.layers))), parameters, device)
+    activations += _widened(sizes, largest, parameters, device)
     return GraphMemory(activations, _broadcast_index(work, device), device.scoring_graphs)
 
 
@@ -276,7 +278,7 @@ def training_graph(
     kept = whole * _kept_by_layer(sizes) + inputs * sizes.stream * sizes.compute
     recomputed = max(map(len, blocks(work.recompute)), default=0) * _kept_by_layer(sizes)
     block = _widest_backward(sizes, work.columns) + recomputed
-    largest = max(map(len, [*blocks(work.recompute), *blocks(whole)]))
+    largest = _largest_block(sizes, work)
     of_block = largest * parameters.layer * FLOAT32 if work.repeated else 0
     of_head = sizes.vocab * sizes.hidden * FLOAT32 if work.logits else 0
     last = max(work.tokens * block + of_block, 2 * _head(sizes, work, device) + of_head)
@@ -307,6 +309,11 @@ def generation_graphs(
 def kv_cache_bytes(sizes: RankSizes, rows: int, columns: int) -> int:
     """Keys and values of all layers: ``2 x layers x rows x columns x key features x bytes``."""
     return 2 * sizes.layers * rows * columns * sizes.keys * sizes.compute
+
+
+def _largest_block(sizes: RankSizes, work: Pass) -> int:
+    """Layers of the largest block; those that are recomputed and the others have blocks of their own."""
+    return max(map(len, [*blocks(work.recompute), *blocks(sizes.layers - work.recompute)]))
 
 
 def _widened(sizes: RankSizes, layers: int, parameters: ParameterCount, device: DeviceTraits) -> int:

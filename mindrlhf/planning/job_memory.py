@@ -156,13 +156,15 @@ def _generator(job: JobConfig, device: DeviceTraits) -> ModelMemory:
 def _policy(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     shared = job.ppo.critic == "shared"
     sizes, count = _sizes(job.train, lm_head=True, score_head=shared)
-    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.train), count, device)} if shared else {}
+    work = replace(_scoring_pass(job, job.train), recompute=job.train.recompute)
+    scoring = {SCORING: scoring_graph(sizes, work, count, device)} if shared else {}
     return _trained("policy train", job, job.train, sizes, count, scoring, device, logits=True)
 
 
 def _critic(job: JobConfig, device: DeviceTraits) -> ModelMemory:
     sizes, count = _sizes(job.critic, lm_head=False, score_head=True)
-    scoring = {SCORING: scoring_graph(sizes, _scoring_pass(job, job.critic), count, device)}
+    work = replace(_scoring_pass(job, job.critic), recompute=job.critic.recompute)
+    scoring = {SCORING: scoring_graph(sizes, work, count, device)}
     return _trained("critic", job, job.critic, sizes, count, scoring, device, logits=False)
 
 

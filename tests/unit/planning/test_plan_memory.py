@@ -153,6 +153,17 @@ def test_a_scoring_pass_keeps_no_layers(tiny_job: MakeJob) -> None:
     assert narrow.activations - graph.activations == 4 * 2 * LAYER
 
 
+def test_a_scoring_pass_runs_in_the_blocks_of_its_network(tiny_job: MakeJob) -> None:
+    """7 layers in blocks of 3 and 4; with 5 of them recomputed in one of 5 and one of 2."""
+    config = replace(tiny_job().train.model, num_layers=7)
+    sizes, count = rank_sizes(config, 1), count_parameters(config, 1, lm_head=True, score_head=False)
+    work = Pass(rows=3, columns=10, responses=6, logits=True)
+    plain, cut = (
+        scoring_graph(sizes, replace(work, recompute=layers), count, CPU).activations for layers in (0, 5)
+    )
+    assert cut - plain == 4 * 30 * 120
+
+
 def test_logits_exist_by_the_chunk(tiny_job: MakeJob) -> None:
     config = replace(tiny_job().train.model, vocab_size=2**20)
     sizes, count = rank_sizes(config, 1), count_parameters(config, 1, lm_head=True, score_head=False)
