@@ -326,6 +326,11 @@ class PPOConfig(TrainingSettings):
             self.rollout_batch_size, self.num_minibatches, "rollout_batch_size by num_minibatches"
         )
 
+    def micro_batch_rows(self, trained: RunConfig) -> int:
+        """Rows per forward/backward of a rank of a model that is trained."""
+        rows = self.minibatch_size // trained.parallel.data_parallel
+        return rows // trained.micro_batches if trained.micro_batches > 1 else self.micro_batch_size or rows
+
     @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole job."""
@@ -361,13 +366,6 @@ class JobConfig:
     reward: RunConfig
     critic: RunConfig
     ppo: PPOConfig
-
-    def micro_batch_rows(self, trained: RunConfig) -> int:
-        """Rows per forward/backward of a rank of ``train`` or ``critic``."""
-        rows = self.ppo.minibatch_size // trained.parallel.data_parallel
-        return (
-            rows // trained.micro_batches if trained.micro_batches > 1 else self.ppo.micro_batch_size or rows
-        )
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _trained(
 ) -> ModelMemory:
     """A model with an optimizer; ``graphs`` are those of the phases before."""
     rows = minibatch_rows(job, config)
-    micro = job.micro_batch_rows(config)
+    micro = job.ppo.micro_batch_rows(config)
     work = Pass(
         rows=micro,
         columns=job.ppo.max_length,

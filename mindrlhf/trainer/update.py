@@ -89,9 +89,7 @@ class PPOUpdate:
         pretraining: PretrainStream | None = None,
     ) -> None:
         self.config = config = job.ppo
-        self.micro_batch_rows = {
-            role: job.micro_batch_rows(getattr(job, role)) for role in ("train", "critic")
-        }
+        self._runs = {"policy": job.train, "critic": job.critic}
         self.exchange = exchange
         self.pretraining = pretraining
         self.skips = SkippedUpdates(config.max_skipped_updates)
@@ -187,7 +185,7 @@ class PPOUpdate:
         if self.pretraining is not None:
             batch = self.pretraining.next_batch()
             mine = local_rows(len(batch.mask), self.policy_mesh, self.exchange.runtime.rank)
-            micro = pretrain_batches(batch, mine, self.micro_batch_rows["train"])
+            micro = pretrain_batches(batch, mine, self.config.micro_batch_rows(self._runs["policy"]))
             log.pretrain.append(self.policy_step.accumulate(micro, mixed_in=True)["cross_entropy"])
             log.pretrain_tokens.append(float(batch.mask.sum(dtype=np.float64)))
         norm, rate = self.policy_step.update()
@@ -220,7 +218,7 @@ class PPOUpdate:
         self, model: str, number: int, rows: np.ndarray, norm: float, losses: Sequence[float], mesh: Mesh
     ) -> None:
         """Notes a step that was not taken; collective."""
-        size = self.micro_batch_rows["train" if model == "policy" else "critic"]
+        size = self.config.micro_batch_rows(self._runs[model])
         update = not_finite(
             model, rows, losses, norm, mesh, self.exchange, micro_batch_size=size, minibatch=number
         )
@@ -258,13 +256,13 @@ class PPOUpdate:
         inverse_count = inverse_token_count(experience.rollout.mask[rows])
         return [
             policy_batch(experience, part, inverse_count, shared_critic=self.shared_critic)
-            for part in self._micro_rows(rows, self.policy_mesh, "train")
+            for part in self._micro_rows(rows, self.policy_mesh, "policy")
         ]
 
-    def _micro_rows(self, rows: np.ndarray, mesh: Mesh, role: str) -> list[np.ndarray]:
+    def _micro_rows(self, rows: np.ndarray, mesh: Mesh, model: str) -> list[np.ndarray]:
         """This replica's part of a minibatch's rows, cut into micro-batches."""
         mine = rows[local_rows(len(rows), mesh, self.exchange.runtime.rank)]
-        size = self.micro_batch_rows[role]
+        size = self.config.micro_batch_rows(self._runs[model])
         return [mine[first : first + size] for first in range(0, len(mine), size)]
 
 

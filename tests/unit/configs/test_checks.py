@@ -346,12 +346,13 @@ def test_batch_sizes_that_divide_are_taken(job: Any) -> None:
     "key", ["runner_config.gradient_accumulation_steps", "parallel_config.micro_batch_num"]
 )
 def test_accumulation_by_mindformers_names_cuts_the_minibatches_of_its_file(job: Any, key: str) -> None:
-    rows = {role: job.load().micro_batch_rows(getattr(job.load(), role)) for role in ("train", "critic")}
+    before = job.load()
+    rows = {role: before.ppo.micro_batch_rows(getattr(before, role)) for role in ("train", "critic")}
     assert rows["train"] == 2
     job.edit("train", key, 2)
     loaded = job.load()
-    assert loaded.micro_batch_rows(loaded.train) == 1
-    assert loaded.micro_batch_rows(loaded.critic) == rows["critic"]
+    assert loaded.ppo.micro_batch_rows(loaded.train) == 1
+    assert loaded.ppo.micro_batch_rows(loaded.critic) == rows["critic"]
     (fault,) = job.faults(overrides=["micro_batch_size=1"])
     assert fault.startswith("--set micro_batch_size: 1, but ")
     assert fault.endswith("has 2 gradient_accumulation_steps - both cut a minibatch: set one to 0 or 1")
